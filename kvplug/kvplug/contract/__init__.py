@@ -1,0 +1,69 @@
+"""The contract between policies and hosts: six kinds, one file each, and the views they receive."""
+
+from kvplug.contract.format import AttendBatch, FormatPolicy, PageField, PageLayout
+from kvplug.contract.lifecycle import Action, LifecyclePolicy, Move, Pressure, TierView
+from kvplug.contract.policy import (
+    ALL_FEATURES,
+    EngineView,
+    Feature,
+    Kind,
+    LayerView,
+    Policy,
+    PolicyOptions,
+    PolicyReport,
+)
+from kvplug.contract.prefix_cache import BlockFact, PrefixCachePolicy, Released, RequestView
+from kvplug.contract.reuse import Fingerprint, ReuseCheck, ReuseRequest, Verdict
+from kvplug.contract.sequence import (
+    Granularity,
+    SequencePolicy,
+    SequenceView,
+    Signal,
+    Window,
+)
+from kvplug.contract.transfer import CorruptPayload, TransferCodec
+
+BASES: dict[Kind, type[Policy]] = {
+    Kind.PREFIX_CACHE: PrefixCachePolicy,
+    Kind.SEQUENCE: SequencePolicy,
+    Kind.FORMAT: FormatPolicy,
+    Kind.REUSE: ReuseCheck,
+    Kind.TRANSFER: TransferCodec,
+    Kind.LIFECYCLE: LifecyclePolicy,
+}
+
+__all__ = [
+    "ALL_FEATURES",
+    "BASES",
+    "Action",
+    "AttendBatch",
+    "BlockFact",
+    "CorruptPayload",
+    "EngineView",
+    "Feature",
+    "Fingerprint",
+    "FormatPolicy",
+    "Granularity",
+    "Kind",
+    "LayerView",
+    "LifecyclePolicy",
+    "Move",
+    "PageField",
+    "PageLayout",
+    "Policy",
+    "PolicyOptions",
+    "PolicyReport",
+    "PrefixCachePolicy",
+    "Pressure",
+    "Released",
+    "RequestView",
+    "ReuseCheck",
+    "ReuseRequest",
+    "SequencePolicy",
+    "SequenceView",
+    "Signal",
+    "TierView",
+    "TransferCodec",
+    "Verdict",
+    "Window",
+]

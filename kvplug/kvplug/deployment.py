@@ -1,0 +1,398 @@
+"""The ``kvplug`` section: which policies a deployment runs, checked before anything starts.
+
+The section stands in vLLM's own ``--config`` file under
+``kv-transfer-config: kv_connector_extra_config: kvplug:``, inline in ``--kv-transfer-config``, or
+in a file of its own whose path stands there instead. It maps each kind to a policy::
+
+    prefix_cache: lru                                  # short for {use: lru}
+    sequence: {use: sink_window, sink: 64, window: 448}
+    reuse: {use: [structure, {position: {max_shift: 4096}}]}
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from kvplug.contract import EngineView, Feature, Kind, Policy, PolicyOptions
+from kvplug.errors import DeploymentError, Refusal
+from kvplug.registry import Plugins, plugins
+
+KINDS = [str(k) for k in Kind]
+MANY = frozenset({Kind.REUSE})
+
+SWITCH_OFF: dict[Feature, str] = {
+    Feature.PREFIX_CACHING: "--no-enable-prefix-caching",
+    Feature.CHUNKED_PREFILL: "--no-enable-chunked-prefill",
+    Feature.ASYNC_SCHEDULING: "--no-async-scheduling",
+    Feature.SPECULATIVE_DECODING: "remove --speculative-config",
+    Feature.DRAFT_MODEL: 'use --speculative-config \'{"method": "ngram", ...}\'',
+    Feature.CUDA_GRAPHS: "--enforce-eager",
+    Feature.TENSOR_PARALLEL: "--tensor-parallel-size 1",
+    Feature.PIPELINE_PARALLEL: "--pipeline-parallel-size 1",
+    Feature.DATA_PARALLEL: "--data-parallel-size 1",
+    Feature.CONTEXT_PARALLEL: (
+        "--decode-context-parallel-size 1 and --prefill-context-parallel-size 1"
+    ),
+    Feature.LORA: "remove --enable-lora",
+    Feature.QUANTIZED_KV_CACHE: "--kv-cache-dtype auto",
+    Feature.DISAGGREGATED_PREFILL: "kv_role: kv_both",
+}
+SWITCH_ON: dict[Feature, str] = {
+    Feature.PREFIX_CACHING: "--enable-prefix-caching",
+    Feature.CHUNKED_PREFILL: "--enable-chunked-prefill",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One chosen policy: its class, validated options and the key it was written under."""
+
+    policy: type[Policy]
+    options: PolicyOptions
+    key: str
+
+    def build(self, engine: EngineView) -> Policy:
+        """The policy object for an engine. Raises what the policy raises."""
+        return self.policy(self.options, engine)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A parsed section: every policy exists, every option is valid.
+
+    Attributes:
+        source: File (or ``inline``) the section came from, for messages.
+        choices: The chosen policies, in order, by kind. Kinds not chosen are absent.
+        lines: 1-based line of each key path below the section, where the source has lines.
+        section: The section as plain data.
+    """
+
+    source: str
+    choices: Mapping[Kind, tuple[Choice, ...]]
+    lines: Mapping[str, int] = field(default_factory=dict)
+    section: Mapping[str, Any] = field(default_factory=dict)
+
+    def choice(self, kind: Kind) -> Choice | None:
+        """The policy chosen for a kind that takes one, or None."""
+        chosen = self.choices.get(kind, ())
+        return chosen[0] if chosen else None
+
+    def all(self) -> list[Choice]:
+        """Every chosen policy."""
+        return [choice for chosen in self.choices.values() for choice in chosen]
+
+    def incompatible(
+        self, engine: EngineView, *, runs: frozenset[Kind], host: str
+    ) -> list[Refusal]:
+        """What keeps this deployment from running on an engine: a walk over what policies state.
+
+        Args:
+            engine: The engine, with the features that are on.
+            runs: Kinds the host can run.
+            host: The host's name, for messages.
+
+        Returns:
+            Refusals, empty when it can run.
+        """
+        found: list[Refusal] = []
+
+        def refuse(key: str, problem: str, fix: str) -> None:
+            found.append(Refusal(key, problem, fix, self.lines.get(key)))
+
+        for choice in self.all():
+            policy, kind, name = choice.policy, choice.policy.kind, choice.policy.name
+            if kind not in runs:
+                refuse(
+                    choice.key,
+                    f"the {host} host does not run {kind} policies in this release.",
+                    f"remove {kind!s}; it runs {', '.join(sorted(runs))}.",
+                )
+                continue
+            for feature in sorted(engine.features - policy.supports):
+                how = SWITCH_OFF.get(feature)
+                refuse(
+                    choice.key,
+                    f"{name} cannot live with {feature}, which is on.",
+                    (f"switch it off ({how}) or " if how else "")
+                    + f"choose another {kind} policy.",
+                )
+            for feature in sorted(policy.requires - engine.features):
+                how = SWITCH_ON.get(feature)
+                refuse(
+                    choice.key,
+                    f"{name} does nothing without {feature}, which is off.",
+                    (f"switch it on ({how}) or " if how else "") + f"remove {kind!s}.",
+                )
+            for other in self.all():
+                reason = policy.excludes.get(str(other.policy.kind)) or policy.excludes.get(
+                    f"{other.policy.kind}:{other.policy.name}"
+                )
+                if reason and other is not choice:
+                    refuse(
+                        choice.key,
+                        f"{name} cannot live with {other.policy.kind} policy "
+                        f"{other.policy.name}: {reason}.",
+                        f"remove one of {choice.key} and {other.key}.",
+                    )
+        if not found:
+            for choice in self.all():
+                try:
+                    choice.build(engine)
+                except Exception as error:
+                    key = choice.key.removesuffix(".use")
+                    refuse(key, f"{choice.policy.name}: {error}.", "change the option named.")
+        return found
+
+    def require_compatible(
+        self, engine: EngineView, *, runs: frozenset[Kind], host: str
+    ) -> None:
+        """Raise DeploymentError unless `incompatible` finds nothing."""
+        if refusals := self.incompatible(engine, runs=runs, host=host):
+            raise DeploymentError(self.source, refusals)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice instead of keeping the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is written twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
+    """Parse a YAML file and note the line of every key path.
+
+    Returns:
+        The data, and ``{"a.b.c": line}`` with 1-based lines.
+
+    Raises:
+        DeploymentError: The file cannot be read or is not YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DeploymentError(
+            str(path), [Refusal("file", f"cannot be read: {reason}.", "check the path.")]
+        ) from error
+    try:
+        data = yaml.load(text, _Loader)
+        node = yaml.compose(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error)
+        raise DeploymentError(
+            str(path),
+            [
+                Refusal(
+                    "YAML",
+                    f"{problem}.",
+                    "correct the syntax at that line.",
+                    mark.line + 1 if mark is not None else None,
+                )
+            ],
+        ) from error
+    lines: dict[str, int] = {}
+
+    def walk(node: yaml.Node | None, path: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                below = f"{path}.{key.value}" if path else str(key.value)
+                lines[below] = key.start_mark.line + 1
+                walk(value, below)
+        elif isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                lines[f"{path}[{i}]"] = item.start_mark.line + 1
+                walk(item, f"{path}[{i}]")
+
+    walk(node, "")
+    return data, lines
+
+
+def load_deployment(
+    section: Any,
+    *,
+    source: str = "inline",
+    key: str = "kvplug",
+    lines: Mapping[str, int] | None = None,
+    using: Plugins | None = None,
+) -> Deployment:
+    """Parse a ``kvplug`` section.
+
+    Args:
+        section: The section as data, or a path to a YAML file that holds it.
+        source: Where it came from, for messages.
+        key: Key path of the section in that source.
+        lines: Line of each key path in the source.
+        using: Plugins to find policies in; the process's own by default.
+
+    Raises:
+        DeploymentError: With one refusal per thing that is wrong.
+    """
+    if isinstance(section, str | Path):
+        path = Path(section)
+        section, own = read_yaml(path)
+        source, lines, key = str(path), own, ""
+        if section is None:
+            section = {}
+    return _Parser(source, key, lines or {}, using or plugins()).parse(section)
+
+
+class _Parser:
+    def __init__(self, source: str, key: str, lines: Mapping[str, int], using: Plugins):
+        self.source, self.key, self.lines, self.plugins = source, key, lines, using
+        self.refusals: list[Refusal] = []
+
+    def path(self, *parts: str) -> str:
+        return ".".join(p for p in (self.key, *parts) if p)
+
+    def refuse(self, key: str, problem: str, fix: str) -> None:
+        above = key
+        while above not in self.lines and "." in above:
+            above = above.rsplit(".", 1)[0]
+        self.refusals.append(Refusal(key, problem, fix, self.lines.get(above)))
+
+    def parse(self, section: Any) -> Deployment:
+        choices: dict[Kind, tuple[Choice, ...]] = {}
+        if not isinstance(section, Mapping):
+            self.refuse(
+                self.path() or "file",
+                f"must map kinds to policies, got {type(section).__name__}.",
+                "write e.g. `prefix_cache: {use: lru}`, or `{}` for none.",
+            )
+        else:
+            for name, value in section.items():
+                if name not in KINDS:
+                    near = difflib.get_close_matches(str(name), KINDS, n=1)
+                    self.refuse(
+                        self.path(str(name)),
+                        "unknown key.",
+                        f"did you mean {near[0]}?"
+                        if near
+                        else f"use one of {', '.join(KINDS)}.",
+                    )
+                    continue
+                chosen = self.kind(Kind(name), value)
+                if chosen:
+                    choices[Kind(name)] = tuple(chosen)
+        if self.refusals:
+            raise DeploymentError(self.source, self.refusals)
+        deployment = Deployment(self.source, choices, self.lines, section)
+        try:
+            self.plugins.manager.hook.kvplug_deployment_loaded(deployment=deployment)
+        except ValueError as error:
+            raise DeploymentError(
+                self.source,
+                [Refusal(self.path() or "file", f"{error}.", "a plugin refused it.")],
+            ) from error
+        return deployment
+
+    def kind(self, kind: Kind, value: Any) -> list[Choice]:
+        key = self.path(str(kind))
+        if isinstance(value, str):
+            return self.one(kind, value, {}, key)
+        if not isinstance(value, Mapping):
+            self.refuse(
+                key,
+                f"must name a policy, got {type(value).__name__}.",
+                f"write `{kind}: {{use: NAME}}`.",
+            )
+            return []
+        if "use" not in value:
+            self.refuse(key, "does not say which policy to use.", f"add `use:` to {kind!s}.")
+            return []
+        use, options = value["use"], {str(k): v for k, v in value.items() if k != "use"}
+        if isinstance(use, str):
+            return self.one(kind, use, options, f"{key}.use")
+        if isinstance(use, Sequence) and kind in MANY:
+            if options:
+                self.refuse(
+                    f"{key}.{next(iter(options))}",
+                    "options cannot stand beside a list of policies.",
+                    "write them under the policy: `use: [a, {b: {option: value}}]`.",
+                )
+            return [c for i, item in enumerate(use) for c in self.item(kind, item, key, i)]
+        many = " or a list of names" if kind in MANY else ""
+        self.refuse(
+            f"{key}.use",
+            f"must be a policy's name{many}, got {type(use).__name__}.",
+            f"use one of {', '.join(self.plugins.registry.names(kind)) or '(none installed)'}.",
+        )
+        return []
+
+    def item(self, kind: Kind, item: Any, key: str, i: int) -> list[Choice]:
+        where = f"{key}.use[{i}]"
+        if isinstance(item, str):
+            return self.one(kind, item, {}, where)
+        if isinstance(item, Mapping) and len(item) == 1:
+            ((name, options),) = item.items()
+            if isinstance(options, Mapping):
+                return self.one(kind, str(name), dict(options), where)
+        self.refuse(where, "is no policy.", "write a name, or `{name: {option: value}}`.")
+        return []
+
+    def one(self, kind: Kind, name: str, options: dict[str, Any], key: str) -> list[Choice]:
+        registry = self.plugins.registry
+        if name == "auto":
+            chosen = self.plugins.manager.hook.kvplug_choose_policy(
+                kind=kind, engine=EngineView(block_size=0)
+            )
+            if not chosen:
+                self.refuse(key, "no plugin chooses one for `auto`.", "name a policy.")
+                return []
+            name = chosen
+        policy = registry.get(kind, name)
+        if policy is None:
+            near = registry.nearest(kind, name)
+            installed = ", ".join(registry.names(kind)) or "none"
+            fix = f"did you mean {' or '.join(near)}? " if near else ""
+            elsewhere = [str(k) for k in Kind if registry.get(k, name)]
+            if elsewhere:
+                fix += f"{name!r} is a {elsewhere[0]} policy. "
+            broken = "".join(f" Plugin {n} failed to load: {e}." for n, e in registry.broken.items())
+            self.refuse(
+                key,
+                f"unknown {kind} policy {name!r}.",
+                f"{fix}Installed: {installed}.{broken}",
+            )
+            return []
+        try:
+            valid = policy.Options.model_validate(options)
+        except ValidationError as error:
+            self.invalid(error, policy, key.removesuffix(".use"))
+            return []
+        return [Choice(policy, valid, key)]
+
+    def invalid(self, error: ValidationError, policy: type[Policy], key: str) -> None:
+        fields = policy.Options.model_fields
+        for e in error.errors(include_url=False):
+            name = ".".join(str(p) for p in e["loc"])
+            where = f"{key}.{name}" if name else key
+            if e["type"] == "extra_forbidden":
+                near = difflib.get_close_matches(name, list(fields), n=1)
+                known = ", ".join(fields) or "it has no options"
+                self.refuse(
+                    where,
+                    f"{policy.name} has no option {name!r}.",
+                    f"did you mean {near[0]}?" if near else f"options: {known}.",
+                )
+                continue
+            info = fields.get(str(e["loc"][0])) if e["loc"] else None
+            problem = e["msg"].removeprefix("Value error, ")
+            got = "" if e["type"] == "missing" else f", got {e['input']!r}"
+            means = f" ({info.description})" if info is not None and info.description else ""
+            self.refuse(where, f"{problem}{got}.", f"set it accordingly{means}.")

@@ -1,0 +1,128 @@
+"""Attention backends that stay vLLM's own unless kvplug's connector needs them otherwise.
+
+vLLM resolves ``kvplug.hosts.vllm.backend.CPU_ATTN`` while the engine's config is current, so the
+module's ``__getattr__`` can answer with the stock class, or with a subclass of it whose metadata
+builder compacts block tables and whose layers carry a `WindowedSpec`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from kvplug.contract import LayerView, SequencePolicy, Window
+from kvplug.errors import DeploymentError, Refusal
+
+STOCK: dict[str, str] = {}
+"""Path of the class each overridden backend had before."""
+
+
+def path(name: str) -> str:
+    """The path kvplug registers for a backend."""
+    return f"{__name__}.{name}"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in STOCK:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from kvplug.hosts.vllm import engine
+
+    stock = resolve_obj_by_qualname(STOCK[name])
+    config = get_current_vllm_config_or_none()
+    if config is None or not engine.is_kvplug(config):
+        return stock
+    policy = engine.sequence_policy(config)
+    return stock if policy is None else windowed_backend(stock, policy)
+
+
+def windowed_backend(stock: type[Any], policy: SequencePolicy) -> type[Any]:
+    """A subclass of a stock backend that applies a positional sequence policy.
+
+    Args:
+        stock: The backend class vLLM would use.
+        policy: A policy whose `window` answers for every layer.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
+
+    from kvplug.hosts.vllm import compat
+    from kvplug.hosts.vllm.compaction import CompactingBuilder
+    from kvplug.hosts.vllm.spec import WindowedSpec
+
+    stock_builder, stock_impl = stock.get_builder_cls(), stock.get_impl_cls()
+    block = policy.engine.block_size
+    windows = [_window(policy, layer) for layer in policy.engine.layers]
+    exact_tokens = min(w.exact_blocks for w in windows) * block
+
+    class WindowedBuilder(CompactingBuilder, stock_builder):  # type: ignore[misc, valid-type]
+        pass
+
+    class WindowedImpl(stock_impl):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any):
+            from vllm.config import get_current_vllm_config
+
+            super().__init__(*args, **kwargs)
+            self._static_forward_context = (
+                get_current_vllm_config().compilation_config.static_forward_context
+            )
+
+        def process_weights_after_loading(self, act_dtype: Any) -> None:
+            super().process_weights_after_loading(act_dtype)
+            for name, layer in self._static_forward_context.items():
+                if getattr(layer, "impl", None) is self:
+                    compat.set_layer_backend(layer, layer_backend(name, self))
+
+    @functools.lru_cache(maxsize=None)
+    def for_window(window: Window) -> type[Any]:
+        class WindowedBackend(stock):  # type: ignore[misc, valid-type]
+            @staticmethod
+            def get_impl_cls() -> type[Any]:
+                return WindowedImpl
+
+            @staticmethod
+            def get_builder_cls() -> type[Any]:
+                return WindowedBuilder
+
+            @classmethod
+            def customize_spec(cls, spec: Any) -> Any:
+                spec = super().customize_spec(spec)
+                if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
+                    return spec
+                return replace_as(
+                    spec,
+                    WindowedSpec,
+                    sink_tokens=window.sink_blocks * block,
+                    window_tokens=window.window_blocks * block,
+                    exact_tokens=exact_tokens,
+                    in_flight_tokens=policy.engine.max_in_flight_tokens,
+                    max_tokens=policy.engine.max_model_len,
+                )
+
+        return WindowedBackend
+
+    def layer_backend(name: str, impl: Any) -> type[Any]:
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        if getattr(impl, "alibi_slopes", None) is not None:
+            raise DeploymentError(
+                "inline",
+                [
+                    Refusal(
+                        "kvplug.sequence",
+                        f"{policy.name} cannot run on a model with ALiBi: its distances would be "
+                        "counted on what is kept.",
+                        "remove the sequence section for this model.",
+                    )
+                ],
+            )
+        return for_window(windows[extract_layer_index(name)])
+
+    return for_window(windows[0])
+
+
+def _window(policy: SequencePolicy, layer: LayerView) -> Window:
+    window = policy.window(layer)
+    assert window is not None, "checked when the deployment was"
+    return window

@@ -1,0 +1,179 @@
+"""The connector: kvplug's two-way line through vLLM, and what ``--kv-transfer-config`` turns on.
+
+The scheduler half binds policies to the KV-cache manager and reports; the worker half hands a
+step's directives to the metadata builders and returns what they did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from kvplug.hosts.vllm import engine
+from kvplug.hosts.vllm.metrics import PolicyPromMetrics, PolicyStats
+from kvplug.hosts.vllm.scheduler import SchedulerHalf
+from kvplug.hosts.vllm.worker import drop_worker_state, worker_state
+
+
+@dataclass
+class StepDirectives(KVConnectorMetadata):
+    """What the scheduler tells the workers for one step.
+
+    Attributes:
+        exempt_tails: Ids of the blocks that requests which keep everything write in this step,
+            ``[n]`` int32, or None when there are none.
+    """
+
+    exempt_tails: npt.NDArray[np.int32] | None = None
+
+
+@dataclass
+class StepReport(KVConnectorWorkerMetadata):
+    """What a worker did in one step. Ranks do the same work, so they are merged by maximum.
+
+    Attributes:
+        rows: Attention rows whose block tables were compacted.
+        split_rows: Rows added by splitting prefill chunks.
+    """
+
+    rows: int = 0
+    split_rows: int = 0
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, StepReport)
+        self.rows = max(self.rows, other.rows)
+        self.split_rows = max(self.split_rows, other.split_rows)
+        return self
+
+
+class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
+    """Carries no KV itself: it plugs policies into the engine it is configured on.
+
+    Raises:
+        DeploymentError: The ``kvplug`` section cannot run on this engine; nothing is bound then.
+    """
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None):
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.deployment = engine.deployment_of(vllm_config)
+        self.scheduler: SchedulerHalf | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self.scheduler = SchedulerHalf(self.deployment, vllm_config, kv_cache_config)
+        else:
+            self._worker = worker_state(vllm_config)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    # -- scheduler -----------------------------------------------------------------------------
+
+    def _half(self) -> SchedulerHalf:
+        assert self.scheduler is not None, "called on the worker half"
+        return self.scheduler
+
+    def bind_kv_cache_manager(self, kv_cache_manager: Any) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        self._half().bind(kv_cache_manager)
+
+    def on_new_request(self, request: Any) -> None:
+        self._half().on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(
+        self, request: Any, blocks: Any, num_external_tokens: int
+    ) -> None:
+        pass
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        return StepDirectives(self._half().step(scheduler_output))
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        report = connector_output.kv_connector_worker_meta
+        if report is not None:
+            self._half().on_worker_report(report.rows, report.split_rows)
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return False, self._half().on_finished(request)
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return False, self._half().on_finished(request)
+
+    def take_events(self) -> Iterable[Any]:
+        return ()
+
+    # -- worker --------------------------------------------------------------------------------
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Runs before attention metadata is built (V1 model runner)."""
+        assert isinstance(kv_connector_metadata, StepDirectives)
+        self._worker.set_exempt_tails(kv_connector_metadata.exempt_tails)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        pass
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        pass
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        pass
+
+    def wait_for_save(self) -> None:
+        pass
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        counters = self._worker.counters
+        if not counters.rows:
+            return None
+        report = StepReport(counters.rows, counters.split_rows)
+        counters.rows = counters.split_rows = 0
+        return report
+
+    # -- both ----------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> PolicyStats | None:
+        if self.scheduler is None:
+            return None
+        news = self.scheduler.news()
+        return PolicyStats(data=news) if news else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> PolicyStats:
+        return PolicyStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> PolicyPromMetrics:
+        return PolicyPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    def shutdown(self) -> None:
+        if self.scheduler is not None:
+            self.scheduler.stop()
+        else:
+            drop_worker_state(self._vllm_config)

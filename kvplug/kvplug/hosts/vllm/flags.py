@@ -1,0 +1,163 @@
+"""vLLM's flags as kvplug reads them from a ``--config`` file, without importing vllm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvplug.contract import EngineView, Feature, Kind
+from kvplug.deployment import Deployment, load_deployment, read_yaml
+from kvplug.errors import DeploymentError, Refusal
+
+CONNECTOR = "KVPlugConnector"
+MODULE = "kvplug.hosts.vllm.connector"
+RUNS = frozenset({Kind.PREFIX_CACHE, Kind.SEQUENCE})
+"""Kinds this host runs."""
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A vLLM ``--config`` file with a ``kvplug`` section, or a section in a file of its own.
+
+    Attributes:
+        path: The file.
+        flags: vLLM's flags by name, dashes, the section left out.
+        deployment: The parsed section.
+        standalone: True when the file is a section of its own.
+    """
+
+    path: Path
+    flags: Mapping[str, Any]
+    deployment: Deployment
+    standalone: bool
+
+
+def read_config(path: Path) -> ConfigFile:
+    """Read a deployment file.
+
+    Raises:
+        DeploymentError: It cannot be read, does not turn kvplug on, or the section is wrong.
+    """
+    data, lines = read_yaml(path)
+    if data is None:
+        data = {}
+    if not isinstance(data, Mapping):
+        raise DeploymentError(
+            str(path),
+            [Refusal("file", f"must be a mapping, got {type(data).__name__}.", "see configs/.")],
+        )
+    flags = {str(k).replace("_", "-"): v for k, v in data.items()}
+    if not any(k.startswith("kv-transfer-config") for k in flags):
+        if set(data) <= {str(k) for k in Kind}:
+            return ConfigFile(path, {}, load_deployment(path), True)
+        raise DeploymentError(
+            str(path),
+            [
+                Refusal(
+                    "kv-transfer-config",
+                    "is missing, so nothing would turn kvplug on.",
+                    f"add it with kv_connector: {CONNECTOR}, kv_connector_module_path: {MODULE}, "
+                    "kv_role: kv_both and kv_connector_extra_config: {kvplug: ...}.",
+                )
+            ],
+        )
+    written = next(k for k in data if str(k).replace("_", "-") == "kv-transfer-config")
+    transfer = data[written]
+    refusals = _connector_refusals(transfer, str(written), lines)
+    if refusals:
+        raise DeploymentError(str(path), refusals)
+    key = f"{written}.kv_connector_extra_config.kvplug"
+    section = transfer["kv_connector_extra_config"]["kvplug"]
+    if section is None:
+        section = {}
+    if isinstance(section, str) and not Path(section).is_absolute():
+        beside = path.parent / section
+        section = str(beside) if beside.exists() else section
+    deployment = load_deployment(section, source=str(path), key=key, lines=lines)
+    flags.pop("kv-transfer-config")
+    return ConfigFile(path, flags, deployment, False)
+
+
+def _connector_refusals(transfer: Any, key: str, lines: Mapping[str, int]) -> list[Refusal]:
+    def refusal(below: str, problem: str, fix: str) -> Refusal:
+        where = f"{key}.{below}" if below else key
+        return Refusal(where, problem, fix, lines.get(where, lines.get(key)))
+
+    if not isinstance(transfer, Mapping):
+        return [refusal("", "must be a mapping.", "see configs/ for examples.")]
+    found = []
+    for name, value in (
+        ("kv_connector", CONNECTOR),
+        ("kv_connector_module_path", MODULE),
+        ("kv_role", "kv_both"),
+    ):
+        if transfer.get(name) != value:
+            found.append(
+                refusal(
+                    name,
+                    f"is {transfer.get(name)!r}, so kvplug would not be turned on.",
+                    f"set it to {value}.",
+                )
+            )
+    extra = transfer.get("kv_connector_extra_config")
+    if not isinstance(extra, Mapping) or "kvplug" not in extra:
+        found.append(
+            refusal(
+                "kv_connector_extra_config",
+                "has no kvplug section.",
+                "add `kvplug: {}` or a section with policies.",
+            )
+        )
+    return found
+
+
+def _number(flags: Mapping[str, Any], name: str, default: int) -> int:
+    value = flags.get(name, default)
+    return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
+def _on(flags: Mapping[str, Any], name: str, default: bool) -> bool:
+    if flags.get(f"no-{name}") is True:
+        return False
+    value = flags.get(name, default)
+    return value if isinstance(value, bool) else default
+
+
+def features_from_flags(flags: Mapping[str, Any]) -> frozenset[Feature]:
+    """The engine features a flag file switches on, with vLLM's defaults for what it leaves out."""
+    on = {Feature.PREEMPTION}
+    tests: dict[Feature, bool] = {
+        Feature.PREFIX_CACHING: _on(flags, "enable-prefix-caching", True),
+        Feature.CHUNKED_PREFILL: _on(flags, "enable-chunked-prefill", True),
+        Feature.ASYNC_SCHEDULING: _on(flags, "async-scheduling", False),
+        Feature.CUDA_GRAPHS: not _on(flags, "enforce-eager", False),
+        Feature.TENSOR_PARALLEL: _number(flags, "tensor-parallel-size", 1) > 1,
+        Feature.PIPELINE_PARALLEL: _number(flags, "pipeline-parallel-size", 1) > 1,
+        Feature.DATA_PARALLEL: _number(flags, "data-parallel-size", 1) > 1,
+        Feature.CONTEXT_PARALLEL: _number(flags, "decode-context-parallel-size", 1) > 1
+        or _number(flags, "prefill-context-parallel-size", 1) > 1,
+        Feature.LORA: _on(flags, "enable-lora", False),
+        Feature.QUANTIZED_KV_CACHE: str(flags.get("kv-cache-dtype", "auto"))
+        not in {"auto", "bfloat16", "float16"},
+    }
+    on |= {feature for feature, is_on in tests.items() if is_on}
+    speculative = flags.get("speculative-config")
+    if isinstance(speculative, Mapping):
+        on.add(Feature.SPECULATIVE_DECODING)
+        if speculative.get("method") != "ngram":
+            on.add(Feature.DRAFT_MODEL)
+    return frozenset(on)
+
+
+def engine_from_flags(flags: Mapping[str, Any]) -> EngineView:
+    """The engine a flag file describes, as far as it can be known without starting it."""
+    return EngineView(
+        block_size=_number(flags, "block-size", 16),
+        num_blocks=_number(flags, "num-gpu-blocks-override", 0),
+        max_model_len=_number(flags, "max-model-len", 0),
+        max_in_flight_tokens=_number(flags, "max-num-batched-tokens", 2048),
+        features=features_from_flags(flags),
+        host="vllm",
+    )

@@ -1,0 +1,38 @@
+"""The ``vllm.general_plugins`` entry point: runs in every vLLM process and sees no config.
+
+It only makes names known: attention backends that resolve to vLLM's own class unless kvplug's
+connector is configured, and the KV-cache spec those backends use when it is. Without
+``--kv-transfer-config`` nothing of it is ever used.
+"""
+
+from __future__ import annotations
+
+import logging
+
+logger = logging.getLogger("kvplug")
+
+BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
+
+
+def register() -> None:
+    """Register backends and the KV-cache spec. Idempotent."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from kvplug.hosts.vllm import backend, compat
+
+    if not compat.is_tested(compat.version()):
+        logger.warning(
+            "kvplug was tested on vLLM %s and stays off on %s; `kvplug doctor` tells what differs",
+            ", ".join(compat.TESTED),
+            compat.version(),
+        )
+        return
+    for name in BACKENDS:
+        member = AttentionBackendEnum[name]
+        if member.get_path() != backend.path(name):
+            backend.STOCK[name] = member.get_path()
+            register_backend(member, backend.path(name))
+    # A registry that is not empty never registers vLLM's own specs, so those go first.
+    KVCacheSpecRegistry.check_kv_cache_spec_registry({})
+    from kvplug.hosts.vllm import spec  # noqa: F401

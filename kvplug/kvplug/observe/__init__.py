@@ -1,0 +1,1 @@
+"""What policies did, and how it is told: counters, events and the closing summary."""

@@ -1,0 +1,139 @@
+"""Finds plugins and holds policies by kind and name."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.metadata
+import inspect
+import logging
+import re
+from collections.abc import Iterator
+
+import pluggy
+
+from kvplug import hookspecs
+from kvplug.contract import BASES, Kind, Policy, PolicyOptions
+from kvplug.errors import PluginError
+
+logger = logging.getLogger("kvplug")
+
+ENTRY_POINT_GROUP = "kvplug"
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class PolicyRegistry:
+    """Policies by kind and name, in order of registration.
+
+    Attributes:
+        broken: Plugins that failed to load, name to cause. They are reported when a deployment
+            asks for a policy nobody has, and by ``kvplug doctor``.
+    """
+
+    def __init__(self) -> None:
+        self._policies: dict[tuple[Kind, str], type[Policy]] = {}
+        self.broken: dict[str, str] = {}
+
+    def add(self, policy: type[Policy], *, replace: bool = False) -> type[Policy]:
+        """Register a policy class; returns it, so it can be used as a decorator.
+
+        Args:
+            policy: A concrete subclass of one of the six kinds.
+            replace: Allow taking over a name that is registered already.
+
+        Raises:
+            PluginError: Not a policy class, incomplete, badly named, or the name is taken.
+        """
+        where = f"{getattr(policy, '__module__', '?')}.{getattr(policy, '__qualname__', policy)}"
+        if not (inspect.isclass(policy) and issubclass(policy, Policy)):
+            raise PluginError(f"{where} is not a policy class: subclass one of kvplug.contract's")
+        missing = [a for a in ("kind", "name", "exact", "changes") if not hasattr(policy, a)]
+        if missing:
+            raise PluginError(f"{where} does not state: {', '.join(missing)}")
+        if not issubclass(policy, BASES[policy.kind]):
+            raise PluginError(f"{where} says kind {policy.kind} but is no {BASES[policy.kind]}")
+        if abstract := getattr(policy, "__abstractmethods__", None):
+            raise PluginError(f"{where} does not implement: {', '.join(sorted(abstract))}")
+        if not NAME.fullmatch(policy.name) or policy.name == "auto":
+            raise PluginError(f"{where}: {policy.name!r} is no policy name (a-z, 0-9, _)")
+        if not issubclass(policy.Options, PolicyOptions):
+            raise PluginError(f"{where}.Options must subclass kvplug.contract.PolicyOptions")
+        taken = self._policies.get((policy.kind, policy.name))
+        if taken is not None and taken is not policy and not replace:
+            raise PluginError(
+                f"{where}: {policy.kind} policy {policy.name!r} is already registered by "
+                f"{taken.__module__}.{taken.__qualname__}; choose another name or pass replace=True"
+            )
+        self._policies[policy.kind, policy.name] = policy
+        return policy
+
+    def get(self, kind: Kind, name: str) -> type[Policy] | None:
+        """The policy class, or None."""
+        return self._policies.get((kind, name))
+
+    def names(self, kind: Kind) -> list[str]:
+        """Names registered for a kind, sorted."""
+        return sorted(n for k, n in self._policies if k is kind)
+
+    def nearest(self, kind: Kind, name: str) -> list[str]:
+        """Registered names that look like ``name``, best first."""
+        return difflib.get_close_matches(name, self.names(kind), n=3, cutoff=0.5)
+
+    def __iter__(self) -> Iterator[type[Policy]]:
+        return iter(self._policies.values())
+
+    def __len__(self) -> int:
+        return len(self._policies)
+
+
+class Plugins:
+    """The loaded plugins of a process: pluggy's manager and the policies they registered."""
+
+    def __init__(self, *, entry_points: bool = True) -> None:
+        self.manager = pluggy.PluginManager("kvplug")
+        self.manager.add_hookspecs(hookspecs)
+        self.registry = PolicyRegistry()
+        if entry_points:
+            for entry in sorted(
+                importlib.metadata.entry_points(group=ENTRY_POINT_GROUP),
+                key=lambda e: (e.name != "builtin", e.name),
+            ):
+                self._load(entry)
+
+    def _load(self, entry: importlib.metadata.EntryPoint) -> None:
+        try:
+            self.register(entry.load(), entry.name)
+        except Exception as error:
+            self.registry.broken[entry.name] = f"{type(error).__name__}: {error}"
+            logger.warning("kvplug plugin %r could not be loaded: %s", entry.name, error)
+
+    def register(self, plugin: object, name: str | None = None) -> None:
+        """Register a plugin and collect its policies; undone whole if it fails.
+
+        Raises:
+            PluginError: It implements a hook kvplug does not have, or registers a bad policy.
+        """
+        before = dict(self.registry._policies)
+        registered = self.manager.register(plugin, name)
+        try:
+            self.manager.check_pending()
+            impl = [
+                i
+                for i in self.manager.hook.kvplug_register_policies.get_hookimpls()
+                if i.plugin is plugin
+            ]
+            if impl:
+                impl[0].function(registry=self.registry)
+        except Exception as error:
+            self.registry._policies = before
+            if registered is not None:
+                self.manager.unregister(plugin)
+            if isinstance(error, pluggy.PluginValidationError):
+                raise PluginError(str(error)) from error
+            raise
+
+
+@functools.cache
+def plugins() -> Plugins:
+    """The plugins of this process, loaded on first use."""
+    return Plugins()

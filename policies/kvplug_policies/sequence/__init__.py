@@ -1,0 +1,1 @@
+"""What a running request keeps."""
