@@ -1,0 +1,76 @@
+# Everything starts from a bare machine: Python 3.11 or later with pip and venv, and make.
+# `make` alone lists the targets.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# An index of torch's CPU wheels, where pip's own index serves only builds for GPUs.
+TORCH_INDEX ?=
+# Passed on to pytest by the test targets.
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := kvplug/kvplug policies/kvplug_policies kernels/kvplug_kernels
+
+# The stamp is named for what the environment is made from, so a change makes a new one.
+MADE_FROM := requirements/cpu.lock requirements/install.sh pyproject.toml \
+	$(wildcard docs/examples/*/pyproject.toml)
+STAMP := $(VENV)/.installed-$(shell cat $(MADE_FROM) | cksum | cut -d ' ' -f 1)
+
+# Models come from a package, never from a hub.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo test test-fast test-slow lint types docs bench lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install the pinned packages and kvplug into it
+
+$(STAMP):
+	@test -n "$(PYTHON)" || { echo "kvplug: no python3 on PATH: install Python 3.11 or later," \
+		"or name one with 'make PYTHON=PATH'." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvplug:" \
+		"$(PYTHON) does not run or is older than Python 3.11: install 3.11 or later," \
+		"or name one with 'make PYTHON=PATH'." >&2; exit 1; }
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" bash requirements/install.sh
+	@touch $@
+
+model: $(STAMP) ## convert the demo's model into the cache, once
+	@$(BIN)/python -m kvplug.models
+
+demo: $(STAMP) model ## run the policies on the demo's model; writes demo.json and demo.html
+	$(BIN)/kvplug demo --json demo.json --html demo.html
+
+test: lint types docs model ## every check, and every test but the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-fast: $(STAMP) ## the tests that start no engine
+	$(BIN)/python -m pytest -m "not engine and not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP) model ## every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+docs: $(STAMP) ## build the pages into site/
+	$(BIN)/mkdocs build --strict --quiet
+
+bench: $(STAMP) model ## measure the policies; writes bench.json
+	$(BIN)/kvplug bench --json bench.json
+
+lock: ## resolve requirements/*.in anew into requirements/*.lock
+	@"$(PYTHON)" -m venv --clear .venv-lock
+	@.venv-lock/bin/python -m pip install --quiet packaging
+	@.venv-lock/bin/python requirements/lock.py
+	@rm -rf .venv-lock
+
+clean: ## remove .venv, caches and what was built (the model's cache stays)
+	rm -rf $(VENV) .venv-lock site build dist demo.json demo.html bench.json
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis

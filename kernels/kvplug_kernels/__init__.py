@@ -1,0 +1,1 @@
+"""Tensor operations behind the KV-cache policies, one sub-package per operation."""

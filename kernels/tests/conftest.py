@@ -1,0 +1,109 @@
+"""Fixtures for the kernel tests: run interpreted on a CPU machine, natively on a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import triton
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+COMPILE = """
+import importlib, json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+module, name, signature, constants = json.loads(sys.argv[1])
+kernel = getattr(importlib.import_module(module), name)
+types = {arg: signature.get(arg, "constexpr") for arg in kernel.arg_names}
+source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+binary = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+assert len(binary) > 0
+"""
+
+
+def _poison(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_floating_point() or tensor.is_complex():
+        if tensor.element_size() == 1:
+            tensor.view(torch.uint8).fill_(0x7F)
+        else:
+            tensor.fill_(float("nan"))
+    elif tensor.dtype == torch.bool:
+        tensor.fill_(True)
+    else:
+        limits = torch.iinfo(tensor.dtype)
+        tensor.fill_(limits.min if limits.min < 0 else limits.max)
+    return tensor
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN or extreme integers, so an unwritten output cannot pass."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args, **kwargs: _poison(allocate(*args, **kwargs))
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """Every Triton kernel launched during the test, as (kernel name, grid)."""
+    seen: list[tuple[str, tuple[int, ...]]] = []
+    for kind in (JITFunction, InterpretedFunction):
+
+        def run(self: Any, *args: Any, _run: Any = kind.run, **kwargs: Any) -> Any:
+            seen.append((self.fn.__name__, tuple(kwargs["grid"])))
+            return _run(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "run", run)
+    return seen
+
+
+@pytest.fixture
+def compile_for_cuda(
+    tmp_path: Path,
+) -> Callable[[str, str, dict[str, str], dict[str, int | None]], None]:
+    """Compile a kernel down to a cubin without a GPU: the interpreter accepts more than the
+    compiler does. In a process of its own, because this one may have Triton interpreted."""
+
+    def compile_kernel(
+        module: str, name: str, signature: dict[str, str], constants: dict[str, int | None]
+    ) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(tmp_path)
+        # The same packages in the child, Triton's folder first.
+        paths = [str(Path(str(triton.__file__)).parents[1]), *sys.path]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        arguments = json.dumps([module, name, signature, constants])
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILE, arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+
+    return compile_kernel

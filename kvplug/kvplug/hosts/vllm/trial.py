@@ -1,0 +1,411 @@
+"""Run one workload on one engine in this process and watch its block pool from outside.
+
+What is reported comes from vLLM's own scheduler and block pool, step by step, not from kvplug's
+counters, so a run without kvplug is measured by the same code. The demo, the benchmarks and the
+integration tests each start it in a fresh process::
+
+    python -m kvplug.hosts.vllm.trial SPEC.json RESULT.json
+
+Progress goes to standard output, one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvplug.errors import KVPlugError
+from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
+
+
+@dataclass
+class TrialRequest:
+    """One request.
+
+    Attributes:
+        prompt: Its text, or token ids.
+        max_tokens: Tokens to generate; the end-of-sequence token is ignored.
+        wave: Requests of a wave are added once all of the wave before have finished.
+        kvplug: What it asks of kvplug, e.g. ``{"sequence": "off"}``.
+    """
+
+    prompt: str | list[int]
+    max_tokens: int
+    wave: int = 0
+    kvplug: dict[str, Any] | None = None
+
+
+@dataclass
+class TrialSpec:
+    """A workload and the engine to run it on.
+
+    Attributes:
+        model: Model directory.
+        requests: The workload.
+        engine: Keyword arguments of ``vllm.LLM``.
+        section: The ``kvplug`` section (data or path), or None for stock vLLM.
+        reset_running_at: Step at which all running requests are preempted once, or None.
+    """
+
+    model: str
+    requests: list[TrialRequest]
+    engine: dict[str, Any] = field(default_factory=dict)
+    section: Any = None
+    reset_running_at: int | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> TrialSpec:
+        """Parse what `to_json` wrote."""
+        data = json.loads(text)
+        data["requests"] = [TrialRequest(**r) for r in data["requests"]]
+        return cls(**data)
+
+    def to_json(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+
+@dataclass
+class Step:
+    """The pool after one engine step.
+
+    Attributes:
+        seconds: Since the first step began.
+        running: Requests running.
+        waiting: Requests waiting.
+        held: Blocks that requests hold, shared ones counted once.
+        largest: Most blocks any one request holds.
+    """
+
+    seconds: float
+    running: int
+    waiting: int
+    held: int
+    largest: int
+
+
+@dataclass
+class Answer:
+    """What one request got.
+
+    Attributes:
+        prompt_tokens: Tokens of its prompt.
+        cached_tokens: Those of them found in the prefix cache.
+        token_ids: Generated tokens.
+        text: The same as text.
+        kvplug: What kvplug said in the output, or None.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    token_ids: list[int]
+    text: str
+    kvplug: dict[str, Any] | None
+
+
+@dataclass
+class TrialResult:
+    """What happened.
+
+    Attributes:
+        answers: In the order of the requests.
+        steps: The pool after each step.
+        num_blocks: Blocks in the pool, the null block not counted.
+        block_size: Tokens per block.
+        block_bytes: Bytes of KV per block, all layers.
+        seconds: Wall time of all steps.
+        preemptions: Times a request was preempted.
+        handed_over: Blocks a request gave back while running that another one then held while
+            the first was still running.
+        reports: What kvplug's policies reported; empty for stock.
+        cap_blocks: Per KV-cache group, the cap kvplug states; empty without a sequence policy.
+        classes: Names of the backend, manager and queue classes in use.
+    """
+
+    answers: list[Answer]
+    steps: list[Step]
+    num_blocks: int
+    block_size: int
+    block_bytes: int
+    seconds: float
+    preemptions: int
+    handed_over: int
+    reports: list[dict[str, Any]]
+    cap_blocks: list[int]
+    classes: dict[str, list[str]]
+
+    @classmethod
+    def from_json(cls, text: str) -> TrialResult:
+        """Parse what `to_json` wrote."""
+        data = json.loads(text)
+        data["answers"] = [Answer(**a) for a in data["answers"]]
+        data["steps"] = [Step(**s) for s in data["steps"]]
+        return cls(**data)
+
+    def to_json(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self))
+
+    @property
+    def peak_held(self) -> int:
+        """Most blocks held at once."""
+        return max((s.held for s in self.steps), default=0)
+
+    @property
+    def peak_running(self) -> int:
+        """Most requests running at once."""
+        return max((s.running for s in self.steps), default=0)
+
+    @property
+    def largest(self) -> int:
+        """Most blocks any one request ever held."""
+        return max((s.largest for s in self.steps), default=0)
+
+    @property
+    def tokens_per_request(self) -> float:
+        """Mean tokens of KV memory held per running request, over steps with any."""
+        busy = [(s.held, s.running) for s in self.steps if s.running]
+        if not busy:
+            return 0.0
+        return self.block_size * sum(h for h, _ in busy) / sum(r for _, r in busy)
+
+    @property
+    def output_tokens_per_second(self) -> float:
+        """Generated tokens per second of wall time."""
+        return sum(len(a.token_ids) for a in self.answers) / self.seconds if self.seconds else 0.0
+
+
+def connector_flags(section: Any) -> dict[str, Any]:
+    """The ``kv_transfer_config`` that turns kvplug on with a section."""
+    return {
+        "kv_connector": CONNECTOR,
+        "kv_connector_module_path": MODULE,
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"kvplug": section},
+    }
+
+
+class _Watch:
+    """Reads an in-process engine's scheduler and pool."""
+
+    def __init__(self, llm: Any):
+        self.scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        self.manager = self.scheduler.kv_cache_manager
+        self.pool = self.manager.block_pool
+        self.managers = self.manager.coordinator.single_type_managers
+        self.preemptions: dict[str, int] = {}
+        self.handed_over = 0
+        self._held_before: dict[str, set[int]] = {}
+        self._given_back: dict[int, str] = {}
+
+    def look(self, seconds: float) -> Step:
+        held: dict[str, set[int]] = {}
+        for request in self.scheduler.running:
+            self.preemptions[request.request_id] = request.num_preemptions
+            held[request.request_id] = {
+                b.block_id
+                for m in self.managers
+                for b in m.req_to_blocks.get(request.request_id, ())
+                if not b.is_null
+            }
+        for request_id, ids in held.items():
+            for block in ids:
+                giver = self._given_back.get(block)
+                if giver is not None and giver != request_id and giver in held:
+                    self.handed_over += 1
+                self._given_back.pop(block, None)
+            for block in self._held_before.get(request_id, set()) - ids:
+                self._given_back[block] = request_id
+        self._held_before = held
+        everything = set().union(*held.values()) if held else set()
+        return Step(
+            seconds=seconds,
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            held=len(everything),
+            largest=max(map(len, held.values()), default=0),
+        )
+
+
+def run_trial(spec: TrialSpec, progress: Callable[[dict[str, Any]], None]) -> TrialResult:
+    """Run a workload in this process. One engine config per process: vLLM caches backends.
+
+    Args:
+        spec: What to run.
+        progress: Called with ``{"phase": ..., ...}`` as things happen.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    progress({"phase": "starting"})
+    from vllm import LLM, SamplingParams
+
+    arguments = {"enforce_eager": True, "dtype": "bfloat16", "block_size": 32} | spec.engine
+    if spec.section is not None:
+        arguments["kv_transfer_config"] = connector_flags(spec.section)
+    llm = LLM(spec.model, disable_log_stats=False, **arguments)
+    engine = llm.llm_engine
+    watch = _Watch(llm)
+    steps: list[Step] = []
+    outputs: dict[str, Any] = {}
+    elapsed = 0.0
+    for wave in sorted({r.wave for r in spec.requests}):
+        for i, request in enumerate(spec.requests):
+            if request.wave != wave:
+                continue
+            extra = {"kv_transfer_params": {"kvplug": request.kvplug}} if request.kvplug else None
+            prompt: Any = request.prompt
+            if isinstance(prompt, list):
+                prompt = {"prompt_token_ids": prompt}
+            engine.add_request(
+                str(i),
+                prompt,
+                SamplingParams(
+                    temperature=0.0,
+                    max_tokens=request.max_tokens,
+                    ignore_eos=True,
+                    extra_args=extra,
+                ),
+            )
+        while engine.has_unfinished_requests():
+            before = time.perf_counter()
+            for output in engine.step():
+                if output.finished:
+                    outputs[output.request_id] = output
+            elapsed += time.perf_counter() - before
+            steps.append(watch.look(elapsed))
+            if spec.reset_running_at == len(steps):
+                watch.scheduler.reset_prefix_cache(reset_running_requests=True)
+            progress(
+                {
+                    "phase": "running",
+                    "step": len(steps),
+                    "finished": len(outputs),
+                    "requests": len(spec.requests),
+                    **asdict(steps[-1]),
+                }
+            )
+    by_index = {request_id.split("-")[0]: output for request_id, output in outputs.items()}
+    answers = []
+    for i in range(len(spec.requests)):
+        output = by_index[str(i)]
+        said = output.kv_transfer_params
+        answers.append(
+            Answer(
+                prompt_tokens=len(output.prompt_token_ids),
+                cached_tokens=output.num_cached_tokens or 0,
+                token_ids=list(output.outputs[0].token_ids),
+                text=output.outputs[0].text,
+                kvplug=said.get("kvplug") if said else None,
+            )
+        )
+    half = getattr(watch.scheduler.connector, "scheduler", None)
+    config = watch.manager.kv_cache_config
+    layers = engine.vllm_config.compilation_config.static_forward_context.values()
+    result = TrialResult(
+        answers=answers,
+        steps=steps,
+        num_blocks=config.num_blocks - 1,
+        block_size=watch.managers[0].block_size,
+        block_bytes=max(t.size for t in config.kv_cache_tensors) // config.num_blocks,
+        seconds=elapsed,
+        preemptions=sum(watch.preemptions.values()),
+        handed_over=watch.handed_over,
+        reports=[asdict(r) for r in half.reports()] if half is not None else [],
+        cap_blocks=[m.kv_cache_spec.cap_blocks for m in watch.managers if hasattr(m, "window")],
+        classes={
+            "backends": sorted(
+                {
+                    f"{layer.attn_backend.__module__}.{layer.attn_backend.__qualname__}"
+                    for layer in layers
+                    if hasattr(layer, "attn_backend")
+                }
+            ),
+            "managers": [type(m).__name__ for m in watch.managers],
+            "queue": [type(watch.pool.free_block_queue).__name__],
+        },
+    )
+    progress({"phase": "stopping"})
+    engine.engine_core.shutdown()
+    return result
+
+
+class TrialFailed(KVPlugError):
+    """An engine run ended without a result; the message holds the end of its log."""
+
+
+def run_fresh(
+    spec: TrialSpec,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    *,
+    env: dict[str, str] | None = None,
+    log: Path | None = None,
+) -> TrialResult:
+    """Run a trial in a process of its own.
+
+    Args:
+        spec: What to run.
+        progress: Called with each progress object of the child.
+        env: Environment variables added to this process's own.
+        log: Where the engine's log goes; a temporary file by default.
+
+    Raises:
+        TrialFailed: The child failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="kvplug-trial-") as scratch:
+        folder = Path(scratch)
+        (folder / "spec.json").write_text(spec.to_json(), encoding="utf-8")
+        log = log or folder / "engine.log"
+        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | (env or {})
+        # Kernel tests set this for their own process; an engine must not inherit it.
+        environment.pop("TRITON_INTERPRET", None)
+        with (
+            log.open("w", encoding="utf-8") as errors,
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "kvplug.hosts.vllm.trial",
+                    str(folder / "spec.json"),
+                    str(folder / "result.json"),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+                text=True,
+            ) as child,
+        ):
+            assert child.stdout is not None
+            for line in child.stdout:
+                if not line.startswith("{"):
+                    errors.write(line)
+                elif progress is not None:
+                    progress(json.loads(line))
+        result = folder / "result.json"
+        if child.returncode or not result.exists():
+            tail = log.read_text(encoding="utf-8", errors="replace")[-4000:]
+            raise TrialFailed(f"the engine run ended with code {child.returncode}:\n{tail}")
+        return TrialResult.from_json(result.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Entry point of ``python -m kvplug.hosts.vllm.trial``."""
+    spec_path, result_path = map(Path, sys.argv[1:3])
+    spec = TrialSpec.from_json(spec_path.read_text(encoding="utf-8"))
+
+    def progress(what: dict[str, Any]) -> None:
+        print(json.dumps(what), flush=True)
+
+    result_path.write_text(run_trial(spec, progress).to_json(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
