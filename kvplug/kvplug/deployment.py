@@ -150,9 +150,7 @@ class Deployment:
                     refuse(key, f"{choice.policy.name}: {error}.", "change the option named.")
         return found
 
-    def require_compatible(
-        self, engine: EngineView, *, runs: frozenset[Kind], host: str
-    ) -> None:
+    def require_compatible(self, engine: EngineView, *, runs: frozenset[Kind], host: str) -> None:
         """Raise DeploymentError unless `incompatible` finds nothing."""
         if refusals := self.incompatible(engine, runs=runs, host=host):
             raise DeploymentError(self.source, refusals)
@@ -164,7 +162,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                break  # SafeLoader's own error says it
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is written twice", key_node.start_mark
@@ -192,9 +194,9 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
     try:
         data = yaml.load(text, _Loader)
         node = yaml.compose(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error)
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise DeploymentError(
             str(path),
             [
@@ -207,8 +209,12 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
             ],
         ) from error
     lines: dict[str, int] = {}
+    above: list[yaml.Node] = []  # an anchor may stand inside itself
 
     def walk(node: yaml.Node | None, path: str) -> None:
+        if node is None or any(node is n for n in above):
+            return
+        above.append(node)
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 below = f"{path}.{key.value}" if path else str(key.value)
@@ -218,6 +224,7 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
             for i, item in enumerate(node.value):
                 lines[f"{path}[{i}]"] = item.start_mark.line + 1
                 walk(item, f"{path}[{i}]")
+        above.pop()
 
     walk(node, "")
     return data, lines
@@ -281,9 +288,7 @@ class _Parser:
                     self.refuse(
                         self.path(str(name)),
                         "unknown key.",
-                        f"did you mean {near[0]}?"
-                        if near
-                        else f"use one of {', '.join(KINDS)}.",
+                        f"did you mean {near[0]}?" if near else f"use one of {', '.join(KINDS)}.",
                     )
                     continue
                 chosen = self.kind(Kind(name), value)
@@ -363,7 +368,9 @@ class _Parser:
             elsewhere = [str(k) for k in Kind if registry.get(k, name)]
             if elsewhere:
                 fix += f"{name!r} is a {elsewhere[0]} policy. "
-            broken = "".join(f" Plugin {n} failed to load: {e}." for n, e in registry.broken.items())
+            broken = "".join(
+                f" Plugin {n} failed to load: {e}." for n, e in registry.broken.items()
+            )
             self.refuse(
                 key,
                 f"unknown {kind} policy {name!r}.",

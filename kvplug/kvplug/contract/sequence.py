@@ -110,9 +110,7 @@ class SequencePolicy(Policy):
         more KV-cache group.
         """
 
-    def keep(
-        self, views: Sequence[SequenceView], budget: int
-    ) -> Sequence[npt.NDArray[np.int32]]:
+    def keep(self, views: Sequence[SequenceView], budget: int) -> Sequence[npt.NDArray[np.int32]]:
         """For each request, the indices of held units to keep, ascending.
 
         Called once per step with every request that is over ``budget`` (in units of

@@ -48,7 +48,8 @@ class Fifo(PrefixCachePolicy):
             self._born.pop(block, None)
 
     def victims(self, n: int) -> list[int]:
-        heap, found = self._heap, []
+        heap = self._heap
+        found: list[tuple[int, int]] = []
         while heap and len(found) < n:
             entry = heappop(heap)
             born, block = entry

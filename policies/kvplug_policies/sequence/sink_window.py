@@ -104,7 +104,7 @@ class SinkWindow(SequencePolicy):
                 first = last = index + layer.num_layers if index < 0 else index
             else:
                 first, last = _parse_range(layers)
-            if not (0 <= first and last < layer.num_layers):
+            if first < 0 or last >= layer.num_layers:
                 raise ValueError(
                     f"layers {layers!r} is outside the model's 0-{layer.num_layers - 1}"
                 )

@@ -74,9 +74,9 @@ def windowed_backend(stock: type[Any], policy: SequencePolicy) -> type[Any]:
                 if getattr(layer, "impl", None) is self:
                     compat.set_layer_backend(layer, layer_backend(name, self))
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def for_window(window: Window) -> type[Any]:
-        class WindowedBackend(stock):  # type: ignore[misc, valid-type]
+        class WindowedBackend(stock):
             @staticmethod
             def get_impl_cls() -> type[Any]:
                 return WindowedImpl

@@ -24,7 +24,7 @@ class BlockTracker:
 
     def positions(self, ids: Sequence[int]) -> list[int]:
         """Index of each block in its request's text, -1 where unknown."""
-        return self._position[list(ids)].tolist()  # type: ignore[no-any-return]
+        return self._position[list(ids)].tolist()
 
     def owner(self, block: int) -> RequestView | None:
         """The latest request that was given the block."""

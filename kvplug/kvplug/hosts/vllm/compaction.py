@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from kvplug_kernels.compact_block_table import compact_block_table
 from torch import Tensor
 
 from kvplug.hosts.vllm.spec import WindowedSpec
 from kvplug.hosts.vllm.worker import worker_state
+from kvplug_kernels.compact_block_table import compact_block_table
 
 
 class Compactor:
@@ -60,7 +60,7 @@ class Compactor:
         return start.to(torch.int32), end.to(torch.int32)
 
     def _splits(self, lens: Tensor, query_lens: Tensor, exempt: Tensor | None) -> Tensor | None:
-        """Sub-rows each row needs, ``[num_reqs]`` int64, or None when no row needs more than one."""
+        """Sub-rows of each row, ``[num_reqs]`` int64, or None when each is one."""
         if int(query_lens.max()) <= (1 if self.device.type == "cpu" else self.decode_width):
             return None
         first = ((lens - query_lens) // self.block_size).clamp_min(self.window.exact_blocks - 1)
@@ -141,9 +141,7 @@ class Compactor:
             (end_dev - widths_dev) // size,
             block.to(device, torch.int32, non_blocking=True),
         )
-        gap_start, gap_end = self._gap(
-            block_dev, exempt[rows_dev] if exempt is not None else None
-        )
+        gap_start, gap_end = self._gap(block_dev, exempt[rows_dev] if exempt is not None else None)
         compacted, new_lens = compact_block_table(
             table,
             end_dev,

@@ -86,8 +86,7 @@ EXTENSION_POINTS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("kv_connector_metadata",),
     ),
     (
-        "vllm.distributed.kv_transfer.kv_connector.v1.base:"
-        "SupportsHMA.request_finished_all_groups",
+        "vllm.distributed.kv_transfer.kv_connector.v1.base:SupportsHMA.request_finished_all_groups",
         ("request", "block_ids"),
     ),
 )

@@ -49,7 +49,20 @@ def read_config(path: Path) -> ConfigFile:
             [Refusal("file", f"must be a mapping, got {type(data).__name__}.", "see configs/.")],
         )
     flags = {str(k).replace("_", "-"): v for k, v in data.items()}
-    if not any(k.startswith("kv-transfer-config") for k in flags):
+    if "kv-transfer-config" not in flags:
+        if dotted := [k for k in data if str(k).startswith(("kv-transfer", "kv_transfer"))]:
+            raise DeploymentError(
+                str(path),
+                [
+                    Refusal(
+                        str(k),
+                        "kvplug does not read dotted flags.",
+                        "write kv-transfer-config as a nested mapping.",
+                        lines.get(str(k)),
+                    )
+                    for k in dotted
+                ],
+            )
         if set(data) <= {str(k) for k in Kind}:
             return ConfigFile(path, {}, load_deployment(path), True)
         raise DeploymentError(
@@ -128,13 +141,16 @@ def _on(flags: Mapping[str, Any], name: str, default: bool) -> bool:
 def features_from_flags(flags: Mapping[str, Any]) -> frozenset[Feature]:
     """The engine features a flag file switches on, with vLLM's defaults for what it leaves out."""
     on = {Feature.PREEMPTION}
+    speculative = flags.get("speculative-config")
+    ngram = isinstance(speculative, Mapping) and speculative.get("method") == "ngram"
+    pipeline = _number(flags, "pipeline-parallel-size", 1) > 1
     tests: dict[Feature, bool] = {
         Feature.PREFIX_CACHING: _on(flags, "enable-prefix-caching", True),
         Feature.CHUNKED_PREFILL: _on(flags, "enable-chunked-prefill", True),
-        Feature.ASYNC_SCHEDULING: _on(flags, "async-scheduling", False),
+        Feature.ASYNC_SCHEDULING: _on(flags, "async-scheduling", not ngram and not pipeline),
         Feature.CUDA_GRAPHS: not _on(flags, "enforce-eager", False),
         Feature.TENSOR_PARALLEL: _number(flags, "tensor-parallel-size", 1) > 1,
-        Feature.PIPELINE_PARALLEL: _number(flags, "pipeline-parallel-size", 1) > 1,
+        Feature.PIPELINE_PARALLEL: pipeline,
         Feature.DATA_PARALLEL: _number(flags, "data-parallel-size", 1) > 1,
         Feature.CONTEXT_PARALLEL: _number(flags, "decode-context-parallel-size", 1) > 1
         or _number(flags, "prefill-context-parallel-size", 1) > 1,
@@ -143,10 +159,9 @@ def features_from_flags(flags: Mapping[str, Any]) -> frozenset[Feature]:
         not in {"auto", "bfloat16", "float16"},
     }
     on |= {feature for feature, is_on in tests.items() if is_on}
-    speculative = flags.get("speculative-config")
     if isinstance(speculative, Mapping):
         on.add(Feature.SPECULATIVE_DECODING)
-        if speculative.get("method") != "ngram":
+        if not ngram:
             on.add(Feature.DRAFT_MODEL)
     return frozenset(on)
 

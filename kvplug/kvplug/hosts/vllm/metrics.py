@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
@@ -15,6 +15,8 @@ from vllm.v1.metrics.utils import create_metric_per_engine
 @dataclass
 class PolicyStats(KVConnectorStats):
     """Counter increments of one interval: ``{"kind:policy:counter": amount}``."""
+
+    data: dict[str, float] = field(default_factory=dict)
 
     def reset(self) -> None:
         self.data = {}

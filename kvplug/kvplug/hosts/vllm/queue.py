@@ -77,7 +77,7 @@ class PolicyQueue(FreeKVCacheBlockQueue):
 
     def popleft_n(self, n: int) -> list[KVCacheBlock]:
         if self.policy is None or not self._candidates:
-            return super().popleft_n(n)  # type: ignore[no-any-return]
+            return super().popleft_n(n)
         assert self.num_free_blocks >= n
         plain = min(n, self.num_free_blocks - len(self._candidates))
         taken = self._pop_plain(plain) if plain else []
@@ -155,7 +155,7 @@ class PolicyQueue(FreeKVCacheBlockQueue):
 
     def _pop_plain(self, n: int) -> list[KVCacheBlock]:
         """Take ``n`` blocks without content from the front; they stand first but for rarities."""
-        taken = []
+        taken: list[KVCacheBlock] = []
         block = self.fake_free_list_head.next_free_block
         while len(taken) < n:
             assert block is not None

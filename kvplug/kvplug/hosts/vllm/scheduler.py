@@ -132,9 +132,7 @@ class SchedulerHalf:
             self.queue = PolicyQueue(
                 pool.free_block_queue, policy, self._tracker, self._on_prefix_failure
             )
-            compat.install_queue(
-                pool, self.queue, HitCollector(self.queue, pool.metrics_collector)
-            )
+            compat.install_queue(pool, self.queue, HitCollector(self.queue, pool.metrics_collector))
         for line in self._started():
             logger.info("%s", line)
         plugins().manager.hook.kvplug_engine_started(engine=self.engine)

@@ -95,13 +95,13 @@ class WindowedManager(FullAttentionManager):
     ) -> tuple[tuple[list[Any], ...], int]:
         """Match no further than the exact prefix, so that a hit never exceeds the budget."""
         spec = kwargs["kv_cache_spec"]
-        return super().find_longest_cache_hit(  # type: ignore[no-any-return]
+        return super().find_longest_cache_hit(
             block_hashes, min(max_length, spec.exact_tokens), *args, **kwargs
         )
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         self._freed_to.pop(request_id, None)
-        return super().pop_blocks_for_free(request_id)  # type: ignore[no-any-return]
+        return super().pop_blocks_for_free(request_id)
 
 
 @register_kv_cache_spec(manager_class=WindowedManager, uniform_type_base_spec=FullAttentionSpec)

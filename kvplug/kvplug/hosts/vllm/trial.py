@@ -53,6 +53,8 @@ class TrialSpec:
         engine: Keyword arguments of ``vllm.LLM``.
         section: The ``kvplug`` section (data or path), or None for stock vLLM.
         reset_running_at: Step at which all running requests are preempted once, or None.
+        watched: Step the engine in this process and watch its pool. Otherwise the engine runs as
+            vLLM runs it, in processes of its own, and only the answers are reported.
     """
 
     model: str
@@ -60,6 +62,7 @@ class TrialSpec:
     engine: dict[str, Any] = field(default_factory=dict)
     section: Any = None
     reset_running_at: int | None = None
+    watched: bool = True
 
     @classmethod
     def from_json(cls, text: str) -> TrialSpec:
@@ -242,45 +245,94 @@ def run_trial(spec: TrialSpec, progress: Callable[[dict[str, Any]], None]) -> Tr
         spec: What to run.
         progress: Called with ``{"phase": ..., ...}`` as things happen.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if spec.watched else "1"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     progress({"phase": "starting"})
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     arguments = {"enforce_eager": True, "dtype": "bfloat16", "block_size": 32} | spec.engine
     if spec.section is not None:
         arguments["kv_transfer_config"] = connector_flags(spec.section)
     llm = LLM(spec.model, disable_log_stats=False, **arguments)
+    result = _watched(llm, spec, progress) if spec.watched else _unwatched(llm, spec)
+    progress({"phase": "stopping"})
+    llm.llm_engine.engine_core.shutdown()
+    return result
+
+
+def _prompt(request: TrialRequest) -> Any:
+    if isinstance(request.prompt, list):
+        return {"prompt_token_ids": request.prompt}
+    return request.prompt
+
+
+def _sampling(request: TrialRequest) -> Any:
+    from vllm import SamplingParams
+
+    wishes = {"kv_transfer_params": {"kvplug": request.kvplug}} if request.kvplug else None
+    return SamplingParams(
+        temperature=0.0, max_tokens=request.max_tokens, ignore_eos=True, extra_args=wishes
+    )
+
+
+def _answer(output: Any) -> Answer:
+    said = output.kv_transfer_params
+    return Answer(
+        prompt_tokens=len(output.prompt_token_ids),
+        cached_tokens=output.num_cached_tokens or 0,
+        token_ids=list(output.outputs[0].token_ids),
+        text=output.outputs[0].text,
+        kvplug=said.get("kvplug") if said else None,
+    )
+
+
+def _waves(spec: TrialSpec) -> list[list[int]]:
+    waves = sorted({r.wave for r in spec.requests})
+    return [[i for i, r in enumerate(spec.requests) if r.wave == wave] for wave in waves]
+
+
+def _unwatched(llm: Any, spec: TrialSpec) -> TrialResult:
+    answers: dict[int, Answer] = {}
+    before = time.perf_counter()
+    for wave in _waves(spec):
+        outputs = llm.generate(
+            [_prompt(spec.requests[i]) for i in wave],
+            [_sampling(spec.requests[i]) for i in wave],
+            use_tqdm=False,
+        )
+        answers |= {i: _answer(output) for i, output in zip(wave, outputs, strict=True)}
+    return TrialResult(
+        answers=[answers[i] for i in range(len(spec.requests))],
+        steps=[],
+        num_blocks=0,
+        block_size=int(llm.llm_engine.vllm_config.cache_config.block_size),
+        block_bytes=0,
+        seconds=time.perf_counter() - before,
+        preemptions=0,
+        handed_over=0,
+        reports=[],
+        cap_blocks=[],
+        classes={},
+    )
+
+
+def _watched(llm: Any, spec: TrialSpec, progress: Callable[[dict[str, Any]], None]) -> TrialResult:
     engine = llm.llm_engine
     watch = _Watch(llm)
     steps: list[Step] = []
-    outputs: dict[str, Any] = {}
+    answers: dict[int, Answer] = {}
     elapsed = 0.0
-    for wave in sorted({r.wave for r in spec.requests}):
-        for i, request in enumerate(spec.requests):
-            if request.wave != wave:
-                continue
-            extra = {"kv_transfer_params": {"kvplug": request.kvplug}} if request.kvplug else None
-            prompt: Any = request.prompt
-            if isinstance(prompt, list):
-                prompt = {"prompt_token_ids": prompt}
-            engine.add_request(
-                str(i),
-                prompt,
-                SamplingParams(
-                    temperature=0.0,
-                    max_tokens=request.max_tokens,
-                    ignore_eos=True,
-                    extra_args=extra,
-                ),
-            )
+    for wave in _waves(spec):
+        for i in wave:
+            engine.add_request(str(i), _prompt(spec.requests[i]), _sampling(spec.requests[i]))
         while engine.has_unfinished_requests():
             before = time.perf_counter()
-            for output in engine.step():
-                if output.finished:
-                    outputs[output.request_id] = output
+            outputs = engine.step()
             elapsed += time.perf_counter() - before
+            for output in outputs:
+                if output.finished:
+                    answers[int(output.request_id.split("-")[0])] = _answer(output)
             steps.append(watch.look(elapsed))
             if spec.reset_running_at == len(steps):
                 watch.scheduler.reset_prefix_cache(reset_running_requests=True)
@@ -288,30 +340,16 @@ def run_trial(spec: TrialSpec, progress: Callable[[dict[str, Any]], None]) -> Tr
                 {
                     "phase": "running",
                     "step": len(steps),
-                    "finished": len(outputs),
+                    "finished": len(answers),
                     "requests": len(spec.requests),
                     **asdict(steps[-1]),
                 }
             )
-    by_index = {request_id.split("-")[0]: output for request_id, output in outputs.items()}
-    answers = []
-    for i in range(len(spec.requests)):
-        output = by_index[str(i)]
-        said = output.kv_transfer_params
-        answers.append(
-            Answer(
-                prompt_tokens=len(output.prompt_token_ids),
-                cached_tokens=output.num_cached_tokens or 0,
-                token_ids=list(output.outputs[0].token_ids),
-                text=output.outputs[0].text,
-                kvplug=said.get("kvplug") if said else None,
-            )
-        )
     half = getattr(watch.scheduler.connector, "scheduler", None)
     config = watch.manager.kv_cache_config
     layers = engine.vllm_config.compilation_config.static_forward_context.values()
-    result = TrialResult(
-        answers=answers,
+    return TrialResult(
+        answers=[answers[i] for i in range(len(spec.requests))],
         steps=steps,
         num_blocks=config.num_blocks - 1,
         block_size=watch.managers[0].block_size,
@@ -333,9 +371,6 @@ def run_trial(spec: TrialSpec, progress: Callable[[dict[str, Any]], None]) -> Tr
             "queue": [type(watch.pool.free_block_queue).__name__],
         },
     )
-    progress({"phase": "stopping"})
-    engine.engine_core.shutdown()
-    return result
 
 
 class TrialFailed(KVPlugError):

