@@ -104,7 +104,7 @@ class Plugins:
         try:
             self.register(entry.load(), entry.name)
         except Exception as error:
-            self.registry.broken[entry.name] = f"{type(error).__name__}: {error}"
+            self.registry.broken[entry.name] = " ".join(f"{type(error).__name__}: {error}".split())
             logger.warning("kvplug plugin %r could not be loaded: %s", entry.name, error)
 
     def register(self, plugin: object, name: str | None = None) -> None:
@@ -114,8 +114,9 @@ class Plugins:
             PluginError: It implements a hook kvplug does not have, or registers a bad policy.
         """
         before = dict(self.registry._policies)
-        registered = self.manager.register(plugin, name)
+        known = self.manager.is_registered(plugin)
         try:
+            self.manager.register(plugin, name)
             self.manager.check_pending()
             impl = [
                 i
@@ -126,7 +127,7 @@ class Plugins:
                 impl[0].function(registry=self.registry)
         except Exception as error:
             self.registry._policies = before
-            if registered is not None:
+            if not known and self.manager.is_registered(plugin):
                 self.manager.unregister(plugin)
             if isinstance(error, pluggy.PluginValidationError):
                 raise PluginError(str(error)) from error

@@ -205,6 +205,7 @@ class _Watch:
         self.pool = self.manager.block_pool
         self.managers = self.manager.coordinator.single_type_managers
         self.preemptions: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}
         self.handed_over = 0
         self._held_before: dict[str, set[int]] = {}
         self._given_back: dict[int, str] = {}
@@ -213,6 +214,7 @@ class _Watch:
         held: dict[str, set[int]] = {}
         for request in self.scheduler.running:
             self.preemptions[request.request_id] = request.num_preemptions
+            self.tokens[request.request_id] = request.num_computed_tokens
             held[request.request_id] = {
                 b.block_id
                 for m in self.managers
@@ -342,6 +344,7 @@ def _watched(llm: Any, spec: TrialSpec, progress: Callable[[dict[str, Any]], Non
                     "step": len(steps),
                     "finished": len(answers),
                     "requests": len(spec.requests),
+                    "tokens": sum(watch.tokens.values()),
                     **asdict(steps[-1]),
                 }
             )

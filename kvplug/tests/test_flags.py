@@ -1,0 +1,181 @@
+"""What a vLLM config file says about the engine, read without vLLM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvplug.contract import Feature
+from kvplug.errors import DeploymentError
+from kvplug.hosts.vllm.flags import engine_from_flags, features_from_flags, read_config
+
+DEFAULT = frozenset(
+    {
+        Feature.PREEMPTION,
+        Feature.PREFIX_CACHING,
+        Feature.CHUNKED_PREFILL,
+        Feature.ASYNC_SCHEDULING,
+        Feature.CUDA_GRAPHS,
+    }
+)
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("flags", "on", "off"),
+    [
+        ({}, set(), set()),
+        ({"enable-prefix-caching": False}, set(), {Feature.PREFIX_CACHING}),
+        ({"no-enable-prefix-caching": True}, set(), {Feature.PREFIX_CACHING}),
+        ({"enable-chunked-prefill": False}, set(), {Feature.CHUNKED_PREFILL}),
+        ({"enforce-eager": True}, set(), {Feature.CUDA_GRAPHS}),
+        ({"async-scheduling": False}, set(), {Feature.ASYNC_SCHEDULING}),
+        ({"no-async-scheduling": True}, set(), {Feature.ASYNC_SCHEDULING}),
+        ({"tensor-parallel-size": 1}, set(), set()),
+        ({"tensor-parallel-size": 2}, {Feature.TENSOR_PARALLEL}, set()),
+        (
+            {"pipeline-parallel-size": 2},
+            {Feature.PIPELINE_PARALLEL},
+            {Feature.ASYNC_SCHEDULING},
+        ),
+        ({"data-parallel-size": 2}, {Feature.DATA_PARALLEL}, set()),
+        ({"decode-context-parallel-size": 2}, {Feature.CONTEXT_PARALLEL}, set()),
+        ({"prefill-context-parallel-size": 2}, {Feature.CONTEXT_PARALLEL}, set()),
+        ({"enable-lora": True}, {Feature.LORA}, set()),
+        ({"kv-cache-dtype": "fp8"}, {Feature.QUANTIZED_KV_CACHE}, set()),
+        ({"kv-cache-dtype": "auto"}, set(), set()),
+        (
+            {"speculative-config": {"method": "eagle", "model": "x"}},
+            {Feature.SPECULATIVE_DECODING, Feature.DRAFT_MODEL},
+            set(),
+        ),
+        ({"speculative-config": NGRAM}, {Feature.SPECULATIVE_DECODING}, {Feature.ASYNC_SCHEDULING}),
+    ],
+)
+def test_features_that_are_on(flags: dict[str, Any], on: set[Feature], off: set[Feature]) -> None:
+    assert features_from_flags(flags) == (DEFAULT | on) - off
+
+
+def test_engine_a_file_describes() -> None:
+    engine = engine_from_flags(
+        {
+            "block-size": 32,
+            "num-gpu-blocks-override": 400,
+            "max-model-len": 4096,
+            "max-num-batched-tokens": 512,
+        }
+    )
+    assert (engine.block_size, engine.num_blocks) == (32, 400)
+    assert (engine.max_model_len, engine.max_in_flight_tokens) == (4096, 512)
+    assert engine.features == DEFAULT
+    assert engine_from_flags({}).block_size == 16
+    assert engine_from_flags({"max-model-len": "4k"}).max_model_len == 0
+
+
+TRANSFER = """\
+  kv_connector: KVPlugConnector
+  kv_connector_module_path: kvplug.hosts.vllm.connector
+  kv_role: kv_both
+  kv_connector_extra_config: {kvplug: {}}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "engine.yaml"
+
+
+def refused(file: Path, text: str) -> list[str]:
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(DeploymentError) as caught:
+        read_config(file)
+    return [line.removeprefix(f"{file}") for line in str(caught.value).splitlines()]
+
+
+@pytest.mark.parametrize("key", ["kv-transfer-config", "kv_transfer_config"])
+def test_flags_with_dashes_or_underscores(file: Path, key: str) -> None:
+    file.write_text(f"block_size: 32\nmax-model-len: 64\n{key}:\n{TRANSFER}", encoding="utf-8")
+    config = read_config(file)
+    assert config.flags == {"block-size": 32, "max-model-len": 64}
+    assert not config.standalone
+    assert config.deployment.all() == []
+
+
+@pytest.mark.parametrize("section", ["", "{}", "~"])
+def test_an_empty_section_turns_kvplug_on_without_policies(file: Path, section: str) -> None:
+    text = TRANSFER.replace("{kvplug: {}}", f"{{kvplug: {section}}}")
+    file.write_text(f"kv-transfer-config:\n{text}", encoding="utf-8")
+    assert read_config(file).deployment.all() == []
+
+
+def test_a_section_of_its_own(file: Path) -> None:
+    file.write_text("{}\n", encoding="utf-8")
+    config = read_config(file)
+    assert config.standalone and config.flags == {}
+
+
+def test_a_config_that_does_not_turn_kvplug_on(file: Path) -> None:
+    (line,) = refused(file, "max-model-len: 64\n")
+    assert line.startswith(
+        ": kv-transfer-config: is missing, so nothing would turn kvplug on. Fix: add it with "
+    )
+
+
+def test_a_file_that_is_no_mapping(file: Path) -> None:
+    assert refused(file, "- a\n") == [": file: must be a mapping, got list. Fix: see configs/."]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "right"),
+    [
+        ("kv_connector", "OffloadingConnector", "KVPlugConnector"),
+        ("kv_connector_module_path", "acme.connector", "kvplug.hosts.vllm.connector"),
+        ("kv_role", "kv_producer", "kv_both"),
+    ],
+)
+def test_another_connector_is_refused_at_its_line(
+    file: Path, name: str, value: str, right: str
+) -> None:
+    lines = [
+        f"  {name}: {value}" if line.strip().startswith(f"{name}:") else line
+        for line in TRANSFER.splitlines()
+    ]
+    at = 2 + [line.strip().split(":")[0] for line in lines].index(name)
+    assert refused(file, "kv-transfer-config:\n" + "\n".join(lines) + "\n") == [
+        f":{at}: kv-transfer-config.{name}: is {value!r}, so kvplug would not be turned on. "
+        f"Fix: set it to {right}."
+    ]
+
+
+def test_a_connector_without_a_section(file: Path) -> None:
+    text = TRANSFER.replace("{kvplug: {}}", "{other: 1}")
+    assert refused(file, f"kv-transfer-config:\n{text}") == [
+        ":5: kv-transfer-config.kv_connector_extra_config: has no kvplug section. "
+        "Fix: add `kvplug: {}` or a section with policies."
+    ]
+
+
+def test_a_connector_config_that_is_no_mapping(file: Path) -> None:
+    assert refused(file, "\nkv-transfer-config: yes please\n") == [
+        ":2: kv-transfer-config: must be a mapping. Fix: see configs/ for examples."
+    ]
+
+
+def test_dotted_flags_are_refused_and_not_overlooked(file: Path) -> None:
+    assert refused(file, "a: 1\nkv-transfer-config.kv_connector: KVPlugConnector\n") == [
+        ":2: kv-transfer-config.kv_connector: kvplug does not read dotted flags. "
+        "Fix: write kv-transfer-config as a nested mapping."
+    ]
+
+
+def test_reading_flags_imports_no_engine() -> None:
+
+    code = "import sys, kvplug.hosts.vllm.flags; print({'torch', 'vllm'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
