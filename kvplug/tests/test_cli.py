@@ -10,13 +10,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from pydantic import Field
 from typer.testing import CliRunner
 
 from kvplug import __version__, models
 from kvplug.cli import app
+from kvplug.contract import ALL_FEATURES, Feature, Kind, PolicyOptions, TransferCodec
 from kvplug.registry import plugins
 
 doctor_module = sys.modules["kvplug.cli.doctor"]
@@ -146,6 +148,40 @@ def test_policies_loses_no_word_at_any_width(
         for said in (policy["name"], policy["distribution"]):
             if columns != "40":  # rows of several columns interleave once a cell wraps
                 assert "".join(c for c in said if c.isalnum()) in letters
+
+
+class Unlisted(TransferCodec):
+    name = "unlisted"
+    exact = True
+    changes = "[bold]bytes[/bold] that leave the engine"
+    supports = ALL_FEATURES - {Feature.LORA}
+    excludes: ClassVar[dict[str, str]] = {"format:kivi": "it packs them already"}
+
+    class Options(PolicyOptions):
+        level: int = Field(gt=0, multiple_of=2, description="effort")
+
+
+def test_policies_describes_one_that_no_entry_point_brought(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = (Kind.TRANSFER, Unlisted.name)
+    monkeypatch.setitem(plugins().registry._policies, key, Unlisted)
+    (found,) = (
+        p for p in json.loads(run("policies", "--json").stdout)["policies"] if p["name"] == key[1]
+    )
+    assert (found["plugin"], found["distribution"]) == (None, None)
+    assert found["not_supported"] == ["LoRA"]
+    monkeypatch.setenv("COLUMNS", "120")
+    said = run("policies").stdout
+    for line in (
+        "changes: [bold]bytes[/bold] that leave the engine",
+        "option level: int, required, > 0, multiple of 2: effort",
+        "not with: LoRA",
+        "not with format:kivi: it packs them already",
+        "plugin: not by entry point (test_cli.Unlisted)",
+    ):
+        assert line in said
+    assert "No policies installed for: format, reuse, lifecycle." in said
 
 
 def test_policies_lists_broken_plugins(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,7 +514,9 @@ def test_doctor_finds_a_plugin_that_does_not_register(run: Run, probed: Any) -> 
     assert line == "kvplug's vLLM plugin cannot register: KeyError: 'CPU_ATTN'."
 
 
-@pytest.mark.parametrize(("value", "stops"), [("", 1), ("acme", 1), ("acme,kvplug", 0)])
+@pytest.mark.parametrize(
+    ("value", "stops"), [("", 1), ("acme", 1), ("kvplugs", 1), ("acme,kvplug", 0)]
+)
 def test_doctor_finds_plugins_switched_off(
     run: Run, probed: Any, monkeypatch: pytest.MonkeyPatch, value: str, stops: int
 ) -> None:

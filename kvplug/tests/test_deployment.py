@@ -509,6 +509,11 @@ def test_read_yaml_knows_every_line(file: Path) -> None:
     assert lines == {"a": 1, "a.b": 2, "a.c": 3, "a.c[0]": 4, "a.c[0].d": 4, "a.c[1]": 5}
 
 
+def test_what_an_alias_repeats_has_the_lines_of_its_anchor(file: Path) -> None:
+    file.write_text("a: &x\n  b: 1\nc: *x\n", encoding="utf-8")
+    assert read_yaml(file)[1] == {"a": 1, "a.b": 2, "c": 3, "c.b": 2}
+
+
 def test_the_error_survives_a_process_boundary(load: Load) -> None:
     with pytest.raises(DeploymentError) as caught:
         load("x: 1\n")

@@ -240,7 +240,9 @@ def test_the_builtin_plugin_loads_first_so_others_may_replace_its_policies(
             registry.add(usurper, replace=True)
 
     entries += [entry("acme", Replaces()), entry("builtin", GoodPlugin())]
-    assert Plugins().registry.get(Kind.PREFIX_CACHE, "good") is usurper
+    registry = Plugins().registry
+    assert registry.get(Kind.PREFIX_CACHE, "good") is usurper
+    assert registry.broken == {}
 
 
 def test_the_installed_builtin_plugin_is_no_exception() -> None:

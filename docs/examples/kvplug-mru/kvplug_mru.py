@@ -1,0 +1,55 @@
+"""MRU: give up the block let go most recently, and keep what was there first.
+
+For prompts that come round in a cycle longer than the cache: the least recently used order evicts
+each one shortly before its turn, this order keeps as many as fit. Blocks of one request are let go
+together; of those, the tail of the text goes first, so that what stays is still a usable prefix.
+"""
+
+from collections.abc import Sequence
+from itertools import islice
+
+from pydantic import Field
+
+from kvplug import hookimpl
+from kvplug.contract import EngineView, Feature, PolicyOptions, PrefixCachePolicy, Released
+from kvplug.registry import PolicyRegistry
+
+
+class Mru(PrefixCachePolicy):
+    """Most recently used first, by release. O(1) per block; victims cost O(n + protect)."""
+
+    name = "mru"
+    changes = "which cached block is evicted first; outputs stay the same"
+    requires = frozenset({Feature.PREFIX_CACHING})
+    paper = "most recently used"
+
+    class Options(PolicyOptions):
+        """Knobs of `Mru`."""
+
+        protect: int = Field(0, ge=0, description="newest blocks spared while others are left")
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        super().__init__(options, engine)
+        self._protect: int = options.model_dump()["protect"]
+        self._order: dict[int, None] = {}  # oldest first; the tail of a text is its newest
+
+    def on_release(self, released: Released) -> None:
+        self.on_remove(released.ids)
+        self._order.update(dict.fromkeys(reversed(released.ids)))
+
+    def on_hit(self, ids: Sequence[int]) -> None:
+        self.on_remove(ids)
+
+    def on_remove(self, ids: Sequence[int]) -> None:
+        for block in ids:
+            self._order.pop(block, None)
+
+    def victims(self, n: int) -> list[int]:
+        newest = islice(reversed(self._order), self._protect, self._protect + n)
+        found = list(newest)
+        return found + list(islice(self._order, len(found), n))
+
+
+@hookimpl
+def kvplug_register_policies(registry: PolicyRegistry) -> None:
+    registry.add(Mru)

@@ -1,0 +1,46 @@
+"""Every built-in policy has its code, its tests, its deployment and its page under one name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvplug.contract import Policy
+from kvplug.hosts.vllm.flags import read_config
+from kvplug_policies.builtin import BUILTIN
+
+ROOT = Path(__file__).resolve().parents[2]
+EVERY = pytest.mark.parametrize("policy", BUILTIN, ids=lambda p: f"{p.kind}-{p.name}")
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "place",
+    [
+        "policies/kvplug_policies/{kind}/{name}.py",
+        "policies/tests/test_{name}.py",
+        "configs/{name}.yaml",
+        "docs/policies/{name}.md",
+    ],
+)
+def test_the_stem_is_there(policy: type[Policy], place: str) -> None:
+    path = ROOT / place.format(kind=policy.kind, name=policy.name)
+    assert path.is_file(), f"{policy.name} lacks {path.relative_to(ROOT)}"
+
+
+@EVERY
+def test_the_class_lives_under_its_stem(policy: type[Policy]) -> None:
+    assert policy.__module__ == f"kvplug_policies.{policy.kind}.{policy.name}"
+
+
+@EVERY
+def test_the_deployment_uses_the_policy(policy: type[Policy]) -> None:
+    deployment = read_config(ROOT / "configs" / f"{policy.name}.yaml").deployment
+    assert [choice.policy for choice in deployment.all()] == [policy]
+
+
+def test_no_policy_file_is_left_unregistered() -> None:
+    files = (ROOT / "policies" / "kvplug_policies").glob("*/*.py")
+    found = {(f.parent.name, f.stem) for f in files if f.stem != "__init__"}
+    assert found == {(str(p.kind), p.name) for p in BUILTIN}
