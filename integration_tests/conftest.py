@@ -59,7 +59,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrialResult]:
         **engine: Any,
     ) -> TrialResult:
         spec = TrialSpec(
-            str(model), requests, engine, section, reset_running_at=reset_running_at, watched=watched
+            str(model),
+            requests,
+            engine,
+            section,
+            reset_running_at=reset_running_at,
+            watched=watched,
         )
         log = tmp_path_factory.mktemp("engine") / "engine.log"
         result = run_fresh(spec, env=env, log=log)

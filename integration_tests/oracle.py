@@ -72,8 +72,8 @@ class Oracle:
         return tokens[len(prompt) :]
 
 
-def _with_mask(mask: torch.Tensor):  # noqa: ANN202
-    def replace(module, args, kwargs):  # noqa: ANN001, ANN202
+def _with_mask(mask: torch.Tensor):
+    def replace(module, args, kwargs):
         kwargs["attention_mask"] = mask
         return args, kwargs
 

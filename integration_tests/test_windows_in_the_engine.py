@@ -81,9 +81,7 @@ def test_freed_blocks_are_overwritten_and_never_read(
     assert result.largest <= result.cap_blocks[0]
 
 
-def test_preemption_recomputes_the_same(
-    run: Run, tiny: Path, expected: list[list[int]]
-) -> None:
+def test_preemption_recomputes_the_same(run: Run, tiny: Path, expected: list[list[int]]) -> None:
     result = run(
         tiny, requests(), SECTION, max_num_batched_tokens=128, reset_running_at=25, **ENGINE
     )
@@ -107,9 +105,7 @@ def test_without_prefix_caching(run: Run, tiny: Path, expected: list[list[int]])
     assert tokens(result) == expected
 
 
-def test_ngram_speculation_changes_nothing(
-    run: Run, tiny: Path, expected: list[list[int]]
-) -> None:
+def test_ngram_speculation_changes_nothing(run: Run, tiny: Path, expected: list[list[int]]) -> None:
     result = run(
         tiny,
         requests(),
@@ -173,9 +169,7 @@ def test_a_window_per_layer_group(run: Run, tiny: Path, oracle: Oracle) -> None:
         }
     }
     result = run(tiny, requests(), section, max_num_batched_tokens=100, **ENGINE)
-    expected = [
-        oracle.greedy(p, GENERATED, sink=SINK, windows=[300, WINDOW]) for p in prompts()
-    ]
+    expected = [oracle.greedy(p, GENERATED, sink=SINK, windows=[300, WINDOW]) for p in prompts()]
     assert tokens(result) == expected
     assert result.classes["managers"] == ["WindowedManager"] * 2
     assert result.cap_blocks[0] != result.cap_blocks[1]

@@ -237,6 +237,7 @@ def load_deployment(
     key: str = "kvplug",
     lines: Mapping[str, int] | None = None,
     using: Plugins | None = None,
+    engine: EngineView | None = None,
 ) -> Deployment:
     """Parse a ``kvplug`` section.
 
@@ -246,6 +247,7 @@ def load_deployment(
         key: Key path of the section in that source.
         lines: Line of each key path in the source.
         using: Plugins to find policies in; the process's own by default.
+        engine: The engine it is for, as far as it is known: what ``use: auto`` is decided on.
 
     Raises:
         DeploymentError: With one refusal per thing that is wrong.
@@ -256,12 +258,23 @@ def load_deployment(
         source, lines, key = str(path), own, ""
         if section is None:
             section = {}
-    return _Parser(source, key, lines or {}, using or plugins()).parse(section)
+    parser = _Parser(
+        source, key, lines or {}, using or plugins(), engine or EngineView(block_size=16)
+    )
+    return parser.parse(section)
 
 
 class _Parser:
-    def __init__(self, source: str, key: str, lines: Mapping[str, int], using: Plugins):
+    def __init__(
+        self,
+        source: str,
+        key: str,
+        lines: Mapping[str, int],
+        using: Plugins,
+        engine: EngineView,
+    ):
         self.source, self.key, self.lines, self.plugins = source, key, lines, using
+        self.engine = engine
         self.refusals: list[Refusal] = []
 
     def path(self, *parts: str) -> str:
@@ -302,7 +315,13 @@ class _Parser:
         except ValueError as error:
             raise DeploymentError(
                 self.source,
-                [Refusal(self.path() or "file", f"{error}.", "a plugin refused it.")],
+                [
+                    Refusal(
+                        self.path() or "file",
+                        f"{error}.",
+                        "change the section as it says; a plugin refused it.",
+                    )
+                ],
             ) from error
         return deployment
 
@@ -353,9 +372,17 @@ class _Parser:
     def one(self, kind: Kind, name: str, options: dict[str, Any], key: str) -> list[Choice]:
         registry = self.plugins.registry
         if name == "auto":
-            chosen = self.plugins.manager.hook.kvplug_choose_policy(
-                kind=kind, engine=EngineView(block_size=0)
-            )
+            try:
+                chosen = self.plugins.manager.hook.kvplug_choose_policy(
+                    kind=kind, engine=self.engine
+                )
+            except Exception as error:
+                self.refuse(
+                    key,
+                    f"the plugin that chooses for `auto` failed: {type(error).__name__}: {error}.",
+                    "name a policy.",
+                )
+                return []
             if not chosen:
                 self.refuse(key, "no plugin chooses one for `auto`.", "name a policy.")
                 return []

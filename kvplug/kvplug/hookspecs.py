@@ -31,14 +31,18 @@ def kvplug_register_policies(registry: PolicyRegistry) -> None:
 def kvplug_choose_policy(kind: Kind, engine: EngineView) -> str | None:
     """Name the policy of a kind that the deployment leaves open with ``use: auto``.
 
-    Called once at start. ``None`` leaves the choice to the next plugin; if none chooses, the
-    deployment is refused.
+    ``engine`` says what is known where it is called: the whole config inside the engine, the flags
+    of the file in ``kvplug check``. ``None`` leaves the choice to the next plugin; if none chooses,
+    the deployment is refused.
     """
 
 
 @hookspec
 def kvplug_deployment_loaded(deployment: Deployment) -> None:
-    """A deployment was parsed and every policy in it exists. Raise ValueError to refuse it."""
+    """A deployment was parsed and every policy in it exists. Raise ValueError to refuse it.
+
+    Every process that needs the deployment parses it, so this may be called several times.
+    """
 
 
 @hookspec

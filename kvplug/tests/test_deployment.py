@@ -329,7 +329,7 @@ def test_a_plugin_refuses(installed: Plugins, load: Load, file: Path) -> None:
     load("prefix_cache: oldest\n")
     assert refused(load, "sequence: window\n") == [
         f"{file}: file: approximate policies are not allowed in this house. "
-        "Fix: a plugin refused it."
+        "Fix: change the section as it says; a plugin refused it."
     ]
 
 

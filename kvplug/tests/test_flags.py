@@ -179,3 +179,23 @@ def test_reading_flags_imports_no_engine() -> None:
     code = "import sys, kvplug.hosts.vllm.flags; print({'torch', 'vllm'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+def test_structured_flags_may_be_json_text(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        'speculative-config: \'{"method": "ngram", "num_speculative_tokens": 3}\'\n'
+        'kv-transfer-config: \'{"kv_connector": "KVPlugConnector", "kv_connector_module_path": '
+        '"kvplug.hosts.vllm.connector", "kv_role": "kv_both", "kv_connector_extra_config": '
+        '{"kvplug": {"prefix_cache": "lru"}}}\'\n'
+    )
+    config = read_config(file)
+    assert [c.policy.name for c in config.deployment.all()] == ["lru"]
+    assert Feature.SPECULATIVE_DECODING in features_from_flags(config.flags)
+
+
+def test_broken_json_text_is_refused_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_text("block-size: 32\nkv-transfer-config: '{\"kv_connector\": '\n")
+    with pytest.raises(DeploymentError, match=r"x\.yaml:2: kv-transfer-config: is not JSON"):
+        read_config(file)

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from kvplug import __version__
+from kvplug.cli.bench import bench
 from kvplug.cli.check import check
 from kvplug.cli.demo import demo
 from kvplug.cli.doctor import doctor
@@ -44,5 +45,5 @@ def _main(
     logging.getLogger("kvplug").addHandler(logging.NullHandler())
 
 
-for _command in (policies, check, serve, demo, doctor):
+for _command in (policies, check, serve, demo, bench, doctor):
     app.command()(_command)

@@ -34,7 +34,7 @@ def deployment_of(vllm_config: Any) -> Deployment:
             "inline",
             [Refusal(SECTION, "is missing.", "add `kvplug: {}` or a section with policies.")],
         )
-    deployment = load_deployment(section, key=SECTION)
+    deployment = load_deployment(section, key=SECTION, engine=engine_view(vllm_config))
     installed = compat.version()
     if not compat.is_tested(installed):
         raise DeploymentError(

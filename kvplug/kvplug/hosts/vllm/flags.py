@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ def read_config(path: Path) -> ConfigFile:
             str(path),
             [Refusal("file", f"must be a mapping, got {type(data).__name__}.", "see configs/.")],
         )
+    data = {k: _parsed(path, str(k), v, lines) for k, v in data.items()}
     flags = {str(k).replace("_", "-"): v for k, v in data.items()}
     if "kv-transfer-config" not in flags:
         if dotted := [k for k in data if str(k).startswith(("kv-transfer", "kv_transfer"))]:
@@ -88,9 +90,24 @@ def read_config(path: Path) -> ConfigFile:
     if isinstance(section, str) and not Path(section).is_absolute():
         beside = path.parent / section
         section = str(beside) if beside.exists() else section
-    deployment = load_deployment(section, source=str(path), key=key, lines=lines)
     flags.pop("kv-transfer-config")
+    deployment = load_deployment(
+        section, source=str(path), key=key, lines=lines, engine=engine_from_flags(flags)
+    )
     return ConfigFile(path, flags, deployment, False)
+
+
+def _parsed(path: Path, key: str, value: Any, lines: Mapping[str, int]) -> Any:
+    """A flag's value; vLLM takes structured ones as JSON text too."""
+    if not (key.endswith("config") and isinstance(value, str) and value.lstrip().startswith("{")):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DeploymentError(
+            str(path),
+            [Refusal(key, f"is not JSON: {error}.", "write it as nested YAML.", lines.get(key))],
+        ) from error
 
 
 def _connector_refusals(transfer: Any, key: str, lines: Mapping[str, int]) -> list[Refusal]:

@@ -81,6 +81,7 @@ class SchedulerHalf:
         self._reported: dict[str, float] = {}
         self._news_mark: object = None
         self._events: list[Event] = []
+        self._evicted_told = 0
         self._stopped = False
         hooks = plugins().manager.hook
         self._observed = bool(hooks.kvplug_event.get_hookimpls())
@@ -135,7 +136,7 @@ class SchedulerHalf:
             compat.install_queue(pool, self.queue, HitCollector(self.queue, pool.metrics_collector))
         for line in self._started():
             logger.info("%s", line)
-        plugins().manager.hook.kvplug_engine_started(engine=self.engine)
+        self._tell_plugins("kvplug_engine_started", engine=self.engine)
 
     def _started(self) -> list[str]:
         chosen = [
@@ -184,7 +185,7 @@ class SchedulerHalf:
         self.steps += 1
         if self._tracker is not None:
             self._tracker.update(output)
-        if self._events:
+        if self._observed:
             self._emit()
         if not self._exempt:
             return None
@@ -241,15 +242,23 @@ class SchedulerHalf:
             self._events.append(Event(what, kind, name, self.steps, count, detail))
 
     def _emit(self) -> None:
+        if self.queue is not None and (new := self.queue.counters.evicted - self._evicted_told):
+            self._evicted_told += new
+            self._event(EventType.EVICTED, Kind.PREFIX_CACHE, new)
         events, self._events = self._events, []
         for event in events:
-            try:
-                plugins().manager.hook.kvplug_event(event=event)
-            except Exception:
+            if not self._tell_plugins("kvplug_event", event=event):
                 self._observed = False
-                self._events.clear()
-                logger.exception("a kvplug observer failed; events are off from now on")
+                logger.error("kvplug events are off from now on")
                 return
+
+    def _tell_plugins(self, hook: str, **what: Any) -> bool:
+        try:
+            getattr(plugins().manager.hook, hook)(**what)
+        except Exception:
+            logger.exception("a kvplug plugin failed in %s; the engine goes on", hook)
+            return False
+        return True
 
     # -- telling -------------------------------------------------------------------------------
 
@@ -301,9 +310,9 @@ class SchedulerHalf:
         if self._stopped:
             return
         self._stopped = True
-        if self._events:
+        if self._observed:
             self._emit()
         reports = self.reports()
         for line in summary_lines(reports, self.steps):
             logger.info("%s", line)
-        plugins().manager.hook.kvplug_engine_stopping(reports=reports)
+        self._tell_plugins("kvplug_engine_stopping", reports=reports)

@@ -29,6 +29,8 @@ class WindowedManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: WindowedSpec, **kwargs: Any):
         super().__init__(kv_cache_spec, **kwargs)
         self.window: Window = kv_cache_spec.window
+        # Exempt requests are admitted by the cap too: they are rare, fit the pool alone, and vLLM
+        # preempts where that was too hopeful.
         self.max_admission_blocks_per_request = kv_cache_spec.cap_blocks
         self.exempt: set[str] = set()
         self.on_freed: Callable[[int, str, int], None] | None = None
@@ -40,9 +42,10 @@ class WindowedManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        start, end = self.window.gap(processed_computed_tokens // self.block_size)
-        start = self._freed_to.get(request_id, start)
-        if start >= end or request_id in self.exempt:
+        # Called for every running request in every step, and nearly always in vain.
+        end = processed_computed_tokens // self.block_size - self.window.window_blocks
+        start = self._freed_to.get(request_id, self.window.sink_blocks)
+        if end <= start or request_id in self.exempt:
             return
         blocks = self.req_to_blocks.get(request_id)
         if not blocks:
@@ -55,24 +58,6 @@ class WindowedManager(FullAttentionManager):
         if self.on_freed is not None and freed:
             self.on_freed(self.kv_cache_group_id, request_id, len(freed))
 
-    def get_num_blocks_to_allocate(
-        self,
-        request_id: str,
-        num_tokens: int,
-        *args: Any,
-        apply_admission_cap: bool = False,
-        **kwargs: Any,
-    ) -> int:
-        return int(
-            super().get_num_blocks_to_allocate(
-                request_id,
-                num_tokens,
-                *args,
-                apply_admission_cap=apply_admission_cap and request_id not in self.exempt,
-                **kwargs,
-            )
-        )
-
     def cache_blocks(
         self,
         request: Any,
@@ -82,9 +67,13 @@ class WindowedManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Hash only blocks whose tokens saw everything before them: those are exact."""
+        exact = self.kv_cache_spec.exact_tokens
+        cached = self.num_cached_block.get(request.request_id, 0)
+        if cached * self.block_size >= exact:
+            return
         super().cache_blocks(
             request,
-            min(num_tokens, self.kv_cache_spec.exact_tokens),
+            min(num_tokens, exact),
             retention_interval,
             replay_boundaries=replay_boundaries,
         )
