@@ -192,3 +192,19 @@ def test_other_block_sizes(run: Run, tiny: Path, oracle: Oracle, block_size: int
         oracle.greedy(p, GENERATED, block_size=block_size, sink=SINK, window=WINDOW)
         for p in prompts()
     ]
+
+
+def test_quantized_kv_cache(run: Run, tiny: Path) -> None:
+    """vLLM's own fp8 cache beneath: cutting and freeing otherwise must not change a token."""
+    engine = ENGINE | {"kv_cache_dtype": "fp8"}
+    wide = run(tiny, requests(), SECTION, **engine)
+    narrow = run(
+        tiny,
+        requests(),
+        SECTION,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=18,
+        **engine,
+    )
+    assert narrow.handed_over > 0
+    assert tokens(narrow) == tokens(wide)

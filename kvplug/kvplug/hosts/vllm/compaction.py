@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.v1.attention.backend import AttentionCGSupport
 
 from kvplug.hosts.vllm.spec import WindowedSpec
 from kvplug.hosts.vllm.worker import worker_state
@@ -195,6 +196,16 @@ class CompactingBuilder:
             if isinstance(kv_cache_spec, WindowedSpec)
             else None
         )
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """At most uniform decode batches: splitting prefill rows changes how many there are."""
+        support = super().get_cudagraph_support(  # type: ignore[misc]
+            vllm_config, kv_cache_spec
+        )
+        if isinstance(kv_cache_spec, WindowedSpec) and support is AttentionCGSupport.ALWAYS:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return support
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False

@@ -1,0 +1,67 @@
+"""Policies that fail, each in its own way. Until then they are LRU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from kvplug import hookimpl
+from kvplug.contract import EngineView, LayerView, PolicyOptions, Released, SequencePolicy
+from kvplug.registry import PolicyRegistry
+from kvplug_policies.prefix_cache.lru import Lru
+
+
+class FailsLater(Lru):
+    """Raises in `victims` once it has answered a number of times."""
+
+    name = "fails_later"
+
+    class Options(PolicyOptions):
+        """Knobs of `FailsLater`."""
+
+        answers: int = Field(3, ge=0, description="calls of victims() that it answers")
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        super().__init__(options, engine)
+        self._left: int = options.model_dump()["answers"]
+
+    def victims(self, n: int) -> list[int]:
+        if not self._left:
+            raise RuntimeError("no more answers")
+        self._left -= 1
+        return super().victims(n)
+
+
+class FailsAtOnce(Lru):
+    """Raises when the first blocks are released."""
+
+    name = "fails_at_once"
+
+    def on_release(self, released: Released) -> None:
+        raise RuntimeError("releases are not wanted")
+
+
+class NamesStrangers(Lru):
+    """Names blocks that are no candidates."""
+
+    name = "names_strangers"
+
+    def victims(self, n: int) -> Sequence[int]:
+        return [1_000_000 + i for i in range(n)]
+
+
+class Decides(SequencePolicy):
+    """Decides by score, which the vLLM host does not run."""
+
+    name = "decides"
+    changes = "what a request sees"
+
+    def window(self, layer: LayerView) -> None:
+        return None
+
+
+@hookimpl
+def kvplug_register_policies(registry: PolicyRegistry) -> None:
+    for policy in (FailsLater, FailsAtOnce, NamesStrangers, Decides):
+        registry.add(policy)

@@ -1,0 +1,539 @@
+"""What the compacted metadata means to attention, against a reference that knows no compaction.
+
+The reference says for every query token, by its own position alone, which tokens it may see: a
+list of (physical block, offset). The metadata says the same through rows: attention walks a row's
+block table, its queries aligned to the end of the row's length. Both lists must be equal.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from kvplug.hosts.vllm.compaction import CompactingBuilder, Compactor
+from kvplug.hosts.vllm.spec import WindowedSpec
+from kvplug.hosts.vllm.worker import drop_worker_state, worker_state
+
+Visible = list[tuple[int, int]]
+CPU = torch.device("cpu")
+
+
+class Accelerator(str):
+    """Where tensors stay on the CPU and the code believes it runs on a GPU."""
+
+    type = "cuda"
+
+
+def config(engine: str = "an engine", drafts: int = 0, max_num_seqs: int = 16) -> Any:
+    return SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(engine_id=engine),
+        num_speculative_tokens=drafts,
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _forget_engines() -> Any:
+    yield
+    for engine in ("an engine", "another engine"):
+        drop_worker_state(config(engine))
+
+
+def spec(block: int, sink: int, window: int) -> WindowedSpec:
+    """Sink and window in blocks."""
+    return WindowedSpec(
+        block_size=block,
+        num_kv_heads=1,
+        head_size=8,
+        dtype=torch.float32,
+        sink_tokens=sink * block,
+        window_tokens=window * block,
+        exact_tokens=(sink + window + 1) * block,
+        in_flight_tokens=64,
+        max_tokens=1 << 16,
+    )
+
+
+def compactor(
+    block: int,
+    sink: int,
+    window: int,
+    *,
+    engine: str = "an engine",
+    drafts: int = 0,
+    accelerator: bool = False,
+) -> Compactor:
+    made = Compactor(spec(block, sink, window), config(engine, drafts), CPU)
+    if accelerator:
+        made.device = Accelerator("cpu")  # type: ignore[assignment]
+    return made
+
+
+@dataclass
+class Row:
+    """A request in a step: tokens so far, of which the last ``queries`` are being computed."""
+
+    length: int
+    queries: int
+    exempt: bool = False
+    drafts_rejected: int = 0
+
+
+def metadata(
+    rows: list[Row], block: int, sink: int, window: int, nulls: random.Random | None = None
+) -> CommonAttentionMetadata:
+    """A step's metadata as the runner makes it; freed entries are stale ids, or null."""
+    width = max(-(-r.length // block) for r in rows) + 2
+    table = torch.arange(1, len(rows) * width + 1, dtype=torch.int32).view(len(rows), width)
+    table = table[:, torch.randperm(width, generator=torch.Generator().manual_seed(width))]
+    table = table.contiguous()
+    for i, row in enumerate(rows):
+        if nulls is not None and nulls.random() < 0.5 and not row.exempt:
+            settled = (row.length - row.queries) // block
+            table[i, sink : max(sink, settled - window)] = 0
+    lengths = [r.length for r in rows]
+    queries = torch.tensor([r.queries for r in rows])
+    starts = torch.zeros(len(rows) + 1, dtype=torch.int32)
+    starts[1:] = torch.cumsum(queries, 0)
+    total = int(queries.sum())
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts.clone(),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        num_reqs=len(rows),
+        num_actual_tokens=total,
+        max_query_len=int(queries.max()),
+        max_seq_len=max(lengths),
+        block_table_tensor=table,
+        slot_mapping=torch.arange(total),
+        is_prefilling=torch.tensor([r.queries > 1 for r in rows]),
+        seq_lens_cpu_upper_bound=torch.tensor(
+            [r.length + r.drafts_rejected for r in rows], dtype=torch.int32
+        ),
+        req_idx=np.arange(len(rows)) + 100,
+    )
+
+
+def expected(
+    common: CommonAttentionMetadata,
+    rows: list[Row],
+    block: int,
+    sink: int,
+    window: int,
+    whole_rows_up_to: int = 0,
+) -> list[Visible]:
+    """Per query token, what it may see.
+
+    Args:
+        whole_rows_up_to: Rows of at most so many queries see what their first query sees and all
+            after it.
+    """
+    found = []
+    for i, row in enumerate(rows):
+        first = row.length - row.queries
+        for position in range(first, row.length):
+            rule = first if row.queries <= whole_rows_up_to else position
+            oldest = 0 if row.exempt else rule // block - window
+            found.append(
+                [
+                    (int(common.block_table_tensor[i, token // block]), token % block)
+                    for token in range(position + 1)
+                    if token // block < sink or token // block >= oldest
+                ]
+            )
+    return found
+
+
+def meaning(common: CommonAttentionMetadata, block: int) -> list[Visible]:
+    """Per query token, what causal attention over the metadata sees."""
+    found = []
+    for row in range(common.num_reqs):
+        length = int(common.seq_lens[row])
+        queries = int(common.query_start_loc[row + 1] - common.query_start_loc[row])
+        ids = common.block_table_tensor[row, : -(-length // block)].tolist()
+        for query in range(queries):
+            last = length - queries + query
+            found.append([(ids[t // block], t % block) for t in range(last + 1)])
+    return found
+
+
+def check(common: CommonAttentionMetadata, cpu: bool = True) -> None:
+    """The fields agree with each other."""
+    assert common.num_reqs == len(common.seq_lens) == len(common.block_table_tensor)
+    assert len(common.query_start_loc) == len(common.query_start_loc_cpu) == common.num_reqs + 1
+    assert common.query_start_loc.tolist() == common.query_start_loc_cpu.tolist()
+    assert common.seq_lens.dtype == common.block_table_tensor.dtype == torch.int32
+    assert common.query_start_loc.dtype == common.query_start_loc_cpu.dtype == torch.int32
+    queries = common.query_start_loc[1:] - common.query_start_loc[:-1]
+    assert int(common.query_start_loc[-1]) == common.num_actual_tokens
+    assert common.max_query_len == int(queries.max())
+    assert bool((queries <= common.seq_lens).all())
+    assert common.max_seq_len >= int(common.seq_lens.max())
+    assert common.seq_lens_cpu_upper_bound is not None
+    assert bool((common.seq_lens_cpu_upper_bound >= common.seq_lens).all())
+    if cpu:
+        assert common.seq_lens_cpu_upper_bound.device.type == "cpu"
+    assert len(common.is_prefilling) == len(common.req_idx) == common.num_reqs
+    assert common.compute_num_computed_tokens().tolist() == (common.seq_lens - queries).tolist()
+
+
+def exempt_tails(common: CommonAttentionMetadata, rows: list[Row], block: int) -> Any:
+    """Blocks that exempt rows write in this step, as the scheduler half names them."""
+    tails = [
+        int(common.block_table_tensor[i, b])
+        for i, row in enumerate(rows)
+        if row.exempt
+        for b in range((row.length - row.queries) // block, (row.length - 1) // block + 1)
+    ]
+    return np.array(tails, dtype=np.int32) if tails else None
+
+
+def some_rows(choose: random.Random, kind: str, block: int) -> list[Row]:
+    longest = 12 * block
+    rows = []
+    for _ in range(choose.randrange(1, 7)):
+        length = choose.randrange(1, longest)
+        shape = choose.choice(["decode", "chunk", "prompt"]) if kind == "mixed" else kind
+        if shape == "decode":
+            queries = 1
+        elif shape == "chunk":
+            queries = choose.randrange(1, min(length, 5 * block) + 1)
+        elif shape == "edges":
+            length = max(1, length // block * block + choose.choice([-1, 0, 1]))
+            queries = min(length, choose.choice([1, 2, block - 1, block, block + 1, 2 * block]))
+        else:
+            queries = length
+        rows.append(Row(length, queries))
+    if choose.random() < 0.3:
+        rows.append(Row(1, 1))
+    choose.shuffle(rows)
+    return rows
+
+
+def snapshot(common: CommonAttentionMetadata) -> dict[str, Any]:
+    return {f.name: copy.deepcopy(getattr(common, f.name)) for f in fields(common)}
+
+
+def same(before: dict[str, Any], common: CommonAttentionMetadata) -> bool:
+    for name, value in before.items():
+        now = getattr(common, name)
+        if isinstance(value, torch.Tensor | np.ndarray):
+            if not (value == now).all() or value.shape != now.shape:
+                return False
+        elif value != now:
+            return False
+    return True
+
+
+WINDOWS = [(0, 0), (0, 1), (0, 3), (1, 0), (1, 1), (2, 0), (2, 3), (1, 6)]
+KINDS = ["decode", "chunk", "prompt", "edges", "mixed"]
+
+
+# -- what is seen ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", [16, 32, 128])
+def test_every_query_sees_what_its_position_entitles_it_to(block: int, kind: str) -> None:
+    choose = random.Random(f"{block} {kind}")
+    hidden = 0
+    for sink, window in WINDOWS:
+        compact = compactor(block, sink, window)
+        for _ in range(8 if block < 128 else 2):
+            rows = some_rows(choose, kind, block)
+            common = metadata(rows, block, sink, window, choose)
+            before = snapshot(common)
+            result = compact(common)
+            assert meaning(result, block) == expected(common, rows, block, sink, window), rows
+            assert same(before, common), "the runner's own metadata was written to"
+            check(result)
+            hidden += result is not common
+    assert hidden > 5, "the batches hid nothing"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exempt_rows_see_everything_beside_rows_that_do_not(kind: str) -> None:
+    block = 16
+    choose = random.Random(kind)
+    seen = 0
+    for sink, window in WINDOWS:
+        compact = compactor(block, sink, window)
+        for _ in range(12):
+            rows = some_rows(choose, kind, block)
+            for row in rows:
+                row.exempt = choose.random() < 0.4
+            common = metadata(rows, block, sink, window, choose)
+            compact.state.set_exempt_tails(exempt_tails(common, rows, block))
+            before = snapshot(common)
+            result = compact(common)
+            assert meaning(result, block) == expected(common, rows, block, sink, window), rows
+            assert same(before, common)
+            check(result)
+            seen += any(r.exempt and r.length > compact.window_exact_tokens for r in rows)
+    assert seen > 20, "no exempt row was long enough to matter"
+
+
+def test_exempt_rows_are_forgotten_when_the_scheduler_names_none() -> None:
+    rows = [Row(200, 1, exempt=True)]
+    common = metadata(rows, 16, 1, 1)
+    compact = compactor(16, 1, 1)
+    compact.state.set_exempt_tails(exempt_tails(common, rows, 16))
+    assert int(compact(common).seq_lens[0]) == 200
+    compact.state.set_exempt_tails(None)
+    assert int(compact(common).seq_lens[0]) == 200 - (12 - 1 - 1) * 16
+
+
+def test_the_cut_of_a_prompt_into_chunks_changes_nothing() -> None:
+    block, sink, window, length = 16, 1, 2, 171
+    compact = compactor(block, sink, window)
+    whole = metadata([Row(length, length)], block, sink, window)
+    at_once = meaning(compact(whole), block)
+    for chunk in (1, 7, 16, 33, 100):
+        pieces: list[Visible] = []
+        for start in range(0, length, chunk):
+            end = min(start + chunk, length)
+            common = metadata([Row(end, end - start)], block, sink, window)
+            common.block_table_tensor = whole.block_table_tensor
+            pieces += meaning(compact(common), block)
+        assert pieces == at_once, chunk
+
+
+@pytest.mark.parametrize("queries", [1, 16, 48])
+def test_the_very_same_metadata_comes_back_when_nothing_is_hidden(queries: int) -> None:
+    block, sink, window = 16, 1, 1
+    compact = compactor(block, sink, window)
+    common = metadata([Row(3 * block, queries), Row(1, 1)], block, sink, window)
+    assert compact(common) is common
+    assert compact.state.counters.rows == 0
+    over = metadata([Row(3 * block + 1, 1), Row(1, 1)], block, sink, window)
+    assert compact(over) is not over
+
+
+def test_rows_are_split_only_where_windows_differ() -> None:
+    """Blocks that see everything stay one row; each block beyond them is a row of its own."""
+    block, sink, window = 16, 1, 1
+    compact = compactor(block, sink, window)
+    result = compact(metadata([Row(6 * block, 6 * block), Row(40, 1)], block, sink, window))
+    queries = (result.query_start_loc[1:] - result.query_start_loc[:-1]).tolist()
+    assert queries == [3 * block, block, block, block, 1]
+    assert result.seq_lens.tolist() == [48, 48, 48, 48, 40]
+    assert result.req_idx.tolist() == [100, 100, 100, 100, 101]
+    assert result.is_prefilling.tolist() == [True, True, True, True, False]
+    assert result.max_query_len == 48
+    assert result.num_actual_tokens == 97
+
+
+def test_what_has_nothing_to_do_with_rows_is_passed_on() -> None:
+    common = metadata([Row(200, 60)], 16, 1, 1)
+    result = compactor(16, 1, 1)(common)
+    assert result.slot_mapping is common.slot_mapping
+    assert result.causal is common.causal
+
+
+@pytest.mark.parametrize("queries", [1, 60])
+def test_caches_of_the_old_metadata_are_not_taken_over(queries: int) -> None:
+    common = metadata([Row(200, queries)], 16, 1, 1)
+    assert common.compute_num_computed_tokens().tolist() == [200 - queries]
+    check(compactor(16, 1, 1)(common))
+
+
+def test_optional_fields_may_be_missing() -> None:
+    rows = [Row(200, 60), Row(100, 1)]
+    common = metadata(rows, 16, 1, 1).replace(
+        is_prefilling=None, req_idx=None, seq_lens_cpu_upper_bound=None
+    )
+    result = compactor(16, 1, 1)(common)
+    assert result.is_prefilling is None and result.req_idx is None
+    assert meaning(result, 16) == expected(common, rows, 16, 1, 1)
+
+
+# -- counters, buffers, engines --------------------------------------------------------------------
+
+
+def test_rows_are_counted() -> None:
+    compact = compactor(16, 1, 1)
+    compact(metadata([Row(200, 1), Row(100, 1)], 16, 1, 1))
+    assert (compact.state.counters.rows, compact.state.counters.split_rows) == (2, 0)
+    compact(metadata([Row(96, 96), Row(100, 1)], 16, 1, 1))
+    assert (compact.state.counters.rows, compact.state.counters.split_rows) == (2 + 5, 3)
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_whole_rows_stay_in_the_same_buffers(accelerator: bool) -> None:
+    """A captured CUDA graph replays over these addresses."""
+    compact = compactor(16, 1, 1, accelerator=accelerator)
+    many = compact(metadata([Row(200, 1)] * 5, 16, 1, 1))
+    few = compact(metadata([Row(199, 1), Row(90, 1)], 16, 1, 1))
+    assert few.block_table_tensor.data_ptr() == many.block_table_tensor.data_ptr()
+    assert few.seq_lens.data_ptr() == many.seq_lens.data_ptr()
+    most = compact(metadata([Row(200, 1)] * 16, 16, 1, 1))
+    assert most.block_table_tensor.data_ptr() == many.block_table_tensor.data_ptr()
+
+
+def test_buffers_grow_with_the_table() -> None:
+    compact = compactor(16, 1, 1)
+    rows = [Row(90, 1)]
+    compact(metadata(rows, 16, 1, 1))
+    for rows in ([Row(900, 1)], [Row(300, 1)] * 20):
+        common = metadata(rows, 16, 1, 1)
+        assert meaning(compact(common), 16) == expected(common, rows, 16, 1, 1)
+
+
+def test_engines_in_one_process_share_nothing() -> None:
+    rows = [Row(200, 1, exempt=True)]
+    common = metadata(rows, 16, 1, 1)
+    mine, other = compactor(16, 1, 1), compactor(16, 1, 1, engine="another engine")
+    mine.state.set_exempt_tails(exempt_tails(common, rows, 16))
+    assert int(mine(common).seq_lens[0]) == 200
+    assert int(other(common).seq_lens[0]) < 200
+    other(common)
+    assert (mine.state.counters.rows, other.state.counters.rows) == (1, 2)
+
+
+def test_builders_of_one_engine_share_its_state_until_it_is_dropped() -> None:
+    assert compactor(16, 1, 1).state is compactor(16, 0, 2).state is worker_state(config())
+    before = worker_state(config())
+    drop_worker_state(config())
+    assert worker_state(config()) is not before
+    drop_worker_state(config())
+    drop_worker_state(config())
+
+
+# -- the accelerator's way, on CPU tensors ---------------------------------------------------------
+
+
+def padded(common: CommonAttentionMetadata, rows: int) -> CommonAttentionMetadata:
+    """Rows of nothing at the end, as vLLM pads a batch to the size of a CUDA graph."""
+
+    def longer(tensor: torch.Tensor, value: int = 0) -> torch.Tensor:
+        return torch.cat([tensor, tensor.new_full((rows, *tensor.shape[1:]), value)])
+
+    total = common.num_actual_tokens
+    return common.replace(
+        num_reqs=common.num_reqs + rows,
+        query_start_loc=longer(common.query_start_loc, total),
+        query_start_loc_cpu=longer(common.query_start_loc_cpu, total),
+        seq_lens=longer(common.seq_lens),
+        seq_lens_cpu_upper_bound=longer(common.seq_lens_cpu_upper_bound),
+        block_table_tensor=longer(common.block_table_tensor),
+        is_prefilling=longer(common.is_prefilling),
+        req_idx=np.concatenate([common.req_idx, np.zeros(rows, dtype=np.int64)]),
+    )
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_accelerator_sees_the_same(kind: str, padding: int) -> None:
+    block = 16
+    choose = random.Random(f"{kind} {padding}")
+    for sink, window in WINDOWS:
+        compact = compactor(block, sink, window, accelerator=True)
+        for _ in range(10):
+            rows = some_rows(choose, kind, block)
+            for row in rows:
+                row.exempt = choose.random() < 0.2
+            plain = metadata(rows, block, sink, window, choose)
+            compact.state.set_exempt_tails(exempt_tails(plain, rows, block))
+            common = padded(plain, padding) if padding else plain
+            before = snapshot(common)
+            result = compact(common)
+            assert meaning(result, block) == expected(plain, rows, block, sink, window), rows
+            assert same(before, common)
+            check(result)
+
+
+@pytest.mark.parametrize("drafts", [1, 4])
+def test_draft_rows_on_an_accelerator_see_what_their_first_query_sees(drafts: int) -> None:
+    """Their true length is known on the device only, so they are never split."""
+    block = 16
+    choose = random.Random(drafts)
+    for sink, window in WINDOWS:
+        compact = compactor(block, sink, window, drafts=drafts, accelerator=True)
+        for _ in range(20):
+            rows = [
+                Row(length, min(length, 1 + choose.randrange(drafts + 1)))
+                for length in choose.sample(range(1, 200), 5)
+            ]
+            if choose.random() < 0.5:
+                rows.append(Row(150, 100))
+            common = metadata(rows, block, sink, window, choose)
+            result = compact(common)
+            want = expected(common, rows, block, sink, window, whole_rows_up_to=1 + drafts)
+            assert meaning(result, block) == want, rows
+            check(result)
+
+
+def test_an_optimistic_length_on_the_host_changes_no_draft_row() -> None:
+    """With async speculative decoding the host counts drafts that the device has rejected."""
+    block, sink, window, drafts = 16, 1, 2, 3
+    compact = compactor(block, sink, window, drafts=drafts, accelerator=True)
+    choose = random.Random(0)
+    for prefill in (False, True):
+        for _ in range(60):
+            rows = [
+                Row(choose.randrange(5, 200), 1 + drafts, drafts_rejected=choose.randrange(4))
+                for _ in range(4)
+            ]
+            rows += [Row(150, 100)] * prefill
+            common = metadata(rows, block, sink, window)
+            result = compact(common)
+            want = expected(common, rows, block, sink, window, whole_rows_up_to=1 + drafts)
+            assert meaning(result, block) == want, rows
+
+
+def test_on_an_accelerator_the_buffers_are_written_even_if_nothing_is_hidden() -> None:
+    """A captured CUDA graph reads them."""
+    compact = compactor(16, 1, 1, accelerator=True)
+    common = metadata([Row(20, 1), Row(3, 1)], 16, 1, 1)
+    result = compact(common)
+    assert result is not common
+    assert result.seq_lens.data_ptr() == compact._lens.data_ptr()
+    assert result.seq_lens.tolist() == [20, 3]
+    assert result.max_seq_len == common.max_seq_len
+    assert result.seq_lens_cpu_upper_bound is common.seq_lens_cpu_upper_bound
+
+
+# -- the mixin -------------------------------------------------------------------------------------
+
+
+class StockBuilder:
+    """Records what a stock builder is given."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.made_with = (args, kwargs)
+
+    def build(self, common_prefix_len: int, common: Any, fast_build: bool = False) -> Any:
+        self.built_with = (common_prefix_len, common, fast_build)
+        return "what stock builds"
+
+
+class Builder(CompactingBuilder, StockBuilder):
+    pass
+
+
+def test_the_builder_gives_stock_the_compacted_metadata() -> None:
+    windowed, layers, vllm_config = spec(16, 1, 1), ["layer"], config()
+    builder = Builder(windowed, layers, vllm_config, CPU, table_width=9)
+    assert builder.made_with == ((windowed, layers, vllm_config, CPU), {"table_width": 9})
+    rows = [Row(200, 60)]
+    common = metadata(rows, 16, 1, 1)
+    assert builder.build(0, common, True) == "what stock builds"
+    prefix, given, fast = builder.built_with
+    assert (prefix, fast) == (0, True)
+    assert meaning(given, 16) == expected(common, rows, 16, 1, 1)
+
+
+def test_the_builder_leaves_other_specs_alone() -> None:
+    builder = Builder(SimpleNamespace(block_size=16), ["layer"], SimpleNamespace(), CPU)
+    common = metadata([Row(200, 60)], 16, 1, 1)
+    builder.build(0, common)
+    assert builder.built_with == (0, common, False)
+    assert builder.built_with[1] is common
