@@ -62,8 +62,10 @@ types: $(STAMP) ## mypy, strict
 docs: $(STAMP) ## build the pages into site/
 	$(BIN)/mkdocs build --strict --quiet
 
-bench: $(STAMP) model ## measure the policies; writes bench.json
+bench: $(STAMP) model ## measure what kvplug and its kernels cost; writes bench*.json
 	$(BIN)/kvplug bench --json bench.json
+	$(BIN)/python kernels/benchmarks/bench_compact_block_table.py --json bench-compact_block_table.json
+	$(BIN)/python kernels/benchmarks/bench_gather_slots.py --json bench-gather_slots.json
 
 lock: ## resolve requirements/*.in anew into requirements/*.lock
 	@"$(PYTHON)" -m venv --clear .venv-lock
@@ -72,5 +74,5 @@ lock: ## resolve requirements/*.in anew into requirements/*.lock
 	@rm -rf .venv-lock
 
 clean: ## remove .venv, caches and what was built (the model's cache stays)
-	rm -rf $(VENV) .venv-lock site build dist demo.json demo.html bench.json
+	rm -rf $(VENV) .venv-lock site build dist demo.json demo.html bench*.json
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis

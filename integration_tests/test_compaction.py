@@ -1,8 +1,9 @@
 """What the compacted metadata means to attention, against a reference that knows no compaction.
 
-The reference says for every query token, by its own position alone, which tokens it may see: a
-list of (physical block, offset). The metadata says the same through rows: attention walks a row's
-block table, its queries aligned to the end of the row's length. Both lists must be equal.
+The reference says for every query token, by its own position alone, which tokens it may see, as a
+list of slots (physical block times block size plus offset). The metadata says the same through
+rows: attention walks a row's block table, its queries aligned to the end of the row's length. Both
+lists must be equal, in order.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from kvplug.hosts.vllm.compaction import CompactingBuilder, Compactor
 from kvplug.hosts.vllm.spec import WindowedSpec
 from kvplug.hosts.vllm.worker import drop_worker_state, worker_state
 
-Visible = list[tuple[int, int]]
+Visible = list[int]
 CPU = torch.device("cpu")
 
 
@@ -137,31 +138,29 @@ def expected(
             after it.
     """
     found = []
+    table = common.block_table_tensor.numpy()
     for i, row in enumerate(rows):
         first = row.length - row.queries
+        token = np.arange(row.length)
+        slots = table[i, token // block] * block + token % block
         for position in range(first, row.length):
             rule = first if row.queries <= whole_rows_up_to else position
             oldest = 0 if row.exempt else rule // block - window
-            found.append(
-                [
-                    (int(common.block_table_tensor[i, token // block]), token % block)
-                    for token in range(position + 1)
-                    if token // block < sink or token // block >= oldest
-                ]
-            )
+            seen = (token <= position) & ((token // block < sink) | (token // block >= oldest))
+            found.append(slots[seen].tolist())
     return found
 
 
 def meaning(common: CommonAttentionMetadata, block: int) -> list[Visible]:
     """Per query token, what causal attention over the metadata sees."""
     found = []
+    table = common.block_table_tensor.numpy()
     for row in range(common.num_reqs):
         length = int(common.seq_lens[row])
         queries = int(common.query_start_loc[row + 1] - common.query_start_loc[row])
-        ids = common.block_table_tensor[row, : -(-length // block)].tolist()
-        for query in range(queries):
-            last = length - queries + query
-            found.append([(ids[t // block], t % block) for t in range(last + 1)])
+        ids = table[row, : -(-length // block)]
+        slots = (ids[:, None] * block + np.arange(block)).ravel()[:length].tolist()
+        found += [slots[: length - queries + query + 1] for query in range(queries)]
     return found
 
 

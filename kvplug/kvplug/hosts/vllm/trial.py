@@ -240,12 +240,18 @@ class _Watch:
         )
 
 
-def run_trial(spec: TrialSpec, progress: Callable[[dict[str, Any]], None]) -> TrialResult:
+def run_trial(
+    spec: TrialSpec,
+    progress: Callable[[dict[str, Any]], None],
+    *,
+    prepare: Callable[[Any], None] | None = None,
+) -> TrialResult:
     """Run a workload in this process. One engine config per process: vLLM caches backends.
 
     Args:
         spec: What to run.
         progress: Called with ``{"phase": ..., ...}`` as things happen.
+        prepare: Called with the ``vllm.LLM`` before the first request.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if spec.watched else "1"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -257,6 +263,8 @@ def run_trial(spec: TrialSpec, progress: Callable[[dict[str, Any]], None]) -> Tr
     if spec.section is not None:
         arguments["kv_transfer_config"] = connector_flags(spec.section)
     llm = LLM(spec.model, disable_log_stats=False, **arguments)
+    if prepare is not None:
+        prepare(llm)
     result = _watched(llm, spec, progress) if spec.watched else _unwatched(llm, spec)
     progress({"phase": "stopping"})
     llm.llm_engine.engine_core.shutdown()
@@ -425,6 +433,7 @@ def run_fresh(
             for line in child.stdout:
                 if not line.startswith("{"):
                     errors.write(line)
+                    errors.flush()  # the child writes there too: keep the order
                 elif progress is not None:
                     progress(json.loads(line))
         result = folder / "result.json"

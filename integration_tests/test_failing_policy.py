@@ -1,0 +1,200 @@
+"""A plugin that fails costs a log line and its own effect, never the engine or an answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
+
+Run = Callable[..., TrialResult]
+
+PLUGINS = Path(__file__).parent / "plugins"
+BLOCK = 32
+ENGINE = {
+    "dtype": "float32",
+    "block_size": BLOCK,
+    "max_model_len": 512,
+    "num_gpu_blocks_override": 25,
+}
+RETIRED = "failed and is retired; vLLM's own order takes over"
+HOOK_FAILED = "a kvplug plugin failed in"
+ANSWERS = 3
+"""Calls of victims() that `fails_later` answers."""
+
+
+def requests() -> list[TrialRequest]:
+    """Seven prompts of nine blocks in three rounds, two at a time, in a pool that holds two."""
+    choose = random.Random(1)
+    prompts = [[choose.randrange(10, 300) for _ in range(9 * BLOCK + 5)] for _ in range(7)]
+    turns = [0, 1, 2, 1, 3, 4, 0, 1, 5, 6, 2, 3, 4, 3, 5, 1]
+    return [TrialRequest(prompts[p], 8, wave=i // 2) for i, p in enumerate(turns)]
+
+
+def environment(observer: str = "") -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(PLUGINS), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONPATH": path, "KVPLUG_TEST_OBSERVER": observer}
+
+
+def tokens(result: TrialResult) -> list[list[int]]:
+    return [a.token_ids for a in result.answers]
+
+
+def cached(result: TrialResult) -> list[int]:
+    return [a.cached_tokens for a in result.answers]
+
+
+def told(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def summary(log: str, policy: str) -> str:
+    """What the closing summary says about a policy."""
+    (line,) = [
+        line for line in log.partition("kvplug summary after")[2].splitlines() if policy in line
+    ]
+    return line
+
+
+@pytest.fixture(scope="module")
+def stock(run: Run, tiny: Path) -> TrialResult:
+    result = run(tiny, requests(), None, **ENGINE)
+    assert 0 < sum(cached(result)) < len(requests()) * 9 * BLOCK // 2, "some prefixes are evicted"
+    return result
+
+
+@pytest.fixture(scope="module")
+def events(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("observer") / "events.jsonl"
+
+
+@pytest.fixture(scope="module")
+def failing_later(run: Run, tiny: Path, events: Path) -> TrialResult:
+    return run(
+        tiny,
+        requests(),
+        {"prefix_cache": {"use": "fails_later", "answers": ANSWERS}},
+        env=environment(f"record:{events}"),
+        **ENGINE,
+    )
+
+
+def failed_once(result: TrialResult, stock: TrialResult, policy: str, cause: str) -> None:
+    """The engine went on as stock, and said once what happened."""
+    log: str = result.log  # type: ignore[attr-defined]
+    assert tokens(result) == tokens(stock)
+    assert cached(result) == cached(stock), "these policies are LRU until they fail, as stock is"
+    assert len(result.steps) == len(stock.steps)
+    (line,) = [line for line in log.splitlines() if RETIRED in line]
+    assert repr(policy) in line
+    assert cause in line
+    (report,) = result.reports
+    assert report["name"] == policy
+    assert report["errors"] == 1
+    assert "FAILED 1 times, the host's default took over" in summary(log, policy)
+
+
+def test_a_policy_that_stops_answering(failing_later: TrialResult, stock: TrialResult) -> None:
+    failed_once(failing_later, stock, "fails_later", "RuntimeError: no more answers")
+    (report,) = failing_later.reports
+    assert report["counters"]["evicted"] >= ANSWERS
+    assert report["counters"]["reordered"] == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "cause"),
+    [
+        ("fails_at_once", "RuntimeError: releases are not wanted"),
+        ("names_strangers", "KeyError: 1000000"),
+    ],
+)
+def test_a_policy_that_never_works(
+    run: Run, tiny: Path, stock: TrialResult, policy: str, cause: str
+) -> None:
+    result = run(tiny, requests(), {"prefix_cache": policy}, env=environment(), **ENGINE)
+    failed_once(result, stock, policy, cause)
+    (report,) = result.reports
+    assert report["counters"]["evicted"] == 0
+
+
+def test_an_observer_hears_of_evictions_and_of_the_failure(
+    failing_later: TrialResult, events: Path
+) -> None:
+    start, *happened, stop = told(events)
+    assert start == {"hook": "started", "num_blocks": 24, "block_size": BLOCK}
+    (report,) = stop["reports"]
+    assert stop["hook"] == "stopping"
+    assert report == failing_later.reports[0]
+
+    assert {e["hook"] for e in happened} == {"event"}
+    assert {(e["kind"], e["policy"]) for e in happened} == {("prefix_cache", "fails_later")}
+    (fallen,) = [e for e in happened if e["type"] == "fallen back"]
+    assert fallen["detail"] == "RuntimeError: no more answers"
+    evicted = [e for e in happened if e["type"] == "evicted"]
+    assert sum(e["count"] for e in evicted) == report["counters"]["evicted"] > 0
+    assert {e["type"] for e in happened} == {"evicted", "fallen back"}
+    steps = [e["step"] for e in evicted]
+    assert steps == sorted(set(steps)), "at most one batch a step"
+    assert max(steps) <= fallen["step"] <= len(failing_later.steps)
+
+
+def test_an_observer_that_fails_everywhere(run: Run, tiny: Path, stock: TrialResult) -> None:
+    result = run(tiny, requests(), {"prefix_cache": "lru"}, env=environment("raise"), **ENGINE)
+    log: str = result.log  # type: ignore[attr-defined]
+    assert tokens(result) == tokens(stock)
+    assert cached(result) == cached(stock)
+    for hook, cause in (
+        ("kvplug_engine_started", "a start is not wanted"),
+        ("kvplug_event", "an event is not wanted"),
+        ("kvplug_engine_stopping", "a stop is not wanted"),
+    ):
+        assert log.count(f"{HOOK_FAILED} {hook}; the engine goes on") == 1
+        assert log.count(f"RuntimeError: {cause}") == 1
+    assert log.count("kvplug events are off from now on") == 1
+
+    (report,) = result.reports
+    assert report["errors"] == 0, "the policy is not to blame"
+    assert report["counters"]["evicted"] > 0
+    assert report["counters"]["reordered"] == 0
+    assert "FAILED" not in summary(log, "lru")
+
+
+def test_an_observer_hears_what_a_sequence_policy_frees_and_refuses(
+    run: Run, tiny: Path, tmp_path: Path
+) -> None:
+    """Two windowed requests, and one that asks to keep more than the pool has."""
+    path = tmp_path / "events.jsonl"
+    long = requests()[0].prompt * 3
+    result = run(
+        tiny,
+        [
+            TrialRequest(long, 40),
+            TrialRequest(long[3:], 40),
+            TrialRequest(long, 40, wave=1, kvplug={"sequence": "off"}),
+        ],
+        {"sequence": {"use": "sink_window", "sink": 32, "window": 65}},
+        env=environment(f"record:{path}"),
+        max_num_batched_tokens=128,
+        **ENGINE | {"max_model_len": 1024},
+    )
+    start, *happened, stop = told(path)
+    assert (start["hook"], stop["hook"]) == ("started", "stopping")
+    assert {(e["kind"], e["policy"]) for e in happened} == {("sequence", "sink_window")}
+
+    freed = [e for e in happened if e["type"] == "freed"]
+    assert len(freed) > 10, "as it happens, not in the end"
+    assert all(e["count"] > 0 and not e["detail"] for e in freed)
+    said = [a.kvplug["blocks_freed"] for a in result.answers if a.kvplug]
+    assert sum(e["count"] for e in freed) == sum(said) == stop["reports"][0]["acted"]
+
+    (refused,) = [e for e in happened if e["type"] == "refused"]
+    assert "the pool has 24" in refused["detail"]
+    assert result.answers[2].kvplug is not None
+    assert result.answers[2].kvplug["refused"] == refused["detail"]
+    assert len(freed) + 1 == len(happened)

@@ -1,0 +1,253 @@
+"""Deployments that cannot run: the engine does not start, and one sentence says what to change."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, MambaConfig
+
+from kvplug.deployment import load_deployment
+from kvplug.errors import DeploymentError, Refusal
+from kvplug.hosts.vllm import engine
+from kvplug.hosts.vllm.engine import SECTION
+from kvplug.hosts.vllm.trial import (
+    TrialFailed,
+    TrialRequest,
+    TrialSpec,
+    connector_flags,
+    run_fresh,
+)
+
+PLUGINS = Path(__file__).parent / "plugins"
+WINDOW = {"sequence": {"use": "sink_window", "sink": 32, "window": 64}}
+ENGINE = {"dtype": "float32", "max_model_len": 512}
+
+
+@dataclass
+class Case:
+    """A deployment, and for each thing wrong with it a key and what problem and fix must say."""
+
+    section: Any
+    refusals: list[tuple[str, str, str]]
+    model: str = "tiny"
+    engine: dict[str, Any] = field(default_factory=dict)
+
+
+CASES = {
+    "unknown policy": Case(
+        {"prefix_cache": "lrru"},
+        [(f"{SECTION}.prefix_cache", "unknown prefix_cache policy 'lrru'.", "did you mean lru")],
+    ),
+    "bad options": Case(
+        {
+            "prefix_cache": {"use": "lru", "size": 3},
+            "sequence": {"use": "sink_window", "window": 0},
+        },
+        [
+            (f"{SECTION}.prefix_cache.size", "lru has no option 'size'.", "it has no options."),
+            (
+                f"{SECTION}.sequence.window",
+                "Input should be greater than or equal to 1, got 0.",
+                "latest tokens kept",
+            ),
+        ],
+    ),
+    "prefix_cache without prefix caching": Case(
+        {"prefix_cache": "lru"},
+        [
+            (
+                f"{SECTION}.prefix_cache",
+                "lru does nothing without prefix caching, which is off.",
+                "switch it on (--enable-prefix-caching) or remove prefix_cache.",
+            )
+        ],
+        engine={"enable_prefix_caching": False},
+    ),
+    "ALiBi": Case(
+        WINDOW,
+        [
+            (
+                "kvplug.sequence",
+                "sink_window cannot run on a model with ALiBi",
+                "remove the sequence section for this model.",
+            )
+        ],
+        model="bloom",
+    ),
+    "Mamba": Case(
+        WINDOW,
+        [
+            (
+                f"{SECTION}.sequence.use",
+                "sink_window cannot run on a model with no attention layers (Mamba).",
+                "remove the sequence section for this model.",
+            )
+        ],
+        model="mamba",
+    ),
+    "a policy that decides by score": Case(
+        {"sequence": "decides"},
+        [
+            (
+                f"{SECTION}.sequence",
+                "decides decides by score, which this host does not run yet.",
+                "use a positional policy such as sink_window.",
+            )
+        ],
+    ),
+    "kv_producer": Case(
+        None,
+        [
+            (
+                f"{SECTION}.sequence.use",
+                "sink_window cannot live with disaggregated prefill, which is on.",
+                "switch it off (kv_role: kv_both) or choose another sequence policy.",
+            )
+        ],
+        engine={"kv_transfer_config": connector_flags(WINDOW) | {"kv_role": "kv_producer"}},
+    ),
+    "no section": Case(
+        None,
+        [(SECTION, "is missing.", "add `kvplug: {}` or a section with policies.")],
+        engine={"kv_transfer_config": connector_flags(None) | {"kv_connector_extra_config": {}}},
+    ),
+}
+
+
+@dataclass
+class Refused:
+    """How an engine's start ended."""
+
+    error: TrialFailed
+    log: str
+    phases: list[str]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    configs = {
+        "bloom": BloomConfig(vocab_size=320, hidden_size=256, n_layer=2, n_head=4),
+        "mamba": MambaConfig(vocab_size=320, hidden_size=64, num_hidden_layers=2),
+    }
+
+    def directory(name: str) -> Path:
+        if name == "tiny":
+            return tiny
+        made = tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(configs[name]).save_pretrained(made)
+        AutoTokenizer.from_pretrained(tiny).save_pretrained(made)
+        return made
+
+    return directory
+
+
+@pytest.fixture(scope="module")
+def starts(
+    model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Refused]]]:
+    """Every case, two engines at a time: what takes long here is importing."""
+
+    def start(directory: Path, case: Case) -> Refused:
+        spec = TrialSpec(
+            str(directory), [TrialRequest([10, 11, 12], 2)], ENGINE | case.engine, case.section
+        )
+        log = tmp_path_factory.mktemp("refused") / "engine.log"
+        phases: list[str] = []
+        path = os.pathsep.join(filter(None, [str(PLUGINS), os.environ.get("PYTHONPATH")]))
+        with pytest.raises(TrialFailed) as caught:
+            run_fresh(
+                spec,
+                lambda what: phases.append(what["phase"]),
+                env={"PYTHONPATH": path},
+                log=log,
+            )
+        return Refused(caught.value, log.read_text(encoding="utf-8", errors="replace"), phases)
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(start, model(case.model), case) for name, case in CASES.items()}
+
+
+def sentences(text: str) -> list[str]:
+    """The refusals in a log, each once however often a traceback repeats it."""
+    found = [line[line.index("inline: ") :] for line in text.splitlines() if " Fix: " in line]
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_start_is_refused_in_one_sentence(
+    starts: dict[str, Future[Refused]], name: str
+) -> None:
+    refused = starts[name].result()
+    assert "ended with code 1" in str(refused.error)
+    assert refused.phases == ["starting"], "a request was served"
+    said = sentences(refused.log)
+    expected = CASES[name].refusals
+    assert len(said) == len(expected), said
+    for sentence, (key, problem, fix) in zip(said, expected, strict=True):
+        what, _, how = sentence.partition(" Fix: ")
+        source, named, _ = what.split(": ", 2)
+        assert source == "inline"
+        assert named.endswith((key, f"{key}.use"))
+        assert problem in what
+        assert fix in how
+        assert how.endswith(".")
+    assert sentences(str(refused.error)) == said, "whoever ran the trial reads it too"
+
+
+class TestLayersNoWindowFits:
+    """The models that take long to build, as far as `_layer_refusals` looks at them."""
+
+    def refusals(self, **model: bool) -> list[Refusal]:
+        flags = dict.fromkeys(
+            ("use_mla", "is_attention_free", "is_hybrid", "is_encoder_decoder"), False
+        )
+        config = SimpleNamespace(model_config=SimpleNamespace(**flags | model))
+        return engine._layer_refusals(load_deployment(WINDOW, key=SECTION), config)
+
+    @pytest.mark.parametrize(
+        ("flag", "what"),
+        [
+            ("use_mla", "multi-head latent attention (MLA)"),
+            ("is_attention_free", "no attention layers (Mamba)"),
+            ("is_hybrid", "state-space layers beside attention (hybrid)"),
+            ("is_encoder_decoder", "an encoder and a decoder"),
+        ],
+    )
+    def test_each_is_named(self, flag: str, what: str) -> None:
+        (refusal,) = self.refusals(**{flag: True})
+        assert refusal.key == f"{SECTION}.sequence.use"
+        assert what in refusal.problem
+        assert refusal.fix == "remove the sequence section for this model."
+
+    def test_all_of_them_at_once(self) -> None:
+        assert len(self.refusals(use_mla=True, is_hybrid=True)) == 2
+
+    def test_a_deployment_without_a_sequence_policy_is_not_asked(self) -> None:
+        deployment = load_deployment({"prefix_cache": "lru"})
+        assert engine._layer_refusals(deployment, SimpleNamespace()) == []
+
+
+def test_a_refusal_survives_the_way_between_processes() -> None:
+    error = DeploymentError(
+        "deploy.yaml",
+        [Refusal("kvplug.sequence", "is wrong.", "change it.", 7), Refusal("b", "c.", "d.")],
+    )
+    back = pickle.loads(pickle.dumps(error))
+    assert type(back) is DeploymentError
+    assert (
+        str(back)
+        == str(error)
+        == ("deploy.yaml:7: kvplug.sequence: is wrong. Fix: change it.\ndeploy.yaml: b: c. Fix: d.")
+    )
+    assert back.refusals == error.refusals
+    assert back.source == "deploy.yaml"
