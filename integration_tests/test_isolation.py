@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,3 +106,29 @@ def test_a_wish_that_cannot_be_met_is_refused_and_said(
     assert answer.kvplug["refused"] == "it may need 20 blocks and the pool has 15"
     report = next(r for r in result.reports if r["kind"] == "sequence")
     assert report["counters"]["exempt_refused"] == 1
+
+
+def test_a_second_engine_in_one_process_never_inherits_windows(tiny: Path) -> None:
+    """vLLM caches attention backends per process; the second engine is refused, not windowed."""
+    code = f"""
+from vllm import LLM
+from kvplug.hosts.vllm.trial import connector_flags
+
+def start(section):
+    return LLM({str(tiny)!r}, max_model_len=512, enforce_eager=True, block_size=32,
+               num_gpu_blocks_override=64, kv_transfer_config=connector_flags(section))
+
+if __name__ == "__main__":
+    start({{"sequence": "sink_window"}}).llm_engine.engine_core.shutdown()
+    try:
+        start({{}})
+    except ValueError as error:
+        print("REFUSED", error)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "REFUSED" in done.stdout, done.stderr[-3000:]
+    assert "start each engine in a process of its own" in done.stdout

@@ -90,12 +90,27 @@ class SchedulerHalf:
         self._check_groups(kv_cache_config)
 
     def _check_groups(self, kv_cache_config: Any) -> None:
-        choice = self.deployment.choice(Kind.SEQUENCE)
-        if choice is None:
-            return
         from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
+        choice = self.deployment.choice(Kind.SEQUENCE)
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        policy = engine.sequence_policy(self.vllm_config)
+        asked = {policy.window(layer) for layer in self.engine.layers} if policy else set()
+        # vLLM caches the choice of attention backend per process, whatever the section says.
+        if {s.window for s in specs if isinstance(s, WindowedSpec)} - asked:
+            raise DeploymentError(
+                self.deployment.source,
+                [
+                    Refusal(
+                        choice.key if choice is not None else "kvplug.sequence",
+                        "an engine with another sequence section ran in this process before, and "
+                        "vLLM still uses its windows.",
+                        "start each engine in a process of its own.",
+                    )
+                ],
+            )
+        if choice is None:
+            return
         mixed = any(isinstance(s, UniformTypeKVCacheSpecs) for s in specs)
         if mixed or not any(isinstance(s, WindowedSpec) for s in specs):
             names = ", ".join(sorted({type(s).__name__ for s in specs})) or "none"
