@@ -290,6 +290,14 @@ def test_exempt_rows_are_forgotten_when_the_scheduler_names_none() -> None:
     assert int(compact(common).seq_lens[0]) == 200 - (12 - 1 - 1) * 16
 
 
+def test_an_exempt_row_is_not_split() -> None:
+    rows = [Row(160, 160, exempt=True), Row(96, 96)]
+    common = metadata(rows, 16, 1, 1)
+    compact = compactor(16, 1, 1)
+    compact.state.set_exempt_tails(exempt_tails(common, rows, 16))
+    assert compact(common).req_idx.tolist() == [100, 101, 101, 101, 101]
+
+
 def test_the_cut_of_a_prompt_into_chunks_changes_nothing() -> None:
     block, sink, window, length = 16, 1, 2, 171
     compact = compactor(block, sink, window)
@@ -536,3 +544,21 @@ def test_the_builder_leaves_other_specs_alone() -> None:
     builder.build(0, common)
     assert builder.built_with == (0, common, False)
     assert builder.built_with[1] is common
+
+
+def test_the_bounds_hold_when_the_host_is_optimistic() -> None:
+    compact = compactor(16, 1, 2, drafts=3, accelerator=True)
+    rows = [Row(98, 4, drafts_rejected=3), Row(90, 20)]
+    result = compact(metadata(rows, 16, 1, 2))
+    assert (result.seq_lens_cpu_upper_bound >= result.seq_lens).all()
+    assert result.max_seq_len >= int(result.seq_lens.max())
+
+
+def test_the_common_prefix_is_common_after_compaction() -> None:
+    builder = Builder(spec(16, 1, 1), ["layer"], config(), CPU)
+    common = metadata([Row(200, 1), Row(40, 1)], 16, 1, 1)
+    common.block_table_tensor[1, :2] = common.block_table_tensor[0, :2]
+    builder.build(32, common)
+    prefix, given, _ = builder.built_with
+    n = prefix // 16
+    assert (given.block_table_tensor[:, :n] == given.block_table_tensor[0, :n]).all()

@@ -380,6 +380,7 @@ def test_an_emptied_block_is_handed_out_before_any_content() -> None:
     newest = blocks[0]
     pool.evict_blocks({newest.block_id})
     check(pool)
+    assert free_list(pool)[0] == newest.block_id, "the list itself has it first"
     assert [b.block_id for b in pool.get_new_blocks(1)] == [newest.block_id]
     assert pool.free_block_queue.counters.evicted == 0
 
@@ -771,3 +772,16 @@ def test_a_failure_needs_no_callback(log: list[logging.LogRecord]) -> None:
     pool.free_blocks(reversed(blocks))
     assert pool.free_block_queue.policy is None
     assert len(log) == 1
+
+
+def test_after_a_failure_hits_are_counted_and_do_not_pile_up() -> None:
+    pool = policy_pool(failing("victims", 1))
+    driver = Driver(pool, seed=1, resets=False)
+    queue = pool.free_block_queue
+    while queue.policy is not None:
+        driver.step()
+    hits = queue.counters.hits
+    for _ in range(3000):
+        driver.step()
+    assert queue.counters.hits > hits
+    assert len(queue._hits) < 100

@@ -366,7 +366,7 @@ from kvplug.hosts.vllm import plugin
 plugin.register()
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry as registry
 from kvplug.hosts.vllm.spec import WindowedManager, WindowedSpec
 
@@ -456,3 +456,25 @@ def test_specs_travel_between_processes() -> None:
 
 def test_specs_with_different_rules_are_different() -> None:
     assert len({spec(1, 2), spec(1, 2), spec(1, 3), spec(2, 2)}) == 3
+
+
+def test_importing_the_spec_first_leaves_vllms_own_specs_registered() -> None:
+    code = """
+import torch
+from kvplug.hosts.vllm import spec
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+plain = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float32)
+assert KVCacheSpecRegistry.get_manager_class(plain) is not None
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_sink_stays_when_settled_tokens_run_ahead_of_the_blocks() -> None:
+    m = manager(spec(4, 0))
+    give(m, "r", 32)
+    m.remove_skipped_blocks("r", 320)
+    give(m, "r", 320)
+    m.remove_skipped_blocks("r", 320)
+    assert nulled(m) == list(range(4, 20))

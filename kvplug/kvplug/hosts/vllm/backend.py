@@ -90,6 +90,7 @@ def windowed_backend(stock: type[Any], policy: SequencePolicy) -> type[Any]:
                 spec = super().customize_spec(spec)
                 if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
                     return spec
+                _refuse_kernel_blocks(stock, spec, policy)
                 return replace_as(
                     spec,
                     WindowedSpec,
@@ -120,6 +121,28 @@ def windowed_backend(stock: type[Any], policy: SequencePolicy) -> type[Any]:
         return for_window(windows[extract_layer_index(name)])
 
     return for_window(windows[0])
+
+
+def _refuse_kernel_blocks(stock: type[Any], spec: Any, policy: SequencePolicy) -> None:
+    """Refuse a block size the backend splits: windows and directives count the pool's blocks."""
+    from vllm.v1.worker.utils import select_common_block_size
+
+    try:
+        size = select_common_block_size(spec.block_size, [stock], [spec])
+    except ValueError:
+        return
+    if size != spec.block_size:
+        raise DeploymentError(
+            "inline",
+            [
+                Refusal(
+                    "kvplug.sequence",
+                    f"{policy.name} counts in blocks of {spec.block_size} tokens, and "
+                    f"{stock.get_name()} splits them into blocks of {size}.",
+                    f"set --block-size {size}.",
+                )
+            ],
+        )
 
 
 def _window(policy: SequencePolicy, layer: LayerView) -> Window:

@@ -154,6 +154,8 @@ class Compactor:
         self.state.counters.rows += int(rows.shape[0])
         self.state.counters.split_rows += int(rows.shape[0]) - common.num_reqs
         hidden = (block - self.window.window_blocks - self.window.sink_blocks).clamp_min(0)
+        # A whole row may be shorter on the device than here, and then hides fewer blocks.
+        hidden = torch.where(splits[rows] == 1, 0, hidden)
         upper = (end - hidden * size).to(torch.int32)
         prefilling = common.is_prefilling
         return common.replace(
@@ -163,8 +165,8 @@ class Compactor:
             seq_lens=new_lens,
             block_table_tensor=compacted,
             max_query_len=int(widths.max()),
-            max_seq_len=int(end.max() if exempt is not None else upper.max()),
-            seq_lens_cpu_upper_bound=upper if exempt is None else end.to(torch.int32),
+            max_seq_len=int(upper.max()),
+            seq_lens_cpu_upper_bound=upper,
             is_prefilling=prefilling[rows] if prefilling is not None else None,
             req_idx=common.req_idx[rows.numpy()] if common.req_idx is not None else None,
             _num_computed_tokens_cache=None,
@@ -212,6 +214,8 @@ class CompactingBuilder:
     ) -> Any:
         if self._compact is not None:
             common_attn_metadata = self._compact(common_attn_metadata)
+            # Rows hide different blocks, so what was a common prefix may be none any more.
+            common_prefix_len = 0
         return super().build(  # type: ignore[misc]
             common_prefix_len, common_attn_metadata, fast_build
         )

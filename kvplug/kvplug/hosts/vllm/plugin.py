@@ -17,7 +17,6 @@ BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 def register() -> None:
     """Register backends and the KV-cache spec. Idempotent."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from kvplug.hosts.vllm import backend, compat
 
@@ -33,6 +32,4 @@ def register() -> None:
         if member.get_path() != backend.path(name):
             backend.STOCK[name] = member.get_path()
             register_backend(member, backend.path(name))
-    # A registry that is not empty never registers vLLM's own specs, so those go first.
-    KVCacheSpecRegistry.check_kv_cache_spec_registry({})
     from kvplug.hosts.vllm import spec  # noqa: F401

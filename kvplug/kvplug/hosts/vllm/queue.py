@@ -106,7 +106,10 @@ class PolicyQueue(FreeKVCacheBlockQueue):
 
     def hit(self, block: KVCacheBlock) -> None:
         """A request matched a cached block."""
-        self._hits.append(block.block_id)
+        if self.policy is None:
+            self.counters.hits += 1
+        else:
+            self._hits.append(block.block_id)
 
     def content_gone(self, block: KVCacheBlock) -> None:
         """A block lost its content without being handed out."""

@@ -13,9 +13,12 @@ from typing import Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
-from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from kvplug.contract import Window
+
+# A registry that is not empty never registers vLLM's own specs, so those go first.
+KVCacheSpecRegistry.check_kv_cache_spec_registry({})
 
 
 class WindowedManager(FullAttentionManager):
@@ -51,6 +54,8 @@ class WindowedManager(FullAttentionManager):
         if not blocks:
             return
         end = min(end, len(blocks))
+        if end <= start:
+            return
         freed = [b for b in reversed(blocks[start:end]) if not b.is_null]
         blocks[start:end] = [self._null_block] * (end - start)
         self._freed_to[request_id] = end

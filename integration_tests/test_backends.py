@@ -1,0 +1,331 @@
+"""Windowed subclasses of vLLM's own attention backends, as far as a CPU machine lets them live."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import vllm.config
+from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+
+from kvplug.contract import EngineView, LayerView, Window
+from kvplug.errors import DeploymentError
+from kvplug.hosts.vllm import backend, engine
+from kvplug.hosts.vllm.compaction import CompactingBuilder
+from kvplug.hosts.vllm.plugin import BACKENDS
+from kvplug.hosts.vllm.spec import WindowedSpec
+from kvplug.hosts.vllm.worker import drop_worker_state, worker_state
+from kvplug_policies.sequence.sink_window import SinkWindow
+
+BLOCK = 32
+CPU = torch.device("cpu")
+
+
+def sink_window(**options: Any) -> SinkWindow:
+    view = EngineView(
+        block_size=BLOCK,
+        max_model_len=2048,
+        max_in_flight_tokens=256,
+        layers=tuple(LayerView(i, 4) for i in range(4)),
+    )
+    return SinkWindow(SinkWindow.Options(**({"sink": 32, "window": 65} | options)), view)
+
+
+def stock_class(name: str) -> type[Any]:
+    module, _, cls = AttentionBackendEnum[name].value.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), cls)  # type: ignore[no-any-return]
+    except ImportError as error:
+        pytest.skip(f"{name} does not import on this machine: {error}")
+
+
+@pytest.fixture(params=BACKENDS)
+def stock(request: pytest.FixtureRequest) -> type[Any]:
+    return stock_class(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _forget_the_engine() -> Iterator[None]:
+    yield
+    drop_worker_state(config())
+
+
+def config() -> Any:
+    """As much of a VllmConfig as builders take."""
+    return SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(engine_id="an engine"),
+        num_speculative_tokens=0,
+        scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=512),
+        parallel_config=SimpleNamespace(
+            cp_kv_cache_interleave_size=1, decode_context_parallel_size=1
+        ),
+        model_config=SimpleNamespace(
+            dtype=torch.float32,
+            rswa_window=None,
+            is_mm_prefix_lm=False,
+            hf_config=SimpleNamespace(model_type="llama"),
+            get_num_attention_heads=lambda parallel: 2,
+            get_num_kv_heads=lambda parallel: 1,
+            get_head_size=lambda: 64,
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        compilation_config=SimpleNamespace(
+            static_forward_context={},
+            cudagraph_mode=CUDAGraphMode.NONE,
+            cudagraph_capture_sizes=[],
+            max_cudagraph_capture_size=0,
+        ),
+        attention_config=SimpleNamespace(flash_attn_max_num_splits_for_cuda_graph=16),
+        kernel_config=SimpleNamespace(enable_jit_warmup=False),
+        speculative_config=None,
+    )
+
+
+def plain_spec(**changes: Any) -> FullAttentionSpec:
+    values = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 64, "dtype": torch.float32}
+    return FullAttentionSpec(**(values | changes))
+
+
+def layers_of(windowed: type[Any], names: list[str], **impl: Any) -> dict[str, Any]:
+    """Attention layers as they are once the model is loaded, without a model."""
+    context: dict[str, Any] = {}
+    for name in names:
+        made = object.__new__(windowed.get_impl_cls())
+        made.alibi_slopes = None
+        made.__dict__.update(impl, _static_forward_context=context)
+        context[name] = SimpleNamespace(impl=made, attn_backend=windowed)
+    for layer in list(context.values()):
+        layer.impl.process_weights_after_loading(torch.float32)
+    return context
+
+
+NAMES = [f"model.layers.{i}.self_attn.attn" for i in range(4)]
+
+
+# -- the class -------------------------------------------------------------------------------------
+
+
+def test_the_subclass_answers_as_its_parent(stock: type[Any]) -> None:
+    windowed = backend.windowed_backend(stock, sink_window())
+    assert issubclass(windowed, stock)
+    assert windowed.get_name() == stock.get_name()
+    assert issubclass(windowed.get_impl_cls(), stock.get_impl_cls())
+    for question in ("is_mla", "supports_alibi_sqrt", "get_supported_head_sizes"):
+        assert getattr(windowed, question)() == getattr(stock, question)()
+
+
+def test_layers_with_different_windows_are_one_backend_to_vllm(stock: type[Any]) -> None:
+    """vLLM groups layers by spec and full_cls_name, and wants one backend name."""
+    windowed = backend.windowed_backend(stock, sink_window(layers={"0-1": 200}))
+    layers = layers_of(windowed, NAMES)
+    classes = [layer.attn_backend for layer in layers.values()]
+    assert classes[0] is classes[1] is not classes[2]
+    assert classes[2] is classes[3]
+    assert len({c.full_cls_name() for c in [*classes, windowed]}) == 1
+    assert {c.get_name() for c in classes} == {stock.get_name()}
+    assert len({c.get_builder_cls() for c in classes}) == 1
+    assert len({c.get_impl_cls() for c in classes}) == 1
+
+
+def test_every_layer_gets_its_own_window(stock: type[Any]) -> None:
+    windowed = backend.windowed_backend(stock, sink_window(layers={"1": 200, "-1": 10}))
+    layers = layers_of(windowed, NAMES)
+    specs = [layer.attn_backend.customize_spec(plain_spec()) for layer in layers.values()]
+    assert [s.window for s in specs] == [Window(1, 2), Window(1, 7), Window(1, 2), Window(1, 1)]
+    assert {s.exact_tokens for s in specs} == {(1 + 1 + 1) * BLOCK}, "the narrowest layer decides"
+
+
+def test_layers_of_other_impls_are_left_alone(stock: type[Any]) -> None:
+    windowed = backend.windowed_backend(stock, sink_window())
+    made = object.__new__(windowed.get_impl_cls())
+    made.alibi_slopes = None
+    mine, other = SimpleNamespace(impl=made, attn_backend=None), SimpleNamespace(attn_backend=None)
+    third = SimpleNamespace(impl=object(), attn_backend=None)
+    made._static_forward_context = {NAMES[2]: mine, "model.norm": other, NAMES[1]: third}
+    made.process_weights_after_loading(torch.float32)
+    assert issubclass(mine.attn_backend, stock)
+    assert other.attn_backend is None and third.attn_backend is None
+
+
+def test_alibi_is_refused(stock: type[Any]) -> None:
+    windowed = backend.windowed_backend(stock, sink_window())
+    with pytest.raises(DeploymentError, match="ALiBi"):
+        layers_of(windowed, NAMES, alibi_slopes=torch.ones(2))
+
+
+def test_an_impl_finds_its_layer_through_the_config_it_was_made_under(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    windowed = backend.windowed_backend(stock_class("CPU_ATTN"), sink_window(layers={"3": 1}))
+    current = config()
+    monkeypatch.setattr("vllm.config.vllm._current_vllm_config", current)
+    made = windowed.get_impl_cls()(2, 64, 1.0, 1, None, None, "auto")
+    monkeypatch.undo()
+    assert made.num_heads == 2
+    layer = SimpleNamespace(impl=made, attn_backend=None)
+    current.compilation_config.static_forward_context[NAMES[3]] = layer
+    made.process_weights_after_loading(torch.float32)
+    assert layer.attn_backend.customize_spec(plain_spec()).window == Window(1, 0)
+
+
+# -- the spec --------------------------------------------------------------------------------------
+
+
+def test_full_attention_becomes_windowed(stock: type[Any]) -> None:
+    windowed = backend.windowed_backend(stock, sink_window())
+    plain = plain_spec()
+    spec = windowed.customize_spec(plain)
+    assert type(spec) is WindowedSpec
+    assert (spec.sink_tokens, spec.window_tokens, spec.exact_tokens) == (32, 64, 128)
+    assert (spec.in_flight_tokens, spec.max_tokens) == (256, 2048)
+    assert spec.page_size_bytes == stock.customize_spec(plain).page_size_bytes
+    assert windowed.customize_spec(spec) is spec, "asked twice, it answers once"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SlidingWindowSpec(
+            block_size=BLOCK, num_kv_heads=1, head_size=64, dtype=torch.float32, sliding_window=64
+        ),
+        MLAAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=64, dtype=torch.float32),
+        plain_spec(sliding_window=128),
+    ],
+    ids=["sliding", "mla", "full-with-sliding-window"],
+)
+def test_every_other_spec_is_left_to_stock(stock: type[Any], spec: Any) -> None:
+    windowed = backend.windowed_backend(stock, sink_window())
+    assert windowed.customize_spec(spec) == stock.customize_spec(spec)
+    assert type(windowed.customize_spec(spec)) is type(spec)
+
+
+def test_stocks_own_changes_to_a_spec_are_kept() -> None:
+    class Packing(stock_class("CPU_ATTN")):  # type: ignore[misc]
+        @classmethod
+        def customize_spec(cls, spec: Any) -> Any:
+            return type(spec)(**{**vars(spec), "state_content_bytes": 4096})
+
+    spec = backend.windowed_backend(Packing, sink_window()).customize_spec(plain_spec())
+    assert type(spec) is WindowedSpec
+    assert spec.state_content_bytes == 4096
+
+
+# -- the builder -----------------------------------------------------------------------------------
+
+
+def test_the_builder_is_stocks_with_compaction_before_it(stock: type[Any]) -> None:
+    builder = backend.windowed_backend(stock, sink_window()).get_builder_cls()
+    inherited = stock.get_builder_cls()
+    assert issubclass(builder, inherited)
+    order = builder.__mro__
+    assert order.index(CompactingBuilder) == 1 < order.index(inherited)
+    assert builder.supports_update_block_table is False
+    assert builder._cudagraph_support is inherited._cudagraph_support
+    assert builder.reorder_batch_threshold == inherited.reorder_batch_threshold
+
+
+@pytest.mark.parametrize("support", list(AttentionCGSupport), ids=lambda s: s.name)
+def test_graphs_of_mixed_batches_are_given_up_and_no_others(support: AttentionCGSupport) -> None:
+    """Splitting prefill rows changes how many rows there are, which a captured graph cannot."""
+    inherited = stock_class("TRITON_ATTN").get_builder_cls()
+
+    class Builder(CompactingBuilder, inherited):  # type: ignore[misc, valid-type]
+        _cudagraph_support = support
+
+    windowed = backend.windowed_backend(stock_class("CPU_ATTN"), sink_window())
+    with_window = windowed.customize_spec(plain_spec())
+    limit = min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda s: s.value)
+    assert Builder.get_cudagraph_support(config(), with_window) is limit
+    assert Builder.get_cudagraph_support(config(), plain_spec()) is support
+
+
+def a_step() -> CommonAttentionMetadata:
+    """A decode row at 300 and a chunk of 40 that ends at 230."""
+    starts = torch.tensor([0, 1, 41], dtype=torch.int32)
+    return CommonAttentionMetadata(
+        query_start_loc=starts,
+        query_start_loc_cpu=starts.clone(),
+        seq_lens=torch.tensor([300, 230], dtype=torch.int32),
+        num_reqs=2,
+        num_actual_tokens=41,
+        max_query_len=40,
+        max_seq_len=300,
+        block_table_tensor=torch.arange(1, 25, dtype=torch.int32).view(2, 12),
+        slot_mapping=torch.arange(41),
+        seq_lens_cpu_upper_bound=torch.tensor([300, 230], dtype=torch.int32),
+    )
+
+
+def construct(cls: type[Any], spec: Any) -> Any:
+    try:
+        return cls(spec, [], config(), CPU)
+    except Exception as error:
+        pytest.skip(f"{cls.__mro__[-1]} of stock cannot be built on this machine: {error!r}")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_attention_gets_the_compacted_rows(name: str) -> None:
+    stock = stock_class(name)
+    construct(stock.get_builder_cls(), plain_spec())
+    windowed = backend.windowed_backend(stock, sink_window())
+    builder = windowed.get_builder_cls()(windowed.customize_spec(plain_spec()), [], config(), CPU)
+    common = a_step()
+    built = builder.build(0, common)
+    # 299 is in block 9: sink 0 and blocks 7 to 9. The chunk is in blocks 5, 6 and 7.
+    assert built.seq_lens.tolist() == [300 - 6 * BLOCK, 128, 128, 230 - 4 * BLOCK]
+    assert built.query_start_loc.tolist() == [0, 1, 3, 35, 41]
+    assert built.block_table[:, :4].tolist() == [
+        [1, 8, 9, 10],
+        [13, 16, 17, 18],
+        [13, 17, 18, 19],
+        [13, 18, 19, 20],
+    ]
+    assert built.num_actual_tokens == 41
+    assert built.slot_mapping is common.slot_mapping
+    assert common.seq_lens.tolist() == [300, 230]
+    assert worker_state(config()).counters.split_rows == 2
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_builder_of_a_group_without_window_builds_what_stock_builds(name: str) -> None:
+    stock = stock_class(name)
+    construct(stock.get_builder_cls(), plain_spec())
+    windowed = backend.windowed_backend(stock, sink_window())
+    builder = windowed.get_builder_cls()(plain_spec(), [], config(), CPU)
+    built = builder.build(0, a_step())
+    assert built.seq_lens.tolist() == [300, 230]
+    assert worker_state(config()).counters.rows == 0
+
+
+# -- which class a name stands for -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_name_is_stock_unless_the_engine_runs_a_sequence_policy(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    stock = stock_class(name)
+    current: Any = None
+    policy: Any = None
+    monkeypatch.setattr(backend, "STOCK", {name: AttentionBackendEnum[name].value})
+    monkeypatch.setattr(vllm.config, "get_current_vllm_config_or_none", lambda: current)
+    monkeypatch.setattr(engine, "sequence_policy", lambda vllm_config: policy)
+    assert getattr(backend, name) is stock, "no engine is being made"
+    current = SimpleNamespace(kv_transfer_config=None)
+    assert getattr(backend, name) is stock, "an engine without a connector"
+    transfer = SimpleNamespace(kv_connector="Another", kv_connector_module_path="another.module")
+    current = SimpleNamespace(kv_transfer_config=transfer)
+    policy = sink_window()
+    assert getattr(backend, name) is stock, "an engine with another connector"
+    transfer.kv_connector, transfer.kv_connector_module_path = engine.CONNECTOR, engine.MODULE
+    windowed = getattr(backend, name)
+    assert windowed is not stock and issubclass(windowed, stock)
+    policy = None
+    assert getattr(backend, name) is stock, "kvplug without a sequence policy"

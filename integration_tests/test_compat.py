@@ -1,0 +1,168 @@
+"""What kvplug assumes about the installed vLLM, and how it makes itself known to it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+from vllm.model_executor.layers.attention import Attention
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backends import registry
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
+from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
+
+from kvplug.hosts.vllm import backend, compat, plugin
+
+FOREIGN = "vllm.v1.attention.backends.flex_attention.FlexAttentionBackend"
+"""Stands for the backend of another plugin."""
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process in which nothing was registered yet."""
+    monkeypatch.setattr(registry, "_ATTN_OVERRIDES", {})
+    monkeypatch.setattr(backend, "STOCK", {})
+    yield
+
+
+# -- the installed vLLM ----------------------------------------------------------------------------
+
+
+def test_the_installed_vllm_has_everything() -> None:
+    assert compat.missing_extension_points() == []
+
+
+def test_the_installed_vllm_is_one_that_was_tested() -> None:
+    assert compat.is_tested(compat.version())
+
+
+@pytest.mark.parametrize("version", ["0.32", "0.32.0", "0.32.0+cpu", "0.32.1", "0.32.0rc1"])
+def test_a_release_of_a_tested_series_is_tested(version: str) -> None:
+    assert compat.is_tested(version)
+
+
+@pytest.mark.parametrize("version", ["0.320.0", "0.33.0", "0.3", "0.31.9", "10.32.0", "1.0.32.0"])
+def test_any_other_release_is_not(version: str) -> None:
+    assert not compat.is_tested(version)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "vllm.no_such_module:thing",
+        "vllm.v1.core.kv_cache_utils:NoSuchClass.method",
+        "vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.no_such_method",
+    ],
+)
+def test_what_vanished_is_reported(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    monkeypatch.setattr(compat, "EXTENSION_POINTS", ((target, ()),))
+    (line,) = compat.missing_extension_points()
+    assert line.startswith(f"{target} is gone")
+
+
+def test_a_method_taken_away_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FreeKVCacheBlockQueue, "prepend_n")
+    (line,) = compat.missing_extension_points()
+    assert "FreeKVCacheBlockQueue.prepend_n is gone" in line
+
+
+def test_a_lost_parameter_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def popleft_n(self: object, count: int) -> None: ...
+
+    monkeypatch.setattr(FreeKVCacheBlockQueue, "popleft_n", popleft_n)
+    (line,) = compat.missing_extension_points()
+    assert line.endswith("FreeKVCacheBlockQueue.popleft_n no longer takes n")
+
+
+def test_every_loss_is_reported_not_only_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FreeKVCacheBlockQueue, "prepend_n")
+    monkeypatch.delattr(KVCacheMetricsCollector, "on_block_evicted")
+    assert len(compat.missing_extension_points()) == 2
+
+
+# -- the attributes touched ------------------------------------------------------------------------
+
+
+def test_a_pool_has_the_attributes_that_are_replaced() -> None:
+    collector = KVCacheMetricsCollector()
+    pool = BlockPool(4, True, 16, metrics_collector=collector)
+    assert type(pool.free_block_queue) is FreeKVCacheBlockQueue
+    assert pool.metrics_collector is collector
+    queue, other = object(), object()
+    compat.install_queue(pool, queue, other)
+    assert pool.free_block_queue is queue
+    assert pool.metrics_collector is other
+
+
+def test_a_layer_has_the_attribute_that_is_set_and_asks_it_for_its_spec() -> None:
+    assert "self.attn_backend =" in inspect.getsource(Attention.__init__)
+    assert "self.attn_backend.customize_spec(" in inspect.getsource(Attention.get_kv_cache_spec)
+    assert "self.attn_backend" in inspect.getsource(Attention.get_attn_backend)
+    layer = SimpleNamespace(attn_backend=None)
+    compat.set_layer_backend(layer, int)
+    assert layer.attn_backend is int
+
+
+# -- the plugin ------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fresh")
+def test_registering_changes_no_class_while_kvplug_is_not_configured() -> None:
+    stock = {name: AttentionBackendEnum[name].get_class() for name in plugin.BACKENDS}
+    plugin.register()
+    for name, cls in stock.items():
+        member = AttentionBackendEnum[name]
+        assert member.get_path() == backend.path(name) == f"kvplug.hosts.vllm.backend.{name}"
+        assert member.get_class() is cls
+
+
+@pytest.mark.usefixtures("fresh")
+def test_only_the_backends_named_are_touched() -> None:
+    plugin.register()
+    assert {m.name for m in AttentionBackendEnum if m.is_overridden()} == set(plugin.BACKENDS)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_registering_again_changes_nothing() -> None:
+    plugin.register()
+    stock = dict(backend.STOCK)
+    assert stock == {name: AttentionBackendEnum[name].value for name in plugin.BACKENDS}
+    for _ in range(2):
+        plugin.register()
+    assert stock == backend.STOCK
+    assert AttentionBackendEnum.CPU_ATTN.get_class().__name__ == "CPUAttentionBackend"
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("before", [True, False], ids=["before-ours", "between-ours"])
+def test_another_plugins_backend_stays_underneath(before: bool) -> None:
+    if not before:
+        plugin.register()
+    register_backend(AttentionBackendEnum.CPU_ATTN, FOREIGN)
+    plugin.register()
+    assert backend.STOCK["CPU_ATTN"] == FOREIGN
+    assert AttentionBackendEnum.CPU_ATTN.get_path() == backend.path("CPU_ATTN")
+    assert AttentionBackendEnum.CPU_ATTN.get_class() is resolve_obj_by_qualname(FOREIGN)
+    assert backend.STOCK["TRITON_ATTN"] == AttentionBackendEnum.TRITON_ATTN.value
+
+
+@pytest.mark.usefixtures("fresh")
+def test_on_a_vllm_never_tested_the_plugin_stays_off(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compat, "version", lambda: "0.33.0")
+    with caplog.at_level(logging.WARNING, logger="kvplug"):
+        plugin.register()
+    assert backend.STOCK == {}
+    assert not any(m.is_overridden() for m in AttentionBackendEnum)
+    assert "0.33.0" in caplog.text and "kvplug doctor" in caplog.text
+
+
+def test_a_name_that_is_no_backend_is_no_attribute() -> None:
+    with pytest.raises(AttributeError, match="NO_SUCH"):
+        _ = backend.NO_SUCH
