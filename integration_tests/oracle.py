@@ -6,6 +6,7 @@ the whole text anew for every token, so there is nothing to free, to compact or 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -49,16 +50,23 @@ class Oracle:
         sink: int = 1 << 20,
         window: int = 1 << 20,
         windows: list[int] | None = None,
+        sliding: Mapping[int, int] | None = None,
     ) -> list[int]:
-        """Generated token ids; ``windows`` gives one window per layer instead of ``window``."""
+        """Generated token ids.
+
+        ``windows`` gives one window per layer instead of ``window``. ``sliding`` names the layers
+        that have a sliding window of the model's own: a query sees its latest tokens, no sink.
+        """
         tokens = list(prompt)
+        own = sliding or {}
         per_layer = windows or [window] * self.num_layers
         for _ in range(max_tokens):
             n = len(tokens)
-            masks = [
-                torch.where(visible(n, block_size, sink, w), 0.0, float("-inf"))[None, None]
-                for w in per_layer
+            seen = [
+                visible(n, 1, 0, own[i]) if i in own else visible(n, block_size, sink, w)
+                for i, w in enumerate(per_layer)
             ]
+            masks = [torch.where(s, 0.0, float("-inf"))[None, None] for s in seen]
             hooks = [
                 layer.register_forward_pre_hook(_with_mask(mask), with_kwargs=True)
                 for layer, mask in zip(self.model.model.layers, masks, strict=True)

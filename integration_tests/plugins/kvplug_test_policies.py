@@ -51,6 +51,15 @@ class NamesStrangers(Lru):
         return [1_000_000 + i for i in range(n)]
 
 
+class Speechless(Lru):
+    """Works, and cannot say what it did."""
+
+    name = "speechless"
+
+    def counters(self) -> dict[str, float]:
+        raise RuntimeError("nothing was counted")
+
+
 class Decides(SequencePolicy):
     """Decides by score, which the vLLM host does not run."""
 
@@ -63,5 +72,5 @@ class Decides(SequencePolicy):
 
 @hookimpl
 def kvplug_register_policies(registry: PolicyRegistry) -> None:
-    for policy in (FailsLater, FailsAtOnce, NamesStrangers, Decides):
+    for policy in (FailsLater, FailsAtOnce, NamesStrangers, Speechless, Decides):
         registry.add(policy)

@@ -312,13 +312,14 @@ class _Parser:
         deployment = Deployment(self.source, choices, self.lines, section)
         try:
             self.plugins.manager.hook.kvplug_deployment_loaded(deployment=deployment)
-        except ValueError as error:
+        except Exception as error:
+            said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise DeploymentError(
                 self.source,
                 [
                     Refusal(
                         self.path() or "file",
-                        f"{error}.",
+                        f"{said}.",
                         "change the section as it says; a plugin refused it.",
                     )
                 ],

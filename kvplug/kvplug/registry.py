@@ -133,6 +133,16 @@ class Plugins:
                 raise PluginError(str(error)) from error
             raise
 
+    def callers(self, hook: str) -> dict[str, pluggy.HookCaller]:
+        """One caller per plugin that implements a hook, so that one failing hides no other."""
+        everybody = self.manager.get_plugins()
+        return {
+            str(self.manager.get_name(impl.plugin)): self.manager.subset_hook_caller(
+                hook, everybody - {impl.plugin}
+            )
+            for impl in getattr(self.manager.hook, hook).get_hookimpls()
+        }
+
 
 @functools.cache
 def plugins() -> Plugins:

@@ -250,3 +250,24 @@ def test_the_installed_builtin_plugin_is_no_exception() -> None:
     plugins = Plugins()
     assert "builtin" not in plugins.registry.broken
     assert plugins.manager.get_plugin("builtin") is builtin.load()
+
+
+def test_each_plugin_is_called_on_its_own() -> None:
+    heard: list[str] = []
+
+    class Listener:
+        def __init__(self, name: str):
+            self.name = name
+
+        @hookimpl
+        def kvplug_engine_stopping(self) -> None:
+            heard.append(self.name)
+
+    loaded = Plugins(entry_points=False)
+    for name in ("a", "b"):
+        loaded.register(Listener(name), name)
+    callers = loaded.callers("kvplug_engine_stopping")
+    assert set(callers) == {"a", "b"}
+    callers["b"](reports=[])
+    assert heard == ["b"]
+    assert loaded.callers("kvplug_event") == {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from kvplug.contract import LayerView, SequencePolicy, Window
+from kvplug.contract import Kind, LayerView, SequencePolicy, Window
 from kvplug.errors import DeploymentError, Refusal
 
 STOCK: dict[str, str] = {}
@@ -35,15 +35,25 @@ def __getattr__(name: str) -> Any:
     if config is None or not engine.is_kvplug(config):
         return stock
     policy = engine.sequence_policy(config)
-    return stock if policy is None else windowed_backend(stock, policy)
+    if policy is None:
+        return stock
+    deployment = engine.deployment_of(config)
+    choice = deployment.choice(Kind.SEQUENCE)
+    assert choice is not None
+    return windowed_backend(stock, policy, (deployment.source, choice.key))
 
 
-def windowed_backend(stock: type[Any], policy: SequencePolicy) -> type[Any]:
+def windowed_backend(
+    stock: type[Any],
+    policy: SequencePolicy,
+    origin: tuple[str, str] = ("inline", "kvplug.sequence"),
+) -> type[Any]:
     """A subclass of a stock backend that applies a positional sequence policy.
 
     Args:
         stock: The backend class vLLM would use.
         policy: A policy whose `window` answers for every layer.
+        origin: Source and key of the policy in its deployment, for messages.
     """
     from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
@@ -90,7 +100,7 @@ def windowed_backend(stock: type[Any], policy: SequencePolicy) -> type[Any]:
                 spec = super().customize_spec(spec)
                 if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
                     return spec
-                _refuse_kernel_blocks(stock, spec, policy)
+                _refuse_kernel_blocks(stock, spec, policy, origin)
                 return replace_as(
                     spec,
                     WindowedSpec,
@@ -108,10 +118,10 @@ def windowed_backend(stock: type[Any], policy: SequencePolicy) -> type[Any]:
 
         if getattr(impl, "alibi_slopes", None) is not None:
             raise DeploymentError(
-                "inline",
+                origin[0],
                 [
                     Refusal(
-                        "kvplug.sequence",
+                        origin[1],
                         f"{policy.name} cannot run on a model with ALiBi: its distances would be "
                         "counted on what is kept.",
                         "remove the sequence section for this model.",
@@ -123,7 +133,9 @@ def windowed_backend(stock: type[Any], policy: SequencePolicy) -> type[Any]:
     return for_window(windows[0])
 
 
-def _refuse_kernel_blocks(stock: type[Any], spec: Any, policy: SequencePolicy) -> None:
+def _refuse_kernel_blocks(
+    stock: type[Any], spec: Any, policy: SequencePolicy, origin: tuple[str, str]
+) -> None:
     """Refuse a block size the backend splits: windows and directives count the pool's blocks."""
     from vllm.v1.worker.utils import select_common_block_size
 
@@ -133,10 +145,10 @@ def _refuse_kernel_blocks(stock: type[Any], spec: Any, policy: SequencePolicy) -
         return
     if size != spec.block_size:
         raise DeploymentError(
-            "inline",
+            origin[0],
             [
                 Refusal(
-                    "kvplug.sequence",
+                    origin[1],
                     f"{policy.name} counts in blocks of {spec.block_size} tokens, and "
                     f"{stock.get_name()} splits them into blocks of {size}.",
                     f"set --block-size {size}.",

@@ -76,6 +76,8 @@ def features_of(vllm_config: Any) -> frozenset[Feature]:
         or parallel.prefill_context_parallel_size > 1,
         Feature.LORA: vllm_config.lora_config is not None,
         Feature.QUANTIZED_KV_CACHE: cache.cache_dtype not in {"auto", "bfloat16", "float16"},
+        Feature.SLIDING_WINDOW_LAYERS: model.get_sliding_window() is not None
+        or any("sliding" in t for t in getattr(model.hf_text_config, "layer_types", None) or ()),
         Feature.MULTIMODAL: bool(model.is_multimodal_model),
         Feature.KV_SHARING: bool(cache.kv_sharing_fast_prefill),
         Feature.DISAGGREGATED_PREFILL: vllm_config.kv_transfer_config.kv_role != "kv_both",

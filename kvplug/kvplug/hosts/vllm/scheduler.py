@@ -13,6 +13,7 @@ from kvplug.contract import (
     BlockFact,
     EngineView,
     Kind,
+    Policy,
     PolicyReport,
     PrefixCachePolicy,
 )
@@ -83,10 +84,11 @@ class SchedulerHalf:
         self._events: list[Event] = []
         self._evicted_told = 0
         self._stopped = False
-        hooks = plugins().manager.hook
-        self._observed = bool(hooks.kvplug_event.get_hookimpls())
+        self._observers = plugins().callers("kvplug_event")
         sizes = {t.size for t in kv_cache_config.kv_cache_tensors}
         self.block_bytes = max(sizes, default=0) // kv_cache_config.num_blocks
+        self.sequence_policy = engine.sequence_policy(vllm_config)
+        self._speechless: set[str] = set()
         self._check_groups(kv_cache_config)
 
     def _check_groups(self, kv_cache_config: Any) -> None:
@@ -94,7 +96,7 @@ class SchedulerHalf:
 
         choice = self.deployment.choice(Kind.SEQUENCE)
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-        policy = engine.sequence_policy(self.vllm_config)
+        policy = self.sequence_policy
         asked = {policy.window(layer) for layer in self.engine.layers} if policy else set()
         # vLLM caches the choice of attention backend per process, whatever the section says.
         if {s.window for s in specs if isinstance(s, WindowedSpec)} - asked:
@@ -151,7 +153,8 @@ class SchedulerHalf:
             compat.install_queue(pool, self.queue, HitCollector(self.queue, pool.metrics_collector))
         for line in self._started():
             logger.info("%s", line)
-        self._tell_plugins("kvplug_engine_started", engine=self.engine)
+        hook = "kvplug_engine_started"
+        self._tell(plugins().callers(hook), hook, engine=self.engine)
 
     def _started(self) -> list[str]:
         chosen = [
@@ -197,11 +200,11 @@ class SchedulerHalf:
 
     def step(self, output: Any) -> npt.NDArray[np.int32] | None:
         """Close a scheduler step; returns the blocks exempt requests write, or None."""
-        self.steps += 1
         if self._tracker is not None:
             self._tracker.update(output)
-        if self._observed:
+        if self._observers:
             self._emit()
+        self.steps += 1
         if not self._exempt:
             return None
         tails: list[int] = []
@@ -251,10 +254,10 @@ class SchedulerHalf:
         self._event(EventType.FALLEN_BACK, Kind.PREFIX_CACHE, detail=detail)
 
     def _event(self, what: EventType, kind: Kind, count: int = 1, detail: str = "") -> None:
-        if self._observed:
+        if self._observers:
             choice = self.deployment.choice(kind)
             name = choice.policy.name if choice is not None else ""
-            self._events.append(Event(what, kind, name, self.steps, count, detail))
+            self._events.append(Event(what, kind, name, self.steps + 1, count, detail))
 
     def _emit(self) -> None:
         if self.queue is not None and (new := self.queue.counters.evicted - self._evicted_told):
@@ -262,18 +265,20 @@ class SchedulerHalf:
             self._event(EventType.EVICTED, Kind.PREFIX_CACHE, new)
         events, self._events = self._events, []
         for event in events:
-            if not self._tell_plugins("kvplug_event", event=event):
-                self._observed = False
-                logger.error("kvplug events are off from now on")
-                return
+            for name in self._tell(self._observers, "kvplug_event", event=event):
+                del self._observers[name]
+                logger.error("kvplug plugin %r hears of no events from now on", name)
 
-    def _tell_plugins(self, hook: str, **what: Any) -> bool:
-        try:
-            getattr(plugins().manager.hook, hook)(**what)
-        except Exception:
-            logger.exception("a kvplug plugin failed in %s; the engine goes on", hook)
-            return False
-        return True
+    def _tell(self, callers: dict[str, Any], hook: str, **what: Any) -> list[str]:
+        """Call a hook of each plugin; returns the plugins that failed."""
+        failed = []
+        for name, caller in callers.items():
+            try:
+                caller(**what)
+            except Exception:
+                logger.exception("kvplug plugin %r failed in %s; the engine goes on", name, hook)
+                failed.append(name)
+        return failed
 
     # -- telling -------------------------------------------------------------------------------
 
@@ -287,14 +292,23 @@ class SchedulerHalf:
                 counters = asdict(self.queue.counters)
                 report.errors = int(counters.pop("errors"))
                 report.acted = self.queue.counters.evicted
-                report.counters = counters
-                if self.queue.policy is not None:
-                    report.counters |= self.queue.policy.counters()
+                report.counters = counters | self._own_counters(self.queue.policy)
             elif policy.kind is Kind.SEQUENCE:
                 report.acted = self.sequence.freed
-                report.counters = asdict(self.sequence)
+                report.counters = asdict(self.sequence) | self._own_counters(self.sequence_policy)
             found.append(report)
         return found
+
+    def _own_counters(self, policy: Policy | None) -> dict[str, float]:
+        """What a policy counted itself; one that cannot say is not asked again."""
+        if policy is None or policy.name in self._speechless:
+            return {}
+        try:
+            return {str(name): float(value) for name, value in policy.counters().items()}
+        except Exception:
+            self._speechless.add(policy.name)
+            logger.exception("policy %r failed in counters(); they are left out", policy.name)
+            return {}
 
     def news(self) -> dict[str, float]:
         """Counter increments since the last call, by ``kind:policy:counter``.
@@ -325,9 +339,10 @@ class SchedulerHalf:
         if self._stopped:
             return
         self._stopped = True
-        if self._observed:
+        if self._observers:
             self._emit()
         reports = self.reports()
         for line in summary_lines(reports, self.steps):
             logger.info("%s", line)
-        self._tell_plugins("kvplug_engine_stopping", reports=reports)
+        hook = "kvplug_engine_stopping"
+        self._tell(plugins().callers(hook), hook, reports=reports)
