@@ -259,7 +259,7 @@ def test_each_plugin_is_called_on_its_own() -> None:
         def __init__(self, name: str):
             self.name = name
 
-        @hookimpl
+        @kvplug.hookimpl
         def kvplug_engine_stopping(self) -> None:
             heard.append(self.name)
 
