@@ -19,7 +19,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
 
-WORDS = 1_850
+WORDS = 1_900
 STOCK_AT_ONCE = 4
 
 
