@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -31,6 +32,14 @@ text { fill: var(--dim); font: 12px system-ui, sans-serif }
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 900, 300, 56, 34, 14
 
 
+def _ticks(most: float) -> list[float]:
+    """Round numbers from 0 up to ``most``, about five of them."""
+    rough = most / 5
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
+    return [i * step for i in range(int(most / step) + 1)]
+
+
 def _plot(
     series: Sequence[tuple[str, str, Sequence[float], Sequence[float]]],
     x_label: str,
@@ -40,7 +49,7 @@ def _plot(
     """An SVG line plot of ``(css class, name, x, y)`` series."""
     most_x = max(max(x, default=1.0) for _, _, x, _ in series) or 1.0
     values = [max(y, default=1.0) for _, _, _, y in series] + ([cap[0]] if cap else [])
-    most_y = max(values) * 1.08 or 1.0
+    most_y = max(values) * 1.15 or 1.0
 
     def px(x: float) -> float:
         return LEFT + x / most_x * (WIDTH - LEFT - 10)
@@ -49,13 +58,12 @@ def _plot(
         return HEIGHT - BOTTOM - y / most_y * (HEIGHT - BOTTOM - TOP)
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_label)}">']
-    for i in range(5):
-        y = most_y * i / 4
+    for y in _ticks(most_y):
         parts.append(
             f'<line class="axis" x1="{LEFT}" x2="{WIDTH - 10}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>'
             f'<text x="{LEFT - 8}" y="{py(y) + 4:.1f}" text-anchor="end">{y:,.0f}</text>'
         )
-        x = most_x * i / 4
+    for x in _ticks(most_x):
         parts.append(
             f'<text x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x:,.0f}</text>'
         )
@@ -109,6 +117,7 @@ def demo_page(
         cap = (float(stock.num_blocks), "the pool") if what == "held" else None
         return _plot(series, "engine step" if over == "step" else "seconds", label, cap)
 
+    prompts = [a.prompt_tokens for a in stock.answers]
     rows = "".join(
         f"<tr><td>{escape(label)}</td><td>{figures['stock'][key]:{form}}</td>"
         f"<td>{figures['kvplug'][key]:{form}}</td></tr>"
@@ -119,7 +128,7 @@ def demo_page(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>{STYLE}</style></head><body>
 <h1>The same requests in the same KV memory</h1>
-<p>{len(stock.answers)} requests of {stock.answers[0].prompt_tokens:,} tokens and the like, on
+<p>{len(stock.answers)} requests of {min(prompts):,} to {max(prompts):,} tokens on
 {stock.num_blocks:,} blocks of {stock.block_size} tokens ({stock.block_bytes / 1024:,.0f} KiB each):
 stock vLLM, and <b>{escape(name)}</b> with kvplug, each in a fresh process.</p>
 <table><tr><th></th><th>stock vLLM</th><th>{escape(name)}</th></tr>{rows}</table>
