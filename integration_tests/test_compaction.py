@@ -276,7 +276,7 @@ def test_exempt_rows_see_everything_beside_rows_that_do_not(kind: str) -> None:
             assert meaning(result, block) == expected(common, rows, block, sink, window), rows
             assert same(before, common)
             check(result)
-            seen += any(r.exempt and r.length > compact.window_exact_tokens for r in rows)
+            seen += any(r.exempt and r.length > compact.exact_tokens for r in rows)
     assert seen > 20, "no exempt row was long enough to matter"
 
 

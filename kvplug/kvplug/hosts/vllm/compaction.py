@@ -27,8 +27,7 @@ class Compactor:
     def __init__(self, spec: WindowedSpec, vllm_config: Any, device: torch.device):
         self.block_size = int(spec.block_size)
         self.window = spec.window
-        self.exact_tokens = int(spec.exact_tokens)
-        self.window_exact_tokens = self.window.exact_blocks * self.block_size
+        self.exact_tokens = self.window.exact_blocks * self.block_size
         self.device = device
         self.state = worker_state(vllm_config)
         # A decode row is as wide as its draft tokens; on an accelerator its true length is known
@@ -40,7 +39,7 @@ class Compactor:
 
     def __call__(self, common: Any) -> Any:
         # A captured CUDA graph reads the compacted buffers, so there they are always written.
-        if self.device.type == "cpu" and common.max_seq_len <= self.window_exact_tokens:
+        if self.device.type == "cpu" and common.max_seq_len <= self.exact_tokens:
             return common
         table, seq_lens = common.block_table_tensor, common.seq_lens
         query_cpu = common.query_start_loc_cpu
