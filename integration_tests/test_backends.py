@@ -316,7 +316,9 @@ def test_a_name_is_stock_unless_the_engine_runs_a_sequence_policy(
     policy: Any = None
     monkeypatch.setattr(backend, "STOCK", {name: AttentionBackendEnum[name].value})
     monkeypatch.setattr(vllm.config, "get_current_vllm_config_or_none", lambda: current)
-    monkeypatch.setattr(engine, "sequence_policy", lambda vllm_config: policy)
+    chosen = SimpleNamespace(source="x.yaml", choice=lambda kind: SimpleNamespace(key="sequence"))
+    monkeypatch.setattr(engine, "deployment_of", lambda vllm_config: chosen)
+    monkeypatch.setattr(engine, "sequence_policy", lambda deployment, vllm_config: policy)
     assert getattr(backend, name) is stock, "no engine is being made"
     current = SimpleNamespace(kv_transfer_config=None)
     assert getattr(backend, name) is stock, "an engine without a connector"

@@ -34,12 +34,11 @@ def __getattr__(name: str) -> Any:
     config = get_current_vllm_config_or_none()
     if config is None or not engine.is_kvplug(config):
         return stock
-    policy = engine.sequence_policy(config)
-    if policy is None:
-        return stock
     deployment = engine.deployment_of(config)
     choice = deployment.choice(Kind.SEQUENCE)
-    assert choice is not None
+    policy = engine.sequence_policy(deployment, config)
+    if choice is None or policy is None:
+        return stock
     return windowed_backend(stock, policy, (deployment.source, choice.key))
 
 

@@ -214,7 +214,7 @@ class _Pool:
             from kvplug.hosts.vllm import engine
             from kvplug.hosts.vllm.backend import windowed_backend
 
-            policy = engine.sequence_policy(config)
+            policy = engine.sequence_policy(engine.deployment_of(config), config)
             assert policy is not None
             spec = windowed_backend(CPUAttentionBackend, policy).customize_spec(spec)
         size = spec.page_size_bytes * blocks

@@ -113,9 +113,9 @@ def engine_view(vllm_config: Any, num_blocks: int = 0) -> EngineView:
     )
 
 
-def sequence_policy(vllm_config: Any) -> SequencePolicy | None:
+def sequence_policy(deployment: Deployment, vllm_config: Any) -> SequencePolicy | None:
     """The deployment's sequence policy, built for the engine, or None."""
-    choice = deployment_of(vllm_config).choice(Kind.SEQUENCE)
+    choice = deployment.choice(Kind.SEQUENCE)
     if choice is None:
         return None
     policy = choice.build(engine_view(vllm_config))

@@ -87,7 +87,7 @@ class SchedulerHalf:
         self._observers = plugins().callers("kvplug_event")
         sizes = {t.size for t in kv_cache_config.kv_cache_tensors}
         self.block_bytes = max(sizes, default=0) // kv_cache_config.num_blocks
-        self.sequence_policy = engine.sequence_policy(vllm_config)
+        self.sequence_policy = engine.sequence_policy(deployment, vllm_config)
         self._speechless: set[str] = set()
         self._check_groups(kv_cache_config)
 
