@@ -331,3 +331,17 @@ def test_a_name_is_stock_unless_the_engine_runs_a_sequence_policy(
     assert windowed is not stock and issubclass(windowed, stock)
     policy = None
     assert getattr(backend, name) is stock, "kvplug without a sequence policy"
+
+
+def test_a_block_size_the_backend_would_split_is_refused() -> None:
+    """Windows and directives count the pool's blocks, not the kernel's."""
+
+    class Halves(stock_class("CPU_ATTN")):  # type: ignore[misc]
+        @staticmethod
+        def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
+            return [BLOCK // 2]
+
+    windowed = backend.windowed_backend(Halves, sink_window(), ("x.yaml", "kvplug.sequence.use"))
+    with pytest.raises(DeploymentError, match=f"set --block-size {BLOCK // 2}") as refused:
+        windowed.customize_spec(plain_spec())
+    assert str(refused.value).startswith("x.yaml: kvplug.sequence.use: sink_window counts in")

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
+    from kvplug.hosts.vllm.trial import TrialResult, TrialSpec
 
 WORDS = 1_900
 STOCK_AT_ONCE = 4
@@ -43,22 +43,27 @@ def demo(
     from kvplug import configs, models, texts
     from kvplug.errors import DeploymentError, KVPlugError
     from kvplug.hosts.vllm.flags import read_config
-    from kvplug.hosts.vllm.trial import TrialRequest
+    from kvplug.hosts.vllm.trial import TrialRequest, TrialSpec
 
     console = Console(soft_wrap=True)
     try:
         file = read_config(config or configs.shipped("quickstart"))
         directory = model or models.smollm2(progress=lambda line: console.print(line, markup=False))
         prompts = texts.passages(texts.shakespeare(), requests, WORDS, seed=0)
-        engine, blocks = _engine(dict(file.flags), directory, prompts, output_tokens)
+        lengths = _lengths(directory, prompts)
+        engine, blocks = _engine(dict(file.flags), max(lengths) + output_tokens)
         work = [TrialRequest(prompt, output_tokens) for prompt in prompts]
         console.print(
             f"{requests} requests of about {WORDS:,} words, {output_tokens} tokens out each; "
             f"a pool of {blocks} blocks of {engine['block_size']} tokens, "
             f"room for {STOCK_AT_ONCE} of them in stock vLLM.\n"
         )
-        stock = _run(console, "stock vLLM", directory, work, engine, None)
-        kvplug = _run(console, file.path.stem, directory, work, engine, file.deployment.section)
+        total = sum(lengths) + requests * (output_tokens - 1)
+        stock = _run(console, "stock vLLM", total, TrialSpec(str(directory), work, engine, None))
+        section = file.deployment.section
+        kvplug = _run(
+            console, file.path.stem, total, TrialSpec(str(directory), work, engine, section)
+        )
     except DeploymentError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
@@ -96,16 +101,18 @@ def demo(
         console.print(f"page: {html}", markup=False)
 
 
-def _engine(
-    flags: dict[str, Any], model: Path, prompts: list[str], output_tokens: int
-) -> tuple[dict[str, Any], int]:
-    """Engine arguments of both runs, and the blocks that hold `STOCK_AT_ONCE` whole requests."""
+def _lengths(model: Path, prompts: list[str]) -> list[int]:
+    """Tokens of each prompt."""
     from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [len(tokenizer(prompt).input_ids) for prompt in prompts]
+
+
+def _engine(flags: dict[str, Any], longest: int) -> tuple[dict[str, Any], int]:
+    """Engine arguments of both runs, and the blocks that hold `STOCK_AT_ONCE` whole requests."""
     engine = {k.replace("-", "_"): v for k, v in flags.items()}
     engine.setdefault("block_size", 32)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    longest = max(len(tokenizer(p).input_ids) for p in prompts) + output_tokens
     blocks = STOCK_AT_ONCE * -(-longest // engine["block_size"])
     engine["num_gpu_blocks_override"] = blocks + 1
     return engine, blocks
@@ -151,22 +158,12 @@ def _state(what: dict[str, Any]) -> str:
     )
 
 
-def _run(
-    console: Console,
-    name: str,
-    model: Path,
-    work: list[TrialRequest],
-    engine: dict[str, Any],
-    section: Any,
-) -> TrialResult:
-    from transformers import AutoTokenizer
+def _run(console: Console, name: str, total: int, spec: TrialSpec) -> TrialResult:
+    """Run one trial and show its progress; ``total`` is the tokens it will compute."""
+    from kvplug.hosts.vllm.trial import run_fresh
 
-    from kvplug.hosts.vllm.trial import TrialSpec, run_fresh
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    total = sum(len(tokenizer(str(r.prompt)).input_ids) + r.max_tokens - 1 for r in work)
     with _shown(console, name, total) as progress:
-        return run_fresh(TrialSpec(str(model), work, engine, section), progress)
+        return run_fresh(spec, progress)
 
 
 def agreement(stock: TrialResult, kvplug: TrialResult) -> float:

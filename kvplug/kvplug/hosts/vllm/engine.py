@@ -34,7 +34,8 @@ def deployment_of(vllm_config: Any) -> Deployment:
             "inline",
             [Refusal(SECTION, "is missing.", "add `kvplug: {}` or a section with policies.")],
         )
-    deployment = load_deployment(section, key=SECTION, engine=engine_view(vllm_config))
+    view = engine_view(vllm_config)
+    deployment = load_deployment(section, key=SECTION, engine=view)
     installed = compat.version()
     if not compat.is_tested(installed):
         raise DeploymentError(
@@ -47,7 +48,7 @@ def deployment_of(vllm_config: Any) -> Deployment:
                 )
             ],
         )
-    deployment.require_compatible(engine_view(vllm_config), runs=RUNS, host="vllm")
+    deployment.require_compatible(view, runs=RUNS, host="vllm")
     if refusals := _layer_refusals(deployment, vllm_config):
         raise DeploymentError(deployment.source, refusals)
     return deployment
@@ -145,11 +146,10 @@ def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
             )
     if found:
         return found
-    view = engine_view(vllm_config)
-    policy = choice.build(view)
-    assert isinstance(policy, SequencePolicy)
+    policy = sequence_policy(deployment, vllm_config)
+    assert policy is not None
     key = choice.key.removesuffix(".use")
-    for layer in view.layers:
+    for layer in policy.engine.layers:
         try:
             window = policy.window(layer)
         except Exception as error:
