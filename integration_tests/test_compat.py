@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from vllm.model_executor.layers.attention import Attention
@@ -166,3 +167,58 @@ def test_on_a_vllm_never_tested_the_plugin_stays_off(
 def test_a_name_that_is_no_backend_is_no_attribute() -> None:
     with pytest.raises(AttributeError, match="NO_SUCH"):
         _ = backend.NO_SUCH
+
+
+def test_what_a_sequence_policy_counts_itself_is_reported() -> None:
+    from kvplug.deployment import load_deployment
+    from kvplug.hosts.vllm.scheduler import SchedulerHalf, SequenceCounters
+
+    half = object.__new__(SchedulerHalf)
+    half.deployment = load_deployment({"sequence": "sink_window"})
+    half.queue = None
+    half.sequence = SequenceCounters(freed=7)
+    half.sequence_policy = SimpleNamespace(name="sink_window", counters=lambda: {"widened": 3})
+    half._speechless = set()
+    (report,) = half.reports()
+    assert report.acted == 7
+    assert report.counters["widened"] == 3.0
+    assert report.counters["freed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("text_config", "sliding"),
+    [
+        ({}, False),
+        ({"layer_types": ["full_attention", "full_attention"]}, False),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, True),
+        ({"sliding_window": 512}, True),
+    ],
+)
+def test_sliding_window_layers_are_a_feature(text_config: dict[str, Any], sliding: bool) -> None:
+    from kvplug.contract import Feature
+    from kvplug.hosts.vllm.engine import features_of
+
+    hf = SimpleNamespace(**text_config)
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1,
+            pipeline_parallel_size=1,
+            data_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+        ),
+        cache_config=SimpleNamespace(
+            enable_prefix_caching=True, cache_dtype="auto", kv_sharing_fast_prefill=False
+        ),
+        scheduler_config=SimpleNamespace(enable_chunked_prefill=True, async_scheduling=False),
+        compilation_config=SimpleNamespace(cudagraph_mode=None),
+        model_config=SimpleNamespace(
+            hf_text_config=hf,
+            get_sliding_window=lambda: getattr(hf, "sliding_window", None),
+            is_multimodal_model=False,
+        ),
+        kv_transfer_config=SimpleNamespace(kv_role="kv_both"),
+        speculative_config=None,
+        lora_config=None,
+    )
+    assert (Feature.SLIDING_WINDOW_LAYERS in features_of(config)) is sliding

@@ -520,3 +520,20 @@ def test_the_error_survives_a_process_boundary(load: Load) -> None:
     error = pickle.loads(pickle.dumps(caught.value))
     assert str(error) == str(caught.value)
     assert error.refusals == caught.value.refusals
+
+
+def test_a_plugin_that_fails_is_a_refusal_too(installed: Plugins, load: Load, file: Path) -> None:
+    class Broken:
+        @kvplug.hookimpl
+        def kvplug_deployment_loaded(self, deployment: Deployment) -> None:
+            raise RuntimeError("no time")
+
+        @kvplug.hookimpl
+        def kvplug_choose_policy(self, kind: Kind) -> str:
+            raise RuntimeError("no idea")
+
+    installed.register(Broken(), "broken")
+    (loaded,) = refused(load, "prefix_cache: oldest\n")
+    assert loaded.startswith(f"{file}: file: RuntimeError: no time.")
+    (chosen,) = refused(load, "prefix_cache: auto\n")
+    assert "the plugin that chooses for `auto` failed: RuntimeError: no idea." in chosen
