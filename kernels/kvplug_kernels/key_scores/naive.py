@@ -1,0 +1,76 @@
+"""The specification of the key scores: legal arguments, then plain loops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..paging import INT32, check_pages, check_separate, check_tensor
+
+KEY_NORM = 0
+VALUE_NORM = 1
+KEY_TO_MEAN = 2
+KEY_TO_PREVIOUS = 3
+
+
+def check_arguments(
+    key_cache: Tensor, value_cache: Tensor, block_table: Tensor, lens: Tensor, out: Tensor | None
+) -> None:
+    """Raise ValueError naming the first argument that breaks the contract. Host-only."""
+    device = key_cache.device
+    check_pages("key_cache", key_cache, device)
+    check_pages("value_cache", value_cache, device)
+    num_blocks, kv_heads, block_size, _ = key_cache.shape
+    shape = (num_blocks, kv_heads, block_size, "head_size")
+    check_tensor("value_cache", value_cache, (key_cache.dtype,), shape, device)
+    check_tensor("block_table", block_table, INT32, ("rows", "width"), device)
+    rows = block_table.shape[0]
+    check_tensor("lens", lens, INT32, (rows,), device)
+    if out is not None:
+        check_tensor("out", out, (torch.float32,), (4, rows, kv_heads, "max_len"), device)
+    inputs = {
+        "key_cache": key_cache,
+        "value_cache": value_cache,
+        "block_table": block_table,
+        "lens": lens,
+    }
+    check_separate(out, inputs)
+
+
+def key_scores_naive(
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    lens: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Same contract as :func:`kvplug_kernels.key_scores.key_scores`, in float64."""
+    check_arguments(key_cache, value_cache, block_table, lens, out)
+    _, kv_heads, block_size, _ = key_cache.shape
+    rows, width = block_table.shape
+    if out is None:
+        shape = (4, rows, kv_heads, width * block_size)
+        out = key_cache.new_empty(shape, dtype=torch.float32)
+    out.zero_()
+
+    def cosine(a: Tensor, b: Tensor) -> float:
+        norms = float(a.norm() * b.norm())
+        return float(torch.dot(a, b)) / norms if norms > 0 else 0.0
+
+    for r, n in enumerate(lens.clamp(0, min(width * block_size, out.shape[3])).tolist()):
+        slots = [(int(block_table[r, t // block_size]), t % block_size) for t in range(n)]
+        for h in range(kv_heads):
+            keys = [key_cache[block, h, offset].double() for block, offset in slots]
+            values = [value_cache[block, h, offset].double() for block, offset in slots]
+            anchor = torch.zeros(key_cache.shape[3], dtype=torch.float64, device=key_cache.device)
+            for key in keys:
+                if key.norm() > 0:
+                    anchor += key / key.norm() / n
+            for t in range(n):
+                out[KEY_NORM, r, h, t] = keys[t].norm()
+                out[VALUE_NORM, r, h, t] = values[t].norm()
+                out[KEY_TO_MEAN, r, h, t] = cosine(keys[t], anchor)
+                if t > 0:
+                    out[KEY_TO_PREVIOUS, r, h, t] = cosine(keys[t], keys[t - 1])
+    return out
