@@ -11,15 +11,17 @@ from kvplug.contract.policy import (
     Policy,
     PolicyOptions,
     PolicyReport,
+    Rope,
 )
 from kvplug.contract.prefix_cache import BlockFact, PrefixCachePolicy, Released, RequestView
 from kvplug.contract.reuse import Fingerprint, ReuseCheck, ReuseRequest, Verdict
 from kvplug.contract.sequence import (
-    Granularity,
+    HeldView,
+    ScoringOptions,
+    ScoringPolicy,
     SequencePolicy,
-    SequenceView,
-    Signal,
     Window,
+    layer_range,
 )
 from kvplug.contract.transfer import CorruptPayload, TransferCodec
 
@@ -43,7 +45,7 @@ __all__ = [
     "Feature",
     "Fingerprint",
     "FormatPolicy",
-    "Granularity",
+    "HeldView",
     "Kind",
     "LayerView",
     "LifecyclePolicy",
@@ -59,11 +61,13 @@ __all__ = [
     "RequestView",
     "ReuseCheck",
     "ReuseRequest",
+    "Rope",
+    "ScoringOptions",
+    "ScoringPolicy",
     "SequencePolicy",
-    "SequenceView",
-    "Signal",
     "TierView",
     "TransferCodec",
     "Verdict",
     "Window",
+    "layer_range",
 ]

@@ -63,6 +63,20 @@ class PolicyOptions(BaseModel):
 
 
 @dataclass(frozen=True)
+class Rope:
+    """How a layer rotates queries and keys by their position in the text.
+
+    Attributes:
+        frequencies: Radians per position of each rotated pair. The first elements of a head are
+            rotated, twice as many as there are frequencies.
+        interleaved: Pairs are neighbouring elements (GPT-J) instead of one of either half (NeoX).
+    """
+
+    frequencies: tuple[float, ...]
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
 class LayerView:
     """One attention layer as policies see it.
 
@@ -73,6 +87,7 @@ class LayerView:
         num_heads: Query heads of the layer on this rank.
         head_size: Elements per head.
         dtype: Name of the model's KV dtype, e.g. ``"bfloat16"``.
+        rope: Its rotary embedding; None where there is none or the host does not know it.
     """
 
     index: int
@@ -81,6 +96,7 @@ class LayerView:
     num_heads: int = 0
     head_size: int = 0
     dtype: str = ""
+    rope: Rope | None = None
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,16 @@ class BlockFact(StrEnum):
     """What a policy may ask to know about a block besides its id; each costs the host something.
 
     ``REQUEST``: the request that let go of the block. ``POSITION``: the block's index in that
-    request's text. ``KEY``: the identity of its content (equal keys, equal prefix).
+    request's text. ``KEY``: the identity of its content (equal keys, equal prefix). ``PARENT``: the
+    block before it in that text. ``FINISHED`` is about whole requests: their ends, through
+    `PrefixCachePolicy.on_finished`.
     """
 
     REQUEST = "request"
     POSITION = "position"
     KEY = "key"
+    PARENT = "parent"
+    FINISHED = "finished"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +55,15 @@ class Released:
         positions: Index of each block in its request's text, or None if not asked for.
         keys: Content identity of each block, or None if not asked for.
         request: The request, or None if not asked for or not known (a preempted request).
+        parents: Block before each block in its request's text, -1 for the first or where unknown,
+            or None if not asked for. The parent's own content may have been evicted since.
     """
 
     ids: Sequence[int]
     positions: Sequence[int] | None = None
     keys: Sequence[bytes] | None = None
     request: RequestView | None = None
+    parents: Sequence[int] | None = None
 
 
 class PrefixCachePolicy(Policy):
@@ -73,7 +80,8 @@ class PrefixCachePolicy(Policy):
 
     kind: ClassVar[Kind] = Kind.PREFIX_CACHE
     exact: ClassVar[bool] = True
-    needs: ClassVar[frozenset[BlockFact]] = frozenset()
+    needs: frozenset[BlockFact] = frozenset()
+    """What the host is asked to tell; an object may ask for more than its class."""
 
     @abstractmethod
     def on_release(self, released: Released) -> None:
@@ -94,3 +102,18 @@ class PrefixCachePolicy(Policy):
         ``n`` never exceeds the number of candidates. The host evicts exactly the blocks
         returned and reports them through `on_remove`.
         """
+
+    def on_finished(
+        self, request: RequestView, keys: Sequence[bytes], num_output_tokens: int
+    ) -> None:
+        """A request ended; told only to a policy that needs ``FINISHED``, before the release.
+
+        Args:
+            request: The request.
+            keys: Content identity of each full block of its text that was computed, prompt and
+                output, in text order, whether or not the block is still cached.
+            num_output_tokens: Tokens it generated.
+        """
+
+    def on_stop(self) -> None:
+        """The engine stops and nothing follows. Told to a policy that was retired, too."""

@@ -1,34 +1,24 @@
-"""Sequence policies: which blocks or tokens of a running request to keep."""
+"""Sequence policies: which tokens of a running request to keep.
+
+Two families share the kind. A positional rule (`SequencePolicy.window`) is known in advance. A
+`ScoringPolicy` looks at what a request holds, at points the host plans, and says what matters; the
+host keeps the best of it per KV head, moves it together and gives the blocks behind it back.
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, Self
 
-import numpy as np
-import numpy.typing as npt
+from pydantic import Field, field_validator, model_validator
 
-from kvplug.contract.policy import Kind, LayerView, Policy
+from kvplug.contract.policy import EngineView, Feature, Kind, LayerView, Policy, PolicyOptions
 
-
-class Signal(StrEnum):
-    """Importance signals a kernel computes on the worker when a policy needs them."""
-
-    ATTENTION_MASS = "attention mass"
-    KEY_NORM = "key norm"
-    VALUE_NORM = "value norm"
-    KEY_SIMILARITY = "key similarity"
-
-
-class Granularity(StrEnum):
-    """What is dropped: whole blocks, tokens, or each head its own tokens."""
-
-    BLOCK = "block"
-    TOKEN = "token"
-    HEAD = "head"
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,59 +51,349 @@ class Window:
         return self.sink_blocks + self.window_blocks + 1
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceView:
-    """One running request as a deciding policy sees it.
-
-    Attributes:
-        request_id: The engine's id.
-        num_tokens: Tokens computed and settled.
-        num_prompt_tokens: Tokens of its prompt.
-        kept: Block indices still held, ascending; shape ``[held]``, int32.
-        scores: Per asked signal, one value per held unit, aggregated over ranks; shape
-            ``[held]`` (block), ``[held * block_size]`` (token) or ``[kv_heads, held *
-            block_size]`` (head), float16.
-        layer_group: Index of the layer group, for policies whose budget differs by layer.
-    """
-
-    request_id: str
-    num_tokens: int
-    num_prompt_tokens: int
-    kept: npt.NDArray[np.int32]
-    scores: dict[Signal, npt.NDArray[np.float16]]
-    layer_group: int = 0
-
-
 class SequencePolicy(Policy):
-    """Decides what a running request keeps. Approximate unless the budget covers the text.
-
-    Two ways to decide, and a policy takes exactly one:
-
-    * positional: `window` returns a `Window`. Known in advance on both sides of the engine, no
-      traffic, blocks freed the moment they fall out of it.
-    * by score: `window` returns None and `keep` picks per step from the signals in `needs`.
-      Scores are computed on the worker, the decision is made in the scheduler, the drop is
-      announced, and the blocks are freed once a worker acknowledged it.
-    """
+    """Decides what a running request keeps. Approximate unless the budget covers the text."""
 
     kind: ClassVar[Kind] = Kind.SEQUENCE
     exact: ClassVar[bool] = False
     changes_length: ClassVar[bool] = True
-    needs: ClassVar[frozenset[Signal]] = frozenset()
-    granularity: ClassVar[Granularity] = Granularity.BLOCK
 
     @abstractmethod
     def window(self, layer: LayerView) -> Window | None:
-        """The positional rule of a layer, or None to decide by score with `keep`.
+        """The positional rule of a layer, or None for a policy that scores.
 
         Layers with equal windows share block tables; each distinct window costs the engine one
         more KV-cache group.
         """
 
-    def keep(self, views: Sequence[SequenceView], budget: int) -> Sequence[npt.NDArray[np.int32]]:
-        """For each request, the indices of held units to keep, ascending.
 
-        Called once per step with every request that is over ``budget`` (in units of
-        `granularity`). The tail block is always kept by the host.
+@dataclass(frozen=True)
+class HeldView:
+    """What one layer holds of some requests at the moment of a decision, on the worker.
+
+    Rows are requests that hold equally many tokens. Held index ``t`` of a row and KV head is the
+    slot ``(block_table[row, t // page], t % page)`` of the pages, ``page`` being their third
+    dimension; every KV head may hold other tokens of the text there. The tensors belong to the
+    host: read them, never write them.
+
+    Attributes:
+        layer: The layer; its head counts are those of this rank.
+        scale: Softmax scale of the layer's attention.
+        softcap: Soft cap of its logits, 0 for none.
+        num_tokens: Tokens of the text computed so far, ``[rows]`` int32.
+        num_prompt_tokens: Tokens of the prompt, ``[rows]`` int32.
+        held: Tokens held per row and head.
+        positions: Position in the text of each held token, ``[rows, kv_heads, held]`` int32.
+        key_pages: ``[pages, kv_heads, page, head_size]``, keys after RoPE; the last dimension is
+            contiguous.
+        value_pages: The same shape.
+        block_table: ``[rows, width]`` int32.
+        queries: Queries of the latest tokens after RoPE, oldest first, ``[rows, observation,
+            num_heads, head_size]``, or None where the policy observes none.
+        query_positions: Their positions, ``[rows, observation]`` int32; -1 where the text is
+            shorter than the observation.
+        totals: Attention mass each held token received from every query since it was written,
+            mean over the query heads of its group, ``[rows, kv_heads, held]`` float32, or None
+            where the policy does not ask for it.
+    """
+
+    layer: LayerView
+    scale: float
+    softcap: float
+    num_tokens: Tensor
+    num_prompt_tokens: Tensor
+    held: int
+    positions: Tensor
+    key_pages: Tensor
+    value_pages: Tensor
+    block_table: Tensor
+    queries: Tensor | None = None
+    query_positions: Tensor | None = None
+    totals: Tensor | None = None
+
+    def _dense(self, pages: Tensor) -> Tensor:
+        import torch
+
+        rows, page = self.block_table.shape[0], pages.shape[2]
+        # Asking a GPU whether the table is plain would wait for it.
+        if not pages.is_cuda and pages.shape[0] == rows and page == self.held:
+            first = self.block_table[:, 0].long()
+            if torch.equal(first, torch.arange(rows, device=first.device)):
+                return pages
+        width = -(-self.held // page)
+        taken = pages[self.block_table[:, :width].long()]
+        flat = taken.transpose(1, 2).reshape(rows, pages.shape[1], width * page, pages.shape[3])
+        return flat[:, :, : self.held]
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """Keys in held order, ``[rows, kv_heads, held, head_size]``; gathered at first use."""
+        return self._dense(self.key_pages)
+
+    @cached_property
+    def values(self) -> Tensor:
+        """Values in held order, ``[rows, kv_heads, held, head_size]``; gathered at first use."""
+        return self._dense(self.value_pages)
+
+    @cached_property
+    def lens(self) -> Tensor:
+        """``[rows]`` int32, `held` for each row, as kernels take it."""
+        import torch
+
+        rows = self.block_table.shape[0]
+        return torch.full((rows,), self.held, dtype=torch.int32, device=self.positions.device)
+
+    def attention_mass(self, window: int | None = None) -> Tensor:
+        """Attention mass each held token receives from the latest queries.
+
+        Args:
+            window: Queries to take, the latest ones; all observed ones by default.
+
+        Returns:
+            ``[rows, num_heads, held]`` float32, summed over the queries; each query's softmax is
+            over what it may see of the held tokens.
+
+        Raises:
+            ValueError: The policy observes no queries.
         """
-        raise NotImplementedError(f"{type(self).__name__} is positional: it has no keep()")
+        import torch
+
+        from kvplug_kernels.attention_mass import attention_mass
+
+        if self.queries is None or self.query_positions is None:
+            raise ValueError("attention_mass needs queries: set `observation` of the policy")
+        window = self.queries.shape[1] if window is None else window
+        queries = self.queries[:, -window:]
+        rows, _, heads, _ = queries.shape
+        return attention_mass(
+            queries,
+            self.key_pages,
+            self.block_table,
+            self.lens,
+            self.scale,
+            key_positions=self.positions,
+            query_positions=self.query_positions[:, -window:],
+            softcap=self.softcap,
+            out=queries.new_empty((rows, heads, self.held), dtype=torch.float32),
+        )
+
+    def over_groups(self, values: Tensor) -> Tensor:
+        """Mean over the query heads of each KV head: ``[rows, num_heads, ...]`` to
+        ``[rows, kv_heads, ...]``."""
+        rows, heads = values.shape[:2]
+        kv_heads = self.positions.shape[1]
+        return values.reshape(rows, kv_heads, heads // kv_heads, *values.shape[2:]).mean(2)
+
+    @cached_property
+    def key_scores(self) -> Tensor:
+        """Norms and similarities of the held keys, ``[4, rows, kv_heads, held]`` float32.
+
+        Indexed by the constants of `kvplug_kernels.key_scores`: ``KEY_NORM``, ``VALUE_NORM``,
+        ``KEY_TO_MEAN`` (cosine with the mean of the normalised keys), ``KEY_TO_PREVIOUS``.
+        """
+        from kvplug_kernels.key_scores import key_scores
+
+        scores = key_scores(self.key_pages, self.value_pages, self.block_table, self.lens)
+        return scores[..., : self.held]
+
+
+class ScoringOptions(PolicyOptions):
+    """The knobs every scoring policy has: how much is kept, what is kept always, and when.
+
+    ``budget`` counts tokens per KV head and layer, sinks and recent tokens among them; it is
+    rounded up to blocks. Between two decisions a request holds up to ``interval`` tokens more.
+    """
+
+    budget: int | float = Field(
+        1024,
+        description="tokens kept per request (an integer), or the part of its prompt (0.0-1.0)",
+    )
+    sink: int = Field(4, ge=0, le=1 << 20, description="first tokens that are always kept")
+    recent: int = Field(32, ge=0, le=1 << 24, description="latest tokens that are always kept")
+    interval: int = Field(
+        128, ge=1, le=1 << 20, description="generated tokens between two decisions"
+    )
+    prefill: int = Field(
+        0,
+        ge=0,
+        le=1 << 24,
+        description="tokens of a prompt held before the first decision must be made; "
+        "0: half of what the pool holds",
+    )
+    shared: int = Field(
+        0,
+        ge=0,
+        le=1 << 24,
+        description="leading tokens that stay in the prefix cache; at least one interval",
+    )
+    on_demand: int = Field(
+        0,
+        ge=0,
+        le=1 << 24,
+        description="dropped tokens per request, layer and KV head that stay in host memory and "
+        "come back when a query needs them; 0: none",
+    )
+    layers: dict[str, float] = Field(
+        default_factory=dict,
+        description="share of the budget by layer or range of layers, e.g. {'0-9': 1.5}; "
+        "layers left out have 1.0; each distinct share is one more KV-cache group",
+    )
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_is_tokens_or_part(cls, value: int | float) -> int | float:
+        if isinstance(value, float) and not 0 < value <= 1:
+            raise ValueError("a budget that is a part of the prompt must be above 0 and at most 1")
+        if isinstance(value, int) and value < 1:
+            raise ValueError("a budget in tokens must be at least 1")
+        return value
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layer_keys_are_text(cls, value: object) -> object:
+        if isinstance(value, dict):
+            return {str(k): float(v) if isinstance(v, int) else v for k, v in value.items()}
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _shares_are_positive(cls, value: dict[str, float]) -> dict[str, float]:
+        for layers, share in value.items():
+            layer_range(layers, None)
+            if not 0 < share <= 16:
+                raise ValueError(f"share of layers {layers} must be above 0 and at most 16")
+        return value
+
+    @model_validator(mode="after")
+    def _budget_holds_what_is_always_kept(self) -> Self:
+        if isinstance(self.budget, int) and self.budget < self.sink + self.recent:
+            raise ValueError(
+                f"budget {self.budget} is smaller than sink + recent = {self.sink + self.recent}"
+            )
+        return self
+
+
+def layer_range(text: str, num_layers: int | None) -> tuple[int, int]:
+    """First and last layer of ``"3"``, ``"-1"`` or ``"0-9"``.
+
+    Args:
+        text: The range; a negative layer counts from the end and stands alone.
+        num_layers: Layers of the model, or None to check the form only.
+
+    Raises:
+        ValueError: It is no range, or outside the model.
+    """
+    try:
+        if text.lstrip("-").isdigit():
+            first = last = int(text)
+            if first < 0 and num_layers is not None:
+                first = last = first + num_layers
+        else:
+            start, _, end = text.partition("-")
+            first, last = int(start), int(end)
+    except ValueError:
+        raise ValueError(f"{text!r} is no layer or range of layers; write '0' or '0-3'") from None
+    if last < first:
+        raise ValueError(f"{text!r}: the last layer is before the first")
+    if num_layers is not None and (first < 0 or last >= num_layers):
+        raise ValueError(f"layers {text!r} is outside the model's 0-{num_layers - 1}")
+    return first, last
+
+
+class ScoringPolicy(SequencePolicy):
+    """Says how much each held token matters; the host keeps the best of each KV head.
+
+    A policy of one's own is one method::
+
+        class Knorm(ScoringPolicy):
+            name, changes = "knorm", "drops the tokens with the largest keys"
+
+            def score(self, held):
+                return -held.keys.float().norm(dim=-1)
+
+    Decisions fall at points of the text that both sides of the engine know in advance: at the end
+    of the prompt, every ``interval`` generated tokens, and inside a prompt that is longer than
+    ``prefill``. At each of them `score` runs on the worker once per layer, with every request
+    that has come to one; the host keeps sinks and recent tokens whatever their score.
+
+    Attributes:
+        observation: Latest queries that `HeldView.queries` carries; 0 for none.
+        wants_totals: Whether `HeldView.totals` is kept up to date.
+    """
+
+    observation: int = 0
+    wants_totals: bool = False
+    mutates_blocks: ClassVar[bool] = True
+    supports: ClassVar[frozenset[Feature]] = frozenset(
+        {
+            Feature.PREFIX_CACHING,
+            Feature.CHUNKED_PREFILL,
+            Feature.PREEMPTION,
+            Feature.ASYNC_SCHEDULING,
+            Feature.TENSOR_PARALLEL,
+            Feature.PIPELINE_PARALLEL,
+            Feature.DATA_PARALLEL,
+            Feature.LORA,
+            Feature.SLIDING_WINDOW_LAYERS,
+        }
+    )
+
+    class Options(ScoringOptions):
+        """The knobs every scoring policy has."""
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        super().__init__(options, engine)
+        assert isinstance(options, ScoringOptions)
+        self.knobs: ScoringOptions = options
+        for layers in options.layers:
+            if engine.layers:
+                layer_range(layers, engine.layers[0].num_layers)
+
+    def window(self, layer: LayerView) -> None:
+        return None
+
+    @abstractmethod
+    def score(self, held: HeldView) -> Tensor:
+        """How much each held token matters, ``[rows, kv_heads, held]`` float; more is kept.
+
+        Deterministic, and row by row: a request's scores must not depend on its neighbours.
+        """
+
+    def share(self, layer: LayerView) -> float:
+        """The layer's part of the budget, 1.0 being an equal one.
+
+        Layers with equal shares form one KV-cache group: use few distinct values.
+        """
+        for layers, share in self.knobs.layers.items():
+            first, last = layer_range(layers, layer.num_layers)
+            if first <= layer.index <= last:
+                return share
+        return 1.0
+
+    def measure(self, held: HeldView, scores: Tensor) -> Tensor | None:
+        """What the scheduler should hear of a decision, ``[rows, n]`` float, or None.
+
+        Called after each `score` with its result, on the worker. The host averages it over the
+        layers and ranks and hands it to `resize`.
+        """
+        return None
+
+    def resize(self, measured: Sequence[float], budget: int, num_tokens: int) -> int:
+        """The budget of a request's next decision, from what its last one measured.
+
+        Called in the scheduler, once per decision of a request, if `measure` is overridden.
+
+        Args:
+            measured: The request's latest measurement, averaged over layers and ranks.
+            budget: Tokens its last decision kept, of the group with share 1.
+            num_tokens: Tokens of its text.
+
+        Returns:
+            Tokens to keep at its next decision; the host clips it to what is possible.
+        """
+        return budget
+
+    @property
+    def resizes(self) -> bool:
+        """Whether the policy changes budgets at run time."""
+        return type(self).measure is not ScoringPolicy.measure
