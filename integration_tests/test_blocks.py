@@ -1,4 +1,4 @@
-"""BlockTracker: owner and position of blocks from what the scheduler sends each step."""
+"""BlockTracker: owner, position and parent of blocks from what the scheduler sends each step."""
 
 from __future__ import annotations
 
@@ -132,3 +132,44 @@ def test_finishing_twice_or_unknown_is_nothing(tracker: BlockTracker) -> None:
     tracker.update(step(finished=("a", "stranger")))
     tracker.update(step(finished=("a",)))
     assert tracker._requests.keys() == {"b"}
+
+
+def test_the_parent_is_the_block_before_in_the_same_group(tracker: BlockTracker) -> None:
+    tracker.update(step(new={"a": ([7, 3], [10])}))
+    tracker.update(step(cached={"a": ([9], [])}))
+    tracker.update(step(cached={"a": ([], [11, 12])}))
+    assert tracker.parents([7, 3, 9]) == [-1, 7, 3]
+    assert tracker.parents([10, 11, 12, 30]) == [-1, 10, 11, -1]
+    assert tracker.parents([]) == []
+
+
+def test_the_parent_follows_the_latest_request_and_a_resumed_one_starts_over(
+    tracker: BlockTracker,
+) -> None:
+    tracker.update(step(new={"a": ([7, 3, 5],)}))
+    tracker.update(step(new={"b": ([7, 9],)}))
+    assert tracker.parents([7, 9, 5]) == [-1, 7, 3]
+    tracker.update(step(cached={"a": ([5, 3],)}, resumed=("a",)))
+    assert tracker.parents([5, 3]) == [-1, 5]
+    tracker.update(step(finished=("a", "b")))
+    assert tracker.parents([3]) == [5]
+    assert not tracker._tails
+
+
+@pytest.mark.parametrize(
+    ("wishes", "session"),
+    [
+        ({"kvplug": {"session": "chat 7"}}, "chat 7"),
+        ({"kvplug": {"session": 7}}, None),
+        ({"kvplug": {"sequence": "off"}}, None),
+        ({"kvplug": "off"}, None),
+        ({"other": {"session": "chat 7"}}, None),
+        (None, None),
+    ],
+)
+def test_a_request_may_name_its_session(wishes: Any, session: str | None) -> None:
+    tracker = BlockTracker(8)
+    tracker.add(request("r", kv_transfer_params=wishes))
+    tracker.update(step(new={"r": ([1],)}))
+    view = tracker.owner(1)
+    assert view is not None and view.session_id == session

@@ -519,6 +519,7 @@ def tracked(request_id: str, blocks: list[KVCacheBlock], pool_size: int) -> Bloc
         (BlockFact.POSITION,),
         (BlockFact.KEY,),
         (BlockFact.REQUEST,),
+        (BlockFact.PARENT,),
         (BlockFact.POSITION, BlockFact.KEY, BlockFact.REQUEST),
     ],
     ids=lambda facts: "+".join(facts) or "none",
@@ -536,6 +537,8 @@ def test_a_policy_gets_the_facts_it_asked_for_and_no_others(facts: tuple[BlockFa
     assert released.positions == ([2, 1, 0] if BlockFact.POSITION in facts else None)
     keys = [bytes(blocks[i].block_hash) for i in (2, 1, 0)]
     assert released.keys == (keys if BlockFact.KEY in facts else None)
+    before = [blocks[1].block_id, blocks[0].block_id, -1]
+    assert released.parents == (before if BlockFact.PARENT in facts else None)
     if BlockFact.REQUEST in facts:
         assert released.request is not None
         assert (released.request.request_id, released.request.priority) == ("r", 2)
@@ -544,13 +547,13 @@ def test_a_policy_gets_the_facts_it_asked_for_and_no_others(facts: tuple[BlockFa
 
 
 def test_positions_and_requests_are_none_without_a_tracker() -> None:
-    policy = asking(BlockFact.POSITION, BlockFact.REQUEST, BlockFact.KEY)
+    policy = asking(*BlockFact)
     pool = policy_pool(policy, blocks=9)
     blocks = pool.get_new_blocks(2)
     cache(pool, blocks, ["a", "b"])
     pool.free_blocks(reversed(blocks))
     released = policy.calls[0][1]
-    assert released.positions is None and released.request is None
+    assert released.positions is None and released.request is None and released.parents is None
     assert len(released.keys) == 2
 
 

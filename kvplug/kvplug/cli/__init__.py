@@ -16,8 +16,12 @@ from kvplug.cli.bench import bench
 from kvplug.cli.check import check
 from kvplug.cli.demo import demo
 from kvplug.cli.doctor import doctor
+from kvplug.cli.eval import evaluate
 from kvplug.cli.policies import policies
+from kvplug.cli.record import record
+from kvplug.cli.replay import replay
 from kvplug.cli.serve import serve
+from kvplug.cli.simulate import simulate
 
 app = typer.Typer(
     name="kvplug",
@@ -45,5 +49,6 @@ def _main(
     logging.getLogger("kvplug").addHandler(logging.NullHandler())
 
 
-for _command in (policies, check, serve, demo, bench, doctor):
+for _command in (policies, check, simulate, serve, record, replay, demo, bench, doctor):
     app.command()(_command)
+app.command("eval")(evaluate)

@@ -84,7 +84,12 @@ def vllm_distribution() -> str | None:
     return None
 
 
-def vllm_command(config: ConfigFile, model: str | None, extra: Sequence[str]) -> list[str]:
+def vllm_command(
+    config: ConfigFile,
+    model: str | None,
+    extra: Sequence[str],
+    section: Mapping[str, Any] | None = None,
+) -> list[str]:
     """The command that serves a checked deployment.
 
     Args:
@@ -92,6 +97,7 @@ def vllm_command(config: ConfigFile, model: str | None, extra: Sequence[str]) ->
         model: Directory or name of the model, ``smollm2``, or None to take it from the file or
             from ``extra``.
         extra: vLLM's own arguments, added last.
+        section: What to run in place of the deployment's own section.
 
     Raises:
         DeploymentError: No model is named, or ``extra`` would undo what was checked.
@@ -140,7 +146,7 @@ def vllm_command(config: ConfigFile, model: str | None, extra: Sequence[str]) ->
         command += ["--config", str(config.path)]
     else:
         flags += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
-    if (transfer := _transfer(config)) is not None:
+    if (transfer := _transfer(config, section)) is not None:
         flags += ["--kv-transfer-config", json.dumps(transfer)]
     return [*command, *flags, *extra]
 
@@ -156,7 +162,9 @@ def _server(distribution: str) -> list[str]:
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
 
 
-def _transfer(config: ConfigFile) -> Mapping[str, Any] | None:
+def _transfer(
+    config: ConfigFile, instead: Mapping[str, Any] | None = None
+) -> Mapping[str, Any] | None:
     """The connector config to pass beside ``--config``, or None where the file's own serves."""
     from kvplug.deployment import read_yaml
     from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
@@ -166,14 +174,19 @@ def _transfer(config: ConfigFile) -> Mapping[str, Any] | None:
             "kv_connector": CONNECTOR,
             "kv_connector_module_path": MODULE,
             "kv_role": "kv_both",
-            "kv_connector_extra_config": {"kvplug": str(config.path.resolve())},
+            "kv_connector_extra_config": {"kvplug": instead or str(config.path.resolve())},
         }
-    section = section_file(config)
-    if section is None or section.is_absolute():
-        return None
+    section: Any = instead
+    if section is None:
+        file = section_file(config)
+        if file is None or file.is_absolute():
+            return None
+        section = str(file.resolve())
     data, _ = read_yaml(config.path)
     transfer = next(v for k, v in data.items() if k.replace("_", "-") == "kv-transfer-config")
-    extra = {**transfer["kv_connector_extra_config"], "kvplug": str(section.resolve())}
+    if isinstance(transfer, str):
+        transfer = json.loads(transfer)
+    extra = {**transfer["kv_connector_extra_config"], "kvplug": section}
     return {**transfer, "kv_connector_extra_config": extra}
 
 

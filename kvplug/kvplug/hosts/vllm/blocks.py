@@ -1,4 +1,4 @@
-"""Which request computed a block and where it stands in it, for policies that ask."""
+"""Which request computed a block, where it stands in it and after what, for policies that ask."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ from kvplug.contract import RequestView
 
 
 class BlockTracker:
-    """Owner and index of each block, kept from what the scheduler sends each step.
+    """Owner, index and parent of each block, kept from what the scheduler sends each step.
 
     A block that several requests share belongs to the latest one that was given it.
     """
 
     def __init__(self, num_blocks: int):
         self._position = np.full(num_blocks, -1, dtype=np.int32)
+        self._parent = np.full(num_blocks, -1, dtype=np.int32)
         self._owner: list[RequestView | None] = [None] * num_blocks
         self._lengths: dict[str, list[int]] = {}
+        self._tails: dict[str, list[int]] = {}
         self._requests: dict[str, RequestView] = {}
 
     def positions(self, ids: Sequence[int]) -> list[int]:
         """Index of each block in its request's text, -1 where unknown."""
         return self._position[list(ids)].tolist()
+
+    def parents(self, ids: Sequence[int]) -> list[int]:
+        """Block before each block in its request's text, -1 for the first or where unknown."""
+        return self._parent[list(ids)].tolist()
 
     def owner(self, block: int) -> RequestView | None:
         """The latest request that was given the block."""
@@ -32,38 +38,77 @@ class BlockTracker:
 
     def add(self, request: Any) -> None:
         """A vLLM ``Request`` arrived."""
-        self._requests[request.request_id] = RequestView(
-            request_id=request.request_id,
-            num_prompt_tokens=request.num_prompt_tokens,
-            priority=request.priority,
-            session_id=getattr(request, "session_id", None),
-            arrival=request.arrival_time,
-        )
+        self._requests[request.request_id] = request_view(request)
 
     def update(self, output: Any) -> None:
         """Take in one ``SchedulerOutput``."""
         for request in output.scheduled_new_reqs:
-            self._lengths[request.req_id] = [0] * len(request.block_ids)
+            self._start(request.req_id, len(request.block_ids))
             self._extend(request.req_id, request.block_ids)
         cached = output.scheduled_cached_reqs
         for request_id, block_ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
             if block_ids is None:
                 continue
             if request_id in cached.resumed_req_ids:
-                self._lengths[request_id] = [0] * len(block_ids)
+                self._start(request_id, len(block_ids))
             self._extend(request_id, block_ids)
         for request_id in output.finished_req_ids:
             self._lengths.pop(request_id, None)
+            self._tails.pop(request_id, None)
             self._requests.pop(request_id, None)
+
+    def _start(self, request_id: str, groups: int) -> None:
+        self._lengths[request_id] = [0] * groups
+        self._tails[request_id] = [-1] * groups
 
     def _extend(self, request_id: str, groups: Sequence[Sequence[int]]) -> None:
         lengths = self._lengths.get(request_id)
         if lengths is None:
             return
         request = self._requests.get(request_id)
+        tails = self._tails[request_id]
         for group, ids in enumerate(groups):
+            if not ids:
+                continue
             held = lengths[group]
             self._position[list(ids)] = np.arange(held, held + len(ids), dtype=np.int32)
+            self._parent[list(ids)] = [tails[group], *ids[:-1]]
             for block in ids:
                 self._owner[block] = request
             lengths[group] += len(ids)
+            tails[group] = ids[-1]
+
+
+def request_view(request: Any) -> RequestView:
+    """A vLLM ``Request`` as policies see it."""
+    return RequestView(
+        request_id=request.request_id,
+        num_prompt_tokens=request.num_prompt_tokens,
+        priority=request.priority,
+        session_id=_session(request),
+        arrival=request.arrival_time,
+    )
+
+
+def computed_keys(request: Any, hash_block_size: int, block_size: int) -> list[bytes]:
+    """Content identity of each full block of a vLLM ``Request`` that was computed, in text order.
+
+    Args:
+        request: The request; the KV of its last sampled token was never computed.
+        hash_block_size: Tokens per hash the engine keeps; divides ``block_size``.
+        block_size: Tokens per block.
+    """
+    computed = min(request.num_computed_tokens, request.num_tokens - 1)
+    per_block = block_size // hash_block_size
+    # Each hash covers all before it, so a block's last one stands for the block.
+    ends = request.block_hashes[per_block - 1 :: per_block]
+    return [bytes(key) for key in ends[: max(0, computed) // block_size]]
+
+
+def _session(request: Any) -> str | None:
+    """The conversation a request names: ``kv_transfer_params: {kvplug: {session: NAME}}``."""
+    wishes = (getattr(request, "kv_transfer_params", None) or {}).get("kvplug")
+    session = wishes.get("session") if isinstance(wishes, dict) else None
+    if not isinstance(session, str):
+        session = getattr(request, "session_id", None)
+    return session if isinstance(session, str) else None

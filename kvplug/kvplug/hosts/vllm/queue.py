@@ -8,7 +8,7 @@ is, from that moment on, and nothing else changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
-from kvplug.contract import BlockFact, PrefixCachePolicy, Released
+from kvplug.contract import BlockFact, PrefixCachePolicy, Released, RequestView
 from kvplug.hosts.vllm.blocks import BlockTracker
 
 logger = init_logger("vllm.kvplug")
@@ -58,6 +58,7 @@ class PolicyQueue(FreeKVCacheBlockQueue):
     ):
         super().__init__(stock.get_all_free_blocks())
         self.policy: PrefixCachePolicy | None = policy
+        self._built = policy
         self.counters = QueueCounters()
         self._facts = policy.needs
         self._tracker = tracker
@@ -128,6 +129,21 @@ class PolicyQueue(FreeKVCacheBlockQueue):
         if self.policy is not None and gone:
             self._tell(self.policy.on_remove, gone)
 
+    # -- what the scheduler half passes on -----------------------------------------------------
+
+    def finished(self, request: RequestView, keys: list[bytes], num_output_tokens: int) -> None:
+        """A request ended; its blocks are released next."""
+        if self.policy is not None:
+            self._tell(self.policy.on_finished, request, keys, num_output_tokens)
+
+    def stop(self) -> None:
+        """The engine stops."""
+        try:
+            self._built.on_stop()
+        except Exception:
+            self.counters.errors += 1
+            logger.exception("prefix_cache policy %r failed in on_stop()", self._built.name)
+
     # -- the policy ----------------------------------------------------------------------------
 
     def _release(self, blocks: list[KVCacheBlock]) -> None:
@@ -145,6 +161,7 @@ class PolicyQueue(FreeKVCacheBlockQueue):
                 tracker.positions(ids) if tracker and BlockFact.POSITION in facts else None,
                 [bytes(b.block_hash) for b in blocks] if BlockFact.KEY in facts else None,
                 tracker.owner(ids[0]) if tracker and BlockFact.REQUEST in facts else None,
+                tracker.parents(ids) if tracker and BlockFact.PARENT in facts else None,
             )
         self._candidates.update(zip(ids, blocks, strict=True))
         self._tell(policy.on_release, released)
@@ -196,9 +213,9 @@ class PolicyQueue(FreeKVCacheBlockQueue):
         self._tell(policy.on_remove, ids)
         return blocks
 
-    def _tell(self, verb: Callable[[Any], None], what: Released | Sequence[int]) -> None:
+    def _tell(self, verb: Callable[..., None], *what: Any) -> None:
         try:
-            verb(what)
+            verb(*what)
         except Exception as error:
             self._retire(error)
 

@@ -1,0 +1,248 @@
+"""Reading traces: both formats, and every way a file can be wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tracegen import conversations
+
+from kvplug.hosts.trace import traces
+from kvplug.hosts.trace.traces import TraceError
+
+GOOD: dict[str, Any] = {
+    "off": np.array([0, 3, 5, 5]),
+    "ids": np.array([0, 1, 2, 0, 3], dtype=np.int32),
+    "t": np.array([0.5, 1.5, 2.0]),
+    "inp": np.array([50, 33, 4]),
+    "outp": np.array([7, 8, 9]),
+    "sess": np.array([4, 5, 4], dtype=np.int32),
+    "bs": np.int64(16),
+    "nblk": np.int64(4),
+}
+
+
+def saved(folder: Path, **changes: Any) -> Path:
+    """A trace with arrays replaced; None leaves one out."""
+    path = folder / "made.npz"
+    arrays = {k: v for k, v in (GOOD | changes).items() if v is not None}
+    np.savez(path, **arrays)
+    return path
+
+
+def test_an_npz_is_read(tmp_path: Path) -> None:
+    trace = traces.read(saved(tmp_path, extra=np.zeros(3)))
+    assert trace.name == "made"
+    assert trace.off.tolist() == [0, 3, 5, 5] and trace.ids.tolist() == [0, 1, 2, 0, 3]
+    assert trace.arrival.tolist() == [0.5, 1.5, 2.0]
+    assert trace.prompt_tokens.tolist() == [50, 33, 4]
+    assert trace.output_tokens.tolist() == [7, 8, 9]
+    assert trace.session.tolist() == [4, 5, 4]
+    assert (trace.block_size, trace.num_distinct) == (16, 4)
+    assert (trace.num_requests, trace.num_references, trace.names_sessions) == (3, 5, True)
+    assert trace.positions().tolist() == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_written_is_read(tmp_path: Path, seed: int) -> None:
+    made = conversations(seed)
+    traces.write(tmp_path / "made.npz", made)
+    again = traces.read(tmp_path / "made.npz")
+    for name in ("off", "ids", "arrival", "prompt_tokens", "output_tokens", "session"):
+        assert np.array_equal(getattr(again, name), getattr(made, name)), name
+    assert (again.block_size, again.num_distinct) == (made.block_size, made.num_distinct)
+    with np.load(tmp_path / "made.npz") as stored:
+        assert {k: str(stored[k].dtype) for k in stored.files} == {
+            "off": "int64",
+            "ids": "int32",
+            "t": "float64",
+            "inp": "int64",
+            "outp": "int64",
+            "sess": "int32",
+            "bs": "int64",
+            "nblk": "int64",
+        }
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"t": None, "nblk": None}, "lacks the arrays t, nblk"),
+        ({"ids": np.zeros((2, 2), dtype=np.int32)}, r"ids has shape \(2, 2\), expected \(N,\)"),
+        ({"bs": np.array([16])}, r"bs has shape \(1,\), expected \(\)"),
+        ({"ids": np.zeros(5)}, "ids holds float64, expected integers"),
+        ({"inp": np.array(["a", "b", "c"])}, "inp holds <U1, expected integers"),
+        ({"t": np.zeros(2)}, "t has 2 entries and off speaks of 3 requests"),
+        ({"off": np.array([0])}, "there is no request"),
+        ({"off": np.array([0, 3, 2, 5])}, "off must rise from 0 to the 5 entries"),
+        ({"off": np.array([1, 3, 5, 5])}, "off must rise from 0 to the 5 entries"),
+        ({"off": np.array([0, 3, 5, 6])}, "off must rise from 0 to the 5 entries"),
+        ({"ids": np.array([0, 1, 2, 0, 4])}, "ids run from 0 to 4, outside the 4 distinct"),
+        ({"ids": np.array([0, 1, 2, 0, -3])}, "ids run from -3 to 2"),
+        ({"nblk": np.int64(1 << 50)}, "distinct blocks of 5 references"),
+        ({"ids": np.array([0, 1, 0, 0, 3])}, "request 0 names block 0 twice"),
+        ({"bs": np.int64(0)}, "bs says 0 tokens a block"),
+        ({"t": np.array([0, np.nan, 1])}, "arrival time is not finite"),
+        ({"outp": np.array([1, -2, 3])}, "number of tokens is negative"),
+        ({"off": np.zeros(4, dtype=int), "ids": np.zeros(0, dtype=int)}, "refers to a block"),
+    ],
+)
+def test_a_wrong_npz_is_refused_by_name(tmp_path: Path, changes: Any, says: str) -> None:
+    path = saved(tmp_path, **changes)
+    with pytest.raises(TraceError, match=says) as refused:
+        traces.read(path)
+    assert str(refused.value).startswith(f"{path}: ")
+    assert refused.value.exit_code == 2
+
+
+def test_objects_are_never_unpickled(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (tmp_path / "exploded").touch, ()
+
+    path = saved(tmp_path, sess=np.array([Bomb()] * 3, dtype=object))
+    with pytest.raises(TraceError, match=r"no readable \.npz"):
+        traces.read(path)
+    (tmp_path / "b.npz").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(TraceError, match=r"no readable \.npz"):
+        traces.read(tmp_path / "b.npz")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_any_cut_file_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 97):
+        path.write_bytes(whole[:size])
+        with pytest.raises(TraceError):
+            traces.read(path)
+
+
+def test_any_flipped_byte_is_read_or_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    whole = bytearray(path.read_bytes())
+    refused = 0
+    for at in range(0, len(whole), 13):
+        whole[at] ^= 0xFF
+        path.write_bytes(whole)
+        whole[at] ^= 0xFF
+        try:
+            traces.read(path)
+        except TraceError:
+            refused += 1
+    assert refused > 10
+
+
+def test_a_file_that_unpacks_to_too_much_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traces, "MAX_BYTES", 100)
+    with pytest.raises(TraceError, match="unpacks to"):
+        traces.read(saved(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("none.npz", "no such file"), ("a.csv", r"an \.npz or a \.jsonl")]
+)
+def test_no_trace(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(TraceError, match=says):
+        traces.read(tmp_path / name)
+    with pytest.raises(TraceError, match="no such file"):
+        traces.read(tmp_path)
+
+
+# -- Mooncake --------------------------------------------------------------------------------------
+
+LINE: dict[str, Any] = {
+    "timestamp": 27482,
+    "input_length": 1100,
+    "output_length": 52,
+    "hash_ids": [46, 47, 2353],
+}
+
+
+def lines(folder: Path, *rows: Any) -> Path:
+    path = folder / "mooncake.jsonl"
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    return path
+
+
+def test_a_jsonl_is_read(tmp_path: Path) -> None:
+    other = LINE | {"timestamp": 30000, "hash_ids": [46, 47, 9], "output_length": 1}
+    trace = traces.read(lines(tmp_path, LINE, "", other, LINE | {"hash_ids": []}))
+    assert trace.off.tolist() == [0, 3, 6, 6]
+    first, second = trace.ids[:3].tolist(), trace.ids[3:].tolist()
+    assert first[:2] == second[:2] and first[2] != second[2]
+    assert set(first + second) == set(range(4)) and trace.num_distinct == 4
+    assert trace.arrival.tolist() == [27.482, 30.0, 27.482]
+    assert trace.prompt_tokens.tolist() == [1100] * 3
+    assert trace.output_tokens.tolist() == [52, 1, 52]
+    assert (trace.block_size, trace.names_sessions, trace.name) == (512, False, "mooncake")
+    assert traces.read(tmp_path / "mooncake.jsonl", 16).block_size == 16
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("{", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ([1], "is no JSON object"),
+        (LINE | {"timestamp": "now"}, "timestamp is no number"),
+        (LINE | {"timestamp": True}, "timestamp is no number"),
+        (LINE | {"timestamp": float("nan")}, "timestamp is no number"),
+        (LINE | {"input_length": -1}, "input_length is no number of tokens"),
+        (LINE | {"output_length": 1.5}, "output_length is no number of tokens"),
+        (LINE | {"hash_ids": None}, "hash_ids is no list of integers"),
+        (LINE | {"hash_ids": [1, "2"]}, "hash_ids is no list of integers"),
+        ({}, "timestamp is no number"),
+    ],
+)
+def test_a_wrong_line_is_refused_by_number(tmp_path: Path, row: Any, says: str) -> None:
+    path = lines(tmp_path, LINE, row)
+    with pytest.raises(TraceError, match=says) as refused:
+        traces.read(path)
+    assert str(refused.value).startswith(f"{path}:2: ")
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([], "has no request"),
+        ([LINE | {"hash_ids": [1, 1]}], "request 0 names block 0 twice"),
+        ([LINE | {"hash_ids": [1 << 70]}], "more than 64 bits"),
+        ([LINE | {"hash_ids": []}], "refers to a block"),
+    ],
+)
+def test_a_wrong_jsonl_is_refused(tmp_path: Path, rows: list[Any], says: str) -> None:
+    with pytest.raises(TraceError, match=says):
+        traces.read(lines(tmp_path, *rows))
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00{")
+    with pytest.raises(TraceError, match="is no JSON"):
+        traces.read(tmp_path / "x.jsonl")
+
+
+# -- capacities ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"),
+    [("7", 7), (" 7 ", 7), ("1%", 2), ("2.5%", 5), ("250%", 500), ("1_000", 1000)],
+)
+def test_capacities(text: str, blocks: int) -> None:
+    trace = conversations(0)
+    object.__setattr__(trace, "num_distinct", 200)
+    assert trace.capacity(text) == blocks
+
+
+@pytest.mark.parametrize("text", ["", "x", "1.5", "0", "-3", "0%", "nan%", "inf%", "%", "9" * 12])
+def test_no_capacities(text: str) -> None:
+    with pytest.raises(ValueError, match="capacity"):
+        conversations(0).capacity(text)
