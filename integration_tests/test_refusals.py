@@ -94,13 +94,13 @@ CASES = {
         ],
         model="mamba",
     ),
-    "a policy that decides by score": Case(
+    "a policy that neither gives a window nor scores": Case(
         {"sequence": "decides"},
         [
             (
                 f"{SECTION}.sequence",
-                "decides decides by score, which this host does not run yet.",
-                "use a positional policy such as sink_window.",
+                "decides gives no window, and is no ScoringPolicy.",
+                "return a Window for every layer, or derive it from ScoringPolicy.",
             )
         ],
     ),

@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pydantic import Field
+from torch import Tensor
 
 from kvplug import hookimpl
-from kvplug.contract import EngineView, LayerView, PolicyOptions, Released, SequencePolicy
+from kvplug.contract import (
+    EngineView,
+    HeldView,
+    LayerView,
+    PolicyOptions,
+    Released,
+    ScoringPolicy,
+    SequencePolicy,
+)
 from kvplug.registry import PolicyRegistry
 from kvplug_policies.prefix_cache.lru import Lru
 
@@ -61,7 +70,7 @@ class Speechless(Lru):
 
 
 class Decides(SequencePolicy):
-    """Decides by score, which the vLLM host does not run."""
+    """Gives no window and no scores."""
 
     name = "decides"
     changes = "what a request sees"
@@ -70,7 +79,17 @@ class Decides(SequencePolicy):
         return None
 
 
+class FailsToScore(ScoringPolicy):
+    """Scores nothing."""
+
+    name = "fails_to_score"
+    changes = "what a request sees"
+
+    def score(self, held: HeldView) -> Tensor:
+        raise RuntimeError("scores are not wanted")
+
+
 @hookimpl
 def kvplug_register_policies(registry: PolicyRegistry) -> None:
-    for policy in (FailsLater, FailsAtOnce, NamesStrangers, Speechless, Decides):
+    for policy in (FailsLater, FailsAtOnce, NamesStrangers, Speechless, Decides, FailsToScore):
         registry.add(policy)

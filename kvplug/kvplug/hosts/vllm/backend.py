@@ -8,9 +8,10 @@ builder compacts block tables and whose layers carry a `WindowedSpec`.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
-from kvplug.contract import Kind, LayerView, SequencePolicy, Window
+from kvplug.contract import Kind, LayerView, ScoringPolicy, SequencePolicy, Window
 from kvplug.errors import DeploymentError, Refusal
 
 STOCK: dict[str, str] = {}
@@ -39,7 +40,10 @@ def __getattr__(name: str) -> Any:
     policy = engine.sequence_policy(deployment, config)
     if choice is None or policy is None:
         return stock
-    return windowed_backend(stock, policy, (deployment.source, choice.key))
+    origin = (deployment.source, choice.key)
+    if isinstance(policy, ScoringPolicy):
+        return pruned_backend(stock, policy, config, origin)
+    return windowed_backend(stock, policy, origin)
 
 
 def windowed_backend(
@@ -54,21 +58,90 @@ def windowed_backend(
         policy: A policy whose `window` answers for every layer.
         origin: Source and key of the policy in its deployment, for messages.
     """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
-
-    from kvplug.hosts.vllm import compat
     from kvplug.hosts.vllm.compaction import CompactingBuilder
     from kvplug.hosts.vllm.spec import WindowedSpec
 
-    stock_builder, stock_impl = stock.get_builder_cls(), stock.get_impl_cls()
     block = policy.engine.block_size
     windows = [_window(policy, layer) for layer in policy.engine.layers]
     exact_tokens = min(w.exact_blocks for w in windows) * block
 
-    class WindowedBuilder(CompactingBuilder, stock_builder):  # type: ignore[misc, valid-type]
+    def rule(window: Window) -> dict[str, Any]:
+        return {
+            "sink_tokens": window.sink_blocks * block,
+            "window_tokens": window.window_blocks * block,
+        }
+
+    return _shortening_backend(
+        stock, policy, origin, CompactingBuilder, None, WindowedSpec, exact_tokens, windows, rule
+    )
+
+
+def pruned_backend(
+    stock: type[Any],
+    policy: ScoringPolicy,
+    vllm_config: Any,
+    origin: tuple[str, str] = ("inline", "kvplug.sequence"),
+) -> type[Any]:
+    """A subclass of a stock backend that applies a scoring sequence policy.
+
+    Args:
+        stock: The backend class vLLM would use.
+        policy: The policy.
+        vllm_config: The engine's config.
+        origin: Source and key of the policy in its deployment, for messages.
+    """
+    from kvplug.hosts.vllm.engine import layer_limits
+    from kvplug.hosts.vllm.pruner import PruningBuilder, PruningImpl, ring_size
+    from kvplug.hosts.vllm.spec import PrunedSpec
+    from kvplug.hosts.vllm.worker import worker_state
+
+    limits = [layer_limits(policy, layer) for layer in policy.engine.layers]
+    # A hit would bring tokens whose running totals nobody kept.
+    shared = 0 if policy.wants_totals else min(own.shared for own in limits)
+    state = worker_state(vllm_config)
+    state.block_size = policy.engine.block_size
+    state.ring = ring_size(policy)
+    state.totals = policy.wants_totals
+
+    class Impl(PruningImpl):
+        kvplug_policy = policy
+        kvplug_state = state
+
+    return _shortening_backend(
+        stock,
+        policy,
+        origin,
+        PruningBuilder,
+        Impl,
+        PrunedSpec,
+        shared * policy.engine.block_size,
+        limits,
+        lambda own: {"limits": own},
+    )
+
+
+def _shortening_backend(
+    stock: type[Any],
+    policy: SequencePolicy,
+    origin: tuple[str, str],
+    builder_mixin: type[Any],
+    impl_mixin: type[Any] | None,
+    spec_cls: type[Any],
+    exact_tokens: int,
+    rules: list[Any],
+    spec_fields: Callable[[Any], dict[str, Any]],
+) -> type[Any]:
+    """A subclass of ``stock`` whose full-attention layers carry ``spec_cls`` by their own rule."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
+
+    from kvplug.hosts.vllm import compat
+
+    stock_builder, stock_impl = stock.get_builder_cls(), stock.get_impl_cls()
+
+    class Builder(builder_mixin, stock_builder):  # type: ignore[misc, valid-type]
         pass
 
-    class WindowedImpl(stock_impl):  # type: ignore[misc, valid-type]
+    class Impl(*filter(None, (impl_mixin, stock_impl))):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any):
             from vllm.config import get_current_vllm_config
 
@@ -84,15 +157,15 @@ def windowed_backend(
                     compat.set_layer_backend(layer, layer_backend(name, self))
 
     @functools.cache
-    def for_window(window: Window) -> type[Any]:
-        class WindowedBackend(stock):
+    def for_rule(rule: Any) -> type[Any]:
+        class Backend(stock):
             @staticmethod
             def get_impl_cls() -> type[Any]:
-                return WindowedImpl
+                return Impl
 
             @staticmethod
             def get_builder_cls() -> type[Any]:
-                return WindowedBuilder
+                return Builder
 
             @classmethod
             def customize_spec(cls, spec: Any) -> Any:
@@ -102,15 +175,14 @@ def windowed_backend(
                 _refuse_kernel_blocks(stock, spec, policy, origin)
                 return replace_as(
                     spec,
-                    WindowedSpec,
-                    sink_tokens=window.sink_blocks * block,
-                    window_tokens=window.window_blocks * block,
+                    spec_cls,
                     exact_tokens=exact_tokens,
                     in_flight_tokens=policy.engine.max_in_flight_tokens,
                     max_tokens=policy.engine.max_model_len,
+                    **spec_fields(rule),
                 )
 
-        return WindowedBackend
+        return Backend
 
     def layer_backend(name: str, impl: Any) -> type[Any]:
         from vllm.model_executor.models.utils import extract_layer_index
@@ -127,9 +199,9 @@ def windowed_backend(
                     )
                 ],
             )
-        return for_window(windows[extract_layer_index(name)])
+        return for_rule(rules[extract_layer_index(name)])
 
-    return for_window(windows[0])
+    return for_rule(rules[0])
 
 
 def _refuse_kernel_blocks(

@@ -7,7 +7,7 @@ step's directives to the metadata builders and returns what they did.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from kvplug.hosts.vllm import engine
 from kvplug.hosts.vllm.metrics import PolicyPromMetrics, PolicyStats
 from kvplug.hosts.vllm.scheduler import SchedulerHalf
-from kvplug.hosts.vllm.worker import drop_worker_state, worker_state
+from kvplug.hosts.vllm.worker import (
+    WorkerCounters,
+    drop_worker_state,
+    merge_measured,
+    unpack_plans,
+    worker_state,
+)
 
 
 @dataclass
@@ -33,27 +39,36 @@ class StepDirectives(KVConnectorMetadata):
     Attributes:
         exempt_tails: Ids of the blocks that requests which keep everything write in this step,
             ``[n]`` int32, or None when there are none.
+        plans: Rows of a scoring policy and their cuts, as `pack_plans` packs them, or None.
     """
 
     exempt_tails: npt.NDArray[np.int32] | None = None
+    plans: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None = None
 
 
 @dataclass
 class StepReport(KVConnectorWorkerMetadata):
-    """What a worker did in one step. Ranks do the same work, so they are merged by maximum.
+    """What a worker did in one step. Ranks do the same work, so counts are merged by maximum;
+    what they measured differs by head and layer, and is summed.
 
     Attributes:
-        rows: Attention rows whose block tables were compacted.
-        split_rows: Rows added by splitting prefill chunks.
+        counters: What it counted.
+        measured: What a scoring policy measured, as `WorkerState.take_measured` gives it.
+        failed: Why the scoring policy was retired there, or None.
     """
 
-    rows: int = 0
-    split_rows: int = 0
+    counters: WorkerCounters
+    measured: npt.NDArray[np.float64] | None = None
+    failed: str | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, StepReport)
-        self.rows = max(self.rows, other.rows)
-        self.split_rows = max(self.split_rows, other.split_rows)
+        mine = asdict(self.counters)
+        self.counters = WorkerCounters(
+            **{k: max(mine[k], v) for k, v in asdict(other.counters).items()}
+        )
+        self.measured = merge_measured(self.measured, other.measured)
+        self.failed = self.failed or other.failed
         return self
 
 
@@ -99,12 +114,12 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
         pass
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
-        return StepDirectives(self._half().step(scheduler_output))
+        return StepDirectives(*self._half().step(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
         report = connector_output.kv_connector_worker_meta
         if report is not None:
-            self._half().on_worker_report(report.rows, report.split_rows)
+            self._half().on_worker_report(report.counters, report.measured, report.failed)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -125,6 +140,8 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
         """Runs before attention metadata is built (V1 model runner)."""
         assert isinstance(kv_connector_metadata, StepDirectives)
         self._worker.set_exempt_tails(kv_connector_metadata.exempt_tails)
+        plans = kv_connector_metadata.plans
+        self._worker.plans = unpack_plans(*plans) if plans is not None else {}
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass
@@ -141,12 +158,11 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
         pass
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        counters = self._worker.counters
+        worker = self._worker
+        counters, worker.counters = worker.counters, WorkerCounters()
         if not counters.rows:
             return None
-        report = StepReport(counters.rows, counters.split_rows)
-        counters.rows = counters.split_rows = 0
-        return report
+        return StepReport(counters, worker.take_measured(), worker.scoring_failed)
 
     # -- both ----------------------------------------------------------------------------------
 

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvplug.contract import EngineView, Feature, Kind, LayerView, SequencePolicy
+from kvplug.contract import (
+    EngineView,
+    Feature,
+    Kind,
+    LayerView,
+    Rope,
+    ScoringPolicy,
+    SequencePolicy,
+    Window,
+)
 from kvplug.deployment import Deployment, load_deployment
 from kvplug.errors import DeploymentError, Refusal
+from kvplug.hosts.pruning import Limits
 from kvplug.hosts.vllm import compat
 from kvplug.hosts.vllm.flags import CONNECTOR, MODULE, RUNS
 
@@ -91,6 +101,7 @@ def engine_view(vllm_config: Any, num_blocks: int = 0) -> EngineView:
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
     total = int(model.get_total_num_hidden_layers())
+    rope = rope_of(model.hf_text_config)
     layers = tuple(
         LayerView(
             index=i,
@@ -99,6 +110,7 @@ def engine_view(vllm_config: Any, num_blocks: int = 0) -> EngineView:
             num_heads=model.get_num_attention_heads(parallel),
             head_size=model.get_head_size(),
             dtype=str(model.dtype).removeprefix("torch."),
+            rope=rope,
         )
         for i in range(total)
     )
@@ -112,6 +124,33 @@ def engine_view(vllm_config: Any, num_blocks: int = 0) -> EngineView:
         host="vllm",
         host_version=compat.version(),
     )
+
+
+INTERLEAVED = frozenset({"cohere", "cohere2", "glm", "glm4", "gptj", "ernie4_5", "helium"})
+"""Model types whose rotary pairs are neighbours, not halves."""
+
+
+def rope_of(config: Any) -> Rope | None:
+    """The rotary embedding a Hugging Face text config states, or None where it states none that
+    is the same at every length and in every layer."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    stated = getattr(config, "rope_parameters", None)
+    if not isinstance(stated, dict) or "rope_theta" not in stated:
+        return None
+    kind = stated.get("rope_type", "default")
+    if kind == "default":
+        head_size = getattr(config, "head_dim", None)
+        head_size = head_size or config.hidden_size // config.num_attention_heads
+        turned = int(head_size * stated.get("partial_rotary_factor", 1.0))
+        theta = float(stated["rope_theta"])
+        frequencies = tuple(theta ** (-2 * i / turned) for i in range(turned // 2))
+    elif kind in ("linear", "llama3"):
+        found, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+        frequencies = tuple(float(f) for f in found)
+    else:
+        return None
+    return Rope(frequencies, getattr(config, "model_type", "") in INTERLEAVED)
 
 
 def sequence_policy(deployment: Deployment, vllm_config: Any) -> SequencePolicy | None:
@@ -149,17 +188,71 @@ def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
     policy = sequence_policy(deployment, vllm_config)
     assert policy is not None
     key = choice.key.removesuffix(".use")
-    for layer in policy.engine.layers:
-        try:
-            window = policy.window(layer)
-        except Exception as error:
-            return [Refusal(key, f"{policy.name}: {error}.", "change the option named.")]
-        if window is None:
-            return [
-                Refusal(
-                    choice.key,
-                    f"{policy.name} decides by score, which this host does not run yet.",
-                    "use a positional policy such as sink_window.",
-                )
-            ]
+    try:
+        rules = layer_rules(policy)
+    except Exception as error:
+        return [Refusal(key, f"{policy.name}: {error}.", "change the option named.")]
+    if isinstance(policy, ScoringPolicy):
+        return _scoring_refusals(policy, choice.key, vllm_config)
+    if None in rules:
+        return [
+            Refusal(
+                choice.key,
+                f"{policy.name} gives no window, and is no ScoringPolicy.",
+                "return a Window for every layer, or derive it from ScoringPolicy.",
+            )
+        ]
     return []
+
+
+def _scoring_refusals(policy: ScoringPolicy, key: str, vllm_config: Any) -> list[Refusal]:
+    if vllm_config.use_v2_model_runner:
+        return [
+            Refusal(
+                key,
+                f"{policy.name} decides while a step runs, which vLLM's second model runner gives "
+                "no way to.",
+                "set VLLM_USE_V2_MODEL_RUNNER=0.",
+            )
+        ]
+    least = min(layer_limits(policy, layer).kept(0) for layer in policy.engine.layers)
+    if policy.observation > least * policy.engine.block_size:
+        return [
+            Refusal(
+                key,
+                f"{policy.name} observes {policy.observation} queries and may keep as few as "
+                f"{least * policy.engine.block_size} tokens.",
+                "raise budget or recent, or lower the number of observed queries.",
+            )
+        ]
+    return []
+
+
+def layer_limits(policy: ScoringPolicy, layer: LayerView) -> Limits:
+    """What a scoring policy keeps of a layer. Raises ValueError where that cannot work."""
+    return Limits.of(policy, layer, policy.engine.block_size)
+
+
+def share_groups(policy: ScoringPolicy) -> list[float]:
+    """The distinct shares of a policy's layers, ascending: one KV-cache group each."""
+    return sorted({policy.share(layer) for layer in policy.engine.layers})
+
+
+def layer_rules(policy: SequencePolicy | None) -> set[Window | Limits | None]:
+    """The distinct rules of a policy's layers; empty without one.
+
+    Raises:
+        ValueError: A layer's rule cannot work.
+    """
+    if policy is None:
+        return set()
+    layers = policy.engine.layers
+    if isinstance(policy, ScoringPolicy):
+        return {layer_limits(policy, layer) for layer in layers}
+    return {policy.window(layer) for layer in layers}
+
+
+def rule_of(spec: Any) -> Window | Limits:
+    """The rule a KV-cache spec of kvplug's carries."""
+    found: Window | Limits = spec.limits if hasattr(spec, "limits") else spec.window
+    return found

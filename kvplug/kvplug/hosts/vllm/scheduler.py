@@ -16,13 +16,20 @@ from kvplug.contract import (
     Policy,
     PolicyReport,
     PrefixCachePolicy,
+    ScoringPolicy,
 )
 from kvplug.deployment import Deployment
 from kvplug.errors import DeploymentError, Refusal
 from kvplug.hosts.vllm import compat, engine
-from kvplug.hosts.vllm.blocks import BlockTracker
+from kvplug.hosts.vllm.blocks import BlockTracker, computed_keys, request_view
+from kvplug.hosts.vllm.cuts import CutScheduler
 from kvplug.hosts.vllm.queue import HitCollector, PolicyQueue
-from kvplug.hosts.vllm.spec import WindowedManager, WindowedSpec
+from kvplug.hosts.vllm.spec import (
+    PrunedManager,
+    ShorteningManager,
+    ShorteningSpec,
+)
+from kvplug.hosts.vllm.worker import WorkerCounters, pack_plans
 from kvplug.observe.events import Event, EventType
 from kvplug.observe.summary import summary_lines
 from kvplug.registry import plugins
@@ -40,6 +47,10 @@ class SequenceCounters:
         requests: Requests that gave back at least one block.
         rows: Attention rows compacted on a worker.
         split_rows: Rows added by splitting prefill chunks.
+        cuts: Requests cut by score, each time counted, once per KV-cache group.
+        fallbacks: Decisions of a layer made by position because the policy had failed.
+        fetched_tokens: Dropped tokens that came back from host memory, per layer and KV head.
+        on_demand_us: Microseconds spent on such decisions.
         exempt: Requests that asked to keep everything and do.
         exempt_refused: Requests that asked and could not.
     """
@@ -49,6 +60,10 @@ class SequenceCounters:
     requests: int = 0
     rows: int = 0
     split_rows: int = 0
+    cuts: int = 0
+    fallbacks: int = 0
+    fetched_tokens: int = 0
+    on_demand_us: int = 0
     exempt: int = 0
     exempt_refused: int = 0
 
@@ -74,8 +89,11 @@ class SchedulerHalf:
         self.steps = 0
         self.sequence = SequenceCounters()
         self.queue: PolicyQueue | None = None
-        self.managers: list[WindowedManager] = []
+        self.managers: list[ShorteningManager] = []
+        self.cuts: CutScheduler | None = None
+        self._sequence_failed: str | None = None
         self._tracker: BlockTracker | None = None
+        self._finished_hash_size = 0
         self._shortened: dict[str, int] = {}
         self._exempt: set[str] = set()
         self._refused: dict[str, str] = {}
@@ -97,16 +115,17 @@ class SchedulerHalf:
         choice = self.deployment.choice(Kind.SEQUENCE)
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         policy = self.sequence_policy
-        asked = {policy.window(layer) for layer in self.engine.layers} if policy else set()
+        asked = engine.layer_rules(policy)
         # vLLM caches the choice of attention backend per process, whatever the section says.
-        if {s.window for s in specs if isinstance(s, WindowedSpec)} - asked:
+        found = {engine.rule_of(s) for s in specs if isinstance(s, ShorteningSpec)}
+        if found - asked:
             raise DeploymentError(
                 self.deployment.source,
                 [
                     Refusal(
                         choice.key if choice is not None else "kvplug.sequence",
                         "an engine with another sequence section ran in this process before, and "
-                        "vLLM still uses its windows.",
+                        "vLLM still uses its budgets.",
                         "start each engine in a process of its own.",
                     )
                 ],
@@ -114,7 +133,7 @@ class SchedulerHalf:
         if choice is None:
             return
         mixed = any(isinstance(s, UniformTypeKVCacheSpecs) for s in specs)
-        if mixed or not any(isinstance(s, WindowedSpec) for s in specs):
+        if mixed or not any(isinstance(s, ShorteningSpec) for s in specs):
             names = ", ".join(sorted({type(s).__name__ for s in specs})) or "none"
             raise DeploymentError(
                 self.deployment.source,
@@ -135,18 +154,27 @@ class SchedulerHalf:
     def bind(self, manager: Any) -> None:
         """Bind policies to a KV-cache manager, before its first allocation."""
         self.managers = [
-            m for m in manager.coordinator.single_type_managers if isinstance(m, WindowedManager)
+            m for m in manager.coordinator.single_type_managers if isinstance(m, ShorteningManager)
         ]
-        for windowed in self.managers:
-            windowed.exempt = self._exempt
-            windowed.on_freed = self._on_freed
+        for shortening in self.managers:
+            shortening.exempt = self._exempt
+            shortening.on_freed = self._on_freed
+        pruned = [m for m in self.managers if isinstance(m, PrunedManager)]
+        if pruned and isinstance(self.sequence_policy, ScoringPolicy):
+            shares = engine.share_groups(self.sequence_policy)
+            for one in pruned:
+                one.hold_at_most(self.engine.num_blocks // (2 * len(pruned)))
+            groups = [shares.index(m.limits.share) for m in pruned]
+            self.cuts = CutScheduler(self.sequence_policy, pruned, groups)
         choice = self.deployment.choice(Kind.PREFIX_CACHE)
         if choice is not None:
             policy = choice.build(self.engine)
             assert isinstance(policy, PrefixCachePolicy)
             pool = manager.block_pool
-            if policy.needs & {BlockFact.POSITION, BlockFact.REQUEST}:
+            if policy.needs & {BlockFact.POSITION, BlockFact.REQUEST, BlockFact.PARENT}:
                 self._tracker = BlockTracker(pool.num_gpu_blocks)
+            if BlockFact.FINISHED in policy.needs:
+                self._finished_hash_size = pool.hash_block_size
             self.queue = PolicyQueue(
                 pool.free_block_queue, policy, self._tracker, self._on_prefix_failure
             )
@@ -164,8 +192,9 @@ class SchedulerHalf:
         lines = [f"kvplug is on: {'; '.join(chosen) or 'no policy'}"]
         for m in self.managers:
             spec = m.kv_cache_spec
+            cap = m.max_admission_blocks_per_request
             lines.append(
-                f"kvplug: group {m.kv_cache_group_id}: a request holds at most {spec.cap_blocks} "
+                f"kvplug: group {m.kv_cache_group_id}: a request holds at most {cap} "
                 f"blocks of {m.block_size} tokens; the first {spec.exact_tokens} tokens are exact"
             )
         return lines
@@ -180,14 +209,20 @@ class SchedulerHalf:
             return
         wishes = (request.kv_transfer_params or {}).get("kvplug")
         if not isinstance(wishes, dict) or wishes.get("sequence") not in ("off", False):
+            self._cut(request)
             return
         if cause := self._cannot_exempt(request):
             self._refused[request.request_id] = cause
             self.sequence.exempt_refused += 1
             self._event(EventType.REFUSED, Kind.SEQUENCE, detail=cause)
+            self._cut(request)
         else:
             self._exempt.add(request.request_id)
             self.sequence.exempt += 1
+
+    def _cut(self, request: Any) -> None:
+        if self.cuts is not None:
+            self.cuts.add(request.request_id, request.num_prompt_tokens)
 
     def _cannot_exempt(self, request: Any) -> str | None:
         if self.vllm_config.use_v2_model_runner:
@@ -198,19 +233,33 @@ class SchedulerHalf:
             return f"it may need {need} blocks and the pool has {self.engine.num_blocks}"
         return None
 
-    def step(self, output: Any) -> npt.NDArray[np.int32] | None:
-        """Close a scheduler step; returns the blocks exempt requests write, or None."""
+    def step(
+        self, output: Any
+    ) -> tuple[
+        npt.NDArray[np.int32] | None,
+        tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None,
+    ]:
+        """Close a scheduler step.
+
+        Returns:
+            The blocks exempt requests write, and the plans of rows that may be cut, as
+            `pack_plans` packs them; None for either there is none of.
+        """
         if self._tracker is not None:
             self._tracker.update(output)
         if self._observers:
             self._emit()
         self.steps += 1
-        if not self._exempt:
-            return None
-        tails: list[int] = []
+        if not self._exempt and self.cuts is None:
+            return None, None
         cached = output.scheduled_cached_reqs
         starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         starts |= {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
+        plans = self.cuts.step(starts, output.num_scheduled_tokens) if self.cuts else {}
+        packed = pack_plans(plans) if plans else None
+        if not self._exempt or self.cuts is not None:
+            return None, packed
+        tails: list[int] = []
         for request_id in self._exempt & starts.keys():
             start = starts[request_id]
             end = start + output.num_scheduled_tokens[request_id]
@@ -218,26 +267,50 @@ class SchedulerHalf:
                 blocks = m.req_to_blocks[request_id]
                 span = range(start // m.block_size, (end - 1) // m.block_size + 1)
                 tails += [blocks[i].block_id for i in span if i < len(blocks)]
-        return np.array(tails, dtype=np.int32) if tails else None
+        return (np.array(tails, dtype=np.int32) if tails else None), packed
 
-    def on_worker_report(self, rows: int, split_rows: int) -> None:
-        """A worker's acknowledgement of a step."""
-        self.sequence.rows += rows
-        self.sequence.split_rows += split_rows
+    def on_worker_report(
+        self,
+        counters: WorkerCounters,
+        measured: npt.NDArray[np.float64] | None = None,
+        failed: str | None = None,
+    ) -> None:
+        """What the workers did in a step."""
+        sequence = self.sequence
+        sequence.rows += counters.rows
+        sequence.split_rows += counters.split_rows
+        sequence.cuts += counters.cuts
+        sequence.fallbacks += counters.fallbacks
+        sequence.fetched_tokens += counters.fetched_tokens
+        sequence.on_demand_us += counters.on_demand_us
+        if measured is not None and self.cuts is not None:
+            self.cuts.take(measured)
+        if failed is not None and self._sequence_failed is None:
+            self._sequence_failed = failed
+            self._event(EventType.FALLEN_BACK, Kind.SEQUENCE, detail=failed)
 
     def on_finished(self, request: Any) -> dict[str, Any] | None:
         """A request ended; returns what its output says about it, or None."""
+        self._tell_of_end(request)
         request_id = request.request_id
         freed = self._shortened.pop(request_id, 0)
         cause = self._refused.pop(request_id, None)
         asked = request_id in self._exempt or cause is not None
         self._exempt.discard(request_id)
+        sizes = self.cuts.finish(request_id) if self.cuts is not None else []
         if not freed and not asked:
             return None
         said: dict[str, Any] = {"exact": not freed, "blocks_freed": freed}
+        if sizes:
+            said["cuts"] = [list(size) for size in sizes]
         if cause is not None:
             said["refused"] = cause
         return {"kvplug": said}
+
+    def _tell_of_end(self, request: Any) -> None:
+        if self._finished_hash_size and self.queue is not None:
+            keys = computed_keys(request, self._finished_hash_size, self.engine.block_size)
+            self.queue.finished(request_view(request), keys, request.num_output_tokens)
 
     def _on_freed(self, group: int, request_id: str, count: int) -> None:
         counters = self.sequence
@@ -295,9 +368,14 @@ class SchedulerHalf:
                 report.counters = counters | self._own_counters(self.queue.policy)
             elif policy.kind is Kind.SEQUENCE:
                 report.acted = self.sequence.freed
+                report.errors = self._sequence_errors()
                 report.counters = asdict(self.sequence) | self._own_counters(self.sequence_policy)
             found.append(report)
         return found
+
+    def _sequence_errors(self) -> int:
+        resizing = self.cuts is not None and self.cuts.resize_error is not None
+        return int(self._sequence_failed is not None) + int(resizing)
 
     def _own_counters(self, policy: Policy | None) -> dict[str, float]:
         """What a policy counted itself; one that cannot say is not asked again."""
@@ -339,6 +417,8 @@ class SchedulerHalf:
         if self._stopped:
             return
         self._stopped = True
+        if self.queue is not None:
+            self.queue.stop()
         if self._observers:
             self._emit()
         reports = self.reports()

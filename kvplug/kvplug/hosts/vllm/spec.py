@@ -1,64 +1,53 @@
-"""The KV-cache spec and manager that give blocks of a running request back to the pool.
+"""The KV-cache specs and managers that give blocks of a running request back to the pool.
 
-Every full-attention layer of a deployment with a sequence policy gets a `WindowedSpec`. Its
-manager frees what no query can see any more (the freed entry becomes the null block; the table
-stays positional), lets admission count on it, and keeps approximate KV out of the prefix cache.
+Every full-attention layer of a deployment with a sequence policy gets a `WindowedSpec` or a
+`PrunedSpec`. Their managers free what no query can see any more (the freed entry becomes the null
+block; the table stays positional), let admission count on it, and keep approximate KV out of the
+prefix cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from kvplug.contract import Window
+from kvplug.hosts.pruning import Cut, Limits, Plan, layout
 
 # A registry that is not empty never registers vLLM's own specs, so those go first.
 KVCacheSpecRegistry.check_kv_cache_spec_registry({})
 
+STOCK_FIELDS = tuple(f.name for f in fields(FullAttentionSpec))
 
-class WindowedManager(FullAttentionManager):
-    """Full attention with a `Window`: frees blocks mid-request, by position alone.
+
+class ShorteningManager(FullAttentionManager):
+    """Full attention whose running requests give blocks back.
 
     A block is freed on the settled-token basis vLLM passes in: any step still in flight started
     at or after those tokens, and its queries do not see the block either. So nothing has to be
     announced or acknowledged, with async scheduling and pipeline batches too.
     """
 
-    def __init__(self, kv_cache_spec: WindowedSpec, **kwargs: Any):
+    def __init__(self, kv_cache_spec: ShorteningSpec, **kwargs: Any):
         super().__init__(kv_cache_spec, **kwargs)
-        self.window: Window = kv_cache_spec.window
         # Exempt requests are admitted by the cap too: they are rare, fit the pool alone, and vLLM
         # preempts where that was too hopeful.
         self.max_admission_blocks_per_request = kv_cache_spec.cap_blocks
         self.exempt: set[str] = set()
         self.on_freed: Callable[[int, str, int], None] | None = None
-        self._freed_to: dict[str, int] = {}
 
-    def remove_skipped_blocks(
-        self,
-        request_id: str,
-        processed_computed_tokens: int,
-        num_prompt_tokens: int | None = None,
-    ) -> None:
-        # Called for every running request in every step, and nearly always in vain.
-        end = processed_computed_tokens // self.block_size - self.window.window_blocks
-        start = self._freed_to.get(request_id, self.window.sink_blocks)
-        if end <= start or request_id in self.exempt:
-            return
-        blocks = self.req_to_blocks.get(request_id)
-        if not blocks:
-            return
-        end = min(end, len(blocks))
-        if end <= start:
-            return
-        freed = [b for b in reversed(blocks[start:end]) if not b.is_null]
-        blocks[start:end] = [self._null_block] * (end - start)
-        self._freed_to[request_id] = end
+    def give_back(self, request_id: str, blocks: list[Any], indices: Iterable[int]) -> None:
+        """Free the blocks at some indices of a request's table."""
+        freed = []
+        for i in indices:
+            if not blocks[i].is_null:
+                freed.append(blocks[i])
+                blocks[i] = self._null_block
         self.block_pool.free_blocks(freed)
         if self.on_freed is not None and freed:
             self.on_freed(self.kv_cache_group_id, request_id, len(freed))
@@ -93,30 +82,181 @@ class WindowedManager(FullAttentionManager):
             block_hashes, min(max_length, spec.exact_tokens), *args, **kwargs
         )
 
+
+class WindowedManager(ShorteningManager):
+    """Full attention with a `Window`: frees blocks by position alone."""
+
+    def __init__(self, kv_cache_spec: WindowedSpec, **kwargs: Any):
+        super().__init__(kv_cache_spec, **kwargs)
+        self.window: Window = kv_cache_spec.window
+        self._freed_to: dict[str, int] = {}
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        # Called for every running request in every step, and nearly always in vain.
+        end = processed_computed_tokens // self.block_size - self.window.window_blocks
+        start = self._freed_to.get(request_id, self.window.sink_blocks)
+        if end <= start or request_id in self.exempt:
+            return
+        blocks = self.req_to_blocks.get(request_id)
+        if not blocks:
+            return
+        end = min(end, len(blocks))
+        if end <= start:
+            return
+        self._freed_to[request_id] = end
+        self.give_back(request_id, blocks, range(end - 1, start - 1, -1))
+
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         self._freed_to.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
 
+class PrunedManager(ShorteningManager):
+    """Full attention under a scoring policy: frees what each `Cut` of a request leaves behind.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt of each request that is to be cut.
+        resize: Blocks to keep next, given a request and the blocks it kept last; or None.
+    """
+
+    def __init__(self, kv_cache_spec: PrunedSpec, **kwargs: Any):
+        super().__init__(kv_cache_spec, **kwargs)
+        self.limits = kv_cache_spec.limits
+        self.prompt_tokens: dict[str, int] = {}
+        self.resize: Callable[[str, int], int] | None = None
+        self._plans: dict[str, Plan] = {}
+        self._made: dict[str, int] = {}
+
+    def hold_at_most(self, blocks: int) -> None:
+        """Set what a prompt may hold before it is cut, where the policy's options say nothing."""
+        spec = self.kv_cache_spec
+        self.limits = spec.limits.holding(spec.limits.hold or blocks)
+        least = self.limits.most(spec.max_tokens)
+        whole = -(-spec.max_tokens // self.block_size)
+        held = min(max(self.limits.hold + 1, least), whole)
+        self.max_admission_blocks_per_request = min(held + spec.in_flight_blocks, whole)
+
+    def plan(self, request_id: str) -> Plan | None:
+        """The cuts of a request, or None for one that keeps everything."""
+        plan = self._plans.get(request_id)
+        if plan is None:
+            prompt = self.prompt_tokens.get(request_id)
+            if prompt is None or request_id in self.exempt:
+                return None
+            resize = self.resize
+            plan = Plan(
+                self.limits,
+                prompt,
+                None if resize is None else lambda blocks: resize(request_id, blocks),
+            )
+            self._plans[request_id] = plan
+        return plan
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        plan = self._plans.get(request_id)
+        if plan is None:
+            return
+        made = self._made.get(request_id, 0)
+        # What is settled was scheduled, so its cuts have been found.
+        while made < len(plan.cuts) and plan.cuts[made].at <= processed_computed_tokens:
+            last: Cut | None = plan.cuts[made - 1] if made else None
+            left = layout(last, plan.cuts[made], self.limits.shared, self.block_size)
+            made += 1
+            self._made[request_id] = made
+            self.give_back(
+                request_id,
+                self.req_to_blocks[request_id],
+                reversed(left.blocks[left.survivors : left.candidates]),
+            )
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        self._plans.pop(request_id, None)
+        self._made.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShorteningSpec(FullAttentionSpec):
+    """A full-attention layer whose running requests give blocks back.
+
+    Attributes:
+        exact_tokens: Leading tokens that see everything before them in every layer of the model,
+            and whose blocks are never written again.
+        in_flight_tokens: Tokens that can be scheduled and not settled at once.
+        max_tokens: Longest sequence.
+    """
+
+    exact_tokens: int
+    in_flight_tokens: int
+    max_tokens: int
+
+    @property
+    def in_flight_blocks(self) -> int:
+        """Blocks that can be scheduled and not settled at once."""
+        return -(-self.in_flight_tokens // self.block_size) + 1
+
+    @property
+    def held_blocks(self) -> int:
+        """Most blocks a request holds at once, what is in flight not counted."""
+        raise NotImplementedError
+
+    @property
+    def cap_blocks(self) -> int:
+        """Most blocks a request holds at once."""
+        return min(self.held_blocks + self.in_flight_blocks, -(-self.max_tokens // self.block_size))
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        return min(
+            super().max_memory_usage_bytes(vllm_config), self.cap_blocks * self.page_size_bytes
+        )
+
+    def rule(self) -> tuple[Any, ...]:
+        """What layers of one KV-cache group must have in common."""
+        return tuple(getattr(self, f.name) for f in fields(self) if f.name not in STOCK_FIELDS)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """One spec for layers with one rule; refuses (AssertionError, as vLLM expects) else."""
+        assert all(isinstance(s, cls) for s in specs), (
+            "layers with and without a sequence policy cannot share a KV-cache group"
+        )
+        assert len({s.rule() for s in specs}) == 1, (
+            "layers with different budgets cannot share a KV-cache group"
+        )
+        plain = [FullAttentionSpec(**{n: getattr(s, n) for n in STOCK_FIELDS}) for s in specs]
+        merged = FullAttentionSpec.merge(plain)
+        own = {f.name: getattr(specs[0], f.name) for f in fields(cls)}
+        return cls(**own | {n: getattr(merged, n) for n in STOCK_FIELDS})
+
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        return all(
+            isinstance(s, type(self)) and s.rule() == self.rule() for s in kv_cache_specs.values()
+        )
+
+
 @register_kv_cache_spec(manager_class=WindowedManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
-class WindowedSpec(FullAttentionSpec):
+class WindowedSpec(ShorteningSpec):
     """A full-attention layer whose requests hold a sink and a window.
 
     Attributes:
         sink_tokens: Tokens kept from the start; a multiple of the block size.
         window_tokens: Tokens of full blocks kept before a query's own block; a multiple of the
             block size.
-        exact_tokens: Leading tokens that see everything before them in every layer of the model.
-        in_flight_tokens: Tokens that can be scheduled and not settled at once.
-        max_tokens: Longest sequence.
     """
 
     sink_tokens: int
     window_tokens: int
-    exact_tokens: int
-    in_flight_tokens: int
-    max_tokens: int
 
     @property
     def window(self) -> Window:
@@ -124,47 +264,21 @@ class WindowedSpec(FullAttentionSpec):
         return Window(self.sink_tokens // self.block_size, self.window_tokens // self.block_size)
 
     @property
-    def cap_blocks(self) -> int:
-        """Most blocks a request holds at once: sink, window, own block and what is in flight."""
-        in_flight = -(-self.in_flight_tokens // self.block_size) + 1
-        held = self.window.exact_blocks + in_flight
-        return min(held, -(-self.max_tokens // self.block_size))
+    def held_blocks(self) -> int:
+        return self.window.exact_blocks
 
-    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        return min(
-            super().max_memory_usage_bytes(vllm_config), self.cap_blocks * self.page_size_bytes
-        )
 
-    def _rule(self) -> tuple[int, ...]:
-        return (self.sink_tokens, self.window_tokens, self.exact_tokens)
+@register_kv_cache_spec(manager_class=PrunedManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class PrunedSpec(ShorteningSpec):
+    """A full-attention layer whose requests are cut to what a policy scores highest.
 
-    @classmethod
-    def merge(cls, specs: list[Any]) -> Any:
-        """One spec for layers with one window; refuses (AssertionError, as vLLM expects) else."""
-        assert all(isinstance(s, WindowedSpec) for s in specs), (
-            "layers with and without a window cannot share a KV-cache group"
-        )
-        assert len({s._rule() for s in specs}) == 1, (
-            "layers with different windows cannot share a KV-cache group"
-        )
-        plain = [
-            FullAttentionSpec(**{f.name: getattr(s, f.name) for f in fields(FullAttentionSpec)})
-            for s in specs
-        ]
-        merged = FullAttentionSpec.merge(plain)
-        own = {f.name: getattr(merged, f.name) for f in fields(FullAttentionSpec)}
-        first = specs[0]
-        return cls(
-            **own,
-            sink_tokens=first.sink_tokens,
-            window_tokens=first.window_tokens,
-            exact_tokens=first.exact_tokens,
-            in_flight_tokens=first.in_flight_tokens,
-            max_tokens=first.max_tokens,
-        )
+    Attributes:
+        limits: What is kept, and when.
+    """
 
-    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
-        return all(
-            isinstance(s, WindowedSpec) and s._rule() == self._rule()
-            for s in kv_cache_specs.values()
-        )
+    limits: Limits
+
+    @property
+    def held_blocks(self) -> int:
+        return max(self.limits.hold + 1, self.limits.most(self.max_tokens))

@@ -35,12 +35,15 @@ class TrialRequest:
         max_tokens: Tokens to generate; the end-of-sequence token is ignored.
         wave: Requests of a wave are added once all of the wave before have finished.
         kvplug: What it asks of kvplug, e.g. ``{"sequence": "off"}``.
+        after: Index of a request of an earlier wave whose prompt and answer it goes on from;
+            ``prompt`` is then token ids that follow them.
     """
 
     prompt: str | list[int]
     max_tokens: int
     wave: int = 0
     kvplug: dict[str, Any] | None = None
+    after: int | None = None
 
 
 @dataclass
@@ -271,10 +274,15 @@ def run_trial(
     return result
 
 
-def _prompt(request: TrialRequest) -> Any:
+def _prompt(request: TrialRequest, texts: dict[int, list[int]]) -> Any:
     if isinstance(request.prompt, list):
-        return {"prompt_token_ids": request.prompt}
+        before = texts[request.after] if request.after is not None else []
+        return {"prompt_token_ids": before + request.prompt}
     return request.prompt
+
+
+def _text(output: Any) -> list[int]:
+    return [*output.prompt_token_ids, *output.outputs[0].token_ids]
 
 
 def _sampling(request: TrialRequest) -> Any:
@@ -304,14 +312,16 @@ def _waves(spec: TrialSpec) -> list[list[int]]:
 
 def _unwatched(llm: Any, spec: TrialSpec) -> TrialResult:
     answers: dict[int, Answer] = {}
+    texts: dict[int, list[int]] = {}
     before = time.perf_counter()
     for wave in _waves(spec):
         outputs = llm.generate(
-            [_prompt(spec.requests[i]) for i in wave],
+            [_prompt(spec.requests[i], texts) for i in wave],
             [_sampling(spec.requests[i]) for i in wave],
             use_tqdm=False,
         )
         answers |= {i: _answer(output) for i, output in zip(wave, outputs, strict=True)}
+        texts |= {i: _text(output) for i, output in zip(wave, outputs, strict=True)}
     return TrialResult(
         answers=[answers[i] for i in range(len(spec.requests))],
         steps=[],
@@ -332,17 +342,20 @@ def _watched(llm: Any, spec: TrialSpec, progress: Callable[[dict[str, Any]], Non
     watch = _Watch(llm)
     steps: list[Step] = []
     answers: dict[int, Answer] = {}
+    texts: dict[int, list[int]] = {}
     elapsed = 0.0
     for wave in _waves(spec):
         for i in wave:
-            engine.add_request(str(i), _prompt(spec.requests[i]), _sampling(spec.requests[i]))
+            prompt = _prompt(spec.requests[i], texts)
+            engine.add_request(str(i), prompt, _sampling(spec.requests[i]))
         while engine.has_unfinished_requests():
             before = time.perf_counter()
             outputs = engine.step()
             elapsed += time.perf_counter() - before
             for output in outputs:
                 if output.finished:
-                    answers[int(output.request_id.split("-")[0])] = _answer(output)
+                    index = int(output.request_id.split("-")[0])
+                    answers[index], texts[index] = _answer(output), _text(output)
             steps.append(watch.look(elapsed))
             if spec.reset_running_at == len(steps):
                 watch.scheduler.reset_prefix_cache(reset_running_requests=True)
@@ -369,7 +382,9 @@ def _watched(llm: Any, spec: TrialSpec, progress: Callable[[dict[str, Any]], Non
         preemptions=sum(watch.preemptions.values()),
         handed_over=watch.handed_over,
         reports=[asdict(r) for r in half.reports()] if half is not None else [],
-        cap_blocks=[m.kv_cache_spec.cap_blocks for m in watch.managers if hasattr(m, "window")],
+        cap_blocks=[
+            m.max_admission_blocks_per_request for m in watch.managers if hasattr(m, "on_freed")
+        ],
         classes={
             "backends": sorted(
                 {

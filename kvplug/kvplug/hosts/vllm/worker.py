@@ -1,21 +1,87 @@
-"""What one engine's worker half shares between its connector and its metadata builders."""
+"""What one engine's worker half shares between its connector, metadata builders and layers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from kvplug.hosts.pruning import Cut
+
+if TYPE_CHECKING:
+    from kvplug.hosts.vllm.pruner import LayerCuts
 
 
 @dataclass
 class WorkerCounters:
-    """What the worker did since it was last asked: attention rows compacted, rows added by
-    splitting prefill chunks."""
+    """What the worker did since it was last asked.
+
+    Attributes:
+        rows: Attention rows compacted.
+        split_rows: Rows added by splitting prefill chunks.
+        cuts: Requests cut by score, counted once per KV-cache group.
+        fallbacks: Decisions made by position, per layer, because the policy had failed.
+        fetched_tokens: Dropped tokens that came back from host memory, per layer and KV head.
+        on_demand_us: Microseconds spent on decisions with dropped tokens kept in host memory.
+    """
 
     rows: int = 0
     split_rows: int = 0
+    cuts: int = 0
+    fallbacks: int = 0
+    fetched_tokens: int = 0
+    on_demand_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RowPlan:
+    """The scheduler's plan for one row of one step.
+
+    Attributes:
+        lane: Small number of its own per request, for what the worker remembers of it.
+        prompt: Tokens of its prompt.
+        state: The cut in force when the step starts, or None.
+        cuts: Cuts to make in the step.
+    """
+
+    lane: int
+    prompt: int
+    state: Cut | None
+    cuts: tuple[Cut, ...]
+
+
+def pack_plans(plans: dict[int, RowPlan]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Plans by tail block as two arrays, for the way to the workers.
+
+    Returns:
+        Rows ``[n, 8]``: tail block, lane, prompt, number of cuts, then at, end, kept and tail of
+        the cut in force (end 0 for none); and the cuts, ``[m, 4]``, in the order of the rows.
+    """
+    rows, cuts = [], []
+    for tail, plan in plans.items():
+        state = plan.state
+        held = (state.at, state.end, state.kept, state.tail) if state is not None else (0, 0, 0, 0)
+        rows.append((tail, plan.lane, plan.prompt, len(plan.cuts), *held))
+        cuts += [(c.at, c.end, c.kept, c.tail) for c in plan.cuts]
+    return (
+        np.array(rows, dtype=np.int32).reshape(-1, 8),
+        np.array(cuts, dtype=np.int32).reshape(-1, 4),
+    )
+
+
+def unpack_plans(rows: npt.NDArray[np.int32], cuts: npt.NDArray[np.int32]) -> dict[int, RowPlan]:
+    """What `pack_plans` packed."""
+    made = [Cut(*c) for c in cuts.tolist()]
+    plans, taken = {}, 0
+    for tail, lane, prompt, n, at, end, kept, last in rows.tolist():
+        state = Cut(at, end, kept, last) if end else None
+        plans[tail] = RowPlan(lane, prompt, state, tuple(made[taken : taken + n]))
+        taken += n
+    return plans
 
 
 class WorkerState:
@@ -23,10 +89,23 @@ class WorkerState:
 
     Attributes:
         counters: Reset whenever they are reported.
+        plans: This step's plans of a scoring policy, by the block each row writes last.
+        layers: What each layer keeps for a scoring policy, by layer name.
+        block_size: Tokens per block.
+        ring: Queries remembered per request and layer; 0 without a scoring policy.
+        totals: Whether running totals are kept.
+        scoring_failed: Why the scoring policy was retired, or None.
     """
 
     def __init__(self) -> None:
         self.counters = WorkerCounters()
+        self.plans: dict[int, RowPlan] = {}
+        self.layers: dict[str, LayerCuts] = {}
+        self.block_size = 0
+        self.ring = 0
+        self.totals = False
+        self.scoring_failed: str | None = None
+        self._measured: dict[tuple[int, int], tuple[npt.NDArray[np.float64], int]] = {}
         self._exempt_tails: Tensor | None = None
 
     def set_exempt_tails(self, block_ids: Any) -> None:
@@ -44,6 +123,33 @@ class WorkerState:
         last = ((seq_lens - 1).clamp_min(0) // block_size).to(torch.int64)
         written = table.gather(1, last[:, None])[:, 0]
         return torch.isin(written, tails) & (seq_lens > 0)
+
+    def add_measured(self, lanes: list[int], group: int, values: npt.NDArray[np.float64]) -> None:
+        """Add what one layer of a group measured of some requests, ``[rows, n]``."""
+        for lane, row in zip(lanes, values, strict=True):
+            total, layers = self._measured.get((lane, group), (np.zeros_like(row), 0))
+            self._measured[lane, group] = (total + row, layers + 1)
+
+    def take_measured(self) -> npt.NDArray[np.float64] | None:
+        """What was measured since last asked, ``[requests, 3 + n]``: lane, group, layers, sums."""
+        if not self._measured:
+            return None
+        rows = [(*key, layers, *total) for key, (total, layers) in self._measured.items()]
+        self._measured.clear()
+        return np.array(rows, dtype=np.float64)
+
+
+def merge_measured(
+    one: npt.NDArray[np.float64] | None, other: npt.NDArray[np.float64] | None
+) -> npt.NDArray[np.float64] | None:
+    """What two ranks measured, as one: their layers and sums added up, by lane and group."""
+    if one is None or other is None:
+        return one if other is None else other
+    rows = np.concatenate([one, other])
+    keys, index = np.unique(rows[:, :2], axis=0, return_inverse=True)
+    sums = np.zeros((len(keys), rows.shape[1] - 2))
+    np.add.at(sums, index.reshape(-1), rows[:, 2:])
+    return np.concatenate([keys, sums], axis=1)
 
 
 _STATES: dict[str, WorkerState] = {}

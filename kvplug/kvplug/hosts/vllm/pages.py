@@ -1,0 +1,204 @@
+"""Where K and V of a slot lie in a backend's pages, found by writing and looking.
+
+vLLM's CPU kernels pack keys in an order of their own that depends on the instruction set, and
+nothing states it. So a page is written through the backend with numbers that name their slot and
+element, and read back: what comes out is the order, whatever it is. A backend whose pages are no
+plain permutation of the elements is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvplug.errors import KVPlugError
+
+Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""``write(key, value, cache, slots)``: store tokens ``[n, kv_heads, head_size]`` in a cache."""
+
+
+@dataclass(frozen=True)
+class PageOrder:
+    """Element offsets within one page of one KV head.
+
+    Attributes:
+        key: Offset of each key element, ``[block_size, head_size]`` int64.
+        value: Offset of each value element, the same shape.
+    """
+
+    key: Tensor
+    value: Tensor
+
+    @classmethod
+    def probe(
+        cls, write: Write, block_size: int, head_size: int, dtype: torch.dtype, device: torch.device
+    ) -> PageOrder:
+        """Find the order in which a backend stores a page.
+
+        Raises:
+            KVPlugError: Its pages are not a permutation of what was written.
+        """
+        # Small integers are exact in every KV dtype but fp8, which is refused before.
+        slot = torch.arange(block_size, device=device)[:, None].expand(block_size, head_size)
+        element = torch.arange(head_size, device=device)[None, :].expand(block_size, head_size)
+        found = []
+        for which in (0, 1):
+            digits = []
+            for number in (slot % 16, slot // 16, element % 16, element // 16):
+                cache = torch.full((2, 1, block_size, 2 * head_size), -1, device=device).to(dtype)
+                coded = (number + 1).to(dtype)[:, None, :].contiguous()
+                other = torch.full_like(coded, -2)
+                pair = (coded, other) if which == 0 else (other, coded)
+                slots = torch.arange(block_size, 2 * block_size, device=device)
+                write(*pair, cache, slots)
+                digits.append(cache[1, 0].reshape(-1).to(torch.int64) - 1)
+            where = torch.nonzero(digits[0] >= 0)[:, 0]
+            slots_found = digits[0][where] + 16 * digits[1][where]
+            elements_found = digits[2][where] + 16 * digits[3][where]
+            index = slots_found * head_size + elements_found
+            expected = torch.arange(block_size * head_size, device=device)
+            if not torch.equal(index.sort().values, expected):
+                raise KVPlugError(
+                    "this attention backend does not store each key and value element once per "
+                    "page, so tokens cannot be moved in it; remove the sequence section or choose "
+                    "a positional policy such as sink_window"
+                )
+            order = torch.empty_like(where)
+            order[index] = where
+            found.append(order.view(block_size, head_size))
+        return cls(*found)
+
+
+def _strides(order: Tensor) -> tuple[int, int, int] | None:
+    """``(offset, slot stride, element stride)`` where the order is one, else None."""
+    offset = int(order[0, 0])
+    slot = int(order[1, 0]) - offset if order.shape[0] > 1 else 0
+    element = int(order[0, 1]) - offset if order.shape[1] > 1 else 0
+    rows = torch.arange(order.shape[0], device=order.device)[:, None]
+    columns = torch.arange(order.shape[1], device=order.device)[None, :]
+    plain = offset + rows * slot + columns * element
+    return (offset, slot, element) if torch.equal(order, plain) else None
+
+
+class Pages:
+    """One layer's KV cache, by slot.
+
+    Args:
+        cache: The layer's cache, ``[num_blocks, kv_heads, block_size, 2 * head_size]``; the two
+            last dimensions are contiguous.
+        order: The order of its pages.
+    """
+
+    def __init__(self, cache: Tensor, order: PageOrder):
+        self._orders = (order.key, order.value)
+        num_blocks, kv_heads, block_size, content = cache.shape
+        self._flat = cache.as_strided(
+            (num_blocks, kv_heads, block_size * content),
+            (cache.stride(0), cache.stride(1), 1),
+            cache.storage_offset(),
+        )
+        self._views: list[Tensor | None] = []
+        for own in self._orders:
+            strides = _strides(own)
+            self._views.append(
+                None
+                if strides is None
+                else cache.as_strided(
+                    (num_blocks, kv_heads, *own.shape),
+                    (cache.stride(0), cache.stride(1), strides[1], strides[2]),
+                    cache.storage_offset() + strides[0],
+                )
+            )
+
+    @property
+    def views(self) -> tuple[Tensor, Tensor] | None:
+        """K and V as ``[num_blocks, kv_heads, block_size, head_size]`` with the last dimension
+        contiguous, as kernels read pages; None where the order does not allow it."""
+        key, value = self._views
+        if key is None or value is None or key.stride(3) != 1 or value.stride(3) != 1:
+            return None
+        return key, value
+
+    def gather(self, which: int, blocks: Tensor) -> Tensor:
+        """Keys (0) or values (1) of whole blocks.
+
+        Args:
+            which: 0 for keys, 1 for values.
+            blocks: Block ids, ``[rows, n]`` int64.
+
+        Returns:
+            ``[rows, kv_heads, n * block_size, head_size]``, contiguous.
+        """
+        view, order = self._views[which], self._orders[which]
+        size, width = order.shape
+        if view is not None:
+            taken = view[blocks]
+        else:
+            taken = self._flat[blocks][..., order.reshape(-1)]
+            taken = taken.view(*taken.shape[:3], size, width)
+        rows, n, heads = taken.shape[:3]
+        return taken.transpose(1, 2).reshape(rows, heads, n * size, width).contiguous()
+
+    def move(
+        self,
+        heads: Tensor,
+        from_blocks: Tensor,
+        from_slots: Tensor,
+        to_blocks: Tensor,
+        to_slots: Tensor,
+    ) -> None:
+        """Copy single tokens of single heads, K and V; sources and destinations are disjoint.
+
+        Args:
+            heads: KV head of each copy, ``[n]`` int64.
+            from_blocks: Block it is read from, ``[n]`` int64.
+            from_slots: Slot in that block.
+            to_blocks: Block it is written to.
+            to_slots: Slot in that block.
+        """
+        for view, order in zip(self._views, self._orders, strict=True):
+            if view is not None:
+                view[to_blocks, heads, to_slots] = view[from_blocks, heads, from_slots]
+            else:
+                self._flat[to_blocks[:, None], heads[:, None], order[to_slots]] = self._flat[
+                    from_blocks[:, None], heads[:, None], order[from_slots]
+                ]
+
+    def write(
+        self, heads: Tensor, blocks: Tensor, slots: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Store single tokens of single heads.
+
+        Args:
+            heads: KV head of each, ``[n]`` int64.
+            blocks: Block it is written to.
+            slots: Slot in that block.
+            key: ``[n, head_size]``.
+            value: The same shape.
+        """
+        for view, order, what in zip(self._views, self._orders, (key, value), strict=True):
+            if view is not None:
+                view[blocks, heads, slots] = what
+            else:
+                self._flat[blocks[:, None], heads[:, None], order[slots]] = what
+
+
+def order_of(impl: Any, layer: Any, cache: Tensor) -> PageOrder:
+    """The order of a layer's pages, by writing through its own ``do_kv_cache_update``."""
+
+    def write(key: Tensor, value: Tensor, probe: Tensor, slots: Tensor) -> None:
+        heads = cache.shape[1]
+        wide = probe.expand(2, heads, *probe.shape[2:]).contiguous()
+        many = (
+            key.expand(-1, heads, -1).contiguous(),
+            value.expand(-1, heads, -1).contiguous(),
+        )
+        impl.do_kv_cache_update(layer, *many, wide, slots)
+        probe.copy_(wide[:, :1])
+
+    size, content = cache.shape[2], cache.shape[3]
+    return PageOrder.probe(write, size, content // 2, cache.dtype, cache.device)
