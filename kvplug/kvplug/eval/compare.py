@@ -1,0 +1,105 @@
+"""``python -m kvplug.eval.compare OURS.json THEIRS.json``: two programs on the same prompts.
+
+Prints, per pair of a kvplug policy and the other program's version of it, metric and budget, both
+values and whether they differ by more than the prompts' own spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from kvplug.errors import KVPlugError
+from kvplug.eval.records import Run
+from kvplug.eval.report import METRICS, Difference, compare, values
+
+PAIRS: tuple[tuple[str, str], ...] = (
+    ("snapkv", "SnapKVPress"),
+    ("pyramidkv", "PyramidKVPress"),
+    ("tova", "TOVAPress"),
+    ("h2o", "ObservedAttentionPress"),
+    ("expected_attention", "ExpectedAttentionPress"),
+    ("knorm", "KnormPress"),
+    ("keydiff", "KeyDiffPress"),
+    ("ada_kv", "AdaKVPress(SnapKVPress)"),
+    ("sink_window", "StreamingLLMPress"),
+)
+"""kvplug's policy and kvpress's version of the same method."""
+
+
+def differences(
+    ours: Run, theirs: Run, pairs: Sequence[tuple[str, str]] = PAIRS
+) -> dict[tuple[str, str], list[Difference]]:
+    """Every pair that both runs have, by metric and budget.
+
+    Raises:
+        KVPlugError: The runs have no pair in common.
+    """
+    own, other = values(ours.records), values(theirs.records)
+    found: dict[tuple[str, str], list[Difference]] = {}
+    for a, b in pairs:
+        for metric in METRICS:
+            for variant, budget, name in own:
+                if variant == a and name == metric.name and (b, budget, name) in other:
+                    one = compare(own[a, budget, name], other[b, budget, name], metric, budget)
+                    found.setdefault((a, b), []).append(one)
+    if not found:
+        raise KVPlugError(f"no pair of {', '.join(f'{a} and {b}' for a, b in pairs)} in both runs")
+    return found
+
+
+def markdown(found: dict[tuple[str, str], list[Difference]]) -> str:
+    """The differences as one Markdown table: a row per pair and metric, a column per budget."""
+    forms = {metric.name: (metric.label, metric.form) for metric in METRICS}
+    budgets = sorted({d.budget for rows in found.values() for d in rows})
+    lines = [
+        "| ours | theirs | metric | " + " | ".join(f"at {b:.0%}" for b in budgets) + " |",
+        "|---|---|---|" + "---|" * len(budgets),
+    ]
+    marks = {"better": " **better**", "worse": " **worse**", "within noise": ""}
+    for (a, b), rows in found.items():
+        for name, (label, form) in forms.items():
+            cells = []
+            for budget in budgets:
+                one = next((d for d in rows if d.metric == name and d.budget == budget), None)
+                cells.append(
+                    f"{one.ours:{form}} / {one.theirs:{form}}{marks[one.verdict]}" if one else ""
+                )
+            if any(cells):
+                lines.append(f"| {a} | {b} | {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kvplug.eval.compare", description=__doc__)
+    parser.add_argument("ours", type=Path, help="written by kvplug eval --json")
+    parser.add_argument("theirs", type=Path, help="written by the other program")
+    parser.add_argument("--pairs", help="OURS=THEIRS;..., variants to compare; the same methods")
+    parser.add_argument("--json", type=Path, help="write the differences")
+    asked = parser.parse_args(arguments)
+    pairs = PAIRS
+    if asked.pairs:
+        halves = [pair.partition("=") for pair in asked.pairs.split(";")]
+        pairs = tuple((a.strip(), b.strip()) for a, _, b in halves)
+    try:
+        found = differences(Run.load(asked.ours), Run.load(asked.theirs), pairs)
+    except KVPlugError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(markdown(found))
+    if asked.json is not None:
+        data = [
+            {"ours_variant": a, "theirs_variant": b, **asdict(d)}
+            for (a, b), rows in found.items()
+            for d in rows
+        ]
+        asked.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

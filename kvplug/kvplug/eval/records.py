@@ -1,0 +1,96 @@
+"""What an evaluation measured: one record per variant and prompt, plain enough for JSON.
+
+Another program that ran the same prompts writes the same records, and the two are compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvplug.errors import KVPlugError
+
+FORMAT = "kvplug eval 1"
+
+FULL = "full cache"
+"""Label of the variant that drops nothing."""
+
+
+class BadRecords(KVPlugError, ValueError):
+    """A file is no file of records; the message names it and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one variant did with one prompt.
+
+    Attributes:
+        variant: The policy with its options, or `FULL`.
+        budget: Part of the context kept that was asked for; 1.0 for the full cache.
+        task: The prompt's task.
+        prompt: The prompt's name.
+        held: Tokens held per KV head just after the context's cut, mean over the pruned layers.
+        nll: Negative log-likelihood of each scored token, in nats.
+        top: The likeliest token at each of those places.
+        right: Whether each of those is the token scored.
+        kl: Mean divergence of the full cache's next-token distribution from the variant's, in
+            nats; None where not measured.
+        ids: Tokens generated, from the first that the cut could change.
+    """
+
+    variant: str
+    budget: float
+    task: str
+    prompt: str
+    held: float
+    nll: Sequence[float] = field(default_factory=list)
+    top: Sequence[int] = field(default_factory=list)
+    right: Sequence[bool] = field(default_factory=list)
+    kl: float | None = None
+    ids: Sequence[int] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """Records and what they are of.
+
+    Attributes:
+        about: Model, text, sizes, versions: whatever says how to get the same again.
+        records: The records.
+    """
+
+    about: dict[str, Any] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+
+    def save(self, path: Path, summary: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Write JSON."""
+        data = {
+            "format": FORMAT,
+            "about": self.about,
+            "summary": list(summary),
+            "records": [asdict(record) for record in self.records],
+        }
+        path.write_text(json.dumps(data) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Run:
+        """Read what `save` wrote.
+
+        Raises:
+            BadRecords: The file cannot be read or is of another format.
+        """
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data["format"] != FORMAT:
+                raise BadRecords(f"{path} is of format {data['format']!r}, not {FORMAT!r}")
+            return cls(dict(data["about"]), [Record(**record) for record in data["records"]])
+        except OSError as error:
+            raise BadRecords(f"{path} cannot be read: {error.strerror}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, BadRecords):
+                raise
+            said = f"{type(error).__name__}: {error}"
+            raise BadRecords(f"{path} is no file of `kvplug eval --json` ({said})") from error

@@ -1,0 +1,154 @@
+"""The attention function that transformers' models call while this host runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from kvplug.errors import KVPlugError
+
+if TYPE_CHECKING:
+    from kvplug.hosts.transformers.held import LayerHeld
+
+NAME = "kvplug"
+
+LOGITS_BYTES = 32 << 20
+"""Attention weights computed at a time where they are computed at all."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass.
+
+    Attributes:
+        texts: The layers of each text, by layer index.
+        positions: Positions of the new tokens, ``[texts, n]``.
+    """
+
+    texts: Sequence[Sequence[LayerHeld]]
+    positions: Tensor
+
+
+def attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    kvplug: Step | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Hold the new tokens of each text and let their queries see what is held.
+
+    Args:
+        module: The attention module; its ``layer_idx`` says which layer.
+        query: ``[texts, num_heads, n, head_size]``, after RoPE.
+        key: ``[texts, kv_heads, n, head_size]``, after RoPE.
+        value: The same shape.
+        attention_mask: Not used: who sees whom follows from positions.
+        scaling: Softmax scale.
+        dropout: Not used: this host does not train.
+        softcap: Soft cap of logits.
+        sliding_window: The layer's window, as the model states it.
+        kvplug: What is being run.
+        kwargs: What else models pass on.
+
+    Returns:
+        ``[texts, n, num_heads, head_size]``, and None.
+
+    Raises:
+        KVPlugError: The model's attention does something this host does not know.
+    """
+    if kvplug is None:
+        raise KVPlugError(f"{type(module).__name__} does not pass on what kvplug hands its model")
+    if kwargs.get("s_aux") is not None:
+        raise KVPlugError(f"{type(module).__name__} has learned attention sinks: not supported")
+    rows = []
+    for row, layers in enumerate(kvplug.texts):
+        held = layers[int(module.layer_idx)]  # type: ignore[arg-type]
+        if bool(sliding_window) != bool(held.sliding):
+            raise KVPlugError(
+                f"layer {held.view.index} runs with sliding window {sliding_window}, its config "
+                f"says {held.sliding or None}"
+            )
+        positions = kvplug.positions[row]
+        one = slice(row, row + 1)
+        held.softcap = softcap or 0.0
+        held.scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        held.observe(query[one], positions)
+        held.append(key[one], value[one], positions)
+        rows.append(_one(module, held, query[one], positions))
+    return torch.cat(rows), None
+
+
+def _one(module: torch.nn.Module, held: LayerHeld, query: Tensor, positions: Tensor) -> Tensor:
+    """One text's attention, ``[1, n, num_heads, head_size]``."""
+    new = query.shape[2]
+    seen = None
+    if held.masked:
+        seen = held.visible(positions)
+    elif 1 < new < held.held:
+        # Whatever a head holds is older than the queries, except their own keys.
+        seen = torch.ones(new, held.held, dtype=torch.bool, device=query.device)
+        seen[:, held.held - new :].tril_()
+    if held.softcap:
+        return _explicit(held, query, seen, output=True)
+    if held.totals is not None:
+        _explicit(held, query, seen, output=False)
+    mask = None if seen is None else seen[None, None]
+    out: Tensor = sdpa_attention_forward(
+        module, query, held.keys, held.values, mask, scaling=held.scale
+    )[0]
+    return out
+
+
+def _explicit(held: LayerHeld, query: Tensor, seen: Tensor | None, output: bool) -> Tensor:
+    """Attention with its weights spelled out: added to the totals, and applied if asked for."""
+    _, heads, new, size = query.shape
+    kv_heads = held.view.num_kv_heads
+    group = heads // kv_heads
+    keys, values = held.keys[0].float(), held.values[0].float()
+    if seen is None and new > 1:
+        seen = torch.ones(new, new, dtype=torch.bool, device=query.device).tril_()
+    at_once = max(1, LOGITS_BYTES // (heads * held.held * 4))
+    parts = []
+    for start in range(0, new, at_once):
+        part = query[0, :, start : start + at_once].float()
+        part = part.view(kv_heads, group, -1, size)
+        logits = torch.einsum("hgnd,htd->hgnt", part, keys) * held.scale
+        if held.softcap:
+            logits = held.softcap * torch.tanh(logits / held.softcap)
+        if seen is not None:
+            logits.masked_fill_(~seen[start : start + at_once], float("-inf"))
+        weights = logits.softmax(-1)
+        if held.totals is not None:
+            held.receive(weights.sum(2).mean(1))
+        if output:
+            out = torch.einsum("hgnt,htd->hgnd", weights, values)
+            parts.append(out.reshape(heads, -1, size).to(query.dtype))
+    return torch.cat(parts, 1).transpose(0, 1)[None].contiguous() if output else query
+
+
+AttentionInterface.register(NAME, attend)
+
+
+@contextmanager
+def attached(model: Any) -> Iterator[None]:
+    """Within it the model's attention is `attend`."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

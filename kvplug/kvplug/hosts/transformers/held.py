@@ -1,0 +1,237 @@
+"""What a model's layers hold of one text: dense keys and values, and each token's position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvplug.contract import HeldView, LayerView, Window
+
+PAGE = 16
+"""Tokens per page as GPU kernels see them, which want a power of two; room grows by it."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is noted beside keys and values, for policies that ask for it.
+
+    Attributes:
+        observation: Latest queries kept.
+        totals: Whether the attention each held token receives is summed.
+    """
+
+    observation: int = 0
+    totals: bool = False
+
+    def covers(self, other: Watched) -> bool:
+        """Whether everything the other notes is noted."""
+        return self.observation >= other.observation and self.totals >= other.totals
+
+
+class LayerHeld:
+    """Keys and values one layer holds of one text.
+
+    Every KV head holds the same number of tokens, each head tokens of its own after a cut.
+
+    Args:
+        view: The layer.
+        scale: Softmax scale.
+        watched: What to note; ``Watched()`` for a layer that is never cut.
+        like: A tensor of the model's dtype and device.
+        sliding: Tokens its sliding window spans, the query's own among them; 0 for full attention.
+        window: The block rule of a positional policy, and the tokens of a block; or None.
+    """
+
+    def __init__(
+        self,
+        view: LayerView,
+        scale: float,
+        watched: Watched,
+        like: Tensor,
+        sliding: int = 0,
+        window: tuple[Window, int] | None = None,
+    ):
+        self.view = view
+        self.scale = scale
+        self.softcap = 0.0
+        self.watched = watched
+        self.sliding = sliding
+        self.window = window
+        self.held = 0
+        heads = view.num_kv_heads
+        self._keys = like.new_empty(1, heads, 0, view.head_size)
+        self._values = self._keys
+        self._positions = torch.empty(1, heads, 0, dtype=torch.int32, device=like.device)
+        self._totals = torch.empty(1, heads, 0, device=like.device) if watched.totals else None
+        self._queries = like.new_empty(1, 0, view.num_heads, view.head_size)
+        self._query_positions = torch.empty(1, 0, dtype=torch.int32, device=like.device)
+        self._shared = False
+
+    @property
+    def keys(self) -> Tensor:
+        """``[1, kv_heads, held, head_size]``, after RoPE."""
+        return self._keys[:, :, : self.held]
+
+    @property
+    def values(self) -> Tensor:
+        """``[1, kv_heads, held, head_size]``."""
+        return self._values[:, :, : self.held]
+
+    @property
+    def positions(self) -> Tensor:
+        """``[1, kv_heads, held]`` int32."""
+        return self._positions[:, :, : self.held]
+
+    @property
+    def totals(self) -> Tensor | None:
+        """``[1, kv_heads, held]`` float32: attention received since written; or None."""
+        return None if self._totals is None else self._totals[:, :, : self.held]
+
+    @property
+    def masked(self) -> bool:
+        """Whether a query may see fewer than all earlier tokens that are held."""
+        return bool(self.sliding) or self.window is not None
+
+    def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Hold more tokens.
+
+        Args:
+            keys: ``[1, kv_heads, n, head_size]``, after RoPE.
+            values: The same shape.
+            positions: ``[n]``.
+        """
+        held = self.held + keys.shape[2]
+        if held > self._keys.shape[2] or self._shared:
+            # Room for half as much again: decoding appends one token at a time.
+            room = -(-(held + held // 2) // PAGE) * PAGE
+            self._keys, self._values = _grown(self.keys, room), _grown(self.values, room)
+            self._positions = _grown(self.positions, room)
+            if self.totals is not None:
+                self._totals = _grown(self.totals, room)
+            self._shared = False
+        self._keys[:, :, self.held : held] = keys
+        self._values[:, :, self.held : held] = values
+        self._positions[:, :, self.held : held] = positions.to(torch.int32)
+        if self._totals is not None:
+            self._totals[:, :, self.held : held] = 0
+        self.held = held
+
+    def observe(self, queries: Tensor, positions: Tensor) -> None:
+        """Note queries ``[1, num_heads, n, head_size]`` at ``positions [n]``, the latest ones."""
+        most = self.watched.observation
+        if not most:
+            return
+        queries, positions = queries.transpose(1, 2)[:, -most:], positions[None, -most:]
+        if self._queries.shape[1] > 2 * most:
+            self._queries = self._queries[:, -most:]
+            self._query_positions = self._query_positions[:, -most:]
+        self._queries = torch.cat([self._queries, queries], 1)
+        self._query_positions = torch.cat([self._query_positions, positions.to(torch.int32)], 1)
+
+    def receive(self, mass: Tensor) -> None:
+        """Add attention ``[kv_heads, held]`` that the held tokens received to their totals."""
+        assert self._totals is not None and not self._shared
+        self._totals[0, :, : self.held] += mass
+
+    def keep(self, indices: Tensor) -> None:
+        """Hold only the tokens at ``[kv_heads, n]``, ascending per head."""
+        at = indices.long()[None]
+        wide = at[..., None].expand(-1, -1, -1, self.view.head_size)
+        self._keys, self._values = self.keys.gather(2, wide), self.values.gather(2, wide)
+        self._positions = self.positions.gather(2, at)
+        if self.totals is not None:
+            self._totals = self.totals.gather(2, at)
+        self.held = at.shape[2]
+        self._shared = False
+
+    def fork(self, watched: Watched) -> LayerHeld:
+        """Another text's layer with the same contents; nothing is copied before it is changed.
+
+        Args:
+            watched: What the other notes; `watched` must cover it.
+        """
+        assert self.watched.covers(watched)
+        other = LayerHeld(self.view, self.scale, watched, self._keys, self.sliding, self.window)
+        other.softcap, other.held = self.softcap, self.held
+        other._keys, other._values, other._positions = self._keys, self._values, self._positions
+        if watched.totals:
+            other._totals = self._totals
+        if watched.observation:
+            other._queries = self._queries[:, -watched.observation :]
+            other._query_positions = self._query_positions[:, -watched.observation :]
+        self._shared = other._shared = True
+        return other
+
+    def visible(self, queries: Tensor) -> Tensor:
+        """Which held tokens queries at ``[n]`` see, ``[n, held]``; for layers all of whose heads
+        hold the same tokens."""
+        own, keys = queries[:, None], self.positions[0, :1]
+        seen = keys <= own
+        if self.sliding:
+            seen &= own - keys < self.sliding
+        if self.window is not None:
+            rule, size = self.window
+            first = torch.clamp(own // size - rule.window_blocks, min=rule.sink_blocks)
+            block = keys // size
+            seen &= (block < rule.sink_blocks) | (block >= first)
+        return seen
+
+    def view_for(self, policy_needs: Watched, num_tokens: int, num_prompt_tokens: int) -> HeldView:
+        """What a policy sees of the layer."""
+        device = self._keys.device
+        if self._keys.is_cuda:
+            pages, table = self._paged(), torch.arange(-(-self.held // PAGE), device=device)
+        else:
+            # One page of all that is held: `HeldView.keys` gathers nothing then.
+            pages, table = (self.keys, self.values), torch.zeros(1, device=device)
+
+        def one(value: int) -> Tensor:
+            return torch.tensor([value], dtype=torch.int32, device=device)
+
+        queries = query_positions = None
+        if policy_needs.observation:
+            queries, query_positions = self._observed(policy_needs.observation)
+        return HeldView(
+            layer=self.view,
+            scale=self.scale,
+            softcap=self.softcap,
+            num_tokens=one(num_tokens),
+            num_prompt_tokens=one(num_prompt_tokens),
+            held=self.held,
+            positions=self.positions,
+            key_pages=pages[0],
+            value_pages=pages[1],
+            block_table=table.to(torch.int32)[None],
+            queries=queries,
+            query_positions=query_positions,
+            totals=self.totals if policy_needs.totals else None,
+        )
+
+    def _observed(self, most: int) -> tuple[Tensor, Tensor]:
+        """The latest ``most`` queries and their positions, padded at the front."""
+        queries, positions = self._queries[:, -most:], self._query_positions[:, -most:]
+        lack = most - queries.shape[1]
+        if lack:
+            queries = torch.nn.functional.pad(queries, (0, 0, 0, 0, lack, 0))
+            positions = torch.nn.functional.pad(positions, (lack, 0), value=-1)
+        return queries.contiguous(), positions.contiguous()
+
+    def _paged(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as ``[pages, kv_heads, PAGE, head_size]``."""
+        room = -(-self.held // PAGE) * PAGE
+        heads, size = self.view.num_kv_heads, self.view.head_size
+
+        def pages(tensor: Tensor) -> Tensor:
+            whole = tensor if tensor.shape[2] >= room else _grown(tensor, room)
+            return whole[0, :, :room].view(heads, room // PAGE, PAGE, size).transpose(0, 1)
+
+        return pages(self._keys), pages(self._values)
+
+
+def _grown(tensor: Tensor, room: int) -> Tensor:
+    """A copy with ``room`` places in the third dimension."""
+    grown = tensor.new_empty(*tensor.shape[:2], room, *tensor.shape[3:])
+    grown[:, :, : tensor.shape[2]] = tensor
+    return grown

@@ -1,0 +1,413 @@
+"""The evaluation: prompts are the same every time, the full cache is the reference, figures carry
+their spread, and bad input is told in one message."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kvplug import models
+from kvplug.cli import app
+from kvplug.contract import Kind
+from kvplug.errors import DeploymentError, KVPlugError
+from kvplug.eval import compare, report, variants
+from kvplug.eval.records import FULL, BadRecords, Record, Run
+from kvplug.eval.run import Variant, run, steps
+from kvplug.eval.tasks import KEYS, TASKS, BadText, Prompt, Sizes, build
+from kvplug.hosts.transformers import Host
+from kvplug.registry import plugins
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = Sizes(context=896, samples=2, passages=2, scored=24, generated=6, seed=3)
+LINE = "the {} man went to the {} house and said nothing of the {} sea.\n"
+TEXT = "".join(LINE.format(i, i * i, i % 7) for i in range(3000))
+
+
+def encode(text: str) -> list[int]:
+    """A token a byte, past the tiny model's special ones."""
+    return [64 + byte for byte in text.encode("ascii")]
+
+
+def decode(ids: Sequence[int]) -> str:
+    return bytes(i - 64 for i in ids).decode("ascii")
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[Prompt]:
+    return build(encode, TEXT, SIZES)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.tiny_llama(
+        tmp_path_factory.mktemp("tiny"), heads=4, kv_heads=2, head_dim=32, dtype="float32"
+    )
+
+
+@pytest.fixture(scope="module")
+def host(directory: Path) -> Host:
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return Host(model.eval())
+
+
+def variant(name: str, budget: float, **options: Any) -> Variant:
+    found = plugins().registry.get(Kind.SEQUENCE, name)
+    assert found is not None
+    label = ":".join([name, *(f"{k}={v}" for k, v in options.items())])
+    return Variant(label, budget, found, options)
+
+
+# -- prompts ---------------------------------------------------------------------------------------
+
+
+def test_prompts_are_the_same_for_the_same_arguments(prompts: list[Prompt]) -> None:
+    assert build(encode, TEXT, SIZES) == prompts
+    other = build(encode, TEXT, replace(SIZES, seed=4))
+    assert all(a.context != b.context for a, b in zip(prompts, other, strict=True))
+    assert [Prompt.of(json.loads(json.dumps(p.plain()))) for p in prompts] == prompts
+
+
+def test_a_tasks_prompts_do_not_depend_on_the_others(prompts: list[Prompt]) -> None:
+    for task in TASKS:
+        assert build(encode, TEXT, SIZES, [task]) == [p for p in prompts if p.task == task]
+
+
+def test_every_context_is_as_long_as_asked(prompts: list[Prompt]) -> None:
+    assert {len(p.context) for p in prompts} == {SIZES.context}
+    assert len({p.name for p in prompts}) == len(prompts) == 2 * len(TASKS)
+    with_bos = build(encode, TEXT, SIZES, bos=[1])
+    assert all(p.context[0] == 1 and len(p.context) == SIZES.context for p in with_bos)
+
+
+def test_text_goes_on_where_the_context_ends(prompts: list[Prompt]) -> None:
+    for prompt in (p for p in prompts if p.task == "perplexity"):
+        assert decode((*prompt.context, *prompt.then, *prompt.answer)) in TEXT
+        assert len(prompt.then) == 1 and len(prompt.answer) == SIZES.scored
+    greedy = [p for p in prompts if p.task == "greedy"]
+    assert {p.new_tokens for p in greedy} == {SIZES.generated + 1}
+    assert [p.context for p in greedy] == [p.context for p in prompts if p.task == "perplexity"]
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_pass_key_is_hidden_at_its_depth(prompts: list[Prompt], later: bool) -> None:
+    task = "passkey_later" if later else "passkey"
+    for i, prompt in enumerate(p for p in prompts if p.task == task):
+        context, then, key = decode(prompt.context), decode(prompt.then), decode(prompt.answer)
+        assert len(key) == 6 and key[0] == " " and key[1:].isdigit()
+        assert context.count(key) == 2
+        depth = context.index(f"The pass key is{key}") / len(context)
+        assert depth == pytest.approx((i + 0.5) / SIZES.samples, abs=0.12)
+        question = "What is the pass key"
+        assert (question in context) is not later and (question in then) is later
+        assert then.endswith(" is")
+
+
+def test_many_keys_are_hidden_and_another_is_asked_for_each_time(prompts: list[Prompt]) -> None:
+    asked = []
+    for prompt in (p for p in prompts if p.task == "multikey"):
+        context, key = decode(prompt.context), decode(prompt.answer)
+        facts = [line for line in context.split("\n") if line.startswith("The number of")]
+        assert len([f for f in facts if f.endswith(".")]) == KEYS
+        name = context.rsplit("The number of the ", 1)[1]
+        assert f"The number of the {name} is{key}." in facts
+        asked.append(facts.index(f"The number of the {name} is{key}."))
+    assert len(set(asked)) == SIZES.samples
+
+
+def test_a_text_or_context_too_short_is_refused() -> None:
+    with pytest.raises(BadText, match="text is too short"):
+        build(encode, TEXT[:500], SIZES)
+    with pytest.raises(BadText, match="at least 256"):
+        build(encode, TEXT, replace(SIZES, context=100))
+    with pytest.raises(BadText, match="multikey: a context of 256 tokens leaves no room"):
+        build(encode, TEXT, replace(SIZES, context=256), ["multikey"])
+
+
+# -- running ---------------------------------------------------------------------------------------
+
+
+def test_the_full_cache_is_the_reference(host: Host, prompts: list[Prompt]) -> None:
+    records = list(run(host, prompts, []))
+    assert [r.prompt for r in records] == [p.name for p in prompts_in_order(prompts)]
+    for record, prompt in zip(records, prompts_in_order(prompts), strict=True):
+        assert (record.variant, record.budget, record.held) == (FULL, 1.0, SIZES.context)
+        if prompt.new_tokens:
+            ids = torch.tensor(prompt.context)
+            assert record.ids == host.generate(ids, None, prompt.new_tokens).ids[1:]
+            continue
+        assert record.kl == 0
+        whole = torch.tensor([*prompt.context, *prompt.then, *prompt.answer])
+        with torch.inference_mode():
+            logs = host.model(whole[None]).logits[0].log_softmax(-1)
+        first = SIZES.context + len(prompt.then)
+        each = [-float(logs[at - 1, whole[at]]) for at in range(first, len(whole))]
+        assert record.nll == pytest.approx(each, abs=1e-4)
+
+
+def prompts_in_order(prompts: list[Prompt]) -> list[Prompt]:
+    """Perplexity and greedy of one passage run together."""
+    ordered: list[Prompt] = []
+    for prompt in prompts:
+        ordered += [p for p in prompts if p.context == prompt.context and p not in ordered]
+    return ordered
+
+
+def test_records_are_the_same_every_time(host: Host, prompts: list[Prompt]) -> None:
+    asked = [variant("snapkv", 0.5, window=8), variant("h2o", 0.25), variant("sink_window", 0.5)]
+    told: list[str] = []
+    first = list(run(host, prompts[:4], asked, told.append))
+    assert list(run(host, prompts[:4], asked)) == first
+    assert len(told) == steps(prompts[:4], asked) == len(first) == 16
+
+
+def test_a_variant_holds_its_budget(host: Host, prompts: list[Prompt]) -> None:
+    names = ("snapkv", "tova", "knorm", "sink_window")
+    asked = [variant(n, b) for n in names for b in (0.25, 0.5, 1.0)]
+    for record in run(host, prompts[:1], asked):
+        assert record.held == record.budget * SIZES.context
+        if record.budget == 1:
+            assert record.kl == 0
+        else:
+            assert record.kl is not None and record.kl > 0
+
+
+def test_what_drops_everything_asked_for_is_seen(host: Host, prompts: list[Prompt]) -> None:
+    one = [p for p in prompts if p.task == "greedy"][:1]
+    full, kept, cut = run(host, one, [variant("knorm", 1.0), variant("knorm", 0.1)])
+    assert kept.ids == full.ids and cut.ids != full.ids
+
+
+def test_a_variant_that_acts_while_reading_is_read_anew(host: Host, prompts: list[Prompt]) -> None:
+    asked = variant("knorm", 0.1, prefill=256, interval=64)
+    _, record = run(host, prompts[:1], [asked])
+    policy = asked.build(host, SIZES.context)
+    text, _ = host.read(torch.tensor(prompts[0].context), policy)
+    assert len(text.cuts) > 1 and record.held == text.held
+
+
+def test_a_policy_without_a_budget_is_refused(host: Host) -> None:
+    with pytest.raises(KVPlugError, match="lru has no budget to set"):
+        Variant("lru", 0.5, plugins().registry.get(Kind.PREFIX_CACHE, "lru")).build(host, 64)  # type: ignore[arg-type]
+
+
+# -- records and figures ---------------------------------------------------------------------------
+
+
+def record(variant: str, prompt: str, task: str, budget: float = 0.5, **what: Any) -> Record:
+    return Record(variant, 1.0 if variant == FULL else budget, task, prompt, 10.0, **what)
+
+
+def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
+    kept = Run({"seed": 1}, [record(FULL, "a", "greedy", ids=[1, 2])])
+    kept.save(tmp_path / "r.json", [{"metric": "x"}])
+    assert Run.load(tmp_path / "r.json") == kept
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", '{"format": "other"}', '{"format": "kvplug eval 1", "about": {}}', "[1]"]
+)
+def test_a_file_that_is_no_record_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(BadRecords, match=r"bad\.json"):
+        Run.load(path)
+    with pytest.raises(BadRecords, match="cannot be read"):
+        Run.load(tmp_path / "absent.json")
+
+
+def test_metrics_are_what_they_say() -> None:
+    records = [
+        record(FULL, "p", "perplexity", nll=[1.0, 2.0], top=[5, 6], right=[True, True], kl=0.0),
+        record("x", "p", "perplexity", nll=[2.0, 4.0], top=[5, 7], right=[True, False], kl=0.5),
+        record(FULL, "g", "greedy", ids=[1, 2, 3, 4]),
+        record("x", "g", "greedy", ids=[1, 9, 3, 4]),
+        record(FULL, "k", "passkey", nll=[0.1, 0.1], right=[True, True]),
+        record("x", "k", "passkey", nll=[0.1, 3.1], right=[True, False]),
+    ]
+    found = {(r.variant, r.metric): r.value for r in report.summarise(records)}
+    assert found["x", "nll"] == 3.0 and found["x", "kl"] == 0.5 and found["x", "top1"] == 0.5
+    assert found["x", "prefix"] == 0.25 and found["x", "agreement"] == 0.75
+    assert found["x", "passkey"] == 0.0 and found["x", "passkey_nll"] == pytest.approx(1.6)
+    assert found[FULL, "prefix"] == found[FULL, "passkey"] == found[FULL, "top1"] == 1.0
+    with pytest.raises(ValueError, match="no record of the full cache for q"):
+        report.summarise([record("x", "q", "greedy", ids=[1])])
+
+
+def test_intervals_are_wide_where_samples_are_few() -> None:
+    # Newcombe (1998), table I: 81 of 263, and 0 of 20.
+    assert report.wilson([1.0] * 81 + [0.0] * 182) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    low, high = report.wilson([0.0] * 20)
+    assert low == pytest.approx(0, abs=1e-12) and high == pytest.approx(0.1611, abs=1e-4)
+    low, high = report.bootstrap([1.0, 2.0, 3.0, 4.0])
+    assert 1 <= low < 2.5 < high <= 4
+    assert report.bootstrap([2.0, 2.0]) == (2.0, 2.0)
+
+
+def metric(name: str) -> report.Metric:
+    (found,) = (m for m in report.METRICS if m.name == name)
+    return found
+
+
+def test_a_difference_is_noise_until_the_prompts_agree_on_it() -> None:
+    ten = [f"p{i}" for i in range(10)]
+    hits, misses = dict.fromkeys(ten, 1.0), dict.fromkeys(ten, 0.0)
+    assert report.compare(hits, misses, metric("passkey"), 0.5).verdict == "better"
+    assert report.compare(misses, hits, metric("passkey"), 0.5).verdict == "worse"
+    assert report.compare(hits, hits, metric("passkey"), 0.5).verdict == "within noise"
+    one_off = hits | {"p0": 0.0}
+    assert report.compare(one_off, hits, metric("passkey"), 0.5).verdict == "within noise"
+    lower, higher = {"a": 1.0, "b": 1.1}, {"a": 1.5, "b": 1.7}
+    assert report.compare(lower, higher, metric("nll"), 0.5).verdict == "better"
+    assert report.compare(higher, lower, metric("nll"), 0.5).verdict == "worse"
+    mixed = {"a": 1.0, "b": 2.0}
+    assert report.compare(mixed, {"a": 1.2, "b": 1.8}, metric("nll"), 0.5).verdict == "within noise"
+    with pytest.raises(ValueError, match="no prompt in common"):
+        report.compare({"a": 1.0}, {"b": 1.0}, metric("nll"), 0.5)
+
+
+def test_two_runs_are_compared_pair_by_pair(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(name: str, variant: str, nll: float) -> Path:
+        records = []
+        for prompt in ("a", "b"):
+            same: dict[str, Any] = {"top": [1], "right": [True]}
+            records.append(record(FULL, prompt, "perplexity", nll=[1.0], kl=0.0, **same))
+            records.append(record(variant, prompt, "perplexity", nll=[nll], kl=0.1, **same))
+        Run({}, records).save(tmp_path / name)
+        return tmp_path / name
+
+    ours, theirs = write("o.json", "snapkv", 1.2), write("t.json", "SnapKVPress", 1.1)
+    assert compare.main([str(ours), str(theirs), "--json", str(tmp_path / "d.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "| snapkv | SnapKVPress | log-perplexity, nats | 1.200 / 1.100 **worse** |" in printed
+    (first, *_) = json.loads((tmp_path / "d.json").read_text())
+    assert first["ours_variant"] == "snapkv" and first["verdict"] == "worse"
+    assert compare.main([str(ours), str(theirs), "--pairs", "tova=TOVAPress"]) == 2
+    assert "no pair" in capsys.readouterr().err
+    assert compare.main([str(ours), str(tmp_path / "absent.json")]) == 2
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_policies_are_read_with_their_options() -> None:
+    chosen = variants.policies(["snapkv:window=8:pooling=mean,tova"])
+    assert list(chosen) == ["snapkv:window=8:pooling=mean", "tova"]
+    made = variants.variants(chosen, [0.25, 0.5], once=False)
+    assert [(v.label, v.budget) for v in made[:2]] == [
+        ("snapkv:window=8:pooling=mean", 0.25),
+        ("snapkv:window=8:pooling=mean", 0.5),
+    ]
+    assert made[0].options == {"window": 8, "pooling": "mean"}
+    assert variants.variants(chosen, [0.5], once=True)[1].options == {"interval": variants.NEVER}
+    assert {"snapkv", "sink_window", "h2o"} <= set(variants.policies(None))
+    with pytest.raises(DeploymentError, match=r"sets a budget.*--budget"):
+        variants.policies(["snapkv:budget=3"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--policy", "snapvk"], "did you mean snapkv"),
+        (["--policy", "snapkv:window=x"], "window"),
+        (["--policy", "snapkv:window"], "is no option"),
+        (["--policy", "absent.yaml"], "absent.yaml"),
+        (["--budget", "0"], "above 0 and at most 1"),
+        (["--budget", "0.5,many"], "above 0 and at most 1"),
+        (["--task", "passkeys"], "use some of perplexity"),
+        (["--text", "absent.txt"], "absent.txt cannot be read"),
+        (["--model", "absent"], "no model directory"),
+        (["--json", "absent/x.json"], "its folder must exist"),
+        (["--plot", "x.gif"], "must end in .png"),
+        (["--context", "20"], "at least 256"),
+        (["--dtype", "int8"], "use one of float32"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(
+    arguments: list[str],
+    says: str,
+    directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    base = ["--model", str(directory), "--text", "text.txt", "--policy", "tova"]
+    done = CliRunner().invoke(app, ["eval", *base, *arguments])
+    assert done.exit_code == 2, done.output
+    assert says in done.output and "Traceback" not in done.output
+
+
+def test_the_command_measures_and_writes(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, rows, plot = tmp_path / "text.txt", tmp_path / "rows.json", tmp_path / "plot.svg"
+    text.write_text(TEXT)
+    monkeypatch.setenv("KVPLUG_TEXTS", str(text))
+    sizes = ["--context=512", "--samples=1", "--passages=1", "--scored=8", "--generated=4"]
+    asked = ["--policy", "snapkv,tova", "--budget", "0.5,0.25", "--task", "perplexity,greedy"]
+    outputs = ["--json", str(rows), "--plot", str(plot)]
+    command = ["eval", "--model", str(directory), *sizes, *asked, *outputs]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    for word in ("full cache", "snapkv", "tova", "128", "256", "log-perplexity"):
+        assert word in done.output
+    written = json.loads(rows.read_text())
+    assert written["about"]["context"] == 512 and len(written["records"]) == 5 * 2
+    summary = {(r["variant"], r["budget"], r["metric"]): r for r in written["summary"]}
+    row = summary["tova", 0.25, "nll"]
+    assert row["held"] == 128 and row["low"] <= row["value"] <= row["high"]
+    assert math.isfinite(row["value"])
+    assert "<svg" in plot.read_text()[:2000]
+
+
+def test_prompts_can_be_given_to_another_program(directory: Path, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "prompts.json"
+    text.write_text(TEXT)
+    command = ["eval", "--model", str(directory), "--text", str(text), "--save-prompts", str(out)]
+    done = CliRunner().invoke(app, [*command, "--samples", "1", "--passages", "1"])
+    assert done.exit_code == 0, done.output
+    written = json.loads(out.read_text())
+    prompts = [Prompt.of(plain) for plain in written["prompts"]]
+    assert [p.task for p in prompts] == list(TASKS)
+    assert written["sizes"]["context"] == 1024
+
+
+# -- the real model --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_real_model_retrieves_and_policies_differ() -> None:
+    from kvplug import texts
+
+    path = models.smollm2()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+    def real(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    sizes = Sizes(context=512, samples=3, passages=1, scored=64, generated=8)
+    made = build(real, texts.shakespeare(), sizes, ["passkey", "perplexity"])
+    asked = [variant("tova", 0.5), variant("snapkv", 1.0), variant("sink_window", 0.25)]
+    found = {
+        (r.variant, r.metric): r.value
+        for r in report.summarise(list(run(Host(model), made, asked)))
+    }
+    assert found[FULL, "passkey"] == found["snapkv", "passkey"] == 1.0
+    assert found["snapkv", "kl"] == 0 and found["snapkv", "nll"] == found[FULL, "nll"]
+    # A key outside sink and window cannot be had; a scorer that sees the question finds it.
+    assert found["sink_window", "passkey"] < 1.0
+    assert found["tova", "passkey_nll"] < found["sink_window", "passkey_nll"]

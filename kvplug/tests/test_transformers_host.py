@@ -1,0 +1,507 @@
+"""Sequence policies on Hugging Face models: exact where nothing is dropped, and where something is,
+the logits are those of the plain model with the dropped tokens masked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvplug import models
+from kvplug.contract import HeldView, Kind, ScoringPolicy
+from kvplug.errors import KVPlugError
+from kvplug.hosts.transformers import Host, Text, UnsupportedModel, Watched, generate, watched_by
+from kvplug.registry import plugins
+
+transformers = pytest.importorskip("transformers")
+
+PROMPT = 150
+SCORERS = [
+    name
+    for name in plugins().registry.names(Kind.SEQUENCE)
+    if (policy := plugins().registry.get(Kind.SEQUENCE, name)) is not None
+    and issubclass(policy, ScoringPolicy)
+    and not any(f.is_required() for n, f in policy.Options.model_fields.items() if n != "budget")
+]
+
+
+class Oldest(ScoringPolicy):
+    """Keeps the first tokens of the text: every head and layer the same ones."""
+
+    name, changes = "oldest", "drops the latest tokens"
+
+    def score(self, held: HeldView) -> Tensor:
+        return -held.positions.float()
+
+
+class ByHead(ScoringPolicy):
+    """Keeps even positions in even heads and odd ones in odd heads."""
+
+    name, changes = "by_head", "drops every other token"
+
+    def score(self, held: HeldView) -> Tensor:
+        heads = torch.arange(held.positions.shape[1])[None, :, None]
+        return ((held.positions + heads) % 2 == 0).float()
+
+
+def load(directory: Path, **how: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, **how
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Grouped-query, multi-head and multi-query models."""
+    return {
+        name: load(
+            models.tiny_llama(
+                tmp_path_factory.mktemp(name),
+                heads=4,
+                kv_heads=kv_heads,
+                head_dim=32,
+                dtype="float32",
+                layers=3,
+            )
+        )
+        for name, kv_heads in (("gqa", 2), ("mha", 4), ("mqa", 1))
+    }
+
+
+@pytest.fixture(scope="module")
+def model(shapes: dict[str, Any]) -> Any:
+    return shapes["gqa"]
+
+
+@pytest.fixture(scope="module")
+def host(model: Any) -> Host:
+    return Host(model)
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return torch.randint(64, 320, (240,), generator=torch.Generator().manual_seed(1))
+
+
+def plain(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits of the plain model; ``mask [n, n]`` says who sees whom."""
+    with torch.inference_mode():
+        found: Tensor = model(
+            ids[None], attention_mask=None if mask is None else mask[None, None]
+        ).logits[0]
+    return found
+
+
+def policy(host: Host, use: Any, **options: Any) -> Any:
+    return host.policy(use, **{"sink": 4, "recent": 8, **options})
+
+
+# -- exact -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", ["gqa", "mha", "mqa"])
+def test_a_text_without_a_policy_has_the_plain_models_logits(
+    shapes: dict[str, Any], shape: str, ids: Tensor
+) -> None:
+    host, expected = Host(shapes[shape]), plain(shapes[shape], ids)
+    whole = host.feed(host.open(len(ids)), ids)
+    assert torch.equal(whole, expected)
+    text = host.open(100)
+    pieces = [host.feed(text, piece) for piece in ids.split([100, 1, 60, 79])]
+    torch.testing.assert_close(torch.cat(pieces), expected, atol=2e-5, rtol=0)
+    assert text.num_tokens == len(ids) and text.held == len(ids)
+
+
+def test_generate_gives_the_plain_models_tokens(model: Any, ids: Tensor) -> None:
+    expected = model.generate(ids[None, :50], max_new_tokens=24, do_sample=False, eos_token_id=319)
+    assert generate(model, ids[:50], max_new_tokens=24, eos=[319]).ids == expected[0, 50:].tolist()
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_budget_of_everything_is_exact(host: Host, ids: Tensor, name: str) -> None:
+    full = host.open(PROMPT)
+    expected = [host.feed(full, ids[:PROMPT]), host.feed(full, ids[PROMPT:])]
+    text = host.open(PROMPT, host.policy(name, budget=1 << 14))
+    assert torch.equal(host.feed(text, ids[:PROMPT]), expected[0])
+    assert torch.equal(host.feed(text, ids[PROMPT:]), expected[1])
+    assert text.cuts == [] and text.held == len(ids)
+
+
+def test_a_one_token_prompt_runs_under_every_policy(host: Host, ids: Tensor) -> None:
+    expected = host.generate(ids[:1], max_new_tokens=4).ids
+    for name in SCORERS:
+        assert host.generate(ids[:1], host.policy(name, budget=64), 4).ids == expected
+
+
+def test_the_models_own_attention_is_restored(host: Host, model: Any, ids: Tensor) -> None:
+    before = model.config._attn_implementation
+    host.feed(host.open(5), ids[:5])
+    assert model.config._attn_implementation == before != "kvplug"
+    with pytest.raises(IndexError):
+        host.feed(host.open(1), torch.tensor([10**6]))
+    assert model.config._attn_implementation == before
+
+
+# -- what is kept ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 32, 128])
+@pytest.mark.parametrize("name", [n for n in SCORERS if n not in ("pyramidkv",)])
+def test_cuts_keep_what_the_budget_says(
+    model: Any, ids: Tensor, name: str, block_size: int
+) -> None:
+    host = Host(model, block_size)
+    text = host.open(PROMPT, host.policy(name, budget=0.4))
+    host.feed(text, ids[:PROMPT])
+    full, kept = PROMPT // block_size, -(-60 // block_size)
+    assert text.held == (min(full, kept) * block_size + PROMPT - full * block_size)
+    for layer in text.layers:
+        positions = layer.positions[0]
+        assert (positions.diff(dim=-1) > 0).all()
+        assert positions[:, -1].eq(PROMPT - 1).all()
+
+
+def test_survivors_are_the_best_with_sinks_and_recent_ones(host: Host, ids: Tensor) -> None:
+    text, _ = host.read(ids[:PROMPT], policy(host, ByHead, budget=64, sink=5, recent=10))
+    # 144 tokens are in full blocks, 6 in the block being filled.
+    for layer in text.layers:
+        for head, positions in enumerate(layer.positions[0].tolist()):
+            assert len(positions) == 64 + 6
+            always = [p for p in range(PROMPT) if p < 5 or p >= PROMPT - 10]
+            mine = [p for p in range(144) if p not in always and (p + head) % 2 == 0]
+            room = 64 - len([p for p in always if p < 144])
+            assert positions == sorted([*always, *mine[:room]])
+
+
+def test_logits_after_a_cut_are_those_of_the_plain_model_with_a_mask(
+    host: Host, model: Any, ids: Tensor
+) -> None:
+    text = host.open(PROMPT, policy(host, Oldest, budget=64, interval=1024))
+    got = torch.cat([host.feed(text, ids[:PROMPT]), host.feed(text, ids[PROMPT:])])
+    kept = text.layers[0].positions[0, 0]
+    seen = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    hidden = torch.ones(len(ids), dtype=torch.bool)
+    hidden[kept.long()] = False
+    hidden[PROMPT:] = False
+    assert int(hidden.sum()) == 144 - 64
+    seen[PROMPT:, hidden] = False
+    torch.testing.assert_close(got, plain(model, ids, seen), atol=2e-5, rtol=0)
+
+
+def test_cuts_come_again_every_interval(host: Host, ids: Tensor) -> None:
+    text = host.open(PROMPT, policy(host, Oldest, budget=64, interval=32))
+    host.feed(text, ids)
+    assert text.cuts == [(150, 70.0), (176, 64.0), (208, 64.0), (240, 64.0)]
+    one_by_one = host.open(PROMPT, policy(host, Oldest, budget=64, interval=32))
+    for token in ids:
+        host.step([one_by_one], token[None])
+    assert one_by_one.cuts == text.cuts
+    assert torch.equal(one_by_one.layers[2].positions, text.layers[2].positions)
+
+
+def test_a_long_prompt_is_read_under_its_cap(host: Host, ids: Tensor) -> None:
+    chosen = policy(host, Oldest, budget=32, interval=16, prefill=80)
+    text = host.open(len(ids), chosen)
+    most = 0
+    for token in ids:
+        host.feed(text, token[None])
+        most = max(most, *(layer.held for layer in text.layers))
+    # A cut is made when the 80 tokens are full, and they are held until it is.
+    assert most <= 80 and text.held <= 32 + 16
+    at_once, _ = host.read(ids, chosen)
+    assert at_once.cuts == text.cuts
+    assert torch.equal(at_once.layers[1].positions, text.layers[1].positions)
+
+
+def test_layers_keep_their_share(host: Host, ids: Tensor) -> None:
+    text, _ = host.read(ids[:144], policy(host, Oldest, budget=64, layers={"0": 1.5, "-1": 0.5}))
+    assert [layer.held for layer in text.layers] == [96, 64, 32]
+    assert text.held == 64
+
+
+def test_a_policy_resizes_its_budget(host: Host, ids: Tensor) -> None:
+    class Halving(Oldest):
+        asked: ClassVar[list[tuple[list[float], int, int]]] = []
+
+        def measure(self, held: HeldView, scores: Tensor) -> Tensor:
+            return torch.full((1, 2), float(held.layer.index))
+
+        def resize(self, measured: Any, budget: int, num_tokens: int) -> int:
+            self.asked.append((list(measured), budget, num_tokens))
+            return budget // 2
+
+    text = host.open(144, policy(host, Halving, budget=64, interval=32))
+    host.feed(text, ids)
+    assert text.cuts == [(144, 64.0), (176, 32.0), (208, 16.0), (240, 16.0)]
+    assert [asked[:2] for asked in Halving.asked] == [([1.0, 1.0], b) for b in (64, 32, 16)]
+
+
+# -- branches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_branch_is_what_reading_with_the_policy_gives(host: Host, ids: Tensor, name: str) -> None:
+    chosen = host.policy(name, budget=0.5, interval=16)
+    full, _ = host.read(ids[:PROMPT], watched=Watched(300, True))
+    branch, text = full.branch(chosen), host.read(ids[:PROMPT], chosen)[0]
+    host.feed(branch, ids[PROMPT:])
+    host.feed(text, ids[PROMPT:])
+    assert branch.cuts == text.cuts and len(text.cuts) > 1
+    for ours, theirs in zip(branch.layers, text.layers, strict=True):
+        assert torch.equal(ours.positions, theirs.positions)
+        assert torch.equal(ours.keys, theirs.keys)
+        assert torch.equal(ours.values, theirs.values)
+
+
+def test_branches_leave_the_text_as_it_is(host: Host, ids: Tensor) -> None:
+    full, _ = host.read(ids[:PROMPT], watched=Watched(8, True))
+    before = [(layer.keys.clone(), layer.totals.clone()) for layer in full.layers]  # type: ignore[union-attr]
+    for name in ("h2o", "snapkv"):
+        branch = full.branch(host.policy(name, budget=0.5, **snap(name)))
+        host.feed(branch, ids[PROMPT:])
+    host.feed(full.branch(None), ids[PROMPT:])
+    assert full.held == PROMPT and full.num_tokens == PROMPT
+    for layer, (keys, totals) in zip(full.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert layer.totals is not None and torch.equal(layer.totals, totals)
+
+
+def snap(name: str) -> dict[str, int]:
+    return {"window": 8} if name == "snapkv" else {}
+
+
+def test_a_branch_that_cannot_be_is_refused(host: Host, ids: Tensor) -> None:
+    full, _ = host.read(ids[:PROMPT], watched=Watched(8))
+    with pytest.raises(KVPlugError, match="open it with watched="):
+        full.branch(host.policy("snapkv", budget=0.5, window=16))
+    with pytest.raises(KVPlugError, match="open it with watched="):
+        full.branch(host.policy("h2o", budget=0.5))
+    inside = policy(host, Oldest, budget=32, interval=16, prefill=80)
+    assert not full.can_branch(inside)
+    with pytest.raises(KVPlugError, match="acts before token 150"):
+        full.branch(inside)
+    with pytest.raises(KVPlugError, match="acts before token 150"):
+        full.branch(host.policy("sink_window", window=32))
+    with pytest.raises(KVPlugError, match="without a policy"):
+        full.branch(policy(host, Oldest, budget=64)).branch(None)
+
+
+def test_texts_in_step_are_texts_alone(host: Host, ids: Tensor) -> None:
+    full, _ = host.read(ids[:PROMPT], watched=Watched(32, True))
+
+    def texts() -> list[Text]:
+        return [
+            full.branch(None),
+            full.branch(policy(host, Oldest, budget=64, interval=16)),
+            full.branch(host.policy("h2o", budget=0.5, interval=32)),
+        ]
+
+    together, alone = texts(), texts()
+    for token in ids[PROMPT : PROMPT + 40]:
+        same = host.step(together, token.expand(3))
+        each = torch.cat([host.feed(text, token[None]) for text in alone])
+        torch.testing.assert_close(same, each, atol=2e-5, rtol=0)
+    assert [t.cuts for t in together] == [t.cuts for t in alone]
+    assert [t.held for t in together] == [t.held for t in alone]
+
+
+# -- what policies see -----------------------------------------------------------------------------
+
+
+def eager(model: Any, ids: Tensor) -> tuple[Tensor, ...]:
+    """Attention weights of each layer, ``[num_heads, n, n]``."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.inference_mode():
+            found = model(ids[None], output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation(before)
+    return tuple(one[0] for one in found)
+
+
+@pytest.mark.parametrize("shape", ["gqa", "mha", "mqa"])
+def test_totals_and_observed_queries_give_the_models_attention(
+    shapes: dict[str, Any], shape: str, ids: Tensor
+) -> None:
+    model = shapes[shape]
+    host, weights = Host(model), eager(model, ids)
+    needs = Watched(20, True)
+    text = host.open(len(ids), watched=needs)
+    for piece in ids.split([100, 1, 99, 40]):
+        host.feed(text, piece)
+    for layer, expected in zip(text.layers, weights, strict=True):
+        view = layer.view_for(needs, len(ids), len(ids))
+        kv_heads = view.positions.shape[1]
+        group = expected.view(kv_heads, -1, len(ids), len(ids)).mean(1)
+        assert view.totals is not None and view.query_positions is not None
+        torch.testing.assert_close(view.totals[0], group.sum(1), atol=2e-5, rtol=0)
+        mass = view.attention_mass(20)[0]
+        torch.testing.assert_close(mass, expected[:, -20:].sum(1), atol=2e-5, rtol=0)
+        assert view.query_positions[0].tolist() == list(range(220, 240))
+
+
+def test_observed_queries_are_padded_where_the_text_is_shorter(host: Host, ids: Tensor) -> None:
+    text, _ = host.read(ids[:5], watched=Watched(8))
+    view = text.layers[0].view_for(Watched(8), 5, 5)
+    assert view.queries is not None and view.query_positions is not None
+    assert view.query_positions[0].tolist() == [-1, -1, -1, 0, 1, 2, 3, 4]
+    assert view.queries.shape == (1, 8, 4, 32)
+    assert view.attention_mass().sum() == pytest.approx(5 * 4, abs=1e-4)
+
+
+def test_totals_survive_a_cut_with_their_tokens(host: Host, ids: Tensor) -> None:
+    full, _ = host.read(ids[:144], watched=Watched(0, True))
+    branch = full.branch(host.policy("h2o", budget=64))
+    for before, after in zip(full.layers, branch.layers, strict=True):
+        assert before.totals is not None and after.totals is not None
+        kept = after.positions[0].long()
+        assert torch.equal(after.totals[0], before.totals[0].gather(1, kept))
+
+
+def test_a_layer_says_how_it_rotates(host: Host, model: Any) -> None:
+    rope = host.layers[0].rope
+    assert rope is not None and not rope.interleaved
+    assert rope.frequencies == pytest.approx(model.model.rotary_emb.inv_freq.tolist())
+
+
+# -- positional rules and sliding windows ----------------------------------------------------------
+
+
+def test_sink_window_is_its_rule_as_a_mask(host: Host, model: Any, ids: Tensor) -> None:
+    chosen = host.policy("sink_window", sink=16, window=40)
+    text, parts = host.open(PROMPT, chosen), []
+    for piece in ids.split([PROMPT, 1, 60, 29]):
+        parts.append(host.feed(text, piece))
+    at = torch.arange(len(ids))
+    rule = chosen.window(host.layers[0])
+    assert rule is not None
+    query, key = at[:, None], at[None] // 16
+    seen = (at[None] <= query) & (
+        (key < rule.sink_blocks) | (key >= query // 16 - rule.window_blocks)
+    )
+    torch.testing.assert_close(torch.cat(parts), plain(model, ids, seen), atol=2e-5, rtol=0)
+    assert text.held == 16 + 48 + len(ids) % 16
+
+
+@pytest.fixture(scope="module")
+def gemma() -> Any:
+    config = transformers.Gemma3TextConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=24,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    torch.manual_seed(0)
+    return transformers.Gemma3ForCausalLM(config).eval()
+
+
+def test_sliding_layers_are_left_alone(gemma: Any, ids: Tensor) -> None:
+    host = Host(gemma)
+    torch.testing.assert_close(
+        host.feed(host.open(len(ids)), ids), plain(gemma, ids), atol=2e-5, rtol=0
+    )
+    assert [layer.index for layer in host.engine.layers] == [1]
+    text, _ = host.read(ids[:144], policy(host, Oldest, budget=64))
+    assert [layer.held for layer in text.layers] == [144, 64, 144]
+    assert text.held == 64
+    after = host.feed(text, ids[144:160])
+    assert torch.isfinite(after).all()
+    assert host.layers[1].rope != host.layers[0].rope
+
+
+def test_a_soft_cap_is_applied(ids: Tensor) -> None:
+    config = transformers.Gemma2Config(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=24,
+        attn_logit_softcapping=0.5,
+    )
+    torch.manual_seed(0)
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    model.set_attn_implementation("eager")
+    host = Host(model)
+    text = host.open(len(ids))
+    torch.testing.assert_close(host.feed(text, ids), plain(model, ids), atol=2e-5, rtol=0)
+    assert text.layers[1].view_for(Watched(), 1, 1).softcap == 0.5
+
+
+# -- bad input -------------------------------------------------------------------------------------
+
+
+def tiny(config: Any, cls: Any) -> Any:
+    with torch.device("meta"):
+        return cls(config)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+
+
+def test_models_without_prunable_layers_are_refused() -> None:
+    sliding = tiny(
+        transformers.MistralConfig(**SMALL, sliding_window=8), transformers.MistralForCausalLM
+    )
+    with pytest.raises(UnsupportedModel, match=r"MistralForCausalLM: .*sliding window"):
+        Host(sliding)
+    latent = tiny(
+        transformers.DeepseekV3Config(
+            **SMALL, n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1
+        ),
+        transformers.DeepseekV3ForCausalLM,
+    )
+    with pytest.raises(UnsupportedModel, match=r"DeepseekV3ForCausalLM: .*MLA"):
+        Host(latent)
+    mamba = tiny(
+        transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1),
+        transformers.MambaForCausalLM,
+    )
+    with pytest.raises(UnsupportedModel, match="MambaForCausalLM"):
+        Host(mamba)
+
+
+def test_bad_input_is_named(host: Host, model: Any, ids: Tensor) -> None:
+    with pytest.raises(KVPlugError, match="unknown sequence policy 'snapvk'"):
+        generate(model, ids, "snapvk")
+    with pytest.raises(KVPlugError, match="prefix_cache policy"):
+        host.policy(plugins().registry.get(Kind.PREFIX_CACHE, "lru"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="smaller than sink"):
+        host.policy("snapkv", budget=16)
+    with pytest.raises(ValueError, match="at least one token"):
+        host.open(0)
+    with pytest.raises(ValueError, match="at least one token"):
+        host.feed(host.open(1), ids[:0])
+    with pytest.raises(ValueError, match="block_size"):
+        Host(model, 0)
+
+
+def test_a_share_too_small_for_what_is_always_kept_is_refused(host: Host) -> None:
+    small = policy(host, Oldest, budget=64, sink=32, recent=32, layers={"0": 0.5})
+    with pytest.raises(ValueError, match="layer 0 keeps 32 tokens"):
+        host.open(PROMPT, small)
+
+
+def test_what_a_policy_needs_is_what_is_noted(host: Host) -> None:
+    assert watched_by(None) == Watched()
+    assert watched_by(host.policy("snapkv", window=24)) == Watched(24, False)
+    assert watched_by(host.policy("h2o")) == Watched(0, True)
+    assert watched_by(host.policy("sink_window")) == Watched()

@@ -1,0 +1,151 @@
+"""What scoring policies share: text order, pooling over neighbours, value norms.
+
+A request's held tokens lie in no particular order, and after a decision every KV head holds other
+ones. Whatever a method says about neighbours or about the latest tokens is therefore said here by
+position in the text. Scores are ``[rows, kv_heads, held]`` float32 throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvplug.contract import HeldView
+from kvplug_kernels.key_scores import VALUE_NORM
+
+CHUNK_BYTES = 64 << 20
+"""Largest temporary a policy makes at a time."""
+
+ALWAYS = 1e30
+"""Score of a token that a method keeps whatever its score would be."""
+
+
+class TextOrder:
+    """The held tokens of each KV head in the order of the text.
+
+    Args:
+        positions: Position in the text of each held token, ``[rows, kv_heads, held]``.
+    """
+
+    def __init__(self, positions: Tensor):
+        self._order = positions.argsort(dim=-1, stable=True)
+        self.positions = positions.gather(-1, self._order)
+
+    def sort(self, values: Tensor) -> Tensor:
+        """Held order to text order, along the last dimension."""
+        return values.gather(-1, self._order)
+
+    def unsort(self, values: Tensor) -> Tensor:
+        """Text order to held order, along the last dimension."""
+        return torch.empty_like(values).scatter_(-1, self._order, values)
+
+
+def pool(
+    scores: Tensor, positions: Tensor, kernel: int, how: Literal["mean", "max"] = "mean"
+) -> Tensor:
+    """Pool scores over neighbours in the text, as SnapKV does to keep clusters together.
+
+    Args:
+        scores: At least 0, ``[rows, kv_heads, held]``.
+        positions: Position in the text of each held token, the same shape.
+        kernel: Tokens pooled, odd: the token and as many to either side.
+        how: Mean or largest of them.
+
+    Returns:
+        The shape of ``scores``. A token of the text that is not held counts as one of score 0,
+        as does one beyond either end of the text.
+    """
+    if kernel == 1:
+        return scores
+    text = TextOrder(positions)
+    reach, held = kernel // 2, scores.shape[-1]
+    padded = functional.pad(text.sort(scores), (reach, reach))
+    places = functional.pad(text.positions, (reach, reach), value=-kernel)
+    pooled = torch.zeros_like(scores)
+    for shift in range(kernel):
+        near = (places[..., shift : shift + held] - text.positions).abs() <= reach
+        taken = padded[..., shift : shift + held].where(near, 0)
+        pooled = torch.maximum(pooled, taken) if how == "max" else pooled + taken
+    return text.unsort(pooled if how == "max" else pooled / kernel)
+
+
+def raised(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores with the masked tokens at `ALWAYS`; ``mask`` is broadcastable to ``scores``."""
+    return scores.masked_fill(mask, ALWAYS)
+
+
+def latest(held: HeldView, count: int | Tensor) -> Tensor:
+    """Which held tokens are among the latest ``count`` of the text.
+
+    Args:
+        held: What a layer holds.
+        count: Tokens, or one number per row, ``[rows]``.
+
+    Returns:
+        ``[rows, kv_heads, held]`` bool.
+    """
+    since = held.num_tokens - count
+    return held.positions >= since[:, None, None]
+
+
+def value_norms(held: HeldView) -> Tensor:
+    """L2 norm of each held value, ``[rows, kv_heads, held]``.
+
+    Attention times value norm is the first-order proxy of how much the layer's output changes
+    when a token goes; the gradient itself would need a backward pass, which inference has not.
+    """
+    return held.key_scores[VALUE_NORM]
+
+
+def query_count(held: HeldView, window: int) -> Tensor:
+    """Observed queries among the latest ``window``, at least 1, ``[rows, 1, 1]`` float32."""
+    assert held.query_positions is not None
+    seen = (held.query_positions[:, -window:] >= 0).sum(-1)
+    return seen.clamp(min=1).float()[:, None, None]
+
+
+def per_query_max(held: HeldView, window: int) -> Tensor:
+    """Largest attention weight a held token receives from one of the latest queries.
+
+    Returns:
+        ``[rows, num_heads, held]`` float32. Each query is a row of its own to the kernel; so
+        many at a time that what it returns stays within `CHUNK_BYTES`.
+
+    Raises:
+        ValueError: The policy observes no queries.
+    """
+    if held.queries is None or held.query_positions is None:
+        raise ValueError("per_query_max needs queries: set `observation` of the policy")
+    queries = held.queries[:, -window:]
+    places = held.query_positions[:, -window:]
+    rows, window, heads, size = queries.shape
+    most = held.positions.new_zeros((rows, heads, held.held), dtype=torch.float32)
+    step = max(1, CHUNK_BYTES // (4 * max(1, rows * heads * held.held)))
+    for start in range(0, window, step):
+        some = queries[:, start : start + step]
+        count = some.shape[1]
+        each = replace(
+            held,
+            num_tokens=held.num_tokens.repeat_interleave(count),
+            num_prompt_tokens=held.num_prompt_tokens.repeat_interleave(count),
+            positions=held.positions.repeat_interleave(count, 0),
+            block_table=held.block_table.repeat_interleave(count, 0),
+            queries=some.reshape(rows * count, 1, heads, size),
+            query_positions=places[:, start : start + step].reshape(rows * count, 1),
+            totals=None,
+        )
+        mass = each.attention_mass(1).reshape(rows, count, heads, held.held)
+        most = torch.maximum(most, mass.amax(1))
+    return most
+
+
+def chunked(held: int, bytes_per_token: int, part: Callable[[slice], Tensor]) -> Tensor:
+    """Concatenate ``part`` over slices of held tokens that stay within `CHUNK_BYTES`."""
+    step = max(1, CHUNK_BYTES // max(1, bytes_per_token))
+    parts = [part(slice(s, min(s + step, held))) for s in range(0, held, step)]
+    return torch.cat(parts, dim=-1)

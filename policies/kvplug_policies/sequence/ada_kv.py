@@ -1,0 +1,234 @@
+"""Ada-KV: budgets where attention is spread, not where it is narrow; over any scorer.
+
+Feng et al., arXiv 2407.11550: heads differ in how widely they attend. Taking the top of all heads'
+scores together, instead of the top of each, gives wide heads more tokens and narrow ones fewer and
+keeps more attention at the same total; a ``safeguard`` keeps any head from being starved.
+
+What is Ada-KV here and what is not: a paged KV-cache group has one number of slots for all heads of
+its layers, so **heads of a layer keep equally many tokens here, and that part of Ada-KV is not
+done**. What adapts instead is how many: the same pooled ranking says how many tokens per head the
+layers of a group need to hold ``mass`` of their scores, and the request's budget in that group
+moves there, no lower than ``safeguard`` of the budget asked for and no higher than as much above
+it. So wide requests, and with ``layers`` or a pyramid wide groups of layers, get more, and narrow
+ones fewer. The allocation of the paper itself, a count per head, is the function `head_budgets`,
+for hosts whose heads need not be alike.
+
+Other differences from the paper:
+
+* As in the paper, the division is made once, on the whole text: at the end of the prompt, or
+  later where a prompt was shorter than the budget. It holds from the next decision on. A prompt
+  that had to be cut while it was read keeps the budget asked for.
+* Scores that may be negative count from the lowest evictable one of their head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from pydantic import Field, ValidationError, field_validator
+from torch import Tensor
+
+from kvplug.contract import (
+    EngineView,
+    Feature,
+    HeldView,
+    Kind,
+    LayerView,
+    PolicyOptions,
+    ScoringOptions,
+    ScoringPolicy,
+)
+from kvplug.registry import plugins
+from kvplug_policies.scores import ALWAYS, latest
+
+
+def pooled_counts(scores: Tensor, budget: Tensor) -> Tensor:
+    """Tokens that each head has in the top of all heads' scores together.
+
+    As the paper's code does, a head's scores are first weighed by the part of them that its own
+    top ``budget`` tokens hold.
+
+    Args:
+        scores: At least 0, ``[rows, heads, held]``.
+        budget: Tokens per head, ``[rows]`` int64, at most ``held``.
+
+    Returns:
+        ``[rows, heads]`` int64, of sum ``heads * budget``.
+    """
+    rows, heads, held = scores.shape
+    pooled = _weighed(scores, budget).flatten(1)
+    order = pooled.argsort(dim=-1, descending=True, stable=True)
+    taken = torch.arange(heads * held, device=scores.device) < (heads * budget)[:, None]
+    counts = torch.zeros((rows, heads), dtype=torch.int64, device=scores.device)
+    return counts.scatter_add_(-1, order // held, taken.long())
+
+
+def head_budgets(scores: Tensor, budget: int | Tensor, safeguard: float = 0.2) -> Tensor:
+    """Ada-KV's allocation: tokens per head, adaptive but for a part that every head has.
+
+    Args:
+        scores: At least 0, ``[rows, heads, held]``.
+        budget: Mean tokens per head, at most ``held``; a number, or one per row ``[rows]``.
+        safeguard: Part of the budget that every head has, 0.0-1.0.
+
+    Returns:
+        ``[rows, heads]`` int64, of sum ``heads * budget``; a head gets at least ``safeguard *
+        budget``, rounded down.
+    """
+    rows, heads, held = scores.shape
+    if not isinstance(budget, Tensor):
+        budget = torch.full((rows,), budget, device=scores.device)
+    budget = budget.long().clamp(0, held)
+    counts = pooled_counts(scores, budget).double()
+    wished = counts * (1.0 - safeguard) + budget[:, None].double() * safeguard
+    whole = wished.floor()
+    left = heads * budget - whole.long().sum(-1)
+    rank = (wished - whole).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return whole.long() + (rank < left[:, None]).long()
+
+
+def _weighed(scores: Tensor, budget: Tensor) -> Tensor:
+    """Scores as parts of their head's, times the part that the head's top ``budget`` holds."""
+    parts = scores / scores.sum(-1, keepdim=True).clamp(min=1e-30)
+    best = parts.sort(-1, descending=True).values
+    inside = torch.arange(scores.shape[-1], device=scores.device) < budget[:, None, None]
+    return parts * best.where(inside, 0.0).sum(-1, keepdim=True)
+
+
+class AdaKV(ScoringPolicy):
+    """Any scorer, with a budget that follows how widely each request attends."""
+
+    name = "ada_kv"
+    changes = "drops what another scorer would; keeps more where scores are spread, fewer elsewhere"
+    supports = ScoringPolicy.supports - {Feature.ASYNC_SCHEDULING}
+    paper = (
+        "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM "
+        "Inference, arXiv 2407.11550"
+    )
+
+    class Options(ScoringOptions):
+        """Knobs of `AdaKV`."""
+
+        of: str | dict[str, Any] = Field(
+            "snapkv",
+            description="the scorer: a name, or a mapping of use and its own options",
+        )
+        safeguard: float = Field(
+            0.2, gt=0, le=1, description="part of the budget that is never taken away"
+        )
+        mass: float = Field(
+            0.9, gt=0, lt=1, description="part of the scores that the tokens kept must hold"
+        )
+
+        @field_validator("of")
+        @classmethod
+        def _names_a_scorer(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+            if isinstance(value, dict):
+                if not isinstance(value.get("use"), str):
+                    raise ValueError("`of` does not say which scorer to use: add `use:` to it")
+                if common := sorted(set(ScoringOptions.model_fields) & set(value)):
+                    raise ValueError(
+                        f"{', '.join(common)} cannot stand in `of`: write it beside `of`"
+                    )
+            return value
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        super().__init__(options, engine)
+        self.own = cast(AdaKV.Options, options)
+        self.inner = self._scorer(engine)
+        self.observation = self.inner.observation
+        self.wants_totals = self.inner.wants_totals
+        self._resized = 0
+        self._wished = 0.0
+        self._kept = 0.0
+        self._widest = 0.0
+
+    def _scorer(self, engine: EngineView) -> ScoringPolicy:
+        of = self.own.of
+        name = of if isinstance(of, str) else str(of["use"])
+        knobs = {} if isinstance(of, str) else {k: v for k, v in of.items() if k != "use"}
+        registry = plugins().registry
+        policy = registry.get(Kind.SEQUENCE, name)
+        if policy is None or not issubclass(policy, ScoringPolicy):
+            scorers = sorted(
+                p.name
+                for p in registry
+                if issubclass(p, ScoringPolicy) and p.measure is ScoringPolicy.measure
+            )
+            raise ValueError(f"`of`: {name!r} is no scorer; use one of {', '.join(scorers)}")
+        common = {n: getattr(self.own, n) for n in ScoringOptions.model_fields}
+        try:
+            chosen = policy.Options.model_validate({**knobs, **common})
+        except ValidationError as error:
+            said = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ")
+                for e in error.errors(include_url=False)
+            )
+            raise ValueError(f"`of`: {name}: {said}") from error
+        inner = policy(chosen, engine)
+        if inner.resizes:
+            raise ValueError(f"`of`: {name} sets budgets of its own; use a scorer that does not")
+        return inner
+
+    def share(self, layer: LayerView) -> float:
+        return self.inner.share(layer)
+
+    def score(self, held: HeldView) -> Tensor:
+        return self.inner.score(held)
+
+    def measure(self, held: HeldView, scores: Tensor) -> Tensor:
+        """How many tokens per head the layer needs, and what it was given.
+
+        Returns:
+            ``[rows, 4]``: tokens per KV head that hold ``mass`` of the scores, the budget asked
+            for, both of a layer with share 1, the largest part of the budget that Ada-KV would
+            give to one head, and 1 where nothing of the text was dropped before, else 0.
+        """
+        share, count = self.share(held.layer), held.held
+        always = (held.positions < self.knobs.sink) | latest(held, self.knobs.recent)
+        always |= scores >= ALWAYS / 2
+        low = scores.masked_fill(always, ALWAYS).amin(-1, keepdim=True).clamp(max=0.0)
+        open_ = (scores - low).masked_fill(always, 0.0)
+        fixed = always.sum(-1).float().mean(-1)
+        asked = self.knobs.budget
+        base = (
+            torch.full_like(fixed, float(asked))
+            if isinstance(asked, int)
+            else held.num_prompt_tokens * asked
+        )
+        budget = (base * share - fixed).round().long().clamp(1, count)
+        pooled = _weighed(open_, budget).flatten(1).double().sort(-1, descending=True).values
+        pooled = pooled.cumsum(-1)
+        enough = self.own.mass * pooled[:, -1:]
+        needed = (pooled < enough).sum(-1) + 1
+        heads = scores.shape[1]
+        widest = head_budgets(open_, budget, self.own.safeguard).amax(-1) / budget
+        whole = held.num_tokens <= count
+        return torch.stack([(needed / heads + fixed) / share, base, widest, whole], -1).float()
+
+    def resize(self, measured: Sequence[float], budget: int, num_tokens: int) -> int:
+        wished, base, widest, whole = measured
+        if whole < 0.5:
+            # What was dropped draws no attention: 0.9 of the rest would be less at every decision.
+            return budget
+        spare = self.own.safeguard * base
+        kept = max(1, round(min(max(wished, spare), 2 * base - spare)))
+        self._resized += 1
+        self._wished += wished / max(base, 1.0)
+        self._kept += kept / max(base, 1.0)
+        self._widest += widest
+        return kept
+
+    def counters(self) -> dict[str, float]:
+        """Budgets set, and means over them of: the part of the budget asked for that was wished
+        and that was given, and the largest part that Ada-KV would have given to one head."""
+        if not self._resized:
+            return {}
+        return {
+            "budgets_set": self._resized,
+            "wished_part": self._wished / self._resized,
+            "given_part": self._kept / self._resized,
+            "widest_head_part": self._widest / self._resized,
+        }

@@ -1,0 +1,80 @@
+"""H2O: heavy hitters and recent tokens, half and half.
+
+Zhang et al., arXiv 2306.14048: a few tokens receive most of the attention over a whole generation.
+Each token's attention is accumulated over every query since it was written; half of the budget goes
+to the tokens with the most of it, half to the latest tokens.
+
+Differences from the paper, forced by paging or by serving:
+
+* The paper drops one token at every step; here decisions fall every ``interval`` generated tokens
+  and a budget is whole blocks. Attention is accumulated at every step all the same.
+* Query heads that share a KV head are averaged: the paper's models have one query head each.
+* The first ``sink`` tokens are always kept; the paper keeps them by their score.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvplug.contract import (
+    EngineView,
+    HeldView,
+    PolicyOptions,
+    ScoringOptions,
+    ScoringPolicy,
+)
+from kvplug_policies.scores import latest, raised, value_norms
+
+
+class H2O(ScoringPolicy):
+    """Keeps the tokens of each KV head with the most accumulated attention, and the latest."""
+
+    name = "h2o"
+    changes = "drops the tokens with the least attention accumulated so far, per KV head"
+    paper = (
+        "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models, "
+        "arXiv 2306.14048"
+    )
+    wants_totals = True
+
+    class Options(ScoringOptions):
+        """Knobs of `H2O`."""
+
+        recent_part: float = Field(
+            0.5, ge=0, le=1, description="part of the budget that the latest tokens have"
+        )
+        per_query: bool = Field(
+            False,
+            description="divide by the queries that could see the token, so that age is no merit",
+        )
+        value_norm: bool = Field(
+            False, description="multiply by the norm of the value: what the output would lose"
+        )
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        super().__init__(options, engine)
+        self.own = cast(H2O.Options, options)
+
+    def score(self, held: HeldView) -> Tensor:
+        if held.totals is None:
+            raise ValueError("h2o needs the attention totals of its host")
+        heavy = held.totals.float()
+        if self.own.per_query:
+            seen = held.num_tokens[:, None, None] - held.positions
+            heavy = heavy / seen.clamp(min=1)
+        if self.own.value_norm:
+            heavy = heavy * value_norms(held)
+        return raised(heavy, latest(held, self._recent(held)))
+
+    def _recent(self, held: HeldView) -> Tensor:
+        """Latest tokens that are kept whatever their total, ``[rows]``."""
+        own = self.own
+        part = own.recent_part * self.share(held.layer)
+        if isinstance(own.budget, int):
+            return torch.full_like(held.num_tokens, math.floor(own.budget * part))
+        return (held.num_prompt_tokens * (own.budget * part)).int()

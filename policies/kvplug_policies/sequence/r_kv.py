@@ -1,0 +1,111 @@
+"""R-KV: important tokens, but not the same thing twice.
+
+Cai et al., arXiv 2505.24133: a reasoning model repeats itself, and attention alone keeps every
+repetition. A token's importance is the attention of the latest ``window`` queries, pooled over
+neighbours by their maximum; its redundancy is how like its key is to the other keys of its head, on
+average. Of the tokens whose keys are likest to a given one, the most recent is not blamed for it,
+so the last of many repetitions stays. The score is ``mix * importance - (1 - mix) * redundancy``,
+each normalised over the tokens held.
+
+Differences from the paper, forced by paging or by serving:
+
+* A decision falls every ``interval`` generated tokens: the paper's buffer, 128 tokens as there. A
+  budget is whole blocks.
+* Each query's attention is normalised over everything it sees; the published code leaves the
+  window itself out. Query heads that share a KV head are joined by the largest of their weights,
+  the published code takes the largest of their logits.
+* In the published code a key unlike all others excuses the first token of the cache; here it
+  excuses none.
+* The paper decides while generating; here the end of a prompt is a decision too.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from kvplug.contract import EngineView, HeldView, PolicyOptions, ScoringOptions, ScoringPolicy
+from kvplug_policies.scores import CHUNK_BYTES, latest, pool, query_count, raised
+
+
+def redundancy(keys: Tensor, positions: Tensor, threshold: float, spare: int) -> Tensor:
+    """How much each key repeats the others of its head; sums to 1 over the keys.
+
+    Args:
+        keys: ``[rows, kv_heads, held, head_size]``.
+        positions: Position in the text, ``[rows, kv_heads, held]``.
+        threshold: Cosine above which two keys are alike.
+        spare: Latest keys alike to a given one that it does not count against.
+
+    Returns:
+        ``[rows, kv_heads, held]`` float32.
+    """
+    rows, heads, held, _ = keys.shape
+    unit = torch.nn.functional.normalize(keys.float(), dim=-1, eps=1e-8)
+    blamed = unit.new_zeros((rows, heads, held))
+    # The likeness itself, its mask and the masked positions live at one time.
+    step = max(1, CHUNK_BYTES // (12 * max(1, rows * heads * held)))
+    others = torch.arange(held, device=keys.device)
+    for start in range(0, held, step):
+        some = unit[:, :, start : start + step]
+        likeness = some @ unit.mT
+        mine = others[start : start + step, None] == others
+        likeness = likeness.masked_fill(mine, 0.0)
+        alike = likeness > threshold
+        places = torch.where(alike, positions[:, :, None], -1)
+        last = (
+            places.amax(-1, keepdim=True)
+            if spare == 1
+            else places.topk(min(spare, held), dim=-1).values[..., -1:]
+        )
+        blamed += likeness.masked_fill_(alike & (places >= last), 0.0).sum(2)
+    return (blamed / held).softmax(-1)
+
+
+class RKV(ScoringPolicy):
+    """Keeps the tokens of each KV head that are attended to and do not repeat others."""
+
+    name = "r_kv"
+    changes = "drops the tokens that are attended to least or repeat others, per KV head"
+    paper = "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models, arXiv 2505.24133"
+
+    class Options(ScoringOptions):
+        """Knobs of `RKV`."""
+
+        recent: int = Field(8, ge=0, le=1 << 24, description="latest tokens that are always kept")
+        window: int = Field(8, ge=1, le=1024, description="latest queries observed, and kept")
+        kernel: int = Field(7, ge=1, le=63, description="neighbouring tokens pooled, an odd number")
+        mix: float = Field(
+            0.1, ge=0, le=1, description="weight of importance against that of redundancy"
+        )
+        threshold: float = Field(
+            0.5, ge=-1, le=1, description="cosine above which two keys say the same"
+        )
+        spare: int = Field(
+            1, ge=1, le=64, description="latest of the keys that say the same, not blamed for it"
+        )
+
+        @field_validator("kernel")
+        @classmethod
+        def _kernel_has_a_middle(cls, value: int) -> int:
+            if value % 2 == 0:
+                raise ValueError("a pooling kernel must be odd")
+            return value
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        super().__init__(options, engine)
+        self.own = cast(RKV.Options, options)
+        self.observation = self.own.window
+
+    def score(self, held: HeldView) -> Tensor:
+        own = self.own
+        rows, kv_heads = held.positions.shape[:2]
+        mass = held.attention_mass(own.window).view(rows, kv_heads, -1, held.held)
+        importance = mass.amax(2) / query_count(held, own.window)
+        inside = latest(held, own.window)
+        importance = pool(importance.masked_fill(inside, 0.0), held.positions, own.kernel, "max")
+        repeated = redundancy(held.keys, held.positions, own.threshold, own.spare)
+        return raised(own.mix * importance - (1.0 - own.mix) * repeated, inside)
