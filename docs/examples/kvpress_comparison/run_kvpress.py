@@ -10,7 +10,11 @@ A context is read once; then each press's own `compress` is called on each layer
 values, for each budget. `--prove` runs every press on the first prompt as kvpress itself would,
 with hooks on a fresh prefill, and stops unless keys and values come out bit for bit the same.
 
-The output is what `kvplug eval --json` writes, so `python -m kvplug.eval.compare` reads both.
+`--kept FILE.npz` writes instead which tokens each scoring press keeps of the first passkey prompt;
+`kept_tokens.py` compares that with kvplug's choice, token by token.
+
+The output of a run is of the form that `kvplug eval --json` writes; `python -m
+kvplug.eval.compare` reads both.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import kvpress
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -175,6 +180,33 @@ def prove(model: Model, press: Any, context: list[int]) -> None:
         layer.module.masked_key_indices = None
 
 
+def kept_tokens(
+    models: dict[str, Model], context: list[int], chosen: list[str], budgets: list[float]
+) -> dict[str, Any]:
+    """Indices each press keeps, ``[kv_heads, n]`` ascending, by ``press|budget|layer``."""
+    found: dict[str, Any] = {"context": torch.tensor(context).numpy()}
+    for name in chosen:
+        model = models["eager" if name == "ObservedAttentionPress" else "sdpa"]
+        layers, _ = model.read(context)
+        for budget in budgets:
+            press = presses()[name](ratio_of(round(budget * len(context)), len(context)))
+            press.post_init_from_model(model.model)
+            if not isinstance(press, kvpress.ScorerPress):
+                continue
+            for index, one in enumerate(layers):
+                scores = press.score(
+                    one.module, one.hidden, one.keys, one.values, one.attentions, one.kwargs
+                )
+                pairs, _ = compressed(press, [one], model.model)
+                count = pairs[0][0].shape[2]
+                best = scores.topk(count, dim=-1).indices[0].sort(-1).values
+                kept = one.keys[0].gather(1, best[..., None].expand(-1, -1, one.keys.shape[3]))
+                # The press orders what it keeps by score: as sums they must be the same.
+                assert torch.allclose(kept.sum(1), pairs[0][0][0].sum(1), rtol=1e-4, atol=1e-3)
+                found[f"{name}|{budget:g}|{index}"] = best.to(torch.int32).numpy()
+    return found
+
+
 def run(
     models: dict[str, Model],
     prompts: list[dict[str, Any]],
@@ -261,13 +293,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--prompts", required=True, type=Path)
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--out", type=Path, help="JSON to write")
+    parser.add_argument("--kept", type=Path, help="write kept tokens of one prompt; then stop")
     parser.add_argument("--budget", default="0.25,0.5,0.75")
     parser.add_argument("--press", default=",".join(presses()).replace(", ", ";"))
     parser.add_argument("--block-size", type=int, default=16, help="kvplug's block size")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--prove", action="store_true")
     asked = parser.parse_args()
+    if not asked.out and not asked.kept:
+        parser.error("give --out or --kept")
     if asked.threads:
         torch.set_num_threads(asked.threads)
     torch.set_grad_enabled(False)
@@ -284,6 +319,10 @@ def main() -> None:
             kind = "eager" if name == "ObservedAttentionPress" else "sdpa"
             prove(models[kind], presses()[name](0.5), prompts[0]["context"])
             print(f"{name}: compress() on a captured prefill is what kvpress does", flush=True)
+    if asked.kept:
+        context = next(p["context"] for p in prompts if p["task"] == "passkey")
+        np.savez_compressed(asked.kept, **kept_tokens(models, context, chosen, budgets))
+        return
     about = {
         "program": f"kvpress {importlib.metadata.version('kvpress')}",
         "transformers": importlib.metadata.version("transformers"),

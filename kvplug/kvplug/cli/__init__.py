@@ -17,6 +17,7 @@ from kvplug.cli.check import check
 from kvplug.cli.demo import demo
 from kvplug.cli.doctor import doctor
 from kvplug.cli.eval import evaluate
+from kvplug.cli.gain import gain
 from kvplug.cli.policies import policies
 from kvplug.cli.record import record
 from kvplug.cli.replay import replay
@@ -49,6 +50,6 @@ def _main(
     logging.getLogger("kvplug").addHandler(logging.NullHandler())
 
 
-for _command in (policies, check, simulate, serve, record, replay, demo, bench, doctor):
+for _command in (policies, check, simulate, serve, record, replay, demo, gain, bench, doctor):
     app.command()(_command)
 app.command("eval")(evaluate)

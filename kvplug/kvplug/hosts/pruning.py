@@ -194,8 +194,9 @@ class Plan:
         assert self._resize is not None
         before = last.blocks if last is not None else self.kept
         held = before + cut.end - last.end if last is not None else cut.end - self.limits.shared
-        least = -(-self.limits.always // self.limits.block_size)
-        blocks = min(max(self._resize(before), least, 1), held)
+        least = max(1, -(-self.limits.always // self.limits.block_size))
+        most = max(self.kept, self.hold - self.limits.interval) if self.hold else held
+        blocks = min(max(self._resize(before), least), held, most)
         return Cut(cut.at, cut.end, *self._split(last, blocks))
 
 

@@ -27,15 +27,8 @@ from kvplug.contract import (
     PolicyOptions,
     SequencePolicy,
     Window,
+    layer_range,
 )
-
-
-def _parse_range(text: str) -> tuple[int, int]:
-    first, dash, last = text.partition("-")
-    try:
-        return int(first), int(last) if dash else int(first)
-    except ValueError:
-        raise ValueError(f"{text!r} is no layer or range of layers; write '0' or '0-3'") from None
 
 
 class SinkWindow(SequencePolicy):
@@ -83,10 +76,7 @@ class SinkWindow(SequencePolicy):
         @classmethod
         def _ranges_parse(cls, value: dict[str, int]) -> dict[str, int]:
             for layers, window in value.items():
-                if not layers.lstrip("-").isdigit():
-                    first, last = _parse_range(layers)
-                    if last < first:
-                        raise ValueError(f"{layers!r}: the last layer is before the first")
+                layer_range(layers, None)
                 if window < 1:
                     raise ValueError(f"window of layers {layers} must be at least 1 token")
             return value
@@ -99,15 +89,7 @@ class SinkWindow(SequencePolicy):
         block = self.engine.block_size
         tokens = self._options.window
         for layers, own in self._options.layers.items():
-            if layers.lstrip("-").isdigit():
-                index = int(layers)
-                first = last = index + layer.num_layers if index < 0 else index
-            else:
-                first, last = _parse_range(layers)
-            if first < 0 or last >= layer.num_layers:
-                raise ValueError(
-                    f"layers {layers!r} is outside the model's 0-{layer.num_layers - 1}"
-                )
+            first, last = layer_range(layers, layer.num_layers)
             if first <= layer.index <= last:
                 tokens = own
         return Window(

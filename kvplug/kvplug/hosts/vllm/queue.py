@@ -47,6 +47,10 @@ class PolicyQueue(FreeKVCacheBlockQueue):
         policy: The policy.
         tracker: Knows owners and positions of blocks; needed if the policy asks for them.
         on_failure: Called once with the cause when the policy is retired.
+
+    Attributes:
+        counters: What the policy decided.
+        told: Ended requests it was told of.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class PolicyQueue(FreeKVCacheBlockQueue):
         self.policy: PrefixCachePolicy | None = policy
         self._built = policy
         self.counters = QueueCounters()
+        self.told = 0
         self._facts = policy.needs
         self._tracker = tracker
         self._on_failure = on_failure
@@ -134,6 +139,7 @@ class PolicyQueue(FreeKVCacheBlockQueue):
     def finished(self, request: RequestView, keys: list[bytes], num_output_tokens: int) -> None:
         """A request ended; its blocks are released next."""
         if self.policy is not None:
+            self.told += 1
             self._tell(self.policy.on_finished, request, keys, num_output_tokens)
 
     def stop(self) -> None:

@@ -47,10 +47,6 @@ class SequenceCounters:
         requests: Requests that gave back at least one block.
         rows: Attention rows compacted on a worker.
         split_rows: Rows added by splitting prefill chunks.
-        cuts: Requests cut by score, each time counted, once per KV-cache group.
-        fallbacks: Decisions of a layer made by position because the policy had failed.
-        fetched_tokens: Dropped tokens that came back from host memory, per layer and KV head.
-        on_demand_us: Microseconds spent on such decisions.
         exempt: Requests that asked to keep everything and do.
         exempt_refused: Requests that asked and could not.
     """
@@ -60,12 +56,25 @@ class SequenceCounters:
     requests: int = 0
     rows: int = 0
     split_rows: int = 0
+    exempt: int = 0
+    exempt_refused: int = 0
+
+
+@dataclass
+class CutCounters:
+    """What a scoring policy did beyond that.
+
+    Attributes:
+        cuts: Requests cut by score, each time counted, once per KV-cache group.
+        fallbacks: Decisions of a layer made by position because the policy had failed.
+        fetched_tokens: Dropped tokens that came back from host memory, per layer and KV head.
+        on_demand_us: Microseconds spent on decisions with dropped tokens kept in host memory.
+    """
+
     cuts: int = 0
     fallbacks: int = 0
     fetched_tokens: int = 0
     on_demand_us: int = 0
-    exempt: int = 0
-    exempt_refused: int = 0
 
 
 class SchedulerHalf:
@@ -88,6 +97,7 @@ class SchedulerHalf:
         )
         self.steps = 0
         self.sequence = SequenceCounters()
+        self.scored = CutCounters()
         self.queue: PolicyQueue | None = None
         self.managers: list[ShorteningManager] = []
         self.cuts: CutScheduler | None = None
@@ -279,10 +289,11 @@ class SchedulerHalf:
         sequence = self.sequence
         sequence.rows += counters.rows
         sequence.split_rows += counters.split_rows
-        sequence.cuts += counters.cuts
-        sequence.fallbacks += counters.fallbacks
-        sequence.fetched_tokens += counters.fetched_tokens
-        sequence.on_demand_us += counters.on_demand_us
+        scored = self.scored
+        scored.cuts += counters.cuts
+        scored.fallbacks += counters.fallbacks
+        scored.fetched_tokens += counters.fetched_tokens
+        scored.on_demand_us += counters.on_demand_us
         if measured is not None and self.cuts is not None:
             self.cuts.take(measured)
         if failed is not None and self._sequence_failed is None:
@@ -364,12 +375,14 @@ class SchedulerHalf:
             if policy.kind is Kind.PREFIX_CACHE and self.queue is not None:
                 counters = asdict(self.queue.counters)
                 report.errors = int(counters.pop("errors"))
-                report.acted = self.queue.counters.evicted
+                report.acted = self.queue.counters.evicted + self.queue.told
                 report.counters = counters | self._own_counters(self.queue.policy)
             elif policy.kind is Kind.SEQUENCE:
                 report.acted = self.sequence.freed
                 report.errors = self._sequence_errors()
-                report.counters = asdict(self.sequence) | self._own_counters(self.sequence_policy)
+                scored = asdict(self.scored) if self.cuts is not None else {}
+                own = self._own_counters(self.sequence_policy)
+                report.counters = asdict(self.sequence) | scored | own
             found.append(report)
         return found
 

@@ -1,0 +1,171 @@
+"""``kvplug gain``: what each sequence policy wins over stock vLLM in the same KV memory."""
+
+from __future__ import annotations
+
+import json as json_module
+import statistics
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from kvplug.hosts.vllm.trial import TrialRequest
+
+BLOCK = 32
+"""Tokens per block: one that vLLM takes on a CPU, too."""
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "requests": ("running at once", ".2f"),
+    "peak_requests_running": ("at most", ".0f"),
+    "kv_tokens_per_running_request": ("KV tokens per request", ",.0f"),
+    "preemptions": ("preemptions", ".0f"),
+    "output_tokens_per_second": ("output tokens/s", ".1f"),
+    "ratio": ("of stock", ".2f"),
+    "greedy_agreement": ("as the full cache", ".0%"),
+    "decisions": ("cuts", ",.0f"),
+}
+"""Figure to its heading and format, in the order shown."""
+
+
+def gain(
+    policy: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Sequence policies, or all of them.")
+    ] = "all",
+    budget: Annotated[int, typer.Option(min=1, help="Tokens each request keeps.")] = 512,
+    blocks: Annotated[
+        int, typer.Option(min=2, help=f"Blocks of the engine's pool, {BLOCK} tokens each.")
+    ] = 128,
+    long_prompts: Annotated[int, typer.Option(min=0, help="Requests with long prompts.")] = 6,
+    long_outputs: Annotated[int, typer.Option(min=0, help="Requests with long outputs.")] = 6,
+    words: Annotated[int, typer.Option(min=1, help="Words of a long prompt.")] = 800,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a long output.")] = 448,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Times every engine runs, stock between the policies.")
+    ] = 1,
+    model: Annotated[
+        Path | None, typer.Option(help="Model directory; SmolLM2-135M-Instruct by default.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Serve long prompts and long outputs together, on stock vLLM and under each policy.
+
+    Every engine has the same pool and gets the same requests at once. Stock runs first and after
+    every third policy; ratios are to the median of its runs, and its own spread is printed.
+    """
+    from kvplug import models
+    from kvplug.errors import KVPlugError
+    from kvplug.registry import plugins
+
+    console = Console(soft_wrap=True)
+    names = _names(policy, plugins().registry)
+    try:
+        directory = model or models.smollm2(progress=lambda line: console.print(line, markup=False))
+        work = _work(long_prompts, long_outputs, words, output_tokens)
+        figures = _measure(console, directory, work, names, budget, blocks, rounds)
+    except KVPlugError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from None
+    console.print(_table(figures))
+    if json is not None:
+        text = {"budget": budget, "blocks": blocks, "block_size": BLOCK, "runs": figures}
+        json.write_text(json_module.dumps(text, indent=1), encoding="utf-8")
+        console.print(f"figures: {json}", markup=False)
+
+
+def _names(asked: str, registry: Any) -> list[str]:
+    from kvplug.contract import Kind
+
+    known = registry.names(Kind.SEQUENCE)
+    names = known if asked == "all" else [name for name in asked.split(",") if name]
+    for name in names:
+        if name not in known:
+            print(
+                f"--policy: unknown sequence policy {name!r}; installed: {', '.join(known)}.",
+                file=sys.stderr,
+            )
+            raise typer.Exit(2)
+    return list(names)
+
+
+def _work(prompts: int, outputs: int, words: int, output_tokens: int) -> list[TrialRequest]:
+    from kvplug import texts
+    from kvplug.hosts.vllm.trial import TrialRequest
+
+    text = texts.shakespeare()
+    long = [TrialRequest(p, 48) for p in texts.passages(text, prompts, words, 0)] if prompts else []
+    short = texts.passages(text, outputs, 80, 1) if outputs else []
+    many = [TrialRequest(p, output_tokens) for p in short]
+    mixed = [r for pair in zip(long, many, strict=False) for r in pair]
+    rest = min(len(long), len(many))
+    return mixed + long[rest:] + many[rest:]
+
+
+def section_of(name: str, budget: int) -> dict[str, Any]:
+    """The ``kvplug`` section that gives a policy a budget in tokens."""
+    from kvplug.contract import Kind, ScoringPolicy
+    from kvplug.registry import plugins
+
+    policy = plugins().registry.get(Kind.SEQUENCE, name)
+    if policy is not None and issubclass(policy, ScoringPolicy):
+        return {"sequence": {"use": name, "budget": budget}}
+    return {"sequence": {"use": name, "sink": BLOCK, "window": budget - BLOCK}}
+
+
+def _measure(
+    console: Console,
+    model: Path,
+    work: list[TrialRequest],
+    names: list[str],
+    budget: int,
+    blocks: int,
+    rounds: int,
+) -> list[dict[str, Any]]:
+    from kvplug.cli.demo import compare
+    from kvplug.hosts.vllm.trial import TrialResult, TrialSpec, run_fresh
+
+    engine = {
+        "block_size": BLOCK,
+        "num_gpu_blocks_override": blocks + 1,
+        "max_model_len": (blocks - 1) * BLOCK,
+        "max_num_batched_tokens": 512,
+        "enable_prefix_caching": True,
+    }
+    runs: list[tuple[str, TrialResult]] = []
+    order = [n for i, name in enumerate(names) for n in (["stock"] * (i % 3 == 0) + [name])]
+    for name in [*order, "stock"] * rounds:
+        section = None if name == "stock" else section_of(name, budget)
+        result = run_fresh(TrialSpec(str(model), work, engine, section))
+        runs.append((name, result))
+        console.print(
+            f"{name}: {result.output_tokens_per_second:.1f} output tokens/s, at most "
+            f"{result.peak_running} running",
+            markup=False,
+        )
+    stock = next(result for name, result in runs if name == "stock")
+    base = statistics.median(r.output_tokens_per_second for n, r in runs if n == "stock")
+    rows = []
+    for name, result in runs:
+        own = compare(stock, result)["kvplug"]
+        busy = [s.running for s in result.steps if s.running]
+        own["requests"] = sum(busy) / len(busy)
+        own["ratio"] = own["output_tokens_per_second"] / base
+        counters = result.reports[0]["counters"] if result.reports else {}
+        own["decisions"] = counters.get("cuts", 0)
+        rows.append({"policy": name, **own, "counters": counters})
+    return rows
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="the same requests in the same KV memory")
+    table.add_column("policy")
+    for heading, _ in COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            row["policy"], *(format(row[key], form) for key, (_, form) in COLUMNS.items())
+        )
+    return table
