@@ -21,7 +21,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-fast test-slow lint types docs bench lock clean
+.PHONY: help setup model demo test test-fast test-slow lint types docs bench gain eval lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,8 +64,16 @@ docs: $(STAMP) ## build the pages into site/
 
 bench: $(STAMP) model ## measure what kvplug and its kernels cost; writes bench*.json
 	$(BIN)/kvplug bench --json bench.json
-	$(BIN)/python kernels/benchmarks/bench_compact_block_table.py --json bench-compact_block_table.json
-	$(BIN)/python kernels/benchmarks/bench_gather_slots.py --json bench-gather_slots.json
+	$(BIN)/python -m kvplug.hosts.trace.scale --json bench-prefix_cache.json
+	for op in attention_mass compact_block_table compact_kv gather_slots key_scores select_top; do \
+		$(BIN)/python kernels/benchmarks/bench_$$op.py --json bench-$$op.json || exit 1; \
+	done
+
+gain: $(STAMP) model ## serve a mixed load under every sequence policy; writes gain.json
+	$(BIN)/kvplug gain --json gain.json
+
+eval: $(STAMP) model ## measure what sequence policies cost in answers; writes eval.json
+	$(BIN)/kvplug eval --policy all --json eval.json
 
 lock: ## resolve requirements/*.in anew into requirements/*.lock
 	@"$(PYTHON)" -m venv --clear .venv-lock
@@ -74,5 +82,5 @@ lock: ## resolve requirements/*.in anew into requirements/*.lock
 	@rm -rf .venv-lock
 
 clean: ## remove .venv, caches and what was built (the model's cache stays)
-	rm -rf $(VENV) .venv-lock site build dist demo.json demo.html bench*.json
+	rm -rf $(VENV) .venv-lock site build dist demo.json demo.html bench*.json gain.json eval.json
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -267,11 +267,16 @@ def test_a_difference_is_noise_until_the_prompts_agree_on_it() -> None:
     assert report.compare(hits, hits, metric("passkey"), 0.5).verdict == "within noise"
     one_off = hits | {"p0": 0.0}
     assert report.compare(one_off, hits, metric("passkey"), 0.5).verdict == "within noise"
-    lower, higher = {"a": 1.0, "b": 1.1}, {"a": 1.5, "b": 1.7}
+    lower, higher = {"a": 1.0, "b": 1.1, "c": 1.2}, {"a": 1.5, "b": 1.7, "c": 1.9}
     assert report.compare(lower, higher, metric("nll"), 0.5).verdict == "better"
     assert report.compare(higher, lower, metric("nll"), 0.5).verdict == "worse"
     mixed = {"a": 1.0, "b": 2.0}
     assert report.compare(mixed, {"a": 1.2, "b": 1.8}, metric("nll"), 0.5).verdict == "within noise"
+    # Differences -1, 0 and 1: mean 0, standard error 1/sqrt(3); t of 2 degrees is 4.303.
+    some, none = {"a": 1.0, "b": 2.0, "c": 3.0}, {"a": 2.0, "b": 2.0, "c": 2.0}
+    found = report.compare(some, none, metric("nll"), 0.5)
+    assert (found.low, found.high) == pytest.approx((-4.303 / 3**0.5, 4.303 / 3**0.5))
+    assert report.compare({"a": 1.0}, {"a": 9.0}, metric("nll"), 0.5).verdict == "within noise"
     with pytest.raises(ValueError, match="no prompt in common"):
         report.compare({"a": 1.0}, {"b": 1.0}, metric("nll"), 0.5)
 
@@ -291,7 +296,8 @@ def test_two_runs_are_compared_pair_by_pair(
     ours, theirs = write("o.json", "snapkv", 1.2), write("t.json", "SnapKVPress", 1.1)
     assert compare.main([str(ours), str(theirs), "--json", str(tmp_path / "d.json")]) == 0
     printed = capsys.readouterr().out
-    assert "| snapkv | SnapKVPress | log-perplexity, nats | 1.200 / 1.100 **worse** |" in printed
+    assert "| ours / theirs | kept | log-perplexity, nats ↓ | divergence from full ↓ |" in printed
+    assert "| snapkv / SnapKVPress | 50% | 1.200 / 1.100 **worse** | 0.100 / 0.100 |" in printed
     (first, *_) = json.loads((tmp_path / "d.json").read_text())
     assert first["ours_variant"] == "snapkv" and first["verdict"] == "worse"
     assert compare.main([str(ours), str(theirs), "--pairs", "tova=TOVAPress"]) == 2
@@ -333,6 +339,7 @@ def test_policies_are_read_with_their_options() -> None:
         (["--plot", "x.gif"], "must end in .png"),
         (["--context", "20"], "at least 256"),
         (["--dtype", "int8"], "use one of float32"),
+        (["--device", "abacus"], "--device 'abacus' cannot be used"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(

@@ -269,10 +269,12 @@ def test_resizing_never_names_a_block_that_was_given_back(
     prompt, more = text
     resize, asked = sizes(*wishes)
     plan = Plan(limits, prompt, resize)
-    found = walk(plan, prompt + more)[0]
+    found, most = walk(plan, prompt + more)
     for cut, lay, held in found:
         check_layout(cut, lay, held, limits)
         assert cut.blocks * limits.block_size >= limits.always
+    if limits.hold:
+        assert most <= plan.hold + 1, "whatever the policy asks for"
     assert len(asked) == sum(cut.at > prompt for cut in plan.cuts)
     before = [plan.kept, *(cut.blocks for cut in plan.cuts)]
     assert asked == [b for b, cut in zip(before, plan.cuts, strict=False) if cut.at > prompt]

@@ -3,6 +3,7 @@ the logits are those of the plain model with the dropped tokens masked."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -360,6 +361,19 @@ def test_totals_survive_a_cut_with_their_tokens(host: Host, ids: Tensor) -> None
         assert before.totals is not None and after.totals is not None
         kept = after.positions[0].long()
         assert torch.equal(after.totals[0], before.totals[0].gather(1, kept))
+
+
+def test_pages_as_a_gpu_kernel_sees_them_hold_the_same(host: Host, ids: Tensor) -> None:
+    text, _ = host.read(ids[:PROMPT], watched=Watched(32, True))
+    chosen = host.policy("snapkv", budget=64)
+    for layer in text.layers:
+        view = layer.view_for(Watched(32, True), PROMPT, PROMPT)
+        keys, values = layer._paged()
+        table = torch.arange(keys.shape[0], dtype=torch.int32)[None]
+        paged = replace(view, key_pages=keys, value_pages=values, block_table=table)
+        assert keys.shape == (10, 2, 16, 32)
+        assert torch.equal(paged.keys, view.keys) and torch.equal(paged.values, view.values)
+        assert torch.equal(chosen.score(paged), chosen.score(view))
 
 
 def test_a_layer_says_how_it_rotates(host: Host, model: Any) -> None:

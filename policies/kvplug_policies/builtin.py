@@ -6,6 +6,7 @@ from kvplug import hookimpl
 from kvplug.registry import PolicyRegistry
 from kvplug_policies.prefix_cache.arc import Arc
 from kvplug_policies.prefix_cache.fifo import Fifo
+from kvplug_policies.prefix_cache.foresight import Foresight
 from kvplug_policies.prefix_cache.gdsf import Gdsf
 from kvplug_policies.prefix_cache.lfu import Lfu
 from kvplug_policies.prefix_cache.lirs import Lirs
@@ -32,6 +33,7 @@ from kvplug_policies.sequence.tova import Tova
 
 BUILTIN = (
     Arc,
+    Foresight,
     Gdsf,
     Lfu,
     Lirs,

@@ -74,6 +74,9 @@ def evaluate(
     dtype: Annotated[
         str, typer.Option(metavar="TYPE", help=f"The model's type: {', '.join(DTYPES)}.")
     ] = "float32",
+    device: Annotated[
+        str, typer.Option(help="Where to run, e.g. cpu or cuda:0; a GPU where there is one.")
+    ] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for torch's choice.")] = 0,
     json: Annotated[
         Path | None, typer.Option(help="Write rows, and the record of every prompt, as JSON.")
@@ -115,7 +118,7 @@ def evaluate(
             console.print(f"prompts: {save_prompts}", markup=False, highlight=False, soft_wrap=True)
             return
         about = {"block_size": block_size, "dtype": dtype, "once": once, **vars(sizes)}
-        _measure(console, directory, prompts, variants, about, threads, json, plot)
+        _measure(console, directory, prompts, variants, about, device, threads, json, plot)
     except DeploymentError as error:
         for refusal in error.refusals:
             typer.echo(" ".join(refusal.text(error.source).splitlines()), err=True)
@@ -131,6 +134,7 @@ def _measure(
     prompts: Sequence[Prompt],
     variants: Sequence[Any],
     about: dict[str, Any],
+    device: str,
     threads: int,
     json: Path | None,
     plot: Path | None,
@@ -141,6 +145,7 @@ def _measure(
     import transformers
 
     from kvplug import __version__
+    from kvplug.errors import KVPlugError
     from kvplug.eval.records import Run
     from kvplug.eval.report import summarise
     from kvplug.eval.run import run, steps
@@ -151,7 +156,14 @@ def _measure(
     transformers.utils.logging.disable_progress_bar()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=getattr(torch, about["dtype"])
-    ).eval()
+    )
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        loaded = loaded.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        said = " ".join(str(error).split())
+        raise KVPlugError(f"--device {device!r} cannot be used: {said}") from error
     host = Host(loaded, about["block_size"])
     for variant in variants:
         variant.build(host, about["context"])
@@ -174,6 +186,7 @@ def _measure(
             "torch": torch.__version__,
             "python": platform.python_version(),
             "model": directory.name,
+            "device": device,
             "threads": torch.get_num_threads(),
             "seconds": round(seconds, 1),
             "cpu_seconds": round(cpu, 1),

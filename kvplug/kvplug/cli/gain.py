@@ -129,34 +129,56 @@ def _measure(
 
     engine = {
         "block_size": BLOCK,
-        "num_gpu_blocks_override": blocks + 1,
         "max_model_len": (blocks - 1) * BLOCK,
         "max_num_batched_tokens": 512,
         "enable_prefix_caching": True,
     }
-    runs: list[tuple[str, TrialResult]] = []
-    order = [n for i, name in enumerate(names) for n in (["stock"] * (i % 3 == 0) + [name])]
+    runs: list[tuple[str, int, TrialResult]] = []
+    order = [n for i, name in enumerate(names) for n in (["stock"] * (i % 5 == 0) + [name])]
     for name in [*order, "stock"] * rounds:
         section = None if name == "stock" else section_of(name, budget)
-        result = run_fresh(TrialSpec(str(model), work, engine, section))
-        runs.append((name, result))
+        groups = 1 if section is None else _groups(section, model)
+        # Layers in several groups have blocks of their own: more of them in the same memory.
+        own_engine = engine | {"num_gpu_blocks_override": blocks * groups + 1}
+        result = run_fresh(TrialSpec(str(model), work, own_engine, section))
+        runs.append((name, groups, result))
         console.print(
             f"{name}: {result.output_tokens_per_second:.1f} output tokens/s, at most "
             f"{result.peak_running} running",
             markup=False,
         )
-    stock = next(result for name, result in runs if name == "stock")
-    base = statistics.median(r.output_tokens_per_second for n, r in runs if n == "stock")
+    stock = next(result for name, _, result in runs if name == "stock")
+    base = statistics.median(r.output_tokens_per_second for n, _, r in runs if n == "stock")
     rows = []
-    for name, result in runs:
+    for name, groups, result in runs:
         own = compare(stock, result)["kvplug"]
         busy = [s.running for s in result.steps if s.running]
         own["requests"] = sum(busy) / len(busy)
+        own["kv_tokens_per_running_request"] /= groups
+        own["kv_mib"] = result.num_blocks * result.block_bytes / 2**20
         own["ratio"] = own["output_tokens_per_second"] / base
         counters = result.reports[0]["counters"] if result.reports else {}
-        own["decisions"] = counters.get("cuts", 0)
+        own["decisions"] = counters.get("cuts", 0) / groups
         rows.append({"policy": name, **own, "counters": counters})
     return rows
+
+
+def _groups(section: dict[str, Any], model: Path) -> int:
+    """KV-cache groups a section splits a model's layers into."""
+    from transformers import AutoConfig
+
+    from kvplug.contract import EngineView, Kind, LayerView, ScoringPolicy
+    from kvplug.deployment import load_deployment
+
+    layers = int(AutoConfig.from_pretrained(model).num_hidden_layers)
+    view = EngineView(
+        block_size=BLOCK, layers=tuple(LayerView(i, num_layers=layers) for i in range(layers))
+    )
+    choice = load_deployment(section, engine=view).choice(Kind.SEQUENCE)
+    policy = choice.build(view) if choice is not None else None
+    if not isinstance(policy, ScoringPolicy):
+        return 1
+    return len({policy.share(layer) for layer in view.layers})
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kvplug.errors import KVPlugError
 from kvplug.eval.records import Run
-from kvplug.eval.report import METRICS, Difference, compare, values
+from kvplug.eval.report import METRICS, SHOWN, Difference, compare, values
 
 PAIRS: tuple[tuple[str, str], ...] = (
     ("snapkv", "SnapKVPress"),
@@ -53,24 +53,30 @@ def differences(
 
 
 def markdown(found: dict[tuple[str, str], list[Difference]]) -> str:
-    """The differences as one Markdown table: a row per pair and metric, a column per budget."""
-    forms = {metric.name: (metric.label, metric.form) for metric in METRICS}
-    budgets = sorted({d.budget for rows in found.values() for d in rows})
-    lines = [
-        "| ours | theirs | metric | " + " | ".join(f"at {b:.0%}" for b in budgets) + " |",
-        "|---|---|---|" + "---|" * len(budgets),
+    """The differences as a Markdown table: a row per pair and budget, a column per metric shown.
+
+    A cell holds our value and theirs, and says so where they differ beyond noise.
+    """
+    shown = [
+        metric
+        for metric in METRICS
+        if metric.name in SHOWN and any(d.metric == metric.name for r in found.values() for d in r)
     ]
-    marks = {"better": " **better**", "worse": " **worse**", "within noise": ""}
+    heads = [f"{metric.label} {'↑' if metric.higher else '↓'}" for metric in shown]
+    lines = [
+        f"| ours / theirs | kept | {' | '.join(heads)} |",
+        "|---|---|" + "---|" * len(shown),
+    ]
     for (a, b), rows in found.items():
-        for name, (label, form) in forms.items():
-            cells = []
-            for budget in budgets:
-                one = next((d for d in rows if d.metric == name and d.budget == budget), None)
-                cells.append(
-                    f"{one.ours:{form}} / {one.theirs:{form}}{marks[one.verdict]}" if one else ""
-                )
-            if any(cells):
-                lines.append(f"| {a} | {b} | {label} | " + " | ".join(cells) + " |")
+        cells = {(d.budget, d.metric): d for d in rows}
+        for budget in sorted({d.budget for d in rows}):
+            texts = []
+            for metric in shown:
+                one = cells.get((budget, metric.name))
+                both = f"{one.ours:{metric.form}} / {one.theirs:{metric.form}}" if one else ""
+                mark = "" if one is None or one.verdict == "within noise" else f" **{one.verdict}**"
+                texts.append(both + mark)
+            lines.append(f"| {a} / {b} | {budget:.0%} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 

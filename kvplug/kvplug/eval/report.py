@@ -14,6 +14,12 @@ from kvplug.eval.records import FULL, Record
 RESAMPLES = 2000
 LEVEL = 0.95
 
+T_975: tuple[float, ...] = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179),
+    *(2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064),
+)
+"""Student's t at 97.5 % for 1 degree of freedom and up; the last serves beyond."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -211,7 +217,7 @@ def compare(
     if not common:
         raise ValueError(f"{metric.name}: no prompt in common")
     differences = [ours[name] - theirs[name] for name in common]
-    low, high = _sign_flips(differences) if metric.part else bootstrap(differences)
+    low, high = _sign_flips(differences) if metric.part else _student(differences)
     gain = (low, high) if metric.higher else (-high, -low)
     verdict = "better" if gain[0] > 0 else "worse" if gain[1] < 0 else "within noise"
     return Difference(
@@ -223,6 +229,16 @@ def compare(
         high,
         verdict,
     )
+
+
+def _student(differences: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval of a mean difference; of one prompt alone it is unbounded."""
+    n, mean = len(differences), _mean(differences)
+    if n == 1:
+        return -math.inf, math.inf
+    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+    half = T_975[min(n - 2, len(T_975) - 1)] * spread
+    return mean - half, mean + half
 
 
 def _sign_flips(differences: Sequence[float]) -> tuple[float, float]:

@@ -28,13 +28,16 @@ class CutRequest:
         lane: Small number of its own, reused once it has ended.
         num_tokens: Tokens of its text scheduled so far.
         measured: Latest measurement per group, averaged over layers and ranks.
-        sizes: ``(tokens computed, tokens kept)`` of its latest cuts.
+        sizes: Tokens kept at each of its latest cuts, by tokens computed.
+        resized: Blocks decided at each cut so far, per group: a request that starts over after a
+            preemption is cut as it was before.
     """
 
     lane: int
     num_tokens: int = 0
     measured: dict[int, list[float]] = field(default_factory=dict)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
+    sizes: dict[int, int] = field(default_factory=dict)
+    resized: dict[int, list[int]] = field(default_factory=dict)
 
 
 class CutScheduler:
@@ -75,7 +78,7 @@ class CutScheduler:
             return []
         del self._lanes[request.lane]
         heapq.heappush(self._free, request.lane)
-        return request.sizes
+        return list(request.sizes.items())
 
     def step(self, starts: dict[str, int], scheduled: dict[str, int]) -> dict[int, RowPlan]:
         """The plans of one step's rows, by the block each writes last.
@@ -101,8 +104,9 @@ class CutScheduler:
                 plans[tail.block_id] = RowPlan(request.lane, prompt, state, tuple(cuts))
                 if cuts and nth == 0:
                     size = manager.block_size
-                    request.sizes += [(c.at, c.blocks * size) for c in cuts]
-                    del request.sizes[:-SIZES_TOLD]
+                    request.sizes |= {c.at: c.blocks * size for c in cuts}
+                    while len(request.sizes) > SIZES_TOLD:
+                        del request.sizes[next(iter(request.sizes))]
         return plans
 
     def take(self, measured: npt.NDArray[np.float64]) -> None:
@@ -113,23 +117,33 @@ class CutScheduler:
                 request.measured[int(group)] = [total / layers for total in sums]
 
     def _resizer(self, block_size: int, share: float, group: int) -> Any:
-        def resize(request_id: str, blocks: int) -> int:
+        def resize(request_id: str, nth: int, blocks: int) -> int:
             request = self._requests.get(request_id)
-            measured = request.measured.get(group) if request is not None else None
-            if measured is None or request is None or self.resize_error is not None:
+            if request is None:
                 return blocks
-            budget = round(blocks * block_size / share)
-            try:
-                tokens = self.policy.resize(measured, budget, request.num_tokens)
-                return -(-round(tokens * share) // block_size)
-            except Exception as error:
-                self.resize_error = f"{type(error).__name__}: {error}"
-                logger.error(
-                    "sequence policy %r failed in resize(); budgets stay as they are: %s",
-                    self.policy.name,
-                    self.resize_error,
-                    exc_info=error,
-                )
-                return blocks
+            decided = request.resized.setdefault(group, [])
+            if nth == len(decided):
+                decided.append(self._ask(request, blocks, block_size, share, group))
+            return decided[nth]
 
         return resize
+
+    def _ask(
+        self, request: CutRequest, blocks: int, block_size: int, share: float, group: int
+    ) -> int:
+        measured = request.measured.get(group)
+        if measured is None or self.resize_error is not None:
+            return blocks
+        budget = round(blocks * block_size / share)
+        try:
+            tokens = self.policy.resize(measured, budget, request.num_tokens)
+            return -(-round(tokens * share) // block_size)
+        except Exception as error:
+            self.resize_error = f"{type(error).__name__}: {error}"
+            logger.error(
+                "sequence policy %r failed in resize(); budgets stay as they are: %s",
+                self.policy.name,
+                self.resize_error,
+                exc_info=error,
+            )
+            return blocks

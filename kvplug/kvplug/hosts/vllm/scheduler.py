@@ -309,9 +309,11 @@ class SchedulerHalf:
         asked = request_id in self._exempt or cause is not None
         self._exempt.discard(request_id)
         sizes = self.cuts.finish(request_id) if self.cuts is not None else []
-        if not freed and not asked:
+        # What a cut leaves behind is freed once settled, which may be after the last step.
+        cut = any(at < request.num_computed_tokens for at, _ in sizes)
+        if not freed and not cut and not asked:
             return None
-        said: dict[str, Any] = {"exact": not freed, "blocks_freed": freed}
+        said: dict[str, Any] = {"exact": not freed and not cut, "blocks_freed": freed}
         if sizes:
             said["cuts"] = [list(size) for size in sizes]
         if cause is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import count
 from typing import Any, Self
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -121,14 +122,14 @@ class PrunedManager(ShorteningManager):
 
     Attributes:
         prompt_tokens: Tokens of the prompt of each request that is to be cut.
-        resize: Blocks to keep next, given a request and the blocks it kept last; or None.
+        resize: Blocks to keep at the n-th such cut of a request, given what it kept last; or None.
     """
 
     def __init__(self, kv_cache_spec: PrunedSpec, **kwargs: Any):
         super().__init__(kv_cache_spec, **kwargs)
         self.limits = kv_cache_spec.limits
         self.prompt_tokens: dict[str, int] = {}
-        self.resize: Callable[[str, int], int] | None = None
+        self.resize: Callable[[str, int, int], int] | None = None
         self._plans: dict[str, Plan] = {}
         self._made: dict[str, int] = {}
 
@@ -148,11 +149,11 @@ class PrunedManager(ShorteningManager):
             prompt = self.prompt_tokens.get(request_id)
             if prompt is None or request_id in self.exempt:
                 return None
-            resize = self.resize
+            resize, asked = self.resize, count()
             plan = Plan(
                 self.limits,
                 prompt,
-                None if resize is None else lambda blocks: resize(request_id, blocks),
+                None if resize is None else lambda blocks: resize(request_id, next(asked), blocks),
             )
             self._plans[request_id] = plan
         return plan

@@ -1,0 +1,42 @@
+"""Recency norm: tokens with small keys stay, and age counts against a token.
+
+A key of small L2 norm tends to draw much attention, which needs no query to know. An old token must
+have an ever smaller key to stay: every `half_life` tokens of age count as a norm twice as large.
+"""
+
+from pydantic import Field
+from torch import Tensor
+
+from kvplug import hookimpl
+from kvplug.contract import EngineView, HeldView, PolicyOptions, ScoringOptions, ScoringPolicy
+from kvplug.registry import PolicyRegistry
+from kvplug_kernels.key_scores import KEY_NORM
+
+
+class RecencyNorm(ScoringPolicy):
+    """Keeps the tokens of each KV head with the smallest keys, old ones discounted."""
+
+    name = "recency_norm"
+    changes = "drops old tokens with large keys, per KV head, beyond the budget"
+    paper = "the key norm of arXiv 2406.11430, with a half-life"
+
+    class Options(ScoringOptions):
+        """Knobs of `RecencyNorm`, beside those of every scoring policy."""
+
+        half_life: int = Field(
+            512, ge=1, le=1 << 20, description="tokens of age that count as a norm twice as large"
+        )
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        super().__init__(options, engine)
+        self._half_life: int = options.model_dump()["half_life"]
+
+    def score(self, held: HeldView) -> Tensor:
+        norms = held.key_scores[KEY_NORM].clamp_min(1e-6)
+        age = held.num_tokens[:, None, None] - held.positions
+        return -(norms.log2() + age / self._half_life)
+
+
+@hookimpl
+def kvplug_register_policies(registry: PolicyRegistry) -> None:
+    registry.add(RecencyNorm)

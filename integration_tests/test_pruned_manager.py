@@ -1,0 +1,841 @@
+"""PrunedManager, PrunedSpec and the scheduler half of cuts on vLLM's own BlockPool, no engine."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash
+from vllm.v1.core.single_type_kv_cache_manager import (
+    FullAttentionManager,
+    get_manager_for_kv_cache_spec,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from kvplug.contract import EngineView, HeldView, LayerView, ScoringPolicy
+from kvplug.hosts.pruning import Cut, Limits, Plan, layout
+from kvplug.hosts.vllm.cuts import SIZES_TOLD, CutScheduler
+from kvplug.hosts.vllm.spec import PrunedManager, PrunedSpec, WindowedSpec
+from kvplug.hosts.vllm.worker import (
+    RowPlan,
+    WorkerState,
+    merge_measured,
+    pack_plans,
+    unpack_plans,
+)
+
+BLOCK = 16
+LIMITS = Limits(BLOCK, budget=64, share=1.0, always=20, interval=2, shared=2)
+"""Four blocks survive, after two shared ones; two are written between cuts."""
+
+
+def spec(limits: Limits = LIMITS, **changes: Any) -> PrunedSpec:
+    values = {
+        "block_size": BLOCK,
+        "num_kv_heads": 2,
+        "head_size": 8,
+        "dtype": torch.float32,
+        "limits": limits,
+        "exact_tokens": limits.shared * BLOCK,
+        "in_flight_tokens": 40,
+        "max_tokens": 1024,
+    }
+    return PrunedSpec(**(values | changes))
+
+
+def plain_spec(**changes: Any) -> FullAttentionSpec:
+    values = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}
+    return FullAttentionSpec(**(values | changes))
+
+
+def manager(
+    of: PrunedSpec | None = None, blocks: int = 201, pool: BlockPool | None = None, group: int = 0
+) -> PrunedManager:
+    made = get_manager_for_kv_cache_spec(
+        of or spec(),
+        max_in_flight_tokens=40,
+        max_model_len=1024,
+        block_pool=pool or BlockPool(blocks, enable_caching=True, hash_block_size=BLOCK),
+        enable_caching=True,
+        kv_cache_group_id=group,
+        scheduler_block_size=BLOCK,
+    )
+    assert isinstance(made, PrunedManager)
+    return made
+
+
+def give(m: PrunedManager, name: str, tokens: int) -> list[int]:
+    """Blocks for so many tokens; returns the ids of all it has."""
+    m.allocate_new_blocks(name, tokens, tokens)
+    return ids(m, name)
+
+
+def ids(m: PrunedManager, name: str = "r") -> list[int]:
+    return [b.block_id for b in m.req_to_blocks[name]]
+
+
+def held(m: PrunedManager, name: str = "r") -> list[int]:
+    return [i for i, b in enumerate(m.req_to_blocks[name]) if not b.is_null]
+
+
+def schedule(m: PrunedManager, name: str, tokens: int) -> Plan:
+    """What a step does that ends at so many tokens."""
+    give(m, name, tokens)
+    plan = m.plan(name)
+    assert plan is not None
+    plan.until(tokens)
+    return plan
+
+
+def request(name: str, tokens: int) -> Any:
+    return SimpleNamespace(
+        request_id=name,
+        block_hashes=[BlockHash(f"block {i}".encode()) for i in range(tokens // BLOCK)],
+        shared_prefix_boundary=None,
+        num_prompt_tokens=tokens,
+        num_tokens=tokens,
+    )
+
+
+def left_by(cuts: Sequence[Cut], filled: int, limits: Limits = LIMITS) -> list[int]:
+    """Blocks held after these cuts, from the meaning of a cut alone."""
+    if not cuts:
+        return list(range(filled))
+    last = cuts[-1]
+    front = range(limits.shared, limits.shared + last.kept)
+    return [*front, *range(last.end - last.tail, filled)]
+
+
+# -- freeing ---------------------------------------------------------------------------------------
+
+
+def test_what_a_cut_leaves_behind_is_freed_once_its_tokens_are_settled() -> None:
+    m = manager()
+    m.prompt_tokens["r"] = 200
+    before = schedule(m, "r", 200)
+    assert before.cuts == [Cut(200, 12, 4)]
+    table = ids(m)
+    free = m.block_pool.get_num_free_blocks()
+    for settled in range(200):
+        m.remove_skipped_blocks("r", settled)
+        assert held(m) == list(range(13))
+    m.remove_skipped_blocks("r", 200)
+    assert held(m) == [2, 3, 4, 5, 12]
+    assert [ids(m)[i] for i in held(m)] == [table[i] for i in held(m)], "the table is positional"
+    assert m.block_pool.get_num_free_blocks() == free + 8
+    m.remove_skipped_blocks("r", 200)
+    assert m.block_pool.get_num_free_blocks() == free + 8
+
+
+@pytest.mark.parametrize("hold", [0, 9])
+@pytest.mark.parametrize("seed", range(8))
+def test_exactly_what_the_layout_says_is_freed(seed: int, hold: int) -> None:
+    """Chunks of any size, settled late or at once."""
+    choose = random.Random(seed)
+    limits = LIMITS.holding(hold)
+    m = manager(spec(limits))
+    prompt = m.prompt_tokens["r"] = choose.randrange(1, 700)
+    whole = Plan(limits, prompt)
+    whole.until(1000)
+    settled = scheduled = 0
+    while settled < 1000:
+        m.remove_skipped_blocks("r", settled)
+        room = 40 - (scheduled - settled)
+        scheduled = min(1000, scheduled + choose.randrange(room + 1))
+        if scheduled:
+            schedule(m, "r", scheduled)
+        done = [c for c in whole.cuts if c.at <= settled]
+        filled = -(-scheduled // BLOCK)
+        assert held(m) == left_by(done, filled, limits)
+        assert len(held(m)) + m.block_pool.get_num_free_blocks() == 200
+        settled = choose.choice([settled, scheduled, choose.randrange(settled, scheduled + 1)])
+
+
+def test_several_cuts_settled_at_once_are_all_followed() -> None:
+    m = manager(spec(LIMITS.holding(8)))
+    m.prompt_tokens["r"] = 500
+    told: list[tuple[int, str, int]] = []
+    m.on_freed = lambda *what: told.append(what)
+    plan = schedule(m, "r", 600)
+    assert len(plan.cuts) > 4
+    m.remove_skipped_blocks("r", 600)
+    assert held(m) == left_by(plan.cuts, 38)
+    assert sum(n for _, _, n in told) == 38 - len(held(m))
+    assert len(told) == len(plan.cuts), "each cut that frees is told once"
+    assert {(group, name) for group, name, _ in told} == {(0, "r")}
+
+
+def test_the_deepest_blocks_are_handed_out_first() -> None:
+    m = manager(spec(exact_tokens=1024))
+    m.prompt_tokens["r"] = 192
+    schedule(m, "r", 192)
+    table = ids(m)
+    m.cache_blocks(request("r", 192), 192, replay_boundaries=())
+    m.remove_skipped_blocks("r", 192)
+    free = [b.block_id for b in m.block_pool.free_block_queue.get_all_free_blocks()]
+    assert free[-8:] == [table[i] for i in (11, 10, 9, 8, 7, 6, 1, 0)]
+
+
+def test_null_entries_are_not_freed_again() -> None:
+    m = manager()
+    m.prompt_tokens["r"] = 192
+    told: list[tuple[int, str, int]] = []
+    m.on_freed = lambda *what: told.append(what)
+    schedule(m, "r", 192)
+    first = m.req_to_blocks["r"][0]
+    m.req_to_blocks["r"][0] = m.block_pool.null_block
+    m.block_pool.free_blocks([first])
+    m.remove_skipped_blocks("r", 192)
+    assert told == [(0, "r", 7)]
+    assert m.block_pool.get_num_free_blocks() == 200 - 4
+
+
+def test_a_block_shared_with_another_request_stays_with_it() -> None:
+    m = manager()
+    m.prompt_tokens["r"] = 200
+    r = request("r", 200)
+    schedule(m, "r", 200)
+    m.cache_blocks(r, 200, replay_boundaries=())
+    (hit,), length = find(m, r, 199)
+    assert length == 32
+    m.add_local_computed_blocks("other", hit, length, 0)
+    m.remove_skipped_blocks("r", 200)
+    assert ids(m, "r")[:2] == [0, 0]
+    assert all(b.ref_cnt == 1 and b.block_hash is not None for b in m.req_to_blocks["other"])
+
+
+def test_a_request_nobody_announced_is_never_cut() -> None:
+    m = manager()
+    give(m, "r", 800)
+    assert m.plan("r") is None
+    m.remove_skipped_blocks("r", 800)
+    assert len(held(m)) == 50
+    m.remove_skipped_blocks("nobody", 500)
+    assert "nobody" not in m.req_to_blocks
+
+
+def test_an_exempt_request_keeps_everything() -> None:
+    m = manager()
+    m.prompt_tokens |= {"r": 300, "other": 300}
+    m.exempt.add("r")
+    give(m, "r", 320)
+    assert m.plan("r") is None
+    schedule(m, "other", 320)
+    for name in ("r", "other"):
+        m.remove_skipped_blocks(name, 300)
+    assert len(held(m, "r")) == 20
+    assert len(held(m, "other")) < 20
+
+
+def test_freed_blocks_serve_others_and_the_pool_balances_at_the_end() -> None:
+    m = manager(blocks=31)
+    names = ("a", "b", "c")
+    choose = random.Random(0)
+    computed = dict.fromkeys(names, 0)
+    finished = 0
+    while finished < 6:
+        name = choose.choice(names)
+        m.prompt_tokens.setdefault(name, choose.randrange(1, 100))
+        m.remove_skipped_blocks(name, computed[name])
+        computed[name] += BLOCK
+        schedule(m, name, computed[name])
+        owned = [i for r in computed for i in ids(m, r) if i]
+        assert len(set(owned)) == len(owned), "one block in two requests"
+        if computed[name] >= 960:
+            m.free(name)
+            del m.prompt_tokens[name]
+            computed[name] = 0
+            finished += 1
+    for name in names:
+        m.free(name)
+    assert m.block_pool.get_num_free_blocks() == 30
+    assert m._plans == m._made == {}
+
+
+# -- life of a request -----------------------------------------------------------------------------
+
+
+def test_a_preempted_request_starts_over() -> None:
+    m = manager()
+    m.prompt_tokens["r"] = 200
+    for _ in range(3):
+        first = schedule(m, "r", 300)
+        m.remove_skipped_blocks("r", 300)
+        assert held(m) == left_by(first.cuts, 19)
+        popped = m.pop_blocks_for_free("r")
+        assert len(popped) == 19
+        m.block_pool.free_blocks(reversed(popped))
+        assert m.block_pool.get_num_free_blocks() == 200
+        again = m.plan("r")
+        assert again is not first
+        assert again is not None
+        assert again.cuts == []
+        give(m, "r", 100)
+        m.remove_skipped_blocks("r", 100)
+        assert len(held(m)) == 7, "cuts of its former life"
+        m.free("r")
+
+
+def test_a_request_that_resumes_from_the_prefix_cache_is_cut_where_it_would_have_been() -> None:
+    m = manager()
+    r = request("r", 200)
+    m.prompt_tokens["r"] = 200
+    schedule(m, "r", 200)
+    m.cache_blocks(r, 200, replay_boundaries=())
+    m.remove_skipped_blocks("r", 200)
+    m.free("r")
+    (hit,), length = find(m, r, 199)
+    assert length == 32
+    m.add_local_computed_blocks("r", hit, length, 0)
+    plan = schedule(m, "r", 250)
+    assert plan.cuts == [Cut(200, 12, 4), Cut(224, 14, 4)]
+    m.remove_skipped_blocks("r", 250)
+    assert held(m) == [2, 3, 4, 5, 14, 15]
+    m.free("r")
+    assert m.block_pool.get_num_free_blocks() == 200
+
+
+def test_a_plan_is_found_once() -> None:
+    m = manager()
+    m.prompt_tokens["r"] = 200
+    plan = m.plan("r")
+    assert m.plan("r") is plan
+    m.prompt_tokens["r"] = 7
+    assert m.plan("r") is plan
+
+
+# -- admission -------------------------------------------------------------------------------------
+
+
+def need(m: PrunedManager, tokens: int, cap: bool) -> int:
+    return m.get_num_blocks_to_allocate("r", tokens, [], 0, 0, tokens, apply_admission_cap=cap)
+
+
+def test_admission_counts_on_what_will_be_freed() -> None:
+    m = manager()
+    # Two shared, four survivors, two of an interval and one begun; 40 tokens in flight.
+    assert m.kv_cache_spec.held_blocks == 9
+    assert m.max_admission_blocks_per_request == m.kv_cache_spec.cap_blocks == 9 + 4
+    assert need(m, 1000, cap=True) == 13
+    assert need(m, 1000, cap=False) == 63
+    assert need(m, 100, cap=True) == 7
+
+
+@pytest.mark.parametrize(
+    ("blocks", "hold", "cap"),
+    [
+        pytest.param(30, 30, 31 + 4, id="a prompt may hold more"),
+        pytest.param(3, 3, 9 + 4, id="never less than a text that is generated"),
+        pytest.param(500, 500, 64, id="never more than the longest text"),
+    ],
+)
+def test_a_host_says_what_a_prompt_may_hold(blocks: int, hold: int, cap: int) -> None:
+    m = manager()
+    m.hold_at_most(blocks)
+    assert m.limits == LIMITS.holding(hold)
+    assert m.max_admission_blocks_per_request == cap
+    assert m.kv_cache_spec.limits == LIMITS
+
+
+def test_what_the_policy_says_of_prompts_goes_before_the_hosts_word() -> None:
+    m = manager(spec(LIMITS.holding(20)))
+    assert m.max_admission_blocks_per_request == 21 + 4
+    m.hold_at_most(100)
+    assert m.limits == LIMITS.holding(20)
+    assert m.max_admission_blocks_per_request == 21 + 4
+
+
+@pytest.mark.parametrize("resized", [False, True])
+@pytest.mark.parametrize("budget", [64, 0.2])
+def test_no_request_ever_holds_more_than_the_cap(budget: int | float, resized: bool) -> None:
+    """Chunks of any size up to what may be in flight, settled late or at once; whatever a policy
+    that changes budgets asks for."""
+    for seed in range(20):
+        choose = random.Random(seed)
+        in_flight = choose.randrange(1, 90)
+        own = Limits(BLOCK, budget, choose.choice([0.5, 1, 2]), 20, 2, 2)
+        m = manager(spec(own, in_flight_tokens=in_flight))
+        m.hold_at_most(choose.randrange(1, 50))
+        m.prompt_tokens["r"] = choose.randrange(1, 1000)
+        if resized:
+            m.resize = lambda name, nth, blocks, choose=choose: choose.choice([1, blocks + 2, 1000])
+        settled = scheduled = 0
+        while settled < 1000:
+            m.remove_skipped_blocks("r", settled)
+            room = in_flight - (scheduled - settled)
+            scheduled = min(1000, scheduled + choose.randrange(room + 1))
+            if scheduled:
+                schedule(m, "r", scheduled)
+            assert len(held(m)) <= m.max_admission_blocks_per_request
+            settled = choose.choice([settled, scheduled, choose.randrange(settled, scheduled + 1)])
+
+
+# -- prefix cache ----------------------------------------------------------------------------------
+
+
+def find(m: PrunedManager, r: Any, limit: int) -> tuple[tuple[list[Any], ...], int]:
+    return type(m).find_longest_cache_hit(
+        block_hashes=r.block_hashes,
+        max_length=limit,
+        kv_cache_group_ids=[0],
+        block_pool=m.block_pool,
+        kv_cache_spec=m.kv_cache_spec,
+        drop_eagle_block=False,
+        alignment_tokens=BLOCK,
+    )
+
+
+@pytest.mark.parametrize("exact", [0, 2, 5])
+def test_only_exact_blocks_are_cached(exact: int) -> None:
+    m = manager(spec(exact_tokens=exact * BLOCK))
+    r = request("r", 320)
+    give(m, "r", 320)
+    for computed in (20, 32, 33, 90, 320):
+        m.cache_blocks(r, computed, replay_boundaries=())
+        with_content = [b.block_hash is not None for b in m.req_to_blocks["r"]]
+        assert with_content == [i < min(computed // BLOCK, exact) for i in range(20)]
+
+
+def test_survivors_are_never_written_into_cached_blocks() -> None:
+    """What admission of exact tokens and the layout of cuts must agree on."""
+    m = manager()
+    r = request("r", 320)
+    m.prompt_tokens["r"] = 320
+    plan = schedule(m, "r", 320)
+    m.cache_blocks(r, 320, replay_boundaries=())
+    (cut,) = plan.cuts
+    lay = layout(None, cut, LIMITS.shared, BLOCK)
+    assert not any(
+        m.req_to_blocks["r"][i].block_hash is not None for i in lay.blocks[: lay.survivors]
+    )
+
+
+@pytest.mark.parametrize("limit,length", [(10, 0), (16, 16), (31, 16), (32, 32), (300, 32)])
+def test_a_hit_ends_at_the_exact_prefix_even_if_more_is_cached(limit: int, length: int) -> None:
+    m = manager()
+    r = request("r", 320)
+    give(m, "r", 320)
+    FullAttentionManager.cache_blocks(m, r, 320, replay_boundaries=())
+    assert sum(b.block_hash is not None for b in m.req_to_blocks["r"]) == 20
+    (blocks,), found = find(m, r, limit)
+    assert (len(blocks), found) == (length // BLOCK, length)
+
+
+# -- the spec --------------------------------------------------------------------------------------
+
+
+def windowed() -> WindowedSpec:
+    return WindowedSpec(
+        block_size=BLOCK,
+        num_kv_heads=2,
+        head_size=8,
+        dtype=torch.float32,
+        exact_tokens=32,
+        in_flight_tokens=40,
+        max_tokens=1024,
+        sink_tokens=16,
+        window_tokens=32,
+    )
+
+
+def test_layers_with_one_rule_merge() -> None:
+    merged = PrunedSpec.merge([spec(), spec(), spec()])
+    assert merged == spec()
+    assert type(merged) is PrunedSpec
+
+
+OTHERS = [
+    pytest.param(spec(Limits(BLOCK, 64, 0.5, 20, 2, 2)), id="share"),
+    pytest.param(spec(Limits(BLOCK, 80, 1.0, 20, 2, 2)), id="budget"),
+    pytest.param(spec(exact_tokens=16), id="exact"),
+    pytest.param(plain_spec(), id="plain"),
+    pytest.param(windowed(), id="windowed"),
+]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_layers_that_differ_do_not_merge(other: FullAttentionSpec) -> None:
+    with pytest.raises(AssertionError):
+        PrunedSpec.merge([spec(), other])
+    with pytest.raises(AssertionError):
+        PrunedSpec.merge([other, spec()])
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_uniform_means_one_rule(other: FullAttentionSpec) -> None:
+    same = {"a": spec(), "b": spec()}
+    assert spec().is_uniform_with_collection(same)
+    assert not spec().is_uniform_with_collection(same | {"c": other})
+
+
+def test_head_sizes_do_not_merge() -> None:
+    with pytest.raises(AssertionError):
+        PrunedSpec.merge([spec(), spec(head_size=16)])
+
+
+def test_a_request_is_sized_by_its_cap_not_by_the_longest_text() -> None:
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=1024),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+    )
+    assert spec().max_memory_usage_bytes(config) == 13 * spec().page_size_bytes
+    assert spec().page_size_bytes == plain_spec().page_size_bytes
+    config.model_config.max_model_len = 64
+    assert spec().max_memory_usage_bytes(config) == 4 * spec().page_size_bytes
+
+
+def test_specs_travel_between_processes() -> None:
+    own = spec(LIMITS.holding(7))
+    back = pickle.loads(pickle.dumps(own))
+    assert back == own
+    assert back.limits == LIMITS.holding(7)
+    assert KVCacheSpecRegistry.get_manager_class(back) is PrunedManager
+    assert len({own, back, spec()}) == 2
+
+
+# -- the scheduler's plans -------------------------------------------------------------------------
+
+
+class Sized(ScoringPolicy):
+    """A policy whose budgets a test sets."""
+
+    name = "sized"
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.asked: list[tuple[list[float], int, int]] = []
+        self.answers: list[int | Exception] = []
+
+    def score(self, held: HeldView) -> Tensor:
+        raise AssertionError("the scheduler scores nothing")
+
+    def measure(self, held: HeldView, scores: Tensor) -> Tensor | None:
+        return None
+
+    def resize(self, measured: Sequence[float], budget: int, num_tokens: int) -> int:
+        self.asked.append((list(measured), budget, num_tokens))
+        answer = self.answers.pop(0) if self.answers else budget
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+class Fixed(Sized):
+    """The same, and budgets stay."""
+
+    measure = ScoringPolicy.measure
+
+
+def policy(of: type[Sized] = Sized, **options: Any) -> Sized:
+    layers = tuple(LayerView(i, 2) for i in range(2))
+    given = {"budget": 64, "sink": 4, "recent": 16, "interval": 32} | options
+    return of(of.Options.model_validate(given), EngineView(BLOCK, layers=layers))
+
+
+def cut_scheduler(of: Sized | None = None) -> tuple[CutScheduler, PrunedManager]:
+    m = manager()
+    return CutScheduler(of or policy(Fixed), [m], [0]), m
+
+
+def step(
+    cuts: CutScheduler, managers: Sequence[PrunedManager], name: str, start: int, end: int
+) -> list[RowPlan]:
+    """One step of one request; returns its plan in each group."""
+    for m in managers:
+        give(m, name, end)
+    plans = cuts.step({name: start}, {name: end - start})
+    tails = [ids(m, name)[(end - 1) // m.block_size] for m in managers]
+    assert list(plans) == tails, "plans by the block each row writes last"
+    return [plans[tail] for tail in tails]
+
+
+def test_a_row_is_told_the_cut_in_force_and_those_to_come() -> None:
+    cuts, m = cut_scheduler()
+    cuts.add("r", 200)
+    assert step(cuts, [m], "r", 0, 100) == [RowPlan(0, 200, None, ())]
+    first, second = Cut(200, 12, 4), Cut(224, 14, 4)
+    assert step(cuts, [m], "r", 100, 200) == [RowPlan(0, 200, None, (first,))]
+    assert step(cuts, [m], "r", 200, 201) == [RowPlan(0, 200, first, ())]
+    assert step(cuts, [m], "r", 201, 224) == [RowPlan(0, 200, first, (second,))]
+    assert cuts.finish("r") == [(200, 64), (224, 64)]
+
+
+def test_whatever_the_chunks_the_cuts_are_the_same() -> None:
+    whole, m = cut_scheduler()
+    whole.add("r", 333)
+    (at_once,) = step(whole, [m], "r", 0, 600)
+    for seed in range(5):
+        choose = random.Random(seed)
+        cuts, m = cut_scheduler()
+        cuts.add("r", 333)
+        found: list[Cut] = []
+        start = 0
+        while start < 600:
+            end = min(600, start + choose.randrange(1, 90))
+            (plan,) = step(cuts, [m], "r", start, end)
+            assert plan.state == (found[-1] if found else None)
+            found += plan.cuts
+            start = end
+        assert tuple(found) == at_once.cuts
+
+
+def test_lanes_are_the_smallest_free_numbers() -> None:
+    cuts, m = cut_scheduler()
+    for name in "abc":
+        cuts.add(name, 10)
+    for name in "abc":
+        give(m, name, 5)
+    plans = cuts.step(dict.fromkeys("abc", 0), dict.fromkeys("abc", 5))
+    assert [p.lane for p in plans.values()] == [0, 1, 2]
+    cuts.finish("b")
+    cuts.finish("a")
+    for name, lane in (("d", 0), ("e", 1), ("f", 3)):
+        cuts.add(name, 10)
+        assert step(cuts, [m], name, 0, 5)[0].lane == lane
+    assert cuts.finish("nobody") == []
+    for name in "cdef":
+        cuts.finish(name)
+    cuts.add("g", 10)
+    assert step(cuts, [m], "g", 0, 5)[0].lane == 0
+
+
+def test_requests_that_keep_everything_have_no_plan() -> None:
+    cuts, m = cut_scheduler()
+    cuts.add("exempt", 200)
+    m.exempt.add("exempt")
+    for name in ("exempt", "unknown"):
+        give(m, name, 300)
+    assert cuts.step({"exempt": 0, "unknown": 0}, {"exempt": 300, "unknown": 300}) == {}
+
+
+def test_each_group_has_a_plan_of_its_own() -> None:
+    own = policy(Fixed, layers={"0": 2.0})
+    pool = BlockPool(201, enable_caching=True, hash_block_size=BLOCK)
+    managers = [
+        manager(spec(Limits(BLOCK, 64, share, 20, 2, 2)), pool=pool, group=i)
+        for i, share in enumerate((1.0, 2.0))
+    ]
+    cuts = CutScheduler(own, managers, [0, 1])
+    cuts.add("r", 200)
+    narrow, wide = step(cuts, managers, "r", 0, 200)
+    assert narrow == RowPlan(0, 200, None, (Cut(200, 12, 4),))
+    assert wide == RowPlan(0, 200, None, (Cut(200, 12, 8),))
+    assert cuts.finish("r") == [(200, 64)], "told once, of the first group"
+
+
+def test_the_latest_sizes_are_told() -> None:
+    cuts, m = cut_scheduler()
+    cuts.add("r", 100)
+    step(cuts, [m], "r", 0, 2700)
+    sizes = cuts.finish("r")
+    assert len(sizes) == SIZES_TOLD
+    assert sizes[-1] == (2688, 64)
+
+
+def test_the_latest_sizes_are_told_after_a_preemption_too() -> None:
+    cuts, m = cut_scheduler()
+    cuts.add("r", 100)
+    step(cuts, [m], "r", 0, 2700)
+    m.free("r")
+    step(cuts, [m], "r", 0, 2700)
+    assert cuts.finish("r") == [(2720 - 32 * n, 64) for n in range(SIZES_TOLD, 0, -1)]
+
+
+# -- budgets that change ---------------------------------------------------------------------------
+
+
+def measured(*rows: tuple[float, ...]) -> Any:
+    """Rows of lane, group, layers and sums."""
+    return np.array(rows, dtype=np.float64)
+
+
+def test_a_budget_follows_what_was_measured() -> None:
+    own = policy()
+    cuts, m = cut_scheduler(own)
+    cuts.add("r", 200)
+    step(cuts, [m], "r", 0, 200)
+    cuts.take(measured((0, 0, 2, 3.0, 5.0)))
+    own.answers = [90]
+    (plan,) = step(cuts, [m], "r", 200, 224)
+    assert own.asked == [([1.5, 2.5], 64, 224)]
+    assert plan.cuts == (Cut(224, 14, 4, 2),), "90 tokens are six blocks, two of them new"
+    cuts.take(measured((0, 0, 4, 4.0, 8.0)))
+    own.answers = [33]
+    (plan,) = step(cuts, [m], "r", 224, 256)
+    assert own.asked[1:] == [([1.0, 2.0], 96, 256)], "the latest measurement, the latest budget"
+    assert plan.cuts == (Cut(256, 16, 3),)
+
+
+def test_without_a_measurement_the_budget_stays() -> None:
+    own = policy()
+    cuts, m = cut_scheduler(own)
+    cuts.add("r", 200)
+    step(cuts, [m], "r", 0, 200)
+    for rows in (measured((7, 0, 1, 3.0)), measured((0, 1, 1, 3.0)), measured((0, 0, 0, 3.0))):
+        cuts.take(rows)
+    (plan,) = step(cuts, [m], "r", 200, 224)
+    assert own.asked == []
+    assert plan.cuts == (Cut(224, 14, 4),)
+
+
+def test_a_measurement_goes_to_the_request_on_its_lane_and_ends_with_it() -> None:
+    own = policy()
+    cuts, m = cut_scheduler(own)
+    for name in "ab":
+        cuts.add(name, 200)
+        step(cuts, [m], name, 0, 200)
+    cuts.take(measured((1, 0, 1, 7.0)))
+    step(cuts, [m], "a", 200, 224)
+    assert own.asked == []
+    step(cuts, [m], "b", 200, 224)
+    assert own.asked == [([7.0], 64, 224)]
+    cuts.finish("b")
+    m.free("b")
+    cuts.add("c", 200)
+    step(cuts, [m], "c", 0, 224)
+    assert len(own.asked) == 1
+
+
+def test_groups_are_measured_and_resized_apart_in_tokens_of_share_one() -> None:
+    own = policy(layers={"0": 2.0})
+    pool = BlockPool(201, enable_caching=True, hash_block_size=BLOCK)
+    managers = [
+        manager(spec(Limits(BLOCK, 64, share, 20, 2, 2)), pool=pool, group=i)
+        for i, share in enumerate((1.0, 2.0))
+    ]
+    cuts = CutScheduler(own, managers, [0, 1])
+    cuts.add("r", 200)
+    step(cuts, managers, "r", 0, 200)
+    cuts.take(measured((0, 1, 1, 7.0)))
+    own.answers = [72]
+    narrow, wide = step(cuts, managers, "r", 200, 224)
+    assert own.asked == [([7.0], 64, 224)]
+    assert narrow.cuts == (Cut(224, 14, 4),)
+    assert wide.cuts == (Cut(224, 14, 8, 1),), "72 x 2 tokens are nine blocks"
+
+
+def test_an_exception_while_resizing_leaves_budgets_as_they_are_and_is_said_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = policy()
+    cuts, m = cut_scheduler(own)
+    said: list[Any] = []
+    monkeypatch.setattr("kvplug.hosts.vllm.cuts.logger.error", lambda *a, **k: said.append(a))
+    cuts.add("r", 200)
+    step(cuts, [m], "r", 0, 200)
+    cuts.take(measured((0, 0, 1, 7.0)))
+    own.answers = [96, RuntimeError("no more"), 64]
+    found = [step(cuts, [m], "r", at - 20, at)[0].cuts for at in (224, 256, 288)]
+    assert found == [(Cut(224, 14, 4, 2),), (Cut(256, 16, 4, 2),), (Cut(288, 18, 4, 2),)]
+    assert cuts.resize_error == "RuntimeError: no more"
+    assert len(own.asked) == 2
+    assert len(said) == 1
+    assert said[0][1] == "sized"
+
+
+def test_a_request_that_starts_over_is_cut_as_it_was_before() -> None:
+    """Prompt and generated tokens come in one chunk then, long after they were measured."""
+    own = policy()
+    cuts, m = cut_scheduler(own)
+    for name in "ab":
+        cuts.add(name, 200)
+    made: list[Cut] = []
+    wished = [96, 48, 80]
+    own.answers = list(wished)
+    for start, end in ((0, 200), (200, 224), (224, 256), (256, 288)):
+        made += step(cuts, [m], "a", start, end)[0].cuts
+        cuts.take(measured((0, 0, 1, float(end))))
+    assert [cut.blocks for cut in made] == [4, 6, 3, 5]
+    m.free("a")
+    for ends in ((288,), (100, 201, 256, 288)):
+        again: list[Cut] = []
+        start = 0
+        for end in ends:
+            again += step(cuts, [m], "a", start, end)[0].cuts
+            start = end
+        assert again == made
+        assert len(own.asked) == len(wished), "a policy is asked once per cut"
+        m.free("a")
+    own.answers = [64]
+    step(cuts, [m], "a", 0, 320)
+    assert [said for said, _, _ in own.asked] == [[200.0], [224.0], [256.0], [288.0]]
+    assert cuts.finish("a")[-1] == (320, 64)
+    cuts.take(measured((1, 0, 1, 7.0)))
+    step(cuts, [m], "b", 0, 224)
+    assert len(own.asked) == 5, "what was decided is the request's own"
+
+
+def test_a_policy_that_measures_nothing_is_never_asked_for_a_budget() -> None:
+    cuts, m = cut_scheduler()
+    assert m.resize is None
+    assert not cuts.policy.resizes
+    cuts, m = cut_scheduler(policy())
+    assert m.resize is not None
+
+
+# -- on the way to the workers and back ------------------------------------------------------------
+
+
+def test_plans_arrive_as_they_were_sent() -> None:
+    plans = {
+        7: RowPlan(0, 200, None, ()),
+        3: RowPlan(12, 1, Cut(200, 12, 4), (Cut(224, 14, 4, 2), Cut(256, 16, 3))),
+        90: RowPlan(2, 5, Cut(16, 1, 1, 1), ()),
+        1: RowPlan(3, 9, None, (Cut(16, 1, 1),)),
+    }
+    rows, cuts = pack_plans(plans)
+    assert (rows.shape, cuts.shape) == ((4, 8), (3, 4))
+    assert rows.dtype == cuts.dtype == np.int32
+    back = unpack_plans(rows, cuts)
+    assert back == plans
+    assert list(back) == list(plans)
+    assert unpack_plans(*pack_plans({})) == {}
+    assert unpack_plans(*pickle.loads(pickle.dumps((rows, cuts)))) == plans
+
+
+def test_what_layers_measure_is_added_up_by_lane_and_group() -> None:
+    state = WorkerState()
+    assert state.take_measured() is None
+    state.add_measured([3, 1], 0, np.array([[1.0, 2.0], [3.0, 4.0]]))
+    state.add_measured([3], 0, np.array([[10.0, 20.0]]))
+    state.add_measured([3], 1, np.array([[7.0, 8.0]]))
+    rows = state.take_measured()
+    assert rows is not None
+    assert sorted(rows.tolist()) == [[1, 0, 1, 3, 4], [3, 0, 2, 11, 22], [3, 1, 1, 7, 8]]
+    assert state.take_measured() is None
+
+
+def test_ranks_add_up() -> None:
+    one = measured((3, 0, 2, 11.0, 22.0), (1, 0, 1, 3.0, 4.0))
+    other = measured((0, 0, 1, 5.0, 6.0), (3, 0, 2, 1.0, 2.0), (3, 1, 1, 7.0, 8.0))
+    both = merge_measured(one, other)
+    assert both is not None
+    expected = [[0, 0, 1, 5, 6], [1, 0, 1, 3, 4], [3, 0, 4, 12, 24], [3, 1, 1, 7, 8]]
+    assert sorted(both.tolist()) == expected
+    turned = merge_measured(other, one)
+    assert turned is not None
+    assert sorted(turned.tolist()) == expected
+    assert merge_measured(None, None) is None
+    assert merge_measured(one, None) is one
+    assert merge_measured(None, one) is one
+
+
+def test_ranks_of_a_request_make_one_mean() -> None:
+    own = policy()
+    cuts, m = cut_scheduler(own)
+    cuts.add("r", 200)
+    step(cuts, [m], "r", 0, 200)
+    both = merge_measured(measured((0, 0, 3, 6.0)), measured((0, 0, 1, 4.0)))
+    assert both is not None
+    cuts.take(both)
+    step(cuts, [m], "r", 200, 224)
+    assert own.asked == [([2.5], 64, 224)]
