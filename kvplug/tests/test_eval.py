@@ -236,7 +236,8 @@ def test_metrics_are_what_they_say() -> None:
         record("x", "k", "passkey", nll=[0.1, 3.1], right=[True, False]),
     ]
     found = {(r.variant, r.metric): r.value for r in report.summarise(records)}
-    assert found["x", "nll"] == 3.0 and found["x", "kl"] == 0.5 and found["x", "top1"] == 0.5
+    assert found["x", "nll"] == 3.0 and found["x", "added"] == 1.5
+    assert found["x", "kl"] == 0.5 and found["x", "top1"] == 0.5
     assert found["x", "prefix"] == 0.25 and found["x", "agreement"] == 0.75
     assert found["x", "passkey"] == 0.0 and found["x", "passkey_nll"] == pytest.approx(1.6)
     assert found[FULL, "prefix"] == found[FULL, "passkey"] == found[FULL, "top1"] == 1.0
@@ -296,8 +297,11 @@ def test_two_runs_are_compared_pair_by_pair(
     ours, theirs = write("o.json", "snapkv", 1.2), write("t.json", "SnapKVPress", 1.1)
     assert compare.main([str(ours), str(theirs), "--json", str(tmp_path / "d.json")]) == 0
     printed = capsys.readouterr().out
-    assert "| ours / theirs | kept | log-perplexity, nats ↓ | divergence from full ↓ |" in printed
-    assert "| snapkv / SnapKVPress | 50% | 1.200 / 1.100 **worse** | 0.100 / 0.100 |" in printed
+    assert "| ours / theirs | kept | log-perplexity ↓ | added ↓ | divergence ↓ |" in printed
+    assert (
+        "| snapkv / SnapKVPress | 50% | 1.200 / 1.100 **worse** | 0.200 / 0.100 **worse** |"
+        in printed
+    )
     (first, *_) = json.loads((tmp_path / "d.json").read_text())
     assert first["ours_variant"] == "snapkv" and first["verdict"] == "worse"
     assert compare.main([str(ours), str(theirs), "--pairs", "tova=TOVAPress"]) == 2

@@ -191,9 +191,8 @@ def test_state_is_bounded() -> None:
     assert len(policy._run_of) <= 64
 
 
-def test_the_table_of_sessions_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvplug_policies.prefix_cache.foresight._SESSIONS", 100)
-    cache = Texts(8)
+def test_the_table_of_sessions_is_bounded() -> None:
+    cache = Texts(8, memory=800)
     for i in range(300):
         cache.serve(f"t{i}", at=float(i), session=str(i))
     assert list(cache.policy._sessions) == [str(i) for i in range(200, 300)]

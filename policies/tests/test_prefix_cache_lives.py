@@ -190,7 +190,8 @@ def test_state_stays_bounded(policy: type[PrefixCachePolicy]) -> None:
     """Twice the content seen leaves no more behind, once what is remembered is full."""
     import pickle
 
-    options = {"history": 200} if policy.name == "lfu" else {}
+    # Smaller bounds than the defaults, so that they are reached.
+    options = {"lfu": {"history": 200}, "foresight": {"memory": 200}}.get(policy.name, {})
 
     def size(requests: int) -> int:
         made = build(policy, **options)

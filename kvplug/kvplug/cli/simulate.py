@@ -142,7 +142,7 @@ def _runs_unasked(name: str) -> bool:
     """Whether a policy orders anything and runs without being told more."""
     from pydantic import ValidationError
 
-    from kvplug.contract import BlockFact, Kind
+    from kvplug.contract import Kind
     from kvplug.registry import plugins
 
     policy = plugins().registry.get(Kind.PREFIX_CACHE, name)
@@ -151,8 +151,8 @@ def _runs_unasked(name: str) -> bool:
         policy.Options()
     except ValidationError:
         return False
-    # What asks to hear of finished requests writes them down, and orders nothing.
-    return BlockFact.FINISHED not in getattr(policy, "needs", ())
+    # What wraps another policy orders nothing itself.
+    return "of" not in policy.Options.model_fields
 
 
 def _one(label: str) -> _Asked:

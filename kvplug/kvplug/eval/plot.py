@@ -21,7 +21,9 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    shown = [m for m in METRICS if m.name in SHOWN and any(r.metric == m.name for r in rows)]
+    # Passages differ more from each other than policies do: what a policy adds is drawn instead.
+    names = [name for name in SHOWN if name != "nll"]
+    shown = [m for m in METRICS if m.name in names and any(r.metric == m.name for r in rows)]
     variants = list(dict.fromkeys(r.variant for r in rows if r.variant != FULL))
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     across = min(2, len(shown))
@@ -30,7 +32,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     panels = figure.subplots(down, across, squeeze=False).ravel().tolist()
     for panel in panels[len(shown) :]:
         panel.set_axis_off()
-    width = 0.012
+    apart = 0.0025
     for metric, panel in zip(shown, panels, strict=False):
         for i, variant in enumerate(variants):
             found = sorted(
@@ -38,7 +40,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
                 key=lambda r: r.budget,
             )
             # Moved apart a little, so that intervals do not hide each other.
-            places = [r.budget + (i - (len(variants) - 1) / 2) * width / 2 for r in found]
+            places = [r.budget + (i - (len(variants) - 1) / 2) * apart for r in found]
             errors = (
                 [max(0.0, r.value - r.low) for r in found],
                 [max(0.0, r.high - r.value) for r in found],

@@ -62,12 +62,12 @@ def _until_it_differs(record: Record, full: Record) -> float:
 
 
 def _retrieval(task: str) -> tuple[Metric, Metric]:
-    label = task.removesuffix("_later") + (", asked later" if task.endswith("_later") else "")
+    label = task.replace("_", " ")
     return (
         Metric(task, label, task, True, ".0%", lambda r, _: float(all(r.right)), part=True),
         Metric(
             f"{task}_nll",
-            f"{label}: nats per token of the answer",
+            f"{label}, nats per token",
             task,
             False,
             ".2f",
@@ -77,11 +77,12 @@ def _retrieval(task: str) -> tuple[Metric, Metric]:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric("nll", "log-perplexity, nats", "perplexity", False, ".3f", lambda r, _: _mean(r.nll)),
-    Metric("kl", "divergence from full", "perplexity", False, ".3f", lambda r, _: r.kl or 0.0),
+    Metric("nll", "log-perplexity", "perplexity", False, ".3f", lambda r, _: _mean(r.nll)),
+    Metric("added", "added", "perplexity", False, ".3f", lambda r, f: _mean(r.nll) - _mean(f.nll)),
+    Metric("kl", "divergence", "perplexity", False, ".3f", lambda r, _: r.kl or 0.0),
     Metric("top1", "same likeliest token", "perplexity", True, ".1%", _same_top),
-    Metric("prefix", "greedy: until it differs", "greedy", True, ".0%", _until_it_differs),
-    Metric("agreement", "greedy: same", "greedy", True, ".0%", lambda r, f: _mean(_same(r, f))),
+    Metric("prefix", "greedy prefix", "greedy", True, ".0%", _until_it_differs),
+    Metric("agreement", "greedy same", "greedy", True, ".0%", lambda r, f: _mean(_same(r, f))),
     *(
         metric
         for task in ("passkey", "passkey_later", "multikey", "multikey_later")
@@ -91,6 +92,7 @@ METRICS: tuple[Metric, ...] = (
 
 SHOWN = (
     "nll",
+    "added",
     "kl",
     "prefix",
     "agreement",

@@ -53,7 +53,7 @@ _SIZES = (8, 12, 19, 4, 40, 30, 89, 26, 13, 9)
 
 _MANY_USES = 45
 _FARTHEST = 9
-_SESSIONS = 1 << 16
+_BLOCKS_A_SESSION = 8
 
 
 def steps(value: float, per_octave: float, highest: int) -> int:
@@ -510,7 +510,7 @@ class Foresight(PrefixCachePolicy):
         asked, last = self._sessions.get(request.session_id, (0, now + 1))
         self._sessions[request.session_id] = (asked + 1, now)
         self._sessions.move_to_end(request.session_id)
-        if len(self._sessions) > _SESSIONS:
+        if len(self._sessions) > self._limit // _BLOCKS_A_SESSION:
             self._sessions.popitem(last=False)
         return asked, max(now - last, -1.0)
 

@@ -104,9 +104,9 @@ class CutScheduler:
                 plans[tail.block_id] = RowPlan(request.lane, prompt, state, tuple(cuts))
                 if cuts and nth == 0:
                     size = manager.block_size
-                    request.sizes |= {c.at: c.blocks * size for c in cuts}
-                    while len(request.sizes) > SIZES_TOLD:
-                        del request.sizes[next(iter(request.sizes))]
+                    # A request that starts over after a preemption comes to old cuts again.
+                    sizes = request.sizes | {c.at: c.blocks * size for c in cuts}
+                    request.sizes = dict(sorted(sizes.items())[-SIZES_TOLD:])
         return plans
 
     def take(self, measured: npt.NDArray[np.float64]) -> None:
