@@ -426,8 +426,11 @@ class _Parser:
                     f"did you mean {near[0]}?" if near else f"options: {known}.",
                 )
                 continue
-            info = fields.get(str(e["loc"][0])) if e["loc"] else None
             problem = e["msg"].removeprefix("Value error, ")
+            if not e["loc"]:
+                self.refuse(where, f"{policy.name}: {problem}.", "change the options named.")
+                continue
+            info = fields.get(str(e["loc"][0]))
             got = "" if e["type"] == "missing" else f", got {e['input']!r}"
             means = f" ({info.description})" if info is not None and info.description else ""
             self.refuse(where, f"{problem}{got}.", f"set it accordingly{means}.")

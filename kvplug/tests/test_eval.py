@@ -304,7 +304,7 @@ def test_two_runs_are_compared_pair_by_pair(
     )
     (first, *_) = json.loads((tmp_path / "d.json").read_text())
     assert first["ours_variant"] == "snapkv" and first["verdict"] == "worse"
-    assert compare.main([str(ours), str(theirs), "--pairs", "tova=TOVAPress"]) == 2
+    assert compare.main([str(ours), str(theirs), "--pairs", "tova => TOVAPress"]) == 2
     assert "no pair" in capsys.readouterr().err
     assert compare.main([str(ours), str(tmp_path / "absent.json")]) == 2
 

@@ -9,6 +9,8 @@ from scoring_laws import build, permuted, view
 from torch import Tensor
 from torch.nn import functional
 
+from kvplug.deployment import load_deployment
+from kvplug.errors import DeploymentError
 from kvplug_policies.sequence.snapkv import SnapKV
 
 
@@ -69,3 +71,13 @@ def test_a_neighbour_that_is_gone_receives_nothing() -> None:
 def test_bad_options_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         SnapKV.Options.model_validate(options)
+
+
+def test_options_that_contradict_each_other_are_named_without_their_values() -> None:
+    section = {"sequence": {"use": "snapkv", "budget": 16, "recent": 64}}
+    with pytest.raises(DeploymentError) as refused:
+        load_deployment(section)
+    (refusal,) = refused.value.refusals
+    assert refusal.key == "kvplug.sequence"
+    assert refusal.problem == "snapkv: budget 16 is smaller than sink + recent = 68."
+    assert refusal.fix == "change the options named."

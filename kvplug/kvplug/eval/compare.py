@@ -84,12 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvplug.eval.compare", description=__doc__)
     parser.add_argument("ours", type=Path, help="written by kvplug eval --json")
     parser.add_argument("theirs", type=Path, help="written by the other program")
-    parser.add_argument("--pairs", help="OURS=THEIRS;..., variants to compare; the same methods")
+    parser.add_argument(
+        "--pairs",
+        help="'OURS => THEIRS; ...', the variants to compare; the same methods by default",
+    )
     parser.add_argument("--json", type=Path, help="write the differences")
     asked = parser.parse_args(arguments)
     pairs = PAIRS
     if asked.pairs:
-        halves = [pair.partition("=") for pair in asked.pairs.split(";")]
+        halves = [pair.partition("=>") for pair in asked.pairs.split(";")]
         pairs = tuple((a.strip(), b.strip()) for a, _, b in halves)
     try:
         found = differences(Run.load(asked.ours), Run.load(asked.theirs), pairs)

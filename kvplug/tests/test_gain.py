@@ -1,0 +1,42 @@
+"""`kvplug gain` before any engine starts; what it measures is printed by engines that do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvplug.cli import app
+from kvplug.cli.gain import BLOCK, _groups, _work, section_of
+from kvplug.deployment import load_deployment
+from kvplug.models import tiny_llama
+
+
+def test_an_unknown_policy_is_refused_before_anything_runs() -> None:
+    result = CliRunner().invoke(app, ["gain", "--policy", "snapkv,snipkv"])
+    assert result.exit_code == 2
+    assert "--policy: unknown sequence policy 'snipkv'; installed: ada_kv, " in result.output
+
+
+@pytest.mark.parametrize("name", ["snapkv", "sink_window"])
+def test_every_kind_of_policy_gets_the_same_budget(name: str) -> None:
+    section = section_of(name, 256)
+    (choice,) = load_deployment(section).all()
+    options = choice.options.model_dump()
+    kept = options["budget"] if "budget" in options else options["sink"] + options["window"]
+    assert kept == 256
+
+
+def test_layers_in_groups_get_as_many_times_the_blocks(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path, layers=6)
+    assert _groups(section_of("snapkv", 256), model) == 1
+    assert _groups(section_of("sink_window", 256), model) == 1
+    assert _groups(section_of("pyramidkv", 256), model) == 3
+
+
+def test_long_prompts_and_long_outputs_come_mixed() -> None:
+    work = _work(2, 3, 200, 99)
+    assert [r.max_tokens for r in work] == [48, 99, 48, 99, 99]
+    assert len({str(r.prompt) for r in work}) == 5
+    assert BLOCK == 32
