@@ -177,6 +177,7 @@ def test_what_a_sequence_policy_counts_itself_is_reported() -> None:
     half.deployment = load_deployment({"sequence": "sink_window"})
     half.queue = None
     half.sequence = SequenceCounters(freed=7)
+    half.cuts = half._sequence_failed = None
     half.sequence_policy = SimpleNamespace(name="sink_window", counters=lambda: {"widened": 3})
     half._speechless = set()
     (report,) = half.reports()
