@@ -142,6 +142,7 @@ def test_a_budget_per_layer_group(run: Run, tiny: Path, pruned: PrunedOracle) ->
     assert result.classes["managers"] == ["PrunedManager"] * 2
 
 
+@pytest.mark.slow
 def test_blocks_of_128_in_processes_of_their_own(
     run: Run, tiny: Path, pruned: PrunedOracle
 ) -> None:
@@ -165,7 +166,11 @@ def test_other_head_counts(run: Run, tmp_path: Path, heads: int, kv_heads: int) 
     "parallel",
     [
         pytest.param({"tensor_parallel_size": 2}, id="tensor"),
-        pytest.param({"pipeline_parallel_size": 2, "enforce_eager": False}, id="pipeline"),
+        pytest.param(
+            {"pipeline_parallel_size": 2, "enforce_eager": False},
+            id="pipeline",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_two_ranks(run: Run, tiny: Path, pruned: PrunedOracle, parallel: dict[str, Any]) -> None:
