@@ -277,6 +277,8 @@ def test_a_difference_is_noise_until_the_prompts_agree_on_it() -> None:
     some, none = {"a": 1.0, "b": 2.0, "c": 3.0}, {"a": 2.0, "b": 2.0, "c": 2.0}
     found = report.compare(some, none, metric("nll"), 0.5)
     assert (found.low, found.high) == pytest.approx((-4.303 / 3**0.5, 4.303 / 3**0.5))
+    rounded = {name: value + 1e-6 for name, value in lower.items()}
+    assert report.compare(lower, rounded, metric("nll"), 0.5).verdict == "within noise"
     assert report.compare({"a": 1.0}, {"a": 9.0}, metric("nll"), 0.5).verdict == "within noise"
     with pytest.raises(ValueError, match="no prompt in common"):
         report.compare({"a": 1.0}, {"b": 1.0}, metric("nll"), 0.5)
