@@ -55,12 +55,14 @@ def differences(
 def markdown(found: dict[tuple[str, str], list[Difference]]) -> str:
     """The differences as a Markdown table: a row per pair and budget, a column per metric shown.
 
-    A cell holds our value and theirs, and says so where they differ beyond noise.
+    A cell holds our value and theirs, and says so where they differ beyond noise. Log-perplexity is
+    left out: its difference is that of what is added to the full cache's.
     """
+    names = [name for name in SHOWN if name != "nll"]
     shown = [
         metric
         for metric in METRICS
-        if metric.name in SHOWN and any(d.metric == metric.name for r in found.values() for d in r)
+        if metric.name in names and any(d.metric == metric.name for r in found.values() for d in r)
     ]
     heads = [f"{metric.label} {'↑' if metric.higher else '↓'}" for metric in shown]
     lines = [
