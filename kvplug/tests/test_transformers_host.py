@@ -3,6 +3,7 @@ the logits are those of the plain model with the dropped tokens masked."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -519,3 +520,13 @@ def test_what_a_policy_needs_is_what_is_noted(host: Host) -> None:
     assert watched_by(host.policy("snapkv", window=24)) == Watched(24, False)
     assert watched_by(host.policy("h2o")) == Watched(0, True)
     assert watched_by(host.policy("sink_window")) == Watched()
+
+
+def test_the_example_on_the_fidelity_page_runs(model: Any, ids: Tensor) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "fidelity.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    space: dict[str, Any] = {"model": model, "ids": ids[:PROMPT], "more_ids": ids[PROMPT:]}
+    exec(compile(example, "fidelity.md", "exec"), space)
+    assert len(space["answer"].ids) == 64 and space["answer"].cuts
+    assert space["logits"].shape == (len(ids) - PROMPT, 320)
+    assert space["text"].held < space["full"].held == PROMPT
