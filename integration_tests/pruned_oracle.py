@@ -86,9 +86,11 @@ class PrunedOracle:
     """
 
     def __init__(self, model: Path):
-        AttentionInterface.register("kvplug_oracle", self._attend)
+        # Of its own: a name stands for the function registered under it last.
+        name = f"kvplug_oracle_{id(self)}"
+        AttentionInterface.register(name, self._attend)
         self.model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, attn_implementation="kvplug_oracle"
+            model, dtype=torch.float32, attn_implementation=name
         ).eval()
         self._score: Score = newest
         self._rules: list[Rule] = []
