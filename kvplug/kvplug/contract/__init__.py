@@ -1,6 +1,14 @@
 """The contract between policies and hosts: six kinds, one file each, and the views they receive."""
 
-from kvplug.contract.format import AttendBatch, FormatPolicy, PageField, PageLayout
+from kvplug.contract.format import (
+    AttendBatch,
+    FormatOptions,
+    FormatPolicy,
+    PageField,
+    PageLayout,
+    Recent,
+    WriteBatch,
+)
 from kvplug.contract.lifecycle import Action, LifecyclePolicy, Move, Pressure, TierView
 from kvplug.contract.policy import (
     ALL_FEATURES,
@@ -44,6 +52,7 @@ __all__ = [
     "EngineView",
     "Feature",
     "Fingerprint",
+    "FormatOptions",
     "FormatPolicy",
     "HeldView",
     "Kind",
@@ -57,6 +66,7 @@ __all__ = [
     "PolicyReport",
     "PrefixCachePolicy",
     "Pressure",
+    "Recent",
     "Released",
     "RequestView",
     "ReuseCheck",
@@ -69,5 +79,6 @@ __all__ = [
     "TransferCodec",
     "Verdict",
     "Window",
+    "WriteBatch",
     "layer_range",
 ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from kvplug.contract.policy import Kind, LayerView, Policy
+from pydantic import Field as Knob
+
+from kvplug.contract.policy import ALL_FEATURES, Feature, Kind, LayerView, Policy, PolicyOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,12 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PageField:
-    """One field of a stored token (or page), at a fixed byte offset.
+    """One field of a stored token.
+
+    A page of one KV head is cut into planes: the field of token ``t`` begins at byte
+    ``block_size * offset + t * size`` of it.
 
     Attributes:
-        name: E.g. ``key_codes``, ``key_scale``, ``zero_point``.
-        offset: Bytes from the start of the cell.
-        size: Bytes.
+        name: E.g. ``key_codes``, ``key_scale``, ``value_zero``.
+        offset: Bytes of the fields before it, per token.
+        size: Bytes per token.
         dtype: Name of the element type, e.g. ``uint8``, ``float16``.
     """
 
@@ -34,14 +40,16 @@ class PageLayout:
     """Bytes of one layer's page.
 
     Attributes:
-        bytes_per_token_head: Bytes of K and V of one token and one KV head; a multiple of 4.
+        bytes_per_token_head: Bytes of K and V of one token and one stored head; a multiple of 4.
         key_bits: Bits of a key element; 16 for unquantized.
         value_bits: Bits of a value element.
         group_size: Tokens (per channel) or channels (per token) that share a scale; 0 for none.
         zero_point: Whether codes are asymmetric.
         rank: Stored dimensions per head when projected, else None.
         rotation: Name of the rotation applied before coding, else None.
-        fields: The cell as a table of byte offsets.
+        heads: Stored heads; None for one per KV head of the layer.
+        fields: What a token's bytes are, as planes of the page; one plane of opaque bytes where
+            nothing is said.
     """
 
     bytes_per_token_head: int
@@ -51,17 +59,79 @@ class PageLayout:
     zero_point: bool = False
     rank: int | None = None
     rotation: str | None = None
+    heads: int | None = None
     fields: tuple[PageField, ...] = field(default=())
 
     def __post_init__(self) -> None:
-        if self.bytes_per_token_head < 4 or self.bytes_per_token_head % 4:
-            raise ValueError(
-                f"bytes_per_token_head must be a positive multiple of 4, "
-                f"got {self.bytes_per_token_head}"
-            )
+        size = self.bytes_per_token_head
+        if size < 4 or size % 4:
+            raise ValueError(f"bytes_per_token_head must be a positive multiple of 4, got {size}")
+        if self.heads is not None and self.heads < 1:
+            raise ValueError(f"heads must be at least 1, got {self.heads}")
+        if not self.fields:
+            object.__setattr__(self, "fields", (PageField("cell", 0, size, "uint8"),))
+        at = 0
         for f in self.fields:
-            if f.offset < 0 or f.offset + f.size > self.bytes_per_token_head:
-                raise ValueError(f"field {f.name} does not fit a cell: {f}")
+            if f.offset != at or f.size < 1 or at + f.size > size:
+                raise ValueError(f"fields must follow each other and fit {size} bytes: {f}")
+            at += f.size
+
+    def planes(self, cache: Tensor) -> list[Tensor]:
+        """A cache as one uint8 view ``[num_blocks, heads, block_size, size]`` per field.
+
+        Args:
+            cache: ``[num_blocks, heads, block_size, bytes_per_token_head]`` uint8, the last two
+                dimensions contiguous.
+        """
+        blocks, heads, size, _ = cache.shape
+        return [
+            cache.as_strided(
+                (blocks, heads, size, f.size),
+                (cache.stride(0), cache.stride(1), f.size, 1),
+                cache.storage_offset() + size * f.offset,
+            )
+            for f in self.fields
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """The exact K and V of each request's latest tokens, kept by the host beside the pages.
+
+    The token at slot ``s`` of a request lies at ``[lane, s % size]`` until the token ``size``
+    places later is computed.
+
+    Attributes:
+        key: ``[lanes, size, num_kv_heads, head_size]``.
+        value: The same shape.
+    """
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class WriteBatch:
+    """The new tokens of one step for one layer.
+
+    Attributes:
+        key: ``[num_tokens, num_kv_heads, head_size]``.
+        value: The same shape.
+        slots: ``[num_tokens]`` int64, block * block_size + offset; negative is padding. The tokens
+            of a request follow each other.
+        lanes: Lane of each token's request, ``[num_tokens]`` int64, or -1 where it has none;
+            None where the format keeps nothing recent.
+        recent: What is kept of the tokens before these; these are added once they were attended.
+        assigned: Assignment of each token's request, ``[num_tokens]`` int64, where the format has
+            several; see `FormatPolicy.assignments`.
+    """
+
+    key: Tensor
+    value: Tensor
+    slots: Tensor
+    lanes: Tensor | None = None
+    recent: Recent | None = None
+    assigned: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +142,16 @@ class AttendBatch:
         query: ``[num_tokens, num_heads, head_size]``.
         query_start: ``[num_rows + 1]`` int32, first query token of each row.
         block_table: ``[num_rows, max_blocks]`` int32.
-        seq_lens: ``[num_rows]`` int32, KV tokens each row sees, its own queries included.
+        seq_lens: ``[num_rows]`` int32, stored tokens each row sees, its own among them.
         scale: Softmax scale.
+        max_query_len: Most queries of a row.
+        max_seq_len: Most tokens of a row.
+        key: Exact keys of the query tokens, ``[num_tokens, num_kv_heads, head_size]``, or None
+            to read theirs from the pages too.
+        value: The same of values.
+        softcap: Soft cap of logits; 0 for none.
+        lanes: Lane of each row's request, ``[num_rows]`` int64, or -1; None as in `WriteBatch`.
+        recent: What is kept of the tokens before this step's.
     """
 
     query: Tensor
@@ -81,39 +159,173 @@ class AttendBatch:
     block_table: Tensor
     seq_lens: Tensor
     scale: float
+    max_query_len: int
+    max_seq_len: int
+    key: Tensor | None = None
+    value: Tensor | None = None
+    softcap: float = 0.0
+    lanes: Tensor | None = None
+    recent: Recent | None = None
+
+
+class FormatOptions(PolicyOptions):
+    """The knobs every format has."""
+
+    exact_chunk: bool = Knob(
+        True,
+        description="the tokens of one step see each other as computed, and stored ones only in "
+        "what came before; false: all are read back, so nothing depends on how a prompt is chunked",
+    )
 
 
 class FormatPolicy(Policy):
     """Stores and attends KV in its own bytes. One object per worker.
 
+    A format of one's own is three methods: `layout` says how many bytes a token takes, `encode`
+    makes them and `decode` reads them. The host then scatters them, and attends by reading back.
+    A format with a kernel of its own overrides `write` and `attend`.
+
     The format's `fingerprint` is part of a block's identity: blocks of another format never match.
+
+    Attributes:
+        moves_tokens: Whether a token's bytes can be moved to another slot by themselves. False
+            where tokens share a scale; then policies that move tokens are refused.
     """
 
     kind: ClassVar[Kind] = Kind.FORMAT
     exact: ClassVar[bool] = False
+    moves_tokens: bool = True
+    supports: ClassVar[frozenset[Feature]] = ALL_FEATURES - {
+        Feature.QUANTIZED_KV_CACHE,
+        Feature.CONTEXT_PARALLEL,
+        Feature.DISAGGREGATED_PREFILL,
+        Feature.KV_SHARING,
+        Feature.SLIDING_WINDOW_LAYERS,
+        Feature.SPECULATIVE_DECODING,
+        Feature.DRAFT_MODEL,
+        Feature.MULTIMODAL,
+    }
+
+    class Options(FormatOptions):
+        """The knobs every format has."""
 
     @abstractmethod
     def layout(self, layer: LayerView) -> PageLayout:
         """The page layout of a layer. Raises ValueError for a head size it cannot pack."""
 
-    @abstractmethod
-    def write(
-        self, layer: LayerView, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor
-    ) -> None:
-        """Encode and store new tokens.
+    def encode(self, layer: LayerView, key: Tensor, value: Tensor) -> Tensor:
+        """The bytes of some tokens.
 
         Args:
             layer: The layer.
             key: ``[num_tokens, num_kv_heads, head_size]``.
             value: The same shape.
-            cache: ``[num_blocks, num_kv_heads, block_size, bytes_per_token_head]`` uint8.
-            slots: ``[num_tokens]`` int64, block * block_size + offset; negative is padding.
-        """
 
-    @abstractmethod
+        Returns:
+            uint8 ``[num_tokens, heads, bytes_per_token_head]``, the layout's fields in order.
+        """
+        raise NotImplementedError(f"{type(self).__name__} overrides neither encode nor write")
+
+    def decode(self, layer: LayerView, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of some tokens, as near as the bytes hold them.
+
+        Args:
+            layer: The layer.
+            cells: uint8 ``[num_tokens, heads, bytes_per_token_head]``.
+
+        Returns:
+            Keys and values ``[num_tokens, num_kv_heads, head_size]``, any floating dtype.
+        """
+        raise NotImplementedError(f"{type(self).__name__} overrides neither decode nor read")
+
+    def recent(self, layer: LayerView) -> int:
+        """Latest tokens of each request whose exact K and V the host keeps; divides the block
+        size. 0 for none."""
+        return 0
+
+    def write(self, layer: LayerView, batch: WriteBatch, cache: Tensor) -> None:
+        """Encode and store new tokens.
+
+        Args:
+            layer: The layer.
+            batch: The tokens.
+            cache: ``[num_blocks, heads, block_size, bytes_per_token_head]`` uint8.
+        """
+        cells = self.encode(layer, batch.key, batch.value)
+        slots, size = batch.slots, cache.shape[2]
+        if cache.device.type == "cpu" and bool((slots < 0).any()):
+            cells, slots = cells[slots >= 0], slots[slots >= 0]
+        layout = self.layout(layer)
+        blocks, offsets = slots // size, slots % size
+        for f, plane in zip(layout.fields, layout.planes(cache), strict=True):
+            plane[blocks, :, offsets] = cells[..., f.offset : f.offset + f.size]
+
+    def read(self, layer: LayerView, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V of whole blocks, as near as the pages hold them.
+
+        Args:
+            layer: The layer.
+            cache: As in `write`.
+            blocks: Block ids, ``[n]`` int64.
+
+        Returns:
+            Keys and values ``[n, num_kv_heads, block_size, head_size]``, any floating dtype.
+        """
+        layout = self.layout(layer)
+        heads, size = cache.shape[1], cache.shape[2]
+        cells = cache.new_zeros((len(blocks), size, heads, layout.bytes_per_token_head))
+        for f, plane in zip(layout.fields, layout.planes(cache), strict=True):
+            cells[..., f.offset : f.offset + f.size] = plane[blocks].transpose(1, 2)
+        key, value = self.decode(layer, cells.flatten(0, 1))
+
+        def pages(tokens: Tensor) -> Tensor:
+            return tokens.reshape(len(blocks), size, *tokens.shape[1:]).transpose(1, 2)
+
+        return pages(key), pages(value)
+
     def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:
-        """Attention of ``batch`` over the stored codes, written to ``out`` (shape of the query)."""
+        """Attention of the queries over what is stored, written to ``out``.
+
+        Args:
+            layer: The layer.
+            batch: The queries.
+            cache: As in `write`; this step's tokens are stored already.
+            out: ``[num_tokens, num_heads, head_size]``, the dtype of the query.
+        """
+        from kvplug.contract.dense import attend_dense
+
+        attend_dense(self, layer, batch, cache, out)
 
     def fingerprint(self) -> str:
         """Identity of the stored bytes: name and every option."""
         return f"{self.name}:{self.options.model_dump_json()}"
+
+    # -- formats that choose per request -------------------------------------------------------
+
+    def assignments(self) -> Sequence[str]:
+        """Identities of the ways a request may be stored, within one page layout.
+
+        More than one, and each request is given one as it arrives (`assign`); its blocks match
+        only requests with the same one.
+        """
+        return (self.fingerprint(),)
+
+    def assign(self) -> int:
+        """The assignment of a new request. Called in the scheduler."""
+        return 0
+
+    def signals(self) -> Sequence[float] | None:
+        """What was measured since the last call, on a worker, or None for nothing.
+
+        Called after each step; the host adds the numbers of the ranks up and hands them to
+        `observe`.
+        """
+        return None
+
+    def observe(self, signals: Sequence[float]) -> str | None:
+        """Take in what the workers measured, in the scheduler.
+
+        Returns:
+            A sentence to log when something was decided, else None.
+        """
+        return None

@@ -112,6 +112,8 @@ class EngineView:
         layers: The attention layers, in order; empty where the host does not know them yet.
         host: ``"vllm"``, ``"trace"`` or ``"transformers"``.
         host_version: Version of the host engine.
+        model: Fingerprint of the model's config and weights; empty where the host does not know
+            it.
     """
 
     block_size: int
@@ -122,6 +124,7 @@ class EngineView:
     layers: tuple[LayerView, ...] = ()
     host: str = "vllm"
     host_version: str = ""
+    model: str = ""
 
 
 class Policy(ABC):

@@ -1,0 +1,469 @@
+"""How coded K and V lie in a page, and the plain specification of the codes.
+
+A page of ``block_size`` tokens of one KV head is ``block_size * bytes_per_token`` bytes, cut into
+planes: field ``f`` of token ``t`` begins at byte ``block_size * f.offset + t * f.size``. So every
+field of a page is one contiguous run, and all fields of one token, put one behind the other, are
+its cell: what moves when the token moves.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["int", "fp8", "codebook", "plain"]
+Axis = Literal["channels", "tokens"]
+
+FP8_MAX = 448.0
+"""Largest finite number of e4m3."""
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Coding:
+    """How one vector (K or V of one token and KV head) is coded.
+
+    Attributes:
+        width: Elements of the vector.
+        bits: Bits of a code: 2, 3, 4 or 8; 16 or 32 for ``plain``.
+        kind: ``int``: ``x ~ scale * code + zero``, codes ``0 .. 2**bits - 1``. ``fp8``: e4m3,
+            ``x ~ scale * code``. ``codebook``: ``x ~ scale * levels[code]``. ``plain``: the
+            elements themselves, as float16 or bfloat16 (16 bits) or float32 (32).
+        group: Elements that share a scale; it divides ``width`` (along channels) or the block size
+            (along tokens).
+        axis: Whether a group runs along the channels of one token or along the tokens of one
+            channel.
+        sums: Whether the sum of each group's codes is stored (``int`` along channels only): the
+            correction term of a product with asymmetric codes.
+        outliers: Leading elements coded apart, as 8-bit ``int`` codes with a scale and a zero of
+            their own per token. They count in ``width`` and are no part of the groups.
+
+    Raises:
+        ValueError: The vector cannot be coded so; the message says what does not fit.
+    """
+
+    width: int
+    bits: int
+    kind: Kind = "int"
+    group: int = 0
+    axis: Axis = "channels"
+    sums: bool = False
+    outliers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group == 0:
+            object.__setattr__(self, "group", self.inner)
+        allowed = {"plain": (16, 32), "fp8": (8,), "codebook": (2, 3, 4), "int": (2, 3, 4, 8)}
+        if self.bits not in allowed[self.kind]:
+            raise ValueError(f"{self.kind} codes have {allowed[self.kind]} bits, not {self.bits}")
+        pack = {2: 4, 3: 8, 4: 2}.get(self.bits, 1)
+        if self.width < 1 or self.outliers < 0 or self.inner < 1:
+            raise ValueError(f"{self.outliers} outliers leave nothing of {self.width} elements")
+        if self.inner % pack:
+            raise ValueError(f"{self.inner} elements of {self.bits} bits do not fill whole bytes")
+        if self.kind == "plain" and (self.outliers or self.sums):
+            raise ValueError("plain vectors have neither outliers nor sums")
+        if self.axis == "channels" and (self.group < 1 or self.inner % self.group):
+            raise ValueError(f"a group of {self.group} does not divide {self.inner} elements")
+        if self.axis == "tokens" and (self.kind != "int" or self.sums or self.outliers):
+            raise ValueError("only int codes without sums or outliers are grouped along tokens")
+        if self.axis == "tokens" and (self.group < 1 or self.width % self.group):
+            raise ValueError(
+                f"{self.width} channels cannot be spread over the {self.group} tokens of a group"
+            )
+        if self.sums and self.kind != "int":
+            raise ValueError("only int codes have sums")
+
+    @property
+    def inner(self) -> int:
+        """Elements in groups: those that are no outliers."""
+        return self.width - self.outliers
+
+    @property
+    def levels(self) -> int:
+        """Number of codes."""
+        return 1 << self.bits
+
+    @property
+    def groups(self) -> int:
+        """Groups of one vector; 1 where groups run along tokens."""
+        return self.inner // self.group if self.axis == "channels" else 1
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of the codes of one vector, outliers not counted."""
+        return self.inner * self.bits // 8
+
+    def sizes(self) -> list[tuple[str, int, str]]:
+        """Name, bytes and element type of each field of one vector."""
+        if self.kind == "plain":
+            wide = "float32" if self.bits == 32 else "float16 or bfloat16"
+            return [("codes", self.width * self.bits // 8, wide)]
+        # Along tokens, the tokens of a group carry an equal part of its channels' scales each.
+        scales = 2 * (self.groups if self.axis == "channels" else self.width // self.group)
+        found = [("codes", self.code_bytes, "float8_e4m3fn" if self.kind == "fp8" else "uint8")]
+        found.append(("scale", scales, "float16"))
+        if self.kind == "int":
+            found.append(("zero", scales, "float16"))
+        if self.sums:
+            found.append(("sum", 2 * self.groups, "uint16"))
+        if self.outliers:
+            found += [
+                ("outlier_codes", self.outliers, "uint8"),
+                ("outlier_scale", 2, "float16"),
+                ("outlier_zero", 2, "float16"),
+            ]
+        return found
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of a cell.
+
+    Attributes:
+        name: ``key_`` or ``value_`` and ``codes``, ``scale``, ``zero``, ``sum``,
+            ``outlier_codes``, ``outlier_scale`` or ``outlier_zero``.
+        offset: Bytes before it in the cell.
+        size: Its bytes.
+        dtype: Its element type.
+    """
+
+    name: str
+    offset: int
+    size: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class CodedPage:
+    """The fields of K and V in one page.
+
+    Attributes:
+        key: How keys are coded.
+        value: How values are coded; grouped along channels.
+    """
+
+    key: Coding
+    value: Coding
+
+    def __post_init__(self) -> None:
+        if self.value.axis != "channels":
+            raise ValueError("values are grouped along channels")
+
+    @functools.cached_property
+    def fields(self) -> tuple[Field, ...]:
+        """Every field, wide ones first so that planes of codes are aligned."""
+        parts = [(f"key_{n}", s, d) for n, s, d in self.key.sizes()]
+        parts += [(f"value_{n}", s, d) for n, s, d in self.value.sizes()]
+        # Two-byte elements behind an odd number of bytes could not be loaded as such.
+        parts.sort(key=lambda part: part[2] in ("uint8", "float8_e4m3fn") and part[1] % 2)
+        parts.sort(key=lambda part: not part[0].endswith("codes") or part[1] % 4 != 0)
+        found, at = [], 0
+        for name, size, dtype in parts:
+            found.append(Field(name, at, size, dtype))
+            at += size
+        return tuple(found)
+
+    @functools.cached_property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token and KV head: the sum of the fields, rounded up to a multiple of 4."""
+        last = self.fields[-1]
+        return -(-(last.offset + last.size) // 4) * 4
+
+    def field(self, name: str) -> Field:
+        """The field of a name. Raises KeyError."""
+        for field in self.fields:
+            if field.name == name:
+                return field
+        raise KeyError(name)
+
+    def plane(self, pages: Tensor, name: str) -> Tensor:
+        """One field of all pages.
+
+        Args:
+            pages: uint8 ``[num_blocks, kv_heads, block_size, bytes_per_token]``, the two last
+                dimensions contiguous.
+            name: Name of the field.
+
+        Returns:
+            uint8 view ``[num_blocks, kv_heads, block_size, size]``.
+        """
+        return plane(pages, self.field(name))
+
+
+def plane(pages: Tensor, field: Field) -> Tensor:
+    """One field of all pages, as `CodedPage.plane`."""
+    blocks, heads, size, _ = pages.shape
+    return pages.as_strided(
+        (blocks, heads, size, field.size),
+        (pages.stride(0), pages.stride(1), field.size, 1),
+        pages.storage_offset() + size * field.offset,
+    )
+
+
+def check_coded_pages(name: str, pages: Tensor, layout: CodedPage) -> None:
+    """Raise ValueError unless the tensor is a cache of pages with this layout."""
+    if pages.dtype != torch.uint8 or pages.ndim != 4:
+        raise ValueError(f"{name} must be uint8 with 4 dimensions, got {pages.dtype} {pages.ndim}.")
+    _, _, size, content = pages.shape
+    if content != layout.bytes_per_token:
+        raise ValueError(f"{name} must have {layout.bytes_per_token} bytes a token, got {content}.")
+    if pages.stride(3) != 1 or pages.stride(2) != content:
+        raise ValueError(f"{name} must be contiguous within a page, got strides {pages.stride()}.")
+    if layout.key.axis == "tokens" and size % layout.key.group:
+        raise ValueError(f"groups of {layout.key.group} tokens do not fill blocks of {size}.")
+    if pages.storage_offset() % 4 or any(s % 4 for s in pages.stride()[:3]):
+        raise ValueError(f"{name} must be aligned to 4 bytes, got strides {pages.stride()}.")
+
+
+# -- the codes, in plain torch -----------------------------------------------------------------
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes to bytes.
+
+    Byte ``j`` of ``n`` codes holds: 8 bits: code ``j``; 4 bits: codes ``j`` (low) and
+    ``j + n / 2``; 2 bits: codes ``j``, ``j + n / 4``, ``j + n / 2`` and ``j + 3n / 4``, lowest bits
+    first; 3 bits: the low two bits of all codes as 2-bit codes, then the high bits, byte ``j`` of
+    which holds those of ``j``, ``j + n / 8``, ... ``j + 7n / 8``.
+
+    Args:
+        codes: Integers ``[..., n]``.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        uint8 ``[..., n * bits / 8]``.
+    """
+    codes = codes.to(torch.uint8)
+    if bits == 8:
+        return codes
+    if bits == 3:
+        return torch.cat([pack(codes & 3, 2), _fold(codes >> 2, 1)], dim=-1)
+    return _fold(codes, bits)
+
+
+def _fold(codes: Tensor, bits: int) -> Tensor:
+    parts = 8 // bits
+    cut = codes.unflatten(-1, (parts, -1))
+    out = cut[..., 0, :].clone()
+    for i in range(1, parts):
+        out |= cut[..., i, :] << (bits * i)
+    return out
+
+
+def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The ``n`` codes that `pack` packed, uint8 ``[..., n]``."""
+    if bits == 8:
+        return packed
+    if bits == 3:
+        low, high = packed[..., : n // 4], packed[..., n // 4 :]
+        return _unfold(low, 2) | (_unfold(high, 1) << 2)
+    return _unfold(packed, bits)
+
+
+def _unfold(packed: Tensor, bits: int) -> Tensor:
+    parts, mask = 8 // bits, (1 << bits) - 1
+    return torch.cat([(packed >> (bits * i)) & mask for i in range(parts)], dim=-1)
+
+
+def finite(x: Tensor) -> Tensor:
+    """float32 with NaN and infinities as 0, and the rest within what float16 can scale. There is
+    no negative zero, so that the smallest element has one bit pattern."""
+    return torch.nan_to_num(x.float(), 0.0, 0.0, 0.0).clamp(-FP16_MAX, FP16_MAX) + 0.0
+
+
+def affine(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero, float16, of elements between ``low`` and ``high`` (finite float32)."""
+    zero = low.half()
+    # Devices agree on a product, and not on the quotient by a number known beforehand.
+    scale = ((high - zero.float()).clamp_min(0) * (1.0 / ((1 << bits) - 1))).half()
+    return scale, zero
+
+
+def affine_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Codes uint8 of finite float32 elements: the nearest, halves upwards."""
+    step = scale.float()
+    inverse = torch.where(step > 0, 1 / step, 0.0)
+    codes = ((x - zero.float()) * inverse + 0.5).floor().clamp(0, (1 << bits) - 1)
+    return codes.to(torch.uint8)
+
+
+def quantize_int(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric codes of the last dimension.
+
+    The zero is the smallest element and the scale the range over ``2**bits - 1``, both rounded to
+    float16 before codes are chosen with them; a constant group has scale 0 and codes 0.
+
+    Args:
+        x: Finite float32 ``[..., n]``.
+        bits: Bits of a code.
+
+    Returns:
+        Codes uint8 ``[..., n]``, scale and zero float16 ``[..., 1]``.
+    """
+    scale, zero = affine(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), bits)
+    return affine_codes(x, scale, zero, bits), scale, zero
+
+
+def quantize_codebook(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of the nearest level of a vector scaled to root mean square 1.
+
+    The stored scale is the one that fits the chosen levels best (least squares), which is what
+    TurboQuant (arXiv 2504.19874) gets by storing the norm, without its shrinkage.
+
+    Args:
+        x: Finite float32 ``[..., n]``.
+        levels: float32 ``[2**bits]``, ascending, for elements of variance 1.
+
+    Returns:
+        Codes uint8 ``[..., n]`` and scale float16 ``[..., 1]``.
+    """
+    rms = x.square().mean(-1, keepdim=True).sqrt()
+    unit = x / torch.where(rms > 0, rms, 1.0)
+    bounds = (levels[1:] + levels[:-1]) / 2
+    codes = torch.bucketize(unit, bounds)
+    chosen = levels[codes]
+    fit = (x * chosen).sum(-1, keepdim=True) / chosen.square().sum(-1, keepdim=True).clamp_min(1e-9)
+    return codes.to(torch.uint8), (fit.clamp(0, FP16_MAX) + 0.0).half()
+
+
+def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """e4m3 codes as bytes, and scale float16 ``[..., 1]``, the largest magnitude over 448."""
+    scale = (x.abs().amax(-1, keepdim=True) * (1.0 / FP8_MAX)).half()
+    step = scale.float()
+    scaled = x * torch.where(step > 0, 1 / step, 0.0)
+    return scaled.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8), scale
+
+
+def encode_vectors(x: Tensor, coding: Coding, levels: Tensor | None = None) -> dict[str, Tensor]:
+    """The fields of some vectors, grouped along channels.
+
+    Args:
+        x: float ``[..., width]``.
+        coding: How; its groups run along channels.
+        levels: Levels of a codebook.
+
+    Returns:
+        uint8 ``[..., size]`` of each field, by name without ``key_`` or ``value_``.
+    """
+    if coding.kind == "plain":
+        if x.element_size() * 8 != coding.bits:
+            raise ValueError(f"plain vectors of {coding.bits} bits cannot hold {x.dtype}.")
+        return {"codes": _bytes(torch.nan_to_num(x, 0.0, 0.0, 0.0))}
+    x = finite(x)
+    found: dict[str, Tensor] = {}
+    if coding.outliers:
+        codes, scale, zero = quantize_int(x[..., : coding.outliers], 8)
+        found["outlier_codes"] = codes
+        found["outlier_scale"], found["outlier_zero"] = _bytes(scale), _bytes(zero)
+        x = x[..., coding.outliers :]
+    grouped = x.unflatten(-1, (coding.groups, coding.group))
+    if coding.kind == "int":
+        codes, scale, zero = quantize_int(grouped, coding.bits)
+        found["zero"] = _bytes(zero.squeeze(-1))
+        if coding.sums:
+            # uint16 has few operations; its bytes are those of the low half of an int32.
+            total = codes.sum(-1, dtype=torch.int32)
+            found["sum"] = total.unsqueeze(-1).view(torch.uint8)[..., :2].flatten(-2)
+    elif coding.kind == "fp8":
+        codes, scale = quantize_fp8(grouped)
+    else:
+        assert levels is not None, "a codebook needs its levels"
+        codes, scale = quantize_codebook(grouped, levels)
+    found["codes"] = pack(codes.flatten(-2), coding.bits)
+    found["scale"] = _bytes(scale.squeeze(-1))
+    return found
+
+
+def decode_vectors(
+    fields: dict[str, Tensor],
+    coding: Coding,
+    levels: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The vectors that `encode_vectors` coded, ``[..., width]`` of ``dtype``.
+
+    Args:
+        fields: As `encode_vectors` returns them; of whole groups ``[..., tokens, size]``, as
+            `decode_groups` takes them, where groups run along tokens.
+        coding: How.
+        levels: Levels of a codebook.
+        dtype: Of the result; for a ``plain`` vector, what it was stored in.
+    """
+    if coding.kind == "plain":
+        return fields["codes"].contiguous().view(dtype)
+    if coding.axis == "tokens":
+        return decode_groups(fields, coding, dtype)
+    codes = unpack(fields["codes"], coding.bits, coding.inner)
+    scale = _halves(fields["scale"]).float().unsqueeze(-1)
+    grouped = codes.unflatten(-1, (coding.groups, coding.group))
+    if coding.kind == "int":
+        x = grouped.float() * scale + _halves(fields["zero"]).float().unsqueeze(-1)
+    elif coding.kind == "fp8":
+        x = grouped.contiguous().view(torch.float8_e4m3fn).float() * scale
+    else:
+        assert levels is not None, "a codebook needs its levels"
+        x = levels[grouped.int()] * scale
+    x = x.flatten(-2)
+    if coding.outliers:
+        step, low = _halves(fields["outlier_scale"]), _halves(fields["outlier_zero"])
+        x = torch.cat([fields["outlier_codes"].float() * step.float() + low.float(), x], dim=-1)
+    return x.to(dtype)
+
+
+def encode_groups(x: Tensor, coding: Coding, live: Tensor | None = None) -> dict[str, Tensor]:
+    """The fields of some groups of tokens, grouped along tokens.
+
+    Args:
+        x: float ``[..., group, width]``.
+        coding: How; its groups run along tokens.
+        live: bool ``[..., group]``, the tokens that count, one at least; all without it. The codes
+            of others mean nothing.
+
+    Returns:
+        uint8 ``[..., group, size]`` of ``codes``, ``scale`` and ``zero``. The scales of a group,
+        one per channel, lie behind one another: token ``i`` of ``group`` carries those of channels
+        ``i * width / group`` and on, and zeros likewise.
+    """
+    x = finite(x)
+    low, high = x, x
+    if live is not None:
+        low = x.masked_fill(~live.unsqueeze(-1), float("inf"))
+        high = x.masked_fill(~live.unsqueeze(-1), float("-inf"))
+    scale, zero = affine(low.amin(-2), high.amax(-2), coding.bits)
+    codes = affine_codes(x, scale.unsqueeze(-2), zero.unsqueeze(-2), coding.bits)
+    return {
+        "codes": pack(codes, coding.bits),
+        "scale": _bytes(scale.unflatten(-1, (coding.group, -1))),
+        "zero": _bytes(zero.unflatten(-1, (coding.group, -1))),
+    }
+
+
+def decode_groups(
+    fields: dict[str, Tensor], coding: Coding, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The tokens that `encode_groups` coded, ``[..., tokens, width]`` of ``dtype``.
+
+    Args:
+        fields: uint8 ``[..., tokens, size]`` of ``codes``, ``scale`` and ``zero``, whole groups:
+            e.g. the planes of whole blocks.
+        coding: How.
+        dtype: Of the result.
+    """
+    cut = (-1, coding.group)
+    codes = unpack(fields["codes"], coding.bits, coding.width).unflatten(-2, cut)
+    scale = _halves(fields["scale"]).unflatten(-2, cut).flatten(-2).unsqueeze(-2).float()
+    zero = _halves(fields["zero"]).unflatten(-2, cut).flatten(-2).unsqueeze(-2).float()
+    return (codes.float() * scale + zero).flatten(-3, -2).to(dtype)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def _halves(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.float16)

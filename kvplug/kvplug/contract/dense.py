@@ -1,0 +1,90 @@
+"""Attention over any format by reading it back: the host's own way, and what kernels must equal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvplug.contract.format import AttendBatch, FormatPolicy
+    from kvplug.contract.policy import LayerView
+
+LOGITS_BYTES = 64 << 20
+"""Logits held at a time."""
+
+
+def attend_dense(
+    policy: FormatPolicy, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor
+) -> None:
+    """Attention of a step's queries over stored tokens, read back with `FormatPolicy.read`.
+
+    Rows with about as many queries go together, so a batch of decoding requests is one product.
+
+    Args:
+        policy: The format.
+        layer: The layer.
+        batch: The queries.
+        cache: ``[num_blocks, heads, block_size, bytes_per_token_head]`` uint8.
+        out: ``[num_tokens, num_heads, head_size]``.
+    """
+    starts = batch.query_start.long()
+    widths = starts[1:] - starts[:-1]
+    # Buckets of powers of two waste at most half of a padded batch.
+    bucket = torch.where(widths > 0, torch.log2(widths.clamp_min(1).float()).ceil(), -1).long()
+    for level in torch.unique(bucket).tolist():
+        if level < 0:
+            continue
+        rows = (bucket == level).nonzero()[:, 0]
+        kv_heads, held = layer.num_kv_heads, int(batch.seq_lens[rows].max())
+        logits = int(widths[rows].max()) * batch.query.shape[1] * held * 4
+        for part in rows.split(max(1, LOGITS_BYTES // max(logits, 1))):
+            _attend_rows(policy, layer, batch, cache, out, part, widths[part], kv_heads)
+
+
+def _attend_rows(
+    policy: FormatPolicy,
+    layer: LayerView,
+    batch: AttendBatch,
+    cache: Tensor,
+    out: Tensor,
+    rows: Tensor,
+    widths: Tensor,
+    kv_heads: int,
+) -> None:
+    size, device = cache.shape[2], cache.device
+    lens = batch.seq_lens[rows].long()
+    held = int(lens.max())
+    pages = -(-held // size)
+    live = torch.arange(pages, device=device) * size < lens[:, None]
+    table = torch.where(live, batch.block_table[rows, :pages].long(), 0)
+    key, value = policy.read(layer, cache, table.flatten())
+    shape = (len(rows), pages)
+
+    def rowwise(pages_: Tensor) -> Tensor:
+        by_row = pages_.reshape(*shape, *pages_.shape[1:]).transpose(1, 2)
+        return by_row.flatten(2, 3)[:, :, :held].float()
+
+    keys, values = rowwise(key), rowwise(value)
+    width = int(widths.max())
+    step = torch.arange(width, device=device)
+    mine = step < widths[:, None]
+    token = (batch.query_start[rows].long()[:, None] + step).clamp_max(batch.query.shape[0] - 1)
+    at = lens[:, None] - widths[:, None] + step
+    if batch.key is not None and batch.value is not None:
+        row = torch.arange(len(rows), device=device)[:, None].expand_as(at)[mine]
+        keys[row, :, at[mine]] = batch.key[token[mine]].float()
+        values[row, :, at[mine]] = batch.value[token[mine]].float()
+    query = batch.query[token].float()
+    query = query.view(*query.shape[:2], kv_heads, -1, query.shape[3])
+    seen = torch.arange(held, device=device) <= at[..., None]
+    tile = max(1, LOGITS_BYTES // max(len(rows) * batch.query.shape[1] * held * 4, 1))
+    for first in range(0, width, tile):
+        part = slice(first, first + tile)
+        logits = torch.einsum("rqhgd,rhtd->rhgqt", query[:, part], keys) * batch.scale
+        if batch.softcap:
+            logits = batch.softcap * torch.tanh(logits / batch.softcap)
+        logits = logits.masked_fill(~seen[:, None, None, part], float("-inf"))
+        sums = torch.einsum("rhgqt,rhtd->rqhgd", logits.softmax(-1), values).flatten(2, 3)
+        out[token[:, part][mine[:, part]]] = sums[mine[:, part]].to(out.dtype)

@@ -1,0 +1,293 @@
+"""What the built-in formats share: codes written and attended by kernels, in a space of their own.
+
+A `CodedFormat` codes each vector after an affine map of its own (a rotation, a projection, a mean
+taken away); attention happens in that space, with the map absorbed into the query and undone on
+the weighted sum. So nothing is unpacked but in registers, and a format is little more than its
+`CodedFormat.coding` and its maps.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from kvplug.contract import (
+    AttendBatch,
+    EngineView,
+    FormatOptions,
+    FormatPolicy,
+    LayerView,
+    PageField,
+    PageLayout,
+    PolicyOptions,
+    WriteBatch,
+    layer_range,
+)
+from kvplug_kernels.attend_exact import attend_exact, merge_attention
+from kvplug_kernels.coding import CodedPage, decode_vectors, plane
+from kvplug_kernels.paged_attend_quant import paged_attend_quant
+from kvplug_kernels.quant_write import quant_write
+
+Levels = tuple[Tensor | None, Tensor | None]
+"""Levels of the codebooks of K and V."""
+
+
+LAYERS = (
+    "bits of single layers or ranges of them, e.g. {'0-1': 8, '-1': 8}; layers left out have those "
+    "of the format"
+)
+"""What the option `layers` means."""
+
+
+class LayerOptions(FormatOptions):
+    """Knobs of a format whose codes may have other bits in some layers.
+
+    A format repeats the field with the bits it can have: ``Mapping[str, Literal[2, 4]]``.
+    """
+
+    layers: Mapping[str, int] = Field(default_factory=dict, description=LAYERS)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layer_keys_are_text(cls, value: object) -> object:
+        return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("layers")
+    @classmethod
+    def _layer_keys_are_ranges(cls, value: Mapping[str, int]) -> Mapping[str, int]:
+        for layers in value:
+            layer_range(layers, None)
+        return value
+
+
+def layer_bits(layers: Mapping[str, int], layer: LayerView, bits: int) -> int:
+    """Bits of a layer: of the first range that holds it, or else ``bits``.
+
+    Raises:
+        ValueError: A range is outside the model.
+    """
+    ranges = [(layer_range(text, layer.num_layers), own) for text, own in layers.items()]
+    return next((own for (low, high), own in ranges if low <= layer.index <= high), bits)
+
+
+def check_group(group: int, width: int) -> int:
+    """The group, if it divides the head.
+
+    Raises:
+        ValueError: It does not; the message names groups that do.
+    """
+    if group and width % group:
+        fits = [n for n in range(8, width) if width % n == 0]
+        raise ValueError(
+            f"groups of {group} channels do not divide a head of {width}; "
+            f"choose 0 (the whole head){''.join(f', {n}' for n in fits)}"
+        )
+    return group
+
+
+class CodedFormat(FormatPolicy):
+    """A format whose pages are a `CodedPage`, perhaps after an affine map of K and V.
+
+    Subclasses say `coding` and, where they code something other than K and V themselves, the maps:
+    `into` before coding, `query_into` for queries, `key_back` and `value_back` from decoded
+    vectors, and `shift` for what the keys' map takes off a logit.
+
+    Attributes:
+        integer: Whether products are taken on the codes, as integers.
+        rotation: Name of the rotation applied, for `PageLayout`.
+    """
+
+    integer: ClassVar[bool] = False
+    rotation: ClassVar[str | None] = None
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        super().__init__(options, engine)
+        assert isinstance(options, FormatOptions)
+        self.exact_chunk = options.exact_chunk
+        self._codings: dict[int, CodedPage] = {}
+        self._nonfinite: Tensor | None = None
+        for layer in engine.layers:
+            self.coded(layer)
+
+    @abstractmethod
+    def coding(self, layer: LayerView) -> CodedPage:
+        """How K and V of a layer are coded. Raises ValueError where they cannot be."""
+
+    def coded(self, layer: LayerView) -> CodedPage:
+        """`coding`, asked once per layer."""
+        found = self._codings.get(layer.index)
+        if found is None:
+            try:
+                found = self._codings[layer.index] = self.coding(layer)
+            except ValueError as error:
+                raise ValueError(
+                    f"layer {layer.index}, {layer.head_size} a head: {error}"
+                ) from None
+        return found
+
+    def levels(self, layer: LayerView, device: torch.device) -> Levels:
+        """Levels of the codebooks of K and V, float32 ascending, for elements of variance 1."""
+        return None, None
+
+    # -- maps ----------------------------------------------------------------------------------
+
+    def into(self, layer: LayerView, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V as they are coded.
+
+        Args:
+            layer: The layer.
+            key: ``[n, num_kv_heads, head_size]``.
+            value: The same shape.
+
+        Returns:
+            ``[n, heads, width]`` each, of the layout's heads and the codings' widths.
+        """
+        return key, value
+
+    def query_into(self, layer: LayerView, query: Tensor) -> Tensor:
+        """Queries for coded keys: ``[n, num_heads, head_size]`` to ``[n, num_heads, width]``, so
+        that their products with what `into` made of the keys, plus `shift`, are those with the
+        keys. The result may hold more heads, a whole number for each stored one."""
+        return query
+
+    def shift(self, layer: LayerView, query: Tensor) -> Tensor | None:
+        """What the keys' map takes off every product of a query, ``[n, num_heads]`` float32, or
+        None: a key less its mean has products that are less by the query's with the mean."""
+        return None
+
+    def key_back(self, layer: LayerView, coded: Tensor) -> Tensor:
+        """Keys from decoded ones: ``[n, heads, width]`` to ``[n, num_kv_heads, head_size]``."""
+        return coded
+
+    def value_back(self, layer: LayerView, coded: Tensor) -> Tensor:
+        """Values from decoded ones, as `key_back`."""
+        return coded
+
+    def out_back(self, layer: LayerView, out: Tensor) -> Tensor:
+        """Weighted sums of values from those of decoded ones: ``[n, heads, width]``, the heads of
+        `query_into`'s result, to ``[n, num_heads, head_size]``."""
+        kv_heads = layer.num_kv_heads
+        if type(self).value_back is CodedFormat.value_back:
+            return out
+        # value_back treats every query head of a KV head alike.
+        n, heads, width = out.shape
+        grouped = out.view(n, kv_heads, heads // kv_heads, width).transpose(1, 2)
+        back = self.value_back(layer, grouped.reshape(-1, kv_heads, width))
+        back = back.view(n, heads // kv_heads, kv_heads, -1).transpose(1, 2)
+        return back.reshape(n, heads, -1)
+
+    def lse_back(self, layer: LayerView, lse: Tensor) -> Tensor:
+        """Log-sum-exps ``[n, heads]`` of `query_into`'s heads to ``[n, num_heads]``."""
+        return lse
+
+    # -- what the host calls -------------------------------------------------------------------
+
+    def layout(self, layer: LayerView) -> PageLayout:
+        page = self.coded(layer)
+        key, value = page.key, page.value
+        return PageLayout(
+            page.bytes_per_token,
+            key.bits,
+            value.bits,
+            group_size=key.group,
+            zero_point=key.kind == "int",
+            rank=key.width if key.width != layer.head_size else None,
+            rotation=self.rotation,
+            fields=tuple(PageField(f.name, f.offset, f.size, f.dtype) for f in page.fields),
+        )
+
+    def write(self, layer: LayerView, batch: WriteBatch, cache: Tensor) -> None:
+        key, value = self.into(layer, batch.key, batch.value)
+        key_levels, value_levels = self.levels(layer, cache.device)
+        if self._nonfinite is None:
+            self._nonfinite = torch.zeros(1, dtype=torch.int64, device=cache.device)
+        quant_write(
+            key,
+            value,
+            cache,
+            batch.slots,
+            self.coded(layer),
+            key_levels=key_levels,
+            value_levels=value_levels,
+            lanes=batch.lanes,
+            recent_key=batch.recent.key if batch.recent is not None else None,
+            nonfinite=self._nonfinite,
+        )
+
+    def read(self, layer: LayerView, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        page = self.coded(layer)
+        found = []
+        sides = (("key_", page.key, self.key_back), ("value_", page.value, self.value_back))
+        for (name, coding, back), levels in zip(
+            sides, self.levels(layer, cache.device), strict=True
+        ):
+            fields = {
+                f.name.removeprefix(name): plane(cache, f)[blocks]
+                for f in page.fields
+                if f.name.startswith(name)
+            }
+            dtype = getattr(torch, layer.dtype) if coding.kind == "plain" else torch.float32
+            vectors = decode_vectors(fields, coding, levels, dtype)
+            n, heads, size, width = vectors.shape
+            tokens = vectors.transpose(1, 2).reshape(n * size, heads, width)
+            found.append(back(layer, tokens).unflatten(0, (n, size)).transpose(1, 2))
+        return found[0], found[1]
+
+    def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:
+        exact = batch.key is not None and batch.value is not None
+        own = (batch.query_start[1:] - batch.query_start[:-1]).to(torch.int32)
+        lens = batch.seq_lens - own if exact else batch.seq_lens
+        held, recent = self.recent(layer), batch.recent
+        kept = None
+        if exact and held and recent is not None and batch.lanes is not None:
+            kept = torch.where(batch.lanes >= 0, lens % held, 0).to(torch.int32)
+            lens = lens - kept
+        key_levels, value_levels = self.levels(layer, cache.device)
+        past, past_lse = paged_attend_quant(
+            self.query_into(layer, batch.query),
+            cache,
+            self.coded(layer),
+            batch.block_table,
+            lens,
+            batch.query_start,
+            batch.scale,
+            key_levels=key_levels,
+            value_levels=value_levels,
+            causal=not exact,
+            softcap=batch.softcap,
+            integer=self.integer,
+            max_query_len=batch.max_query_len,
+            max_len=batch.max_seq_len,
+        )
+        past = self.out_back(layer, past)
+        past_lse = self.lse_back(layer, past_lse)
+        if not exact:
+            out.copy_(past)
+            return
+        shift = self.shift(layer, batch.query)
+        if shift is not None:
+            past_lse = past_lse + batch.scale * shift
+        assert batch.key is not None and batch.value is not None
+        now, now_lse = attend_exact(
+            batch.query,
+            batch.key,
+            batch.value,
+            batch.query_start,
+            batch.scale,
+            softcap=batch.softcap,
+            max_query_len=batch.max_query_len,
+            recent_key=recent.key if kept is not None and recent is not None else None,
+            recent_value=recent.value if kept is not None and recent is not None else None,
+            lanes=batch.lanes if kept is not None else None,
+            recent_lens=kept,
+        )
+        merge_attention(past, past_lse, now, now_lse, out)
+
+    def counters(self) -> dict[str, float]:
+        found = self._nonfinite
+        return {"nonfinite": float(found.item()) if found is not None else 0.0}
