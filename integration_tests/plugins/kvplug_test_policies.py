@@ -9,15 +9,19 @@ from torch import Tensor
 
 from kvplug import hookimpl
 from kvplug.contract import (
+    AttendBatch,
     EngineView,
+    FormatOptions,
     HeldView,
     LayerView,
     PolicyOptions,
     Released,
     ScoringPolicy,
     SequencePolicy,
+    WriteBatch,
 )
 from kvplug.registry import PolicyRegistry
+from kvplug_policies.format.plain import Plain
 from kvplug_policies.prefix_cache.lru import Lru
 
 
@@ -89,7 +93,42 @@ class FailsToScore(ScoringPolicy):
         raise RuntimeError("scores are not wanted")
 
 
+class FailsToAttend(Plain):
+    """Stores K and V as they are, and cannot attend."""
+
+    name = "fails_to_attend"
+
+    def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:
+        raise RuntimeError("attention is not wanted")
+
+
+class FailsToWrite(Plain):
+    """Stores K and V as they are, but for a number of writes on the way."""
+
+    name = "fails_to_write"
+
+    class Options(FormatOptions):
+        """Knobs of `FailsToWrite`."""
+
+        after: int = Field(0, ge=0, description="writes that go well first")
+        times: int = Field(1, ge=0, description="writes that fail then")
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        super().__init__(options, engine)
+        self._knobs: dict[str, int] = options.model_dump()
+        self._writes = 0
+
+    def write(self, layer: LayerView, batch: WriteBatch, cache: Tensor) -> None:
+        self._writes += 1
+        if 0 < self._writes - self._knobs["after"] <= self._knobs["times"]:
+            raise RuntimeError("the pen is dry")
+        super().write(layer, batch, cache)
+
+
 @hookimpl
 def kvplug_register_policies(registry: PolicyRegistry) -> None:
-    for policy in (FailsLater, FailsAtOnce, NamesStrangers, Speechless, Decides, FailsToScore):
+    for policy in (
+        *(FailsLater, FailsAtOnce, NamesStrangers, Speechless, Decides, FailsToScore),
+        *(FailsToAttend, FailsToWrite),
+    ):
         registry.add(policy)

@@ -15,6 +15,7 @@ class EventType(StrEnum):
     FREED = "freed"
     REFUSED = "refused"
     FALLEN_BACK = "fallen back"
+    ADJUSTED = "adjusted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Event:
         policy: Its name.
         step: Scheduler step.
         count: Blocks or requests concerned.
-        detail: Cause, for refusals and fallbacks.
+        detail: Cause, for refusals and fallbacks; what was decided, for adjustments.
     """
 
     type: EventType

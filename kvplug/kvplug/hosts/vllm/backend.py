@@ -1,17 +1,30 @@
 """Attention backends that stay vLLM's own unless kvplug's connector needs them otherwise.
 
 vLLM resolves ``kvplug.hosts.vllm.backend.CPU_ATTN`` while the engine's config is current, so the
-module's ``__getattr__`` can answer with the stock class, or with a subclass of it whose metadata
-builder compacts block tables and whose layers carry a `WindowedSpec`.
+module's ``__getattr__`` can answer with the stock class, or with a subclass of it: its metadata
+builder compacts block tables and its layers carry a `WindowedSpec` (a sequence policy), or its
+layers have pages of other bytes that it writes and attends by the policy (a format), or both.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
-from kvplug.contract import Kind, LayerView, ScoringPolicy, SequencePolicy, Window
+import torch
+
+from kvplug.contract import (
+    FormatPolicy,
+    Kind,
+    LayerView,
+    PageLayout,
+    ScoringPolicy,
+    SequencePolicy,
+    Window,
+)
+from kvplug.deployment import Deployment
 from kvplug.errors import DeploymentError, Refusal
 
 STOCK: dict[str, str] = {}
@@ -36,20 +49,66 @@ def __getattr__(name: str) -> Any:
     if config is None or not engine.is_kvplug(config):
         return stock
     deployment = engine.deployment_of(config)
-    choice = deployment.choice(Kind.SEQUENCE)
-    policy = engine.sequence_policy(deployment, config)
-    if choice is None or policy is None:
-        return stock
-    origin = (deployment.source, choice.key)
-    if isinstance(policy, ScoringPolicy):
-        return pruned_backend(stock, policy, config, origin)
-    return windowed_backend(stock, policy, origin)
+    sequence = engine.sequence_policy(deployment, config)
+    plug = None
+    stored = engine.format_policy(deployment, config)
+    if stored is not None:
+        plug = FormatPlug(stored, _origin(deployment, Kind.FORMAT), config)
+    if sequence is None:
+        return stock if plug is None else format_backend(stock, plug)
+    origin = _origin(deployment, Kind.SEQUENCE)
+    if isinstance(sequence, ScoringPolicy):
+        return pruned_backend(stock, sequence, config, origin, plug)
+    return windowed_backend(stock, sequence, origin, plug)
+
+
+def _origin(deployment: Deployment, kind: Kind) -> tuple[str, str]:
+    choice = deployment.choice(kind)
+    assert choice is not None
+    return deployment.source, choice.key
+
+
+class FormatPlug:
+    """A format policy as a backend takes it.
+
+    Args:
+        policy: The policy, built for the engine.
+        origin: Source and key of the policy in its deployment, for messages.
+        vllm_config: The engine's config.
+    """
+
+    def __init__(self, policy: FormatPolicy, origin: tuple[str, str], vllm_config: Any):
+        from kvplug.hosts.vllm.worker import worker_state
+
+        self.policy = policy
+        self.origin = origin
+        self.layouts = [policy.layout(layer) for layer in policy.engine.layers]
+        self.recent = max((policy.recent(layer) for layer in policy.engine.layers), default=0)
+        self.apart = self.recent > 0 or len(policy.assignments()) > 1
+        self.state = worker_state(vllm_config)
+        self.state.format = policy
+
+    def builders(self) -> tuple[type[Any], type[Any] | None]:
+        """The mixin next to the stock builder, and the one before all others or None."""
+        from kvplug.hosts.vllm.format import FormatBuilder, LaneBuilder
+
+        if not self.apart:
+            return FormatBuilder, None
+        return FormatBuilder, type("Lanes", (LaneBuilder,), {"kvplug_recent": self.recent})
+
+    def impl(self) -> type[Any]:
+        """The mixin next to the stock implementation."""
+        from kvplug.hosts.vllm.format import FormatImpl
+
+        own = {"kvplug_format": self.policy, "kvplug_format_state": self.state}
+        return type("Format", (FormatImpl,), own)
 
 
 def windowed_backend(
     stock: type[Any],
     policy: SequencePolicy,
     origin: tuple[str, str] = ("inline", "kvplug.sequence"),
+    plug: FormatPlug | None = None,
 ) -> type[Any]:
     """A subclass of a stock backend that applies a positional sequence policy.
 
@@ -57,6 +116,7 @@ def windowed_backend(
         stock: The backend class vLLM would use.
         policy: A policy whose `window` answers for every layer.
         origin: Source and key of the policy in its deployment, for messages.
+        plug: The format its pages are in; None for the backend's own.
     """
     from kvplug.hosts.vllm.compaction import CompactingBuilder
     from kvplug.hosts.vllm.spec import WindowedSpec
@@ -71,9 +131,10 @@ def windowed_backend(
             "window_tokens": window.window_blocks * block,
         }
 
-    return _shortening_backend(
-        stock, policy, origin, CompactingBuilder, None, WindowedSpec, exact_tokens, windows, rule
+    shortening = Shortening(
+        policy, origin, CompactingBuilder, None, WindowedSpec, exact_tokens, windows, rule
     )
+    return _plugged_backend(stock, shortening, plug)
 
 
 def pruned_backend(
@@ -81,6 +142,7 @@ def pruned_backend(
     policy: ScoringPolicy,
     vllm_config: Any,
     origin: tuple[str, str] = ("inline", "kvplug.sequence"),
+    plug: FormatPlug | None = None,
 ) -> type[Any]:
     """A subclass of a stock backend that applies a scoring sequence policy.
 
@@ -89,6 +151,7 @@ def pruned_backend(
         policy: The policy.
         vllm_config: The engine's config.
         origin: Source and key of the policy in its deployment, for messages.
+        plug: The format its pages are in; None for the backend's own.
     """
     from kvplug.hosts.vllm.engine import layer_limits
     from kvplug.hosts.vllm.pruner import PruningBuilder, PruningImpl, ring_size
@@ -107,8 +170,7 @@ def pruned_backend(
         kvplug_policy = policy
         kvplug_state = state
 
-    return _shortening_backend(
-        stock,
+    shortening = Shortening(
         policy,
         origin,
         PruningBuilder,
@@ -118,30 +180,66 @@ def pruned_backend(
         limits,
         lambda own: {"limits": own},
     )
+    return _plugged_backend(stock, shortening, plug)
 
 
-def _shortening_backend(
-    stock: type[Any],
-    policy: SequencePolicy,
-    origin: tuple[str, str],
-    builder_mixin: type[Any],
-    impl_mixin: type[Any] | None,
-    spec_cls: type[Any],
-    exact_tokens: int,
-    rules: list[Any],
-    spec_fields: Callable[[Any], dict[str, Any]],
+def format_backend(stock: type[Any], plug: FormatPlug) -> type[Any]:
+    """A subclass of a stock backend whose pages are in a format.
+
+    Args:
+        stock: The backend class vLLM would use.
+        plug: The format.
+    """
+    return _plugged_backend(stock, None, plug)
+
+
+@dataclass(frozen=True)
+class Shortening:
+    """A sequence policy as a backend takes it.
+
+    Attributes:
+        policy: The policy.
+        origin: Source and key of the policy in its deployment, for messages.
+        builder: Mixin of the metadata builder.
+        impl: Mixin of the implementation, or None.
+        spec: Class of the layers' KV-cache spec.
+        exact_tokens: Leading tokens that see everything before them in every layer.
+        rules: The rule of each layer.
+        fields: Fields of the spec that state a rule.
+    """
+
+    policy: SequencePolicy
+    origin: tuple[str, str]
+    builder: type[Any]
+    impl: type[Any] | None
+    spec: type[Any]
+    exact_tokens: int
+    rules: list[Any]
+    fields: Callable[[Any], dict[str, Any]]
+
+
+def _plugged_backend(
+    stock: type[Any], shortening: Shortening | None, plug: FormatPlug | None
 ) -> type[Any]:
-    """A subclass of ``stock`` whose full-attention layers carry ``spec_cls`` by their own rule."""
+    """A subclass of ``stock`` whose full-attention layers carry a sequence policy's spec by their
+    own rule, or a format's pages by their own layout, or both."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
     from kvplug.hosts.vllm import compat
 
     stock_builder, stock_impl = stock.get_builder_cls(), stock.get_impl_cls()
+    inner, outer = plug.builders() if plug is not None else (None, None)
+    builders = (outer, shortening.builder if shortening else None, inner, stock_builder)
+    impls = (
+        shortening.impl if shortening else None,
+        plug.impl() if plug is not None else None,
+        stock_impl,
+    )
 
-    class Builder(builder_mixin, stock_builder):  # type: ignore[misc, valid-type]
+    class Builder(*filter(None, builders)):  # type: ignore[misc]
         pass
 
-    class Impl(*filter(None, (impl_mixin, stock_impl))):  # type: ignore[misc]
+    class Impl(*filter(None, impls)):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any):
             from vllm.config import get_current_vllm_config
 
@@ -157,8 +255,10 @@ def _shortening_backend(
                     compat.set_layer_backend(layer, layer_backend(name, self))
 
     @functools.cache
-    def for_rule(rule: Any) -> type[Any]:
+    def for_rule(rule: Any, layout: PageLayout | None) -> type[Any]:
         class Backend(stock):
+            kvplug_layout = layout
+
             @staticmethod
             def get_impl_cls() -> type[Any]:
                 return Impl
@@ -172,14 +272,26 @@ def _shortening_backend(
                 spec = super().customize_spec(spec)
                 if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
                     return spec
-                _refuse_kernel_blocks(stock, spec, policy, origin)
+                if layout is not None:
+                    assert plug is not None
+                    _refuse_kernel_blocks(stock, spec, plug.policy.name, plug.origin)
+                    spec = replace(
+                        spec,
+                        dtype=torch.uint8,
+                        state_content_bytes=layout.bytes_per_token_head,
+                        num_head_slots=layout.heads,
+                    )
+                if shortening is None:
+                    return spec
+                policy = shortening.policy
+                _refuse_kernel_blocks(stock, spec, policy.name, shortening.origin)
                 return replace_as(
                     spec,
-                    spec_cls,
-                    exact_tokens=exact_tokens,
+                    shortening.spec,
+                    exact_tokens=shortening.exact_tokens,
                     in_flight_tokens=policy.engine.max_in_flight_tokens,
                     max_tokens=policy.engine.max_model_len,
-                    **spec_fields(rule),
+                    **shortening.fields(rule),
                 )
 
         return Backend
@@ -188,24 +300,44 @@ def _shortening_backend(
         from vllm.model_executor.models.utils import extract_layer_index
 
         if getattr(impl, "alibi_slopes", None) is not None:
-            raise DeploymentError(
-                origin[0],
-                [
-                    Refusal(
-                        origin[1],
-                        f"{policy.name} cannot run on a model with ALiBi: its distances would be "
-                        "counted on what is kept.",
-                        "remove the sequence section for this model.",
-                    )
-                ],
+            if shortening is not None:
+                _refuse(
+                    shortening.origin,
+                    f"{shortening.policy.name} cannot run on a model with ALiBi: its distances "
+                    "would be counted on what is kept.",
+                    "remove the sequence section for this model.",
+                )
+            assert plug is not None
+            _refuse(
+                plug.origin,
+                f"{plug.policy.name} cannot run on a model with ALiBi: formats attend without "
+                "position biases.",
+                "remove the format section for this model.",
             )
-        return for_rule(rules[extract_layer_index(name)])
+        if plug is not None and getattr(impl, "sinks", None) is not None:
+            _refuse(
+                plug.origin,
+                f"{plug.policy.name} cannot run on a model with learned attention sinks.",
+                "remove the format section for this model.",
+            )
+        index = extract_layer_index(name)
+        return for_rule(
+            shortening.rules[index] if shortening is not None else None,
+            plug.layouts[index] if plug is not None else None,
+        )
 
-    return for_rule(rules[0])
+    return for_rule(
+        shortening.rules[0] if shortening is not None else None,
+        plug.layouts[0] if plug is not None else None,
+    )
+
+
+def _refuse(origin: tuple[str, str], problem: str, fix: str) -> NoReturn:
+    raise DeploymentError(origin[0], [Refusal(origin[1], problem, fix)])
 
 
 def _refuse_kernel_blocks(
-    stock: type[Any], spec: Any, policy: SequencePolicy, origin: tuple[str, str]
+    stock: type[Any], spec: Any, policy_name: str, origin: tuple[str, str]
 ) -> None:
     """Refuse a block size the backend splits: windows and directives count the pool's blocks."""
     from vllm.v1.worker.utils import select_common_block_size
@@ -215,16 +347,11 @@ def _refuse_kernel_blocks(
     except ValueError:
         return
     if size != spec.block_size:
-        raise DeploymentError(
-            origin[0],
-            [
-                Refusal(
-                    origin[1],
-                    f"{policy.name} counts in blocks of {spec.block_size} tokens, and "
-                    f"{stock.get_name()} splits them into blocks of {size}.",
-                    f"set --block-size {size}.",
-                )
-            ],
+        _refuse(
+            origin,
+            f"{policy_name} counts in blocks of {spec.block_size} tokens, and "
+            f"{stock.get_name()} splits them into blocks of {size}.",
+            f"set --block-size {size}.",
         )
 
 

@@ -4,6 +4,8 @@ Checked on vLLM 0.32.0. The attributes touched here, and nowhere else:
 
 * ``BlockPool.free_block_queue`` and ``BlockPool.metrics_collector``: instances replaced once,
   before the first allocation, by objects with the same interface (`install_queue`).
+* ``Request.cache_salt`` and ``Request.block_hashes``: a new request's block hashes are made anew
+  with a longer salt, before it is looked up (`salt_request`).
 * ``Attention.attn_backend``: set per layer so that ``customize_spec`` knows which layer it is
   asked about (`set_layer_backend`).
 
@@ -70,6 +72,8 @@ EXTENSION_POINTS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.pop_blocks_for_free",
         ("request_id",),
     ),
+    ("vllm.v1.request:Request", ("cache_salt", "block_hasher")),
+    ("vllm.v1.request:Request.update_block_hashes", ()),
     ("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.popleft_n", ("n",)),
     ("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.append_n", ("blocks",)),
     ("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.prepend_n", ("blocks",)),
@@ -130,6 +134,17 @@ def install_queue(pool: Any, queue: Any, collector: Any) -> None:
     """
     pool.free_block_queue = queue
     pool.metrics_collector = collector
+
+
+def salt_request(request: Any, salt: str) -> None:
+    """Make what a request's blocks are known by depend on one thing more.
+
+    Must run when the request is added, before it is scheduled: the salt goes into the hash of its
+    first block and so into all that follow.
+    """
+    request.cache_salt = salt if request.cache_salt is None else f"{request.cache_salt}|{salt}"
+    request.block_hashes.clear()
+    request.update_block_hashes()
 
 
 def set_layer_backend(layer: Any, backend: type) -> None:

@@ -7,7 +7,7 @@ step's directives to the metadata builders and returns what they did.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -40,10 +40,13 @@ class StepDirectives(KVConnectorMetadata):
         exempt_tails: Ids of the blocks that requests which keep everything write in this step,
             ``[n]`` int32, or None when there are none.
         plans: Rows of a scoring policy and their cuts, as `pack_plans` packs them, or None.
+        lanes: The block each scheduled request writes last, its lane and its assignment, ``[n, 3]``
+            int32, for a format that treats requests apart; None else.
     """
 
     exempt_tails: npt.NDArray[np.int32] | None = None
     plans: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None = None
+    lanes: npt.NDArray[np.int32] | None = None
 
 
 @dataclass
@@ -55,11 +58,17 @@ class StepReport(KVConnectorWorkerMetadata):
         counters: What it counted.
         measured: What a scoring policy measured, as `WorkerState.take_measured` gives it.
         failed: Why the scoring policy was retired there, or None.
+        format_failed: Why the format policy failed first there, or None.
+        format_counters: What the format policy counted itself since it was built.
+        signals: What the format policy measured, added up over ranks.
     """
 
     counters: WorkerCounters
     measured: npt.NDArray[np.float64] | None = None
     failed: str | None = None
+    format_failed: str | None = None
+    format_counters: dict[str, float] = field(default_factory=dict)
+    signals: list[float] | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, StepReport)
@@ -69,6 +78,13 @@ class StepReport(KVConnectorWorkerMetadata):
         )
         self.measured = merge_measured(self.measured, other.measured)
         self.failed = self.failed or other.failed
+        self.format_failed = self.format_failed or other.format_failed
+        for name, value in other.format_counters.items():
+            self.format_counters[name] = max(self.format_counters.get(name, value), value)
+        if self.signals is None or other.signals is None:
+            self.signals = other.signals if self.signals is None else self.signals
+        else:
+            self.signals = [a + b for a, b in zip(self.signals, other.signals, strict=True)]
         return self
 
 
@@ -87,6 +103,7 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
             self.scheduler = SchedulerHalf(self.deployment, vllm_config, kv_cache_config)
         else:
             self._worker = worker_state(vllm_config)
+            self._worker.groups = len(kv_cache_config.kv_cache_groups) if kv_cache_config else 1
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -120,6 +137,9 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
         report = connector_output.kv_connector_worker_meta
         if report is not None:
             self._half().on_worker_report(report.counters, report.measured, report.failed)
+            self._half().on_format_report(
+                report.format_failed, report.format_counters, report.signals
+            )
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -142,6 +162,7 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker.set_exempt_tails(kv_connector_metadata.exempt_tails)
         plans = kv_connector_metadata.plans
         self._worker.plans = unpack_plans(*plans) if plans is not None else {}
+        self._worker.set_lanes(kv_connector_metadata.lanes)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         pass
@@ -160,9 +181,20 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         worker = self._worker
         counters, worker.counters = worker.counters, WorkerCounters()
-        if not counters.rows:
+        if not counters.rows and not counters.format_tokens:
             return None
-        return StepReport(counters, worker.take_measured(), worker.scoring_failed)
+        return StepReport(
+            counters,
+            worker.take_measured(),
+            worker.scoring_failed,
+            worker.format_failed,
+            worker.format_counters(),
+            worker.take_signals(),
+        )
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks a format could not store: vLLM fails the requests that hold them."""
+        return self._worker.unwritten_blocks()
 
     # -- both ----------------------------------------------------------------------------------
 

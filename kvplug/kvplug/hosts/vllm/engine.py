@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from kvplug.contract import (
     EngineView,
     Feature,
+    FormatPolicy,
     Kind,
     LayerView,
     Rope,
@@ -14,11 +16,12 @@ from kvplug.contract import (
     SequencePolicy,
     Window,
 )
-from kvplug.deployment import Deployment, load_deployment
+from kvplug.deployment import Choice, Deployment, load_deployment
 from kvplug.errors import DeploymentError, Refusal
 from kvplug.hosts.pruning import Limits
 from kvplug.hosts.vllm import compat
 from kvplug.hosts.vllm.flags import CONNECTOR, MODULE, RUNS
+from kvplug.models import model_fingerprint
 
 SECTION = "kv_transfer_config.kv_connector_extra_config.kvplug"
 
@@ -123,8 +126,11 @@ def engine_view(vllm_config: Any, num_blocks: int = 0) -> EngineView:
         layers=layers,
         host="vllm",
         host_version=compat.version(),
+        model=_fingerprint(str(model.model)),
     )
 
+
+_fingerprint = functools.cache(model_fingerprint)
 
 INTERLEAVED = frozenset({"cohere", "cohere2", "glm", "glm4", "gptj", "ernie4_5", "helium"})
 """Model types whose rotary pairs are neighbours, not halves."""
@@ -163,10 +169,30 @@ def sequence_policy(deployment: Deployment, vllm_config: Any) -> SequencePolicy 
     return policy
 
 
-def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
-    choice = deployment.choice(Kind.SEQUENCE)
+def format_policy(deployment: Deployment, vllm_config: Any) -> FormatPolicy | None:
+    """The deployment's format policy, built for the engine, or None."""
+    choice = deployment.choice(Kind.FORMAT)
     if choice is None:
-        return []
+        return None
+    policy = choice.build(engine_view(vllm_config))
+    assert isinstance(policy, FormatPolicy)
+    return policy
+
+
+def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    found = []
+    for kind in (Kind.SEQUENCE, Kind.FORMAT):
+        choice = deployment.choice(kind)
+        if choice is not None:
+            found += _model_refusals(choice, vllm_config)
+    if not found and deployment.choice(Kind.SEQUENCE) is not None:
+        found = _sequence_refusals(deployment, vllm_config)
+    if not found and deployment.choice(Kind.FORMAT) is not None:
+        found = _format_refusals(deployment, vllm_config)
+    return found
+
+
+def _model_refusals(choice: Choice, vllm_config: Any) -> list[Refusal]:
     model = vllm_config.model_config
     found = []
     for on, what in (
@@ -180,13 +206,64 @@ def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
                 Refusal(
                     choice.key,
                     f"{choice.policy.name} cannot run on a model with {what}.",
-                    "remove the sequence section for this model.",
+                    f"remove the {choice.policy.kind!s} section for this model.",
                 )
             )
-    if found:
-        return found
+    return found
+
+
+def _format_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    choice = deployment.choice(Kind.FORMAT)
+    policy = format_policy(deployment, vllm_config)
+    assert choice is not None and policy is not None
+    key, name = choice.key.removesuffix(".use"), policy.name
+    size = policy.engine.block_size
+    try:
+        for layer in policy.engine.layers:
+            layout, recent = policy.layout(layer), policy.recent(layer)
+            if recent and size % recent:
+                return [
+                    Refusal(
+                        choice.key,
+                        f"{name} keeps {recent} recent tokens of layer {layer.index}, and blocks "
+                        f"of {size} tokens are no multiple of that.",
+                        f"set --block-size {-(-size // recent) * recent}.",
+                    )
+                ]
+            if recent and vllm_config.use_v2_model_runner:
+                return [
+                    Refusal(
+                        choice.key,
+                        f"{name} keeps recent tokens by request, which vLLM's second model runner "
+                        "gives no way to.",
+                        "set VLLM_USE_V2_MODEL_RUNNER=0.",
+                    )
+                ]
+            if layout.heads is not None and layout.heads > layer.num_kv_heads:
+                raise ValueError(f"layer {layer.index}: more stored heads than KV heads")
+    except Exception as error:
+        return [Refusal(key, f"{name}: {error}.", "change the option named.")]
+    other = deployment.choice(Kind.SEQUENCE)
+    scoring = other is not None and issubclass(other.policy, ScoringPolicy)
+    merged = any(policy.layout(layer).heads is not None for layer in policy.engine.layers)
+    if scoring and (not policy.moves_tokens or merged):
+        assert other is not None
+        why = "heads share one stored head" if merged else "tokens share scales"
+        return [
+            Refusal(
+                choice.key,
+                f"{name} cannot live with sequence policy {other.policy.name}, which moves single "
+                f"tokens of single heads: {why} there.",
+                "choose another format, or a positional sequence policy such as sink_window.",
+            )
+        ]
+    return []
+
+
+def _sequence_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    choice = deployment.choice(Kind.SEQUENCE)
     policy = sequence_policy(deployment, vllm_config)
-    assert policy is not None
+    assert choice is not None and policy is not None
     key = choice.key.removesuffix(".use")
     try:
         rules = layer_rules(policy)

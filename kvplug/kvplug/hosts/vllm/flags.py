@@ -14,7 +14,7 @@ from kvplug.errors import DeploymentError, Refusal
 
 CONNECTOR = "KVPlugConnector"
 MODULE = "kvplug.hosts.vllm.connector"
-RUNS = frozenset({Kind.PREFIX_CACHE, Kind.SEQUENCE})
+RUNS = frozenset({Kind.PREFIX_CACHE, Kind.SEQUENCE, Kind.FORMAT})
 """Kinds this host runs."""
 
 

@@ -22,6 +22,7 @@ from kvplug.contract import HeldView, LayerView, ScoringPolicy
 from kvplug.hosts.pruning import Cut, choose, keep_best, layout
 from kvplug.hosts.spans import SpanStore, Tokens
 from kvplug.hosts.vllm.engine import share_groups
+from kvplug.hosts.vllm.format import FormatPages
 from kvplug.hosts.vllm.pages import PageOrder, Pages, order_of
 from kvplug.hosts.vllm.spec import PrunedSpec
 from kvplug.hosts.vllm.worker import RowPlan, WorkerState, worker_state
@@ -351,19 +352,23 @@ class LayerCuts:
         self.ring = ring_size(policy)
         self.group = share_groups(policy).index(policy.share(layer))
         self._order: PageOrder | None = None
-        self._pages: Pages | None = None
+        self._pages: Pages | FormatPages | None = None
         self._cache_at = -1
         self._queries: Tensor | None = None
         self._positions: Tensor | None = None
         self._totals: Tensor | None = None
         self._stores: dict[int, SpanStore] = {}
 
-    def open(self, impl: Any, layer: Any, cache: Tensor) -> Pages:
+    def open(self, impl: Any, layer: Any, cache: Tensor) -> Pages | FormatPages:
         """The layer's pages; probes their order the first time."""
         if self._pages is None or self._cache_at != cache.data_ptr():
-            if self._order is None:
-                self._order = order_of(impl, layer, cache)
-            self._pages = Pages(cache, self._order)
+            pages_of = getattr(impl, "kvplug_pages", None)
+            if pages_of is not None:
+                self._pages = pages_of(layer, cache, getattr(torch, self.layer.dtype))
+            else:
+                if self._order is None:
+                    self._order = order_of(impl, layer, cache)
+                self._pages = Pages(cache, self._order)
             self._cache_at = cache.data_ptr()
             blocks, heads, size = cache.shape[:3]
             self._positions = torch.zeros(
@@ -390,7 +395,7 @@ class LayerCuts:
             self._queries = grown
         self._queries[places] = query[tokens]
 
-    def flush(self, pages: Pages, query: Tensor, flush: Flush) -> None:
+    def flush(self, pages: Pages | FormatPages, query: Tensor, flush: Flush) -> None:
         """Add the attention of some queries to the totals of what they saw."""
         assert self._totals is not None
         held = flush.holding
@@ -434,7 +439,11 @@ class LayerCuts:
         return found[..., : held.tokens].contiguous()
 
     def _view(
-        self, pages: Pages, held: Holding, decision: Decision | None, queries: Tensor | None
+        self,
+        pages: Pages | FormatPages,
+        held: Holding,
+        decision: Decision | None,
+        queries: Tensor | None,
     ) -> HeldView:
         rows = held.blocks.shape[0]
         device = held.blocks.device
@@ -479,7 +488,7 @@ class LayerCuts:
         positions = decision.num_tokens[:, None].long() + torch.arange(-window, 0, device=device)
         return self._queries[lanes * self.ring + positions % self.ring]
 
-    def cut(self, pages: Pages, decision: Decision) -> None:
+    def cut(self, pages: Pages | FormatPages, decision: Decision) -> None:
         """Decide what survives, and move it together."""
         held, count = decision.holding, decision.count
         view = self._view(pages, held, decision, self._observed(decision))
@@ -496,7 +505,7 @@ class LayerCuts:
         )
         self._put_sides(held, source, view)
 
-    def cut_on_demand(self, pages: Pages, decision: Decision) -> None:
+    def cut_on_demand(self, pages: Pages | FormatPages, decision: Decision) -> None:
         """The same for one row whose dropped tokens stay in host memory and may come back."""
         (lane,) = decision.lanes
         held, candidates, count = decision.holding, decision.candidates, decision.count

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from kvplug.contract import (
     BlockFact,
     EngineView,
+    FormatPolicy,
     Kind,
     Policy,
     PolicyReport,
@@ -23,6 +24,7 @@ from kvplug.errors import DeploymentError, Refusal
 from kvplug.hosts.vllm import compat, engine
 from kvplug.hosts.vllm.blocks import BlockTracker, computed_keys, request_view
 from kvplug.hosts.vllm.cuts import CutScheduler
+from kvplug.hosts.vllm.lanes import LaneScheduler
 from kvplug.hosts.vllm.queue import HitCollector, PolicyQueue
 from kvplug.hosts.vllm.spec import (
     PrunedManager,
@@ -77,6 +79,23 @@ class CutCounters:
     on_demand_us: int = 0
 
 
+@dataclass
+class FormatCounters:
+    """What the format did.
+
+    Attributes:
+        tokens: Tokens written, once per layer.
+        bytes_per_token: Bytes of one token in all layers.
+        stock_bytes_per_token: The same in the model's own dtype.
+        errors: Times the policy failed to write, attend or read.
+    """
+
+    tokens: int = 0
+    bytes_per_token: int = 0
+    stock_bytes_per_token: int = 0
+    errors: int = 0
+
+
 class SchedulerHalf:
     """Owns the policy objects that run in the scheduler.
 
@@ -101,6 +120,15 @@ class SchedulerHalf:
         self.queue: PolicyQueue | None = None
         self.managers: list[ShorteningManager] = []
         self.cuts: CutScheduler | None = None
+        self.lanes: LaneScheduler | None = None
+        self.format_policy = engine.format_policy(deployment, vllm_config)
+        self.format = FormatCounters()
+        self._format_failed: str | None = None
+        self._format_counters: dict[str, float] = {}
+        self._format_identities: list[str] = []
+        self._said_formats: dict[str, str] = {}
+        if self.format_policy is not None:
+            self._set_format(self.format_policy)
         self._sequence_failed: str | None = None
         self._tracker: BlockTracker | None = None
         self._finished_hash_size = 0
@@ -123,7 +151,15 @@ class SchedulerHalf:
         from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
         choice = self.deployment.choice(Kind.SEQUENCE)
-        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        specs = [
+            layer
+            for group in kv_cache_config.kv_cache_groups
+            for layer in (
+                group.kv_cache_spec.kv_cache_specs.values()
+                if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs)
+                else (group.kv_cache_spec,)
+            )
+        ]
         policy = self.sequence_policy
         asked = engine.layer_rules(policy)
         # vLLM caches the choice of attention backend per process, whatever the section says.
@@ -142,8 +178,7 @@ class SchedulerHalf:
             )
         if choice is None:
             return
-        mixed = any(isinstance(s, UniformTypeKVCacheSpecs) for s in specs)
-        if mixed or not any(isinstance(s, ShorteningSpec) for s in specs):
+        if not any(isinstance(s, ShorteningSpec) for s in specs):
             names = ", ".join(sorted({type(s).__name__ for s in specs})) or "none"
             raise DeploymentError(
                 self.deployment.source,
@@ -158,6 +193,15 @@ class SchedulerHalf:
                     )
                 ],
             )
+
+    def _set_format(self, policy: FormatPolicy) -> None:
+        self._format_identities = list(policy.assignments())
+        for layer in self.engine.layers:
+            layout = policy.layout(layer)
+            heads = layer.num_kv_heads if layout.heads is None else layout.heads
+            self.format.bytes_per_token += heads * layout.bytes_per_token_head
+            element = 4 if layer.dtype == "float32" else 2
+            self.format.stock_bytes_per_token += 2 * layer.num_kv_heads * layer.head_size * element
 
     # -- start ---------------------------------------------------------------------------------
 
@@ -176,6 +220,12 @@ class SchedulerHalf:
                 one.hold_at_most(self.engine.num_blocks // (2 * len(pruned)))
             groups = [shares.index(m.limits.share) for m in pruned]
             self.cuts = CutScheduler(self.sequence_policy, pruned, groups)
+        stored = self.format_policy
+        if stored is not None and (
+            len(self._format_identities) > 1
+            or any(stored.recent(layer) for layer in self.engine.layers)
+        ):
+            self.lanes = LaneScheduler(list(manager.coordinator.single_type_managers))
         choice = self.deployment.choice(Kind.PREFIX_CACHE)
         if choice is not None:
             policy = choice.build(self.engine)
@@ -207,12 +257,25 @@ class SchedulerHalf:
                 f"kvplug: group {m.kv_cache_group_id}: a request holds at most {cap} "
                 f"blocks of {m.block_size} tokens; the first {spec.exact_tokens} tokens are exact"
             )
+        if self.format_policy is not None:
+            own, stock = self.format.bytes_per_token, self.format.stock_bytes_per_token
+            lines.append(
+                f"kvplug: a token takes {own:,} bytes of KV in all layers instead of {stock:,} "
+                f"({stock / own:.2f}x)"
+            )
         return lines
 
     # -- steps ---------------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> None:
         """Take in a request and what it asks of kvplug."""
+        if self.format_policy is not None:
+            assigned = self._assign(self.format_policy)
+            identity = self._format_identities[assigned]
+            compat.salt_request(request, f"kvplug-format:{identity}")
+            self._said_formats[request.request_id] = identity
+            if self.lanes is not None:
+                self.lanes.add(request.request_id, assigned)
         if self._tracker is not None:
             self._tracker.add(request)
         if not self.managers:
@@ -248,36 +311,39 @@ class SchedulerHalf:
     ) -> tuple[
         npt.NDArray[np.int32] | None,
         tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None,
+        npt.NDArray[np.int32] | None,
     ]:
         """Close a scheduler step.
 
         Returns:
-            The blocks exempt requests write, and the plans of rows that may be cut, as
-            `pack_plans` packs them; None for either there is none of.
+            The blocks exempt requests write, the plans of rows that may be cut, as `pack_plans`
+            packs them, and the lanes of requests; None for any there is none of.
         """
         if self._tracker is not None:
             self._tracker.update(output)
         if self._observers:
             self._emit()
         self.steps += 1
-        if not self._exempt and self.cuts is None:
-            return None, None
+        if not self._exempt and self.cuts is None and self.lanes is None:
+            return None, None, None
         cached = output.scheduled_cached_reqs
         starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         starts |= {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
-        plans = self.cuts.step(starts, output.num_scheduled_tokens) if self.cuts else {}
+        scheduled = output.num_scheduled_tokens
+        lanes = self.lanes.step(starts, scheduled) if self.lanes is not None else None
+        plans = self.cuts.step(starts, scheduled) if self.cuts else {}
         packed = pack_plans(plans) if plans else None
         if not self._exempt or self.cuts is not None:
-            return None, packed
+            return None, packed, lanes
         tails: list[int] = []
         for request_id in self._exempt & starts.keys():
             start = starts[request_id]
-            end = start + output.num_scheduled_tokens[request_id]
+            end = start + scheduled[request_id]
             for m in self.managers:
                 blocks = m.req_to_blocks[request_id]
                 span = range(start // m.block_size, (end - 1) // m.block_size + 1)
                 tails += [blocks[i].block_id for i in span if i < len(blocks)]
-        return (np.array(tails, dtype=np.int32) if tails else None), packed
+        return (np.array(tails, dtype=np.int32) if tails else None), packed, lanes
 
     def on_worker_report(
         self,
@@ -294,16 +360,60 @@ class SchedulerHalf:
         scored.fallbacks += counters.fallbacks
         scored.fetched_tokens += counters.fetched_tokens
         scored.on_demand_us += counters.on_demand_us
+        self.format.tokens += counters.format_tokens
+        self.format.errors += counters.format_errors
         if measured is not None and self.cuts is not None:
             self.cuts.take(measured)
         if failed is not None and self._sequence_failed is None:
             self._sequence_failed = failed
             self._event(EventType.FALLEN_BACK, Kind.SEQUENCE, detail=failed)
 
+    def _assign(self, policy: FormatPolicy) -> int:
+        if len(self._format_identities) == 1:
+            return 0
+        try:
+            assigned = policy.assign()
+            if 0 <= assigned < len(self._format_identities):
+                return assigned
+            raise ValueError(f"assignment {assigned} of {len(self._format_identities)}")
+        except Exception as error:
+            self._format_failure("assign", error)
+            return 0
+
+    def _format_failure(self, what: str, error: Exception) -> None:
+        self.format.errors += 1
+        if self._format_failed is None:
+            self._format_failed = f"{what}: {type(error).__name__}: {error}"
+            logger.error("format policy failed in %s", self._format_failed, exc_info=error)
+            self._event(EventType.FALLEN_BACK, Kind.FORMAT, detail=self._format_failed)
+
+    def on_format_report(
+        self,
+        failed: str | None,
+        counters: dict[str, float],
+        signals: list[float] | None,
+    ) -> None:
+        """What the format policy itself said on the workers."""
+        self._format_counters = counters or self._format_counters
+        if signals is not None and self.format_policy is not None:
+            try:
+                decided = self.format_policy.observe(signals)
+            except Exception as error:
+                self._format_failure("observe", error)
+                decided = None
+            if decided:
+                logger.info("kvplug: %s", decided)
+                self._event(EventType.ADJUSTED, Kind.FORMAT, detail=decided)
+        if failed is not None and self._format_failed is None:
+            self._format_failed = failed
+            self._event(EventType.FALLEN_BACK, Kind.FORMAT, detail=failed)
+
     def on_finished(self, request: Any) -> dict[str, Any] | None:
         """A request ended; returns what its output says about it, or None."""
         self._tell_of_end(request)
         request_id = request.request_id
+        if self.lanes is not None:
+            self.lanes.finish(request_id)
         freed = self._shortened.pop(request_id, 0)
         cause = self._refused.pop(request_id, None)
         asked = request_id in self._exempt or cause is not None
@@ -311,9 +421,13 @@ class SchedulerHalf:
         sizes = self.cuts.finish(request_id) if self.cuts is not None else []
         # What a cut leaves behind is freed once settled, which may be after the last step.
         cut = any(at < request.num_computed_tokens for at, _ in sizes)
-        if not freed and not cut and not asked:
+        stored = self.format_policy
+        if not freed and not cut and not asked and stored is None:
             return None
-        said: dict[str, Any] = {"exact": not freed and not cut, "blocks_freed": freed}
+        exact = not freed and not cut and (stored is None or stored.exact)
+        said: dict[str, Any] = {"exact": exact, "blocks_freed": freed}
+        if stored is not None:
+            said["format"] = self._said_formats.pop(request_id, stored.fingerprint())
         if sizes:
             said["cuts"] = [list(size) for size in sizes]
         if cause is not None:
@@ -385,6 +499,18 @@ class SchedulerHalf:
                 scored = asdict(self.scored) if self.cuts is not None else {}
                 own = self._own_counters(self.sequence_policy)
                 report.counters = asdict(self.sequence) | scored | own
+            elif policy.kind is Kind.FORMAT:
+                counters = asdict(self.format)
+                report.errors = int(counters.pop("errors"))
+                report.acted = self.format.tokens
+                own = self._own_counters(self.format_policy)
+                # Both halves count under the same names; what one does not do stays 0 there.
+                told = self._format_counters
+                report.counters = (
+                    counters
+                    | own
+                    | {name: max(value, own.get(name, value)) for name, value in told.items()}
+                )
             found.append(report)
         return found
 
@@ -412,6 +538,7 @@ class SchedulerHalf:
         mark = (
             self.sequence.freed,
             self.sequence.exempt_refused,
+            self.format.tokens,
             (queue.evicted, queue.hits, queue.errors) if queue is not None else None,
         )
         if mark == self._news_mark:

@@ -9,11 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 
 from kvplug.hosts.pruning import Cut
 
 if TYPE_CHECKING:
+    from kvplug.contract import FormatPolicy
+    from kvplug.hosts.vllm.format import FormatLayer
     from kvplug.hosts.vllm.pruner import LayerCuts
+
+logger = init_logger("vllm.kvplug")
 
 
 @dataclass
@@ -27,6 +32,8 @@ class WorkerCounters:
         fallbacks: Decisions made by position, per layer, because the policy had failed.
         fetched_tokens: Dropped tokens that came back from host memory, per layer and KV head.
         on_demand_us: Microseconds spent on decisions with dropped tokens kept in host memory.
+        format_tokens: Tokens written in a format, once per layer.
+        format_errors: Times a format failed to write, attend or read.
     """
 
     rows: int = 0
@@ -35,6 +42,8 @@ class WorkerCounters:
     fallbacks: int = 0
     fetched_tokens: int = 0
     on_demand_us: int = 0
+    format_tokens: int = 0
+    format_errors: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +104,14 @@ class WorkerState:
         ring: Queries remembered per request and layer; 0 without a scoring policy.
         totals: Whether running totals are kept.
         scoring_failed: Why the scoring policy was retired, or None.
+        format: The format policy, or None.
+        format_layers: What each layer keeps for it, by layer name.
+        format_failed: Why it failed first, or None.
+        lanes: Lane and assignment of the request that writes a block last in this step, for a
+            format that treats requests apart.
+        lane_count: Lanes there have been so far.
+        unwritten: Blocks whose tokens could not be stored.
+        groups: KV-cache groups of the engine.
     """
 
     def __init__(self) -> None:
@@ -105,6 +122,13 @@ class WorkerState:
         self.ring = 0
         self.totals = False
         self.scoring_failed: str | None = None
+        self.format: FormatPolicy | None = None
+        self.format_layers: dict[str, FormatLayer] = {}
+        self.format_failed: str | None = None
+        self.lanes: dict[int, tuple[int, int]] = {}
+        self.lane_count = 0
+        self.unwritten: set[int] = set()
+        self.groups = 1
         self._measured: dict[tuple[int, int], tuple[npt.NDArray[np.float64], int]] = {}
         self._exempt_tails: Tensor | None = None
 
@@ -123,6 +147,54 @@ class WorkerState:
         last = ((seq_lens - 1).clamp_min(0) // block_size).to(torch.int64)
         written = table.gather(1, last[:, None])[:, 0]
         return torch.isin(written, tails) & (seq_lens > 0)
+
+    def set_lanes(self, rows: npt.NDArray[np.int32] | None) -> None:
+        """Take this step's rows of tail block, lane and assignment, ``[n, 3]``, or None."""
+        self.lanes = {} if rows is None else {tail: (lane, a) for tail, lane, a in rows.tolist()}
+        if rows is not None:
+            self.lane_count = max(self.lane_count, 1 + int(rows[:, 1].max()))
+
+    def format_error(self, what: str, name: str, error: Exception) -> None:
+        """Count a failure of the format policy; its first cause is logged."""
+        self.counters.format_errors += 1
+        if self.format_failed is None:
+            self.format_failed = f"{what}: {type(error).__name__}: {error}"
+            logger.error(
+                "format policy %r failed in %s; where it cannot attend, pages are read back, and "
+                "requests whose tokens it cannot store are failed: %s: %s",
+                name,
+                what,
+                type(error).__name__,
+                error,
+                exc_info=error,
+            )
+
+    def unwritten_blocks(self) -> set[int]:
+        """Blocks to report as lost. They stay so until they are written anew; with several
+        KV-cache groups vLLM cannot say whose a block is, and they read as zeros."""
+        return set(self.unwritten) if self.groups == 1 else set()
+
+    def take_signals(self) -> list[float] | None:
+        """What the format policy measured since last asked."""
+        if self.format is None:
+            return None
+        try:
+            found = self.format.signals()
+            return None if found is None else [float(x) for x in found]
+        except Exception as error:
+            self.format_error("signals", self.format.name, error)
+            return None
+
+    def format_counters(self) -> dict[str, float]:
+        """What the format policy counted itself; nothing once it could not say."""
+        if self.format is None:
+            return {}
+        try:
+            return {str(k): float(v) for k, v in self.format.counters().items()}
+        except Exception:
+            logger.exception("policy %r failed in counters(); they are left out", self.format.name)
+            self.format = None
+            return {}
 
     def add_measured(self, lanes: list[int], group: int, values: npt.NDArray[np.float64]) -> None:
         """Add what one layer of a group measured of some requests, ``[rows, n]``."""
