@@ -6,6 +6,7 @@ slots, kernels, chunks, the recent ring and the merge of stored and fresh tokens
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -282,3 +283,42 @@ def test_a_format_that_cannot_store_fails_requests_and_not_the_engine(
     assert len(found[0]) < GENERATED, "its tokens could not be stored"
     assert found[1:] == [tokens(stock)[3], *tokens(stock)[2:]]
     assert report(result)["errors"] == 2
+
+
+def test_requests_are_stored_by_what_was_measured(
+    run: Run, tiny: Path, reads_back: FormatOracle, tmp_path: Path
+) -> None:
+    """Bounds that no error reaches make every later request cheaper. Requests of one level share
+    blocks, those of different levels do not."""
+    log = tmp_path / "decisions.jsonl"
+    prompt = prompts()[3]
+    result = run(
+        tiny,
+        [TrialRequest(prompt, GENERATED, wave=wave) for wave in range(4)],
+        section(
+            "adaptive",
+            exact_chunk=False,
+            levels=["int4", "int8"],
+            low=0.9,
+            high=0.95,
+            sample_layers=2,
+            sample_every=1,
+            patience=40,
+            log=str(log),
+        ),
+        **ENGINE,
+    )
+    told = [a.kvplug["format"].split(":")[0] for a in result.answers if a.kvplug]
+    assert told[0] == "adaptive/int8" and told[-2:] == ["adaptive/int4"] * 2
+    first = told.index("adaptive/int4")
+    cached = [a.cached_tokens for a in result.answers]
+    assert cached == [0 if i in (0, first) else 320 // 32 * 32 - 32 for i in range(4)]
+    expected = {
+        name: reads_back.greedy(prompt, GENERATED, per_token(bits))
+        for name, bits in (("adaptive/int4", 4), ("adaptive/int8", 8))
+    }
+    assert tokens(result) == [expected[name] for name in told]
+    (decision,) = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert (decision["from"], decision["to"]) == ("int8", "int4")
+    assert "adaptive: new requests are stored as int4 instead of int8" in result.log  # type: ignore[attr-defined]
+    assert report(result)["counters"]["decisions"] == 1

@@ -174,7 +174,8 @@ class Policy(ABC):
         """What the policy itself counted, by name, since it was built.
 
         The host adds what it saw the policy do (blocks evicted, freed, bytes); a policy need only
-        report what the host cannot see. Called off the hot path.
+        report what the host cannot see. Called off the hot path. A value that goes down is shown
+        in the summary as it is; metrics count how far it ever came.
         """
         return {}
 

@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvplug.errors import KVPlugError
+from kvplug.hosts.transformers.coded import LayerCoded
 
 if TYPE_CHECKING:
     from kvplug.hosts.transformers.held import LayerHeld
@@ -86,6 +87,9 @@ def attend(
         one = slice(row, row + 1)
         held.softcap = softcap or 0.0
         held.scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        if isinstance(held, LayerCoded):
+            rows.append(held.run(query[one], key[one], value[one], positions))
+            continue
         held.observe(query[one], positions)
         held.append(key[one], value[one], positions)
         rows.append(_one(module, held, query[one], positions))

@@ -1,23 +1,30 @@
-"""Sequence policies on Hugging Face models: the same policy objects, a dense cache, no engine.
+"""Sequence and format policies on Hugging Face models: the same policy objects, no engine.
 
 A `Host` wraps a causal language model. A `Text` is what the model holds of one prompt and its
 continuation; `Host.feed` runs tokens through it and makes the policy's cuts where
 `kvplug.hosts.pruning` says they fall. A prompt read once with no policy can be branched into many
 texts, one a policy: the prompt is computed once for all of them.
+
+Under a format each full-attention layer of a text has pages of its own, written and attended by
+the format's own ``write`` and ``attend``, and a prompt is read in chunks: the tokens of a chunk see
+each other as computed and earlier ones as stored, as in an engine that chunks its prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import torch
 import transformers
 from torch import Tensor
 
+from kvplug import models
 from kvplug.contract import (
     EngineView,
+    FormatPolicy,
     Kind,
     LayerView,
     Policy,
@@ -29,9 +36,19 @@ from kvplug.contract import (
 from kvplug.errors import KVPlugError
 from kvplug.hosts.pruning import Cut, Limits, Plan, choose
 from kvplug.hosts.transformers.attention import Step, attached
+from kvplug.hosts.transformers.coded import LayerCoded
 from kvplug.hosts.transformers.held import LayerHeld, Watched
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+CHUNK = 512
+"""Tokens of one pass of a text under a format, where nobody says otherwise."""
+
+
+ONE_OF_BOTH = (
+    "the transformers host runs a sequence policy or a format, not both on one text; the engine "
+    "runs both together"
+)
 
 
 class UnsupportedModel(KVPlugError, ValueError):
@@ -46,7 +63,7 @@ class Text:
     Attributes:
         num_tokens: Tokens computed.
         num_prompt_tokens: Tokens of the prompt.
-        policy: The policy, or None for the full cache.
+        policy: The sequence or format policy, or None for the full cache.
         layers: What each layer holds.
         cuts: Cuts made so far: position and tokens held after it, mean over the layers cut.
     """
@@ -55,7 +72,7 @@ class Text:
         self,
         layers: list[LayerHeld],
         num_prompt_tokens: int,
-        policy: SequencePolicy | None,
+        policy: SequencePolicy | FormatPolicy | None,
         block_size: int,
         prunable: frozenset[int],
     ):
@@ -101,27 +118,45 @@ class Text:
         """Tokens held per KV head, mean over the layers a policy may cut."""
         return sum(self.layers[i].held for i in self._prunable) / len(self._prunable)
 
-    def can_branch(self, policy: SequencePolicy | None) -> bool:
-        """Whether the policy would have left the text as it is so far."""
+    def can_branch(self, policy: SequencePolicy | FormatPolicy | None) -> bool:
+        """Whether the policy would have left the text as it is so far, all of it computed in one
+        step."""
         if policy is None:
             return True
+        if isinstance(policy, FormatPolicy):
+            return bool(getattr(policy.options, "exact_chunk", True))
         if not isinstance(policy, ScoringPolicy):
             return False
         other = Text(self.layers, self.num_prompt_tokens, policy, self._block_size, self._prunable)
         return all(plan.first >= self.num_tokens for plan in other._plans.values())
 
-    def branch(self, policy: SequencePolicy | None) -> Text:
+    def branch(self, policy: SequencePolicy | FormatPolicy | None) -> Text:
         """The same text under a policy, cut now if a cut is due; this one stays as it is.
 
         Args:
-            policy: A policy that cuts no earlier than here; None for the full cache.
+            policy: A policy that cuts no earlier than here; None for the full cache. Under a
+                format everything so far is stored as if it had been computed in one step; a text
+                under a format branches into that format only.
 
         Raises:
-            KVPlugError: This text was cut or is under a policy already, does not note what the
-                policy needs, or the policy would have acted before.
+            KVPlugError: This text was cut or is under another policy already, does not note what
+                the policy needs, or the policy would have acted before.
         """
+        if isinstance(self.policy, FormatPolicy) and policy is self.policy:
+            return self._coded([_copied(layer) for layer in self.layers], policy)
+        if self.policy is not None and policy is not None:
+            kinds = {isinstance(p, FormatPolicy) for p in (self.policy, policy)}
+            if len(kinds) == 2:
+                raise KVPlugError(ONE_OF_BOTH)
         if self.policy is not None:
             raise KVPlugError("only a text without a policy can be branched")
+        if isinstance(policy, FormatPolicy):
+            if not self.can_branch(policy):
+                raise KVPlugError(
+                    f"{policy.name} reads its own tokens back: open a text with it, or set "
+                    "exact_chunk: true"
+                )
+            return self._coded([self._encoded(layer, policy) for layer in self.layers], policy)
         needs = watched_by(policy)
         for index in self._prunable:
             if not self.layers[index].watched.covers(needs):
@@ -143,6 +178,23 @@ class Text:
         other._act()
         return other
 
+    def _encoded(self, layer: LayerHeld, policy: FormatPolicy) -> LayerHeld:
+        """A layer's tokens under a format."""
+        if layer.view.index not in self._prunable:
+            return layer.fork(Watched())
+        keys, values = layer.keys, layer.values
+        coded = LayerCoded(layer.view, layer.scale, policy, self._block_size, keys)
+        coded.softcap = layer.softcap
+        if layer.held:
+            coded.append(keys, values, layer.positions[0, 0])
+            coded.keep_recent(keys, values)
+        return coded
+
+    def _coded(self, layers: list[LayerHeld], policy: FormatPolicy) -> Text:
+        other = Text(layers, self.num_prompt_tokens, policy, self._block_size, self._prunable)
+        other.num_tokens = self.num_tokens
+        return other
+
     def _stop(self, target: int) -> int:
         """Where to stop next on the way to ``target``: the nearest cut, or there."""
         for at in range(self.num_tokens, target + 1):
@@ -156,7 +208,7 @@ class Text:
         """Make the cuts that are due here."""
         if isinstance(self.policy, ScoringPolicy):
             self._cut(self.policy)
-        elif self.policy is not None:
+        elif isinstance(self.policy, SequencePolicy):
             self._drop()
 
     def _cut(self, policy: ScoringPolicy) -> None:
@@ -218,34 +270,47 @@ class Generated:
 
 
 class Host:
-    """Runs a Hugging Face causal language model under sequence policies, one text at a time.
+    """Runs a Hugging Face causal language model under sequence policies and formats.
 
     Args:
         model: A ``...ForCausalLM`` whose attention goes through transformers' attention
             interface: Llama, Mistral, Qwen, Gemma and their like.
         block_size: Tokens per block; a text holds whole blocks of survivors. 1 keeps budgets to
             the token.
+        chunk: Most tokens of one pass of a text under a format.
+        kv_dtype: Dtype in which formats are given keys and values, e.g. bfloat16 as in an engine
+            while the model computes in float32; the model's own by default.
 
     Raises:
         UnsupportedModel: The model has no full-attention layer with keys and values per head.
     """
 
-    def __init__(self, model: Any, block_size: int = 16):
+    def __init__(
+        self,
+        model: Any,
+        block_size: int = 16,
+        chunk: int = CHUNK,
+        kv_dtype: torch.dtype | None = None,
+    ):
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, not {block_size}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least 1, not {chunk}")
         self.model = model
         self.block_size = block_size
+        self.chunk = chunk
         config = model.config.get_text_config()
         self._kinds = kinds = _layer_kinds(model, config)
         self._sliding = int(getattr(config, "sliding_window", None) or 0)
         heads = config.num_attention_heads
         head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-        dtype = str(model.dtype).removeprefix("torch.")
+        dtype = str(kv_dtype or model.dtype).removeprefix("torch.")
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         self.layers = tuple(
             LayerView(i, len(kinds), kv_heads, heads, head_size, dtype, _rope(model, kind))
             for i, kind in enumerate(kinds)
         )
+        self._model: str | None = None
         self.prunable = frozenset(i for i, kind in enumerate(self._kinds) if kind == FULL)
         self.engine = EngineView(
             block_size=block_size,
@@ -255,15 +320,25 @@ class Host:
             host_version=transformers.__version__,
         )
 
-    def policy(self, use: str | type[Policy], **options: Any) -> SequencePolicy:
-        """A sequence policy for this model.
+    @overload
+    def policy(self, use: type[FormatPolicy], **options: Any) -> FormatPolicy: ...
+
+    @overload
+    def policy(self, use: type[SequencePolicy], **options: Any) -> SequencePolicy: ...
+
+    @overload
+    def policy(self, use: str | type[Policy], **options: Any) -> SequencePolicy | FormatPolicy: ...
+
+    def policy(self, use: str | type[Policy], **options: Any) -> SequencePolicy | FormatPolicy:
+        """A sequence or format policy for this model.
 
         Args:
-            use: Name of an installed policy, or a class.
+            use: Name of an installed policy, or a class. A name that both kinds have is the
+                sequence policy's.
             options: Its knobs.
 
         Raises:
-            KVPlugError: No sequence policy of that name is installed.
+            KVPlugError: No sequence or format policy of that name is installed.
             pydantic.ValidationError: A knob is unknown or out of range.
             ValueError: The policy refuses the model.
         """
@@ -272,30 +347,46 @@ class Host:
             from kvplug.registry import plugins
 
             registry = plugins().registry
-            found = registry.get(Kind.SEQUENCE, use)
+            found = registry.get(Kind.SEQUENCE, use) or registry.get(Kind.FORMAT, use)
             if found is None:
                 raise KVPlugError(
                     f"unknown sequence policy {use!r}; installed: "
-                    f"{', '.join(registry.names(Kind.SEQUENCE))}"
+                    f"{', '.join(registry.names(Kind.SEQUENCE))}; formats: "
+                    f"{', '.join(registry.names(Kind.FORMAT)) or 'none'}"
                 )
         else:
             found = use
-        built = found(found.Options.model_validate(options), self.engine)
-        if not isinstance(built, SequencePolicy):
-            raise KVPlugError(f"{found.name} is a {found.kind} policy, not a sequence policy")
+        if not issubclass(found, SequencePolicy | FormatPolicy):
+            raise KVPlugError(
+                f"{found.name} is a {found.kind} policy, not a sequence policy or a format"
+            )
+        engine = self.engine
+        if issubclass(found, FormatPolicy):
+            engine = replace(engine, model=self._fingerprint())
+        built = found(found.Options.model_validate(options), engine)
+        assert isinstance(built, SequencePolicy | FormatPolicy)
         return built
+
+    def _fingerprint(self) -> str:
+        """The model's fingerprint, empty where it was loaded from no directory."""
+        if self._model is None:
+            where = Path(str(getattr(self.model.config, "_name_or_path", "") or "."))
+            known = (where / "config.json").is_file() and where != Path()
+            fingerprint = getattr(models, "model_fingerprint", None)
+            self._model = fingerprint(where) if known and fingerprint is not None else ""
+        return self._model
 
     def open(
         self,
         num_prompt_tokens: int,
-        policy: SequencePolicy | None = None,
+        policy: SequencePolicy | FormatPolicy | None = None,
         watched: Watched | None = None,
     ) -> Text:
         """A text of which nothing is computed yet.
 
         Args:
             num_prompt_tokens: Tokens its prompt will have.
-            policy: What prunes it; None for the full cache.
+            policy: What prunes or stores it; None for the full cache.
             watched: What to note for policies it will be branched into; without it, what
                 ``policy`` needs.
 
@@ -307,10 +398,14 @@ class Host:
         if watched is None:
             watched = watched_by(policy)
         like = next(self.model.parameters())
-        layers = []
+        layers: list[LayerHeld] = []
         for view, kind in zip(self.layers, self._kinds, strict=True):
             window: tuple[Window, int] | None = None
-            if kind == FULL and policy is not None:
+            if kind == FULL and isinstance(policy, FormatPolicy):
+                scale = view.head_size**-0.5
+                layers.append(LayerCoded(view, scale, policy, self.block_size, like))
+                continue
+            if kind == FULL and isinstance(policy, SequencePolicy):
                 rule = policy.window(view)
                 window = None if rule is None else (rule, self.block_size)
             layers.append(
@@ -326,13 +421,16 @@ class Host:
         return Text(layers, num_prompt_tokens, policy, self.block_size, self.prunable)
 
     @torch.inference_mode()
-    def feed(self, text: Text, ids: Tensor, keep_logits: int = 0) -> Tensor:
+    def feed(
+        self, text: Text, ids: Tensor, keep_logits: int = 0, chunk: int | None = None
+    ) -> Tensor:
         """Compute tokens of a text, in pieces between the policy's cuts.
 
         Args:
             text: The text.
             ids: The tokens, ``[n]``.
             keep_logits: Return logits of this many of the last tokens only; 0 for all.
+            chunk: Most tokens of one pass; the host's for a text under a format, else all.
 
         Returns:
             Logits, ``[n or keep_logits, vocabulary]``.
@@ -340,9 +438,11 @@ class Host:
         if ids.dim() != 1 or not len(ids):
             raise ValueError(f"feed takes at least one token as [n], got {tuple(ids.shape)}")
         first = len(ids) - keep_logits if keep_logits else 0
+        if chunk is None:
+            chunk = self.chunk if isinstance(text.policy, FormatPolicy) else len(ids)
         done, parts = 0, []
         while done < len(ids):
-            stop = text._stop(text.num_tokens + len(ids) - done)
+            stop = text._stop(text.num_tokens + min(chunk, len(ids) - done))
             if stop == text.num_tokens:
                 raise KVPlugError(f"the cut at token {stop} was not made")
             piece = ids[done : done + stop - text.num_tokens]
@@ -389,7 +489,7 @@ class Host:
         return result
 
     def read(
-        self, ids: Tensor, policy: SequencePolicy | None = None, **open_with: Any
+        self, ids: Tensor, policy: SequencePolicy | FormatPolicy | None = None, **open_with: Any
     ) -> tuple[Text, Tensor]:
         """Open a text and compute its prompt.
 
@@ -407,7 +507,7 @@ class Host:
     def generate(
         self,
         ids: Tensor,
-        policy: SequencePolicy | None = None,
+        policy: SequencePolicy | FormatPolicy | None = None,
         max_new_tokens: int = 64,
         eos: Sequence[int] = (),
     ) -> Generated:
@@ -415,7 +515,7 @@ class Host:
 
         Args:
             ids: The prompt, ``[n]`` or ``[1, n]``.
-            policy: What prunes it; None for the full cache.
+            policy: What prunes or stores it; None for the full cache.
             max_new_tokens: Most tokens to generate.
             eos: Tokens that end the text.
         """
@@ -430,14 +530,14 @@ class Host:
 def generate(
     model: Any,
     ids: Tensor,
-    policy: SequencePolicy | str | None = None,
+    policy: SequencePolicy | FormatPolicy | str | None = None,
     *,
     max_new_tokens: int = 64,
     eos: Sequence[int] = (),
     block_size: int = 16,
     **options: Any,
 ) -> Generated:
-    """Greedy decoding of a Hugging Face model under a sequence policy, in one call.
+    """Greedy decoding of a Hugging Face model under a sequence policy or a format, in one call.
 
     Args:
         model: A ``...ForCausalLM``.
@@ -459,14 +559,18 @@ def generate(
     return host.generate(ids, built, max_new_tokens, eos)
 
 
-def watched_by(policy: SequencePolicy | None) -> Watched:
+def _copied(layer: LayerHeld) -> LayerHeld:
+    return layer.copy() if isinstance(layer, LayerCoded) else layer.fork(Watched())
+
+
+def watched_by(policy: SequencePolicy | FormatPolicy | None) -> Watched:
     """What a policy needs noted beside keys and values."""
     if isinstance(policy, ScoringPolicy):
         return Watched(policy.observation, policy.wants_totals)
     return Watched()
 
 
-def name_of(policy: SequencePolicy | None) -> str:
+def name_of(policy: Policy | None) -> str:
     """A policy's name for messages."""
     return "the full cache" if policy is None else policy.name
 

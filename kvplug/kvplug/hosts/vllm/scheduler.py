@@ -549,7 +549,8 @@ class SchedulerHalf:
             for name, value in {**report.counters, "errors": report.errors}.items():
                 key = f"{report.kind}:{report.name}:{name}"
                 before = self._reported.get(key, 0)
-                if value != before:
+                # A Prometheus counter cannot go down, and would end the engine saying so.
+                if value > before:
                     found[key] = value - before
                     self._reported[key] = value
         return found
