@@ -104,6 +104,52 @@ CASES = {
             )
         ],
     ),
+    "a format whose tokens share scales, under a policy that moves them": Case(
+        {"format": "kivi", "sequence": {"use": "snapkv", "budget": 128}},
+        [
+            (
+                f"{SECTION}.format",
+                "kivi cannot live with sequence policy snapkv, which moves single tokens of single "
+                "heads: tokens share scales there.",
+                "choose another format, or a positional sequence policy such as sink_window.",
+            )
+        ],
+    ),
+    "a group of tokens that does not divide a block": Case(
+        {"format": {"use": "kivi", "group": 64}},
+        [(f"{SECTION}.format", "--block-size", "change the option named.")],
+    ),
+    "a head size that bits do not fill": Case(
+        {"format": {"use": "int4", "group": 24}},
+        [
+            (
+                f"{SECTION}.format",
+                "groups of 24 channels do not divide a head of 64; choose 0 (the whole head), 8, ",
+                "change the option named.",
+            )
+        ],
+    ),
+    "a format with fp8 pages": Case(
+        {"format": "int4"},
+        [
+            (
+                f"{SECTION}.format",
+                "int4 cannot live with quantized KV cache, which is on.",
+                "switch it off (--kv-cache-dtype auto) or choose another format policy.",
+            )
+        ],
+        engine={"kv_cache_dtype": "fp8"},
+    ),
+    "a format whose calibration is not there": Case(
+        {"format": {"use": "lowrank", "calibration": "/nowhere/calibration.safetensors"}},
+        [
+            (
+                f"{SECTION}.format",
+                "/nowhere/calibration.safetensors",
+                "change the option named.",
+            )
+        ],
+    ),
     "kv_producer": Case(
         None,
         [

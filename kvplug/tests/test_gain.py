@@ -8,8 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from kvplug.cli import app
-from kvplug.cli.gain import BLOCK, _groups, _work, section_of
+from kvplug.cli.gain import BLOCK, _block_bytes, _groups, _pool_tokens, _work, section_of
 from kvplug.deployment import load_deployment
+from kvplug.errors import KVPlugError
 from kvplug.models import tiny_llama
 
 
@@ -40,3 +41,26 @@ def test_long_prompts_and_long_outputs_come_mixed() -> None:
     assert [r.max_tokens for r in work] == [48, 99, 48, 99, 99]
     assert len({str(r.prompt) for r in work}) == 5
     assert BLOCK == 32
+
+
+def test_an_unknown_format_is_refused_before_anything_runs() -> None:
+    result = CliRunner().invoke(app, ["gain", "--format", "int4,int5"])
+    assert result.exit_code == 2
+    assert "unknown format policy 'int5'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("section", "bytes_per_head"),
+    [({"use": "int4"}, 32 + 32 + 8), ({"use": "plain"}, 256), ({"use": "kivi", "bits": 2}, 44)],
+)
+def test_formats_get_the_blocks_that_fit_the_same_memory(
+    tmp_path: Path, section: dict[str, object], bytes_per_head: int
+) -> None:
+    model = tiny_llama(tmp_path, layers=3)
+    assert _block_bytes({"format": section}, model) == BLOCK * 3 * 2 * bytes_per_head
+
+
+def test_the_pool_is_what_vllm_says() -> None:
+    assert _pool_tokens("... CPU KV cache size: 46,592 tokens, Maximum ...") == 46592
+    with pytest.raises(KVPlugError, match="did not say"):
+        _pool_tokens("nothing of the kind")

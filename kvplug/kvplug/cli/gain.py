@@ -1,10 +1,12 @@
-"""``kvplug gain``: what each sequence policy wins over stock vLLM in the same KV memory."""
+"""``kvplug gain``: what sequence policies and formats win over stock vLLM in the same KV memory."""
 
 from __future__ import annotations
 
 import json as json_module
+import re
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,8 @@ BLOCK = 32
 """Tokens per block: one that vLLM takes on a CPU, too."""
 
 COLUMNS: dict[str, tuple[str, str]] = {
+    "pool_tokens": ("pool, tokens", ",.0f"),
+    "pool_ratio": ("of stock", ".2f"),
     "requests": ("running at once", ".2f"),
     "peak_requests_running": ("at most", ".0f"),
     "kv_tokens_per_running_request": ("KV tokens per request", ",.0f"),
@@ -33,8 +37,20 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 def gain(
     policy: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Sequence policies, or all of them.")
-    ] = "all",
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Sequence policies, or all of them; all of them too where no --format is given.",
+        ),
+    ] = "",
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:OPTION=VALUE...],...",
+            help="Formats, as `kvplug eval` takes them, or all of them; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     budget: Annotated[int, typer.Option(min=1, help="Tokens each request keeps.")] = 512,
     blocks: Annotated[
         int, typer.Option(min=2, help=f"Blocks of the engine's pool, {BLOCK} tokens each.")
@@ -51,21 +67,35 @@ def gain(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
-    """Serve long prompts and long outputs together, on stock vLLM and under each policy.
+    """Serve long prompts and long outputs together, on stock vLLM and under each policy or format.
 
-    Every engine has the same pool and gets the same requests at once. Stock runs first and after
-    every third policy; ratios are to the median of its runs, and its own spread is printed.
+    Every engine has the same KV memory and gets the same requests at once. Stock runs first and
+    between the others; throughput is in ratios to the median of its runs. The pool's size is what
+    vLLM itself says when it starts.
     """
     from kvplug import models
-    from kvplug.errors import KVPlugError
+    from kvplug.errors import DeploymentError, KVPlugError
+    from kvplug.eval import variants as wanted
     from kvplug.registry import plugins
 
     console = Console(soft_wrap=True)
-    names = _names(policy, plugins().registry)
+    asked = policy or ("" if format else "all")
+    sections = {
+        name: section_of(name, budget) for name in _names(asked, plugins().registry) if asked
+    }
+    try:
+        sections |= {
+            own.label: {"format": {"use": own.policy.name, **own.options}}
+            for own in wanted.formats(format or [])
+        }
+    except DeploymentError as error:
+        for refusal in error.refusals:
+            print(refusal.text(error.source), file=sys.stderr)
+        raise typer.Exit(2) from None
     try:
         directory = model or models.smollm2(progress=lambda line: console.print(line, markup=False))
         work = _work(long_prompts, long_outputs, words, output_tokens)
-        figures = _measure(console, directory, work, names, budget, blocks, rounds)
+        figures = _measure(console, directory, work, sections, blocks, rounds)
     except KVPlugError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
@@ -119,8 +149,7 @@ def _measure(
     console: Console,
     model: Path,
     work: list[TrialRequest],
-    names: list[str],
-    budget: int,
+    sections: dict[str, dict[str, Any]],
     blocks: int,
     rounds: int,
 ) -> list[dict[str, Any]]:
@@ -134,13 +163,22 @@ def _measure(
         "enable_prefix_caching": True,
     }
     runs: list[tuple[str, int, TrialResult]] = []
-    order = [n for i, name in enumerate(names) for n in (["stock"] * (i % 5 == 0) + [name])]
+    order = [n for i, name in enumerate(sections) for n in (["stock"] * (i % 5 == 0) + [name])]
+    block_bytes, pools = 0, []
     for name in [*order, "stock"] * rounds:
-        section = None if name == "stock" else section_of(name, budget)
+        section = sections.get(name)
         groups = 1 if section is None else _groups(section, model)
         # Layers in several groups have blocks of their own: more of them in the same memory.
-        own_engine = engine | {"num_gpu_blocks_override": blocks * groups + 1}
-        result = run_fresh(TrialSpec(str(model), work, own_engine, section))
+        room = blocks * groups
+        if section is not None and "format" in section:
+            room = blocks * block_bytes // _block_bytes(section, model)
+        own_engine = engine | {"num_gpu_blocks_override": room + 1}
+        with tempfile.TemporaryDirectory(prefix="kvplug-gain-") as scratch:
+            log = Path(scratch) / "engine.log"
+            result = run_fresh(TrialSpec(str(model), work, own_engine, section), log=log)
+            pools.append(_pool_tokens(log.read_text(encoding="utf-8", errors="replace")))
+        if section is None:
+            block_bytes = result.block_bytes
         runs.append((name, groups, result))
         console.print(
             f"{name}: {result.output_tokens_per_second:.1f} output tokens/s, at most "
@@ -150,17 +188,56 @@ def _measure(
     stock = next(result for name, _, result in runs if name == "stock")
     base = statistics.median(r.output_tokens_per_second for n, _, r in runs if n == "stock")
     rows = []
-    for name, groups, result in runs:
+    for (name, groups, result), pool in zip(runs, pools, strict=True):
         own = compare(stock, result)["kvplug"]
         busy = [s.running for s in result.steps if s.running]
         own["requests"] = sum(busy) / len(busy)
         own["kv_tokens_per_running_request"] /= groups
         own["kv_mib"] = result.num_blocks * result.block_bytes / 2**20
+        own["pool_tokens"] = pool
+        own["pool_ratio"] = pool / pools[0]
         own["ratio"] = own["output_tokens_per_second"] / base
         counters = result.reports[0]["counters"] if result.reports else {}
         own["decisions"] = counters.get("cuts", 0) / groups
         rows.append({"policy": name, **own, "counters": counters})
     return rows
+
+
+def _block_bytes(section: dict[str, Any], model: Path) -> int:
+    """Bytes of a block of all layers under a section's format."""
+    from transformers import AutoConfig
+
+    from kvplug.contract import EngineView, FormatPolicy, Kind, LayerView
+    from kvplug.deployment import load_deployment
+    from kvplug.models import model_fingerprint
+
+    config = AutoConfig.from_pretrained(model)
+    heads, layers = int(config.num_attention_heads), int(config.num_hidden_layers)
+    head_size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    view = EngineView(
+        block_size=BLOCK,
+        layers=tuple(
+            LayerView(i, layers, kv_heads, heads, head_size, "bfloat16") for i in range(layers)
+        ),
+        model=model_fingerprint(model),
+    )
+    choice = load_deployment(section, engine=view).choice(Kind.FORMAT)
+    assert choice is not None
+    policy = choice.build(view)
+    assert isinstance(policy, FormatPolicy)
+    layouts = [policy.layout(layer) for layer in view.layers]
+    return BLOCK * sum((own.heads or kv_heads) * own.bytes_per_token_head for own in layouts)
+
+
+def _pool_tokens(log: str) -> int:
+    """What vLLM says its KV cache holds."""
+    from kvplug.errors import KVPlugError
+
+    found = re.search(r"KV cache size: ([\d,]+) tokens", log)
+    if found is None:
+        raise KVPlugError("vLLM did not say how many tokens its KV cache holds")
+    return int(found[1].replace(",", ""))
 
 
 def _groups(section: dict[str, Any], model: Path) -> int:

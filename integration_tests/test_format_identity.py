@@ -1,0 +1,115 @@
+"""Blocks of one format never match a request under another, whatever their tokens."""
+
+from __future__ import annotations
+
+import pytest
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.request import Request
+
+from kvplug.contract import EngineView, LayerView
+from kvplug.hosts.vllm import compat
+from kvplug.hosts.vllm.lanes import LaneScheduler
+from kvplug_policies.format.int4 import Int4
+from kvplug_policies.format.int8 import Int8
+
+BLOCK = 32
+VIEW = EngineView(
+    block_size=BLOCK,
+    layers=(LayerView(0, 1, num_kv_heads=2, num_heads=4, head_size=64, dtype="bfloat16"),),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _seeded() -> None:
+    init_none_hash(sha256)
+
+
+def request(salt: str | None = None, tenant: str | None = None) -> Request:
+    made = Request(
+        request_id="a",
+        prompt_token_ids=list(range(100)),
+        sampling_params=SamplingParams(max_tokens=4),
+        pooling_params=None,
+        cache_salt=tenant,
+        block_hasher=get_request_block_hasher(BLOCK, sha256),
+    )
+    if salt is not None:
+        compat.salt_request(made, salt)
+    return made
+
+
+def test_every_block_of_another_format_has_another_hash() -> None:
+    formats = [
+        Int4(Int4.Options(), VIEW),
+        Int4(Int4.Options(group=32), VIEW),
+        Int8(Int8.Options(), VIEW),
+    ]
+    hashes = [request().block_hashes, *(request(f.fingerprint()).block_hashes for f in formats)]
+    assert {len(own) for own in hashes} == {3}
+    assert len({h for own in hashes for h in own}) == 4 * 3
+
+
+def test_the_same_format_matches() -> None:
+    one, other = Int4(Int4.Options(), VIEW), Int4(Int4.Options(), VIEW)
+    assert request(one.fingerprint()).block_hashes == request(other.fingerprint()).block_hashes
+
+
+def test_a_tenant_stays_apart_under_a_format() -> None:
+    mine, yours = (request("int4", tenant).block_hashes for tenant in ("a", "b"))
+    assert not set(mine) & set(yours)
+    assert request("int4", "a").block_hashes == mine
+
+
+def test_what_is_appended_later_is_hashed_with_the_salt() -> None:
+    made = request("int4")
+    made.append_output_token_ids(list(range(100, 130)))
+    longer = Request(
+        request_id="b",
+        prompt_token_ids=list(range(130)),
+        sampling_params=SamplingParams(max_tokens=4),
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(BLOCK, sha256),
+    )
+    compat.salt_request(longer, "int4")
+    assert made.block_hashes == longer.block_hashes and len(longer.block_hashes) == 4
+
+
+class _Block:
+    def __init__(self, block_id: int):
+        self.block_id = block_id
+
+
+class _Manager:
+    block_size = BLOCK
+
+    def __init__(self, blocks: dict[str, list[int]]):
+        self.req_to_blocks = {name: [_Block(b) for b in ids] for name, ids in blocks.items()}
+
+
+def test_lanes_name_the_block_each_request_writes_last() -> None:
+    lanes = LaneScheduler([_Manager({"a": [5, 6, 7], "b": [9], "c": [11, 12]})])
+    for name, assigned in (("a", 0), ("b", 2), ("c", 1)):
+        lanes.add(name, assigned)
+    found = lanes.step({"a": 64, "b": 0}, {"a": 3, "b": 20})
+    assert found is not None and found.tolist() == [[7, 0, 0], [9, 1, 2]]
+    lanes.finish("a")
+    lanes.add("d", 1)
+    lanes.managers[0].req_to_blocks["d"] = [_Block(20)]
+    found = lanes.step({"c": 31, "d": 0}, {"c": 1, "d": 1})
+    assert found is not None and found.tolist() == [[11, 2, 1], [20, 0, 1]], "a lane is used again"
+
+
+def test_a_request_that_comes_again_keeps_its_lane() -> None:
+    """After a preemption vLLM schedules the same request anew; its hashes were made for its
+    assignment, so that stays too."""
+    lanes = LaneScheduler([_Manager({"a": [5]})])
+    lanes.add("a", 1)
+    lanes.add("a", 0)
+    found = lanes.step({"a": 0}, {"a": 1})
+    assert found is not None and found.tolist() == [[5, 0, 1]]
+
+
+def test_nobody_scheduled_is_nothing_to_say() -> None:
+    assert LaneScheduler([_Manager({})]).step({}, {}) is None
