@@ -46,6 +46,7 @@ DOCS = REPO / "docs"
 EXAMPLES = {
     "kvplug_mru": DOCS / "examples" / "kvplug-mru",
     "kvplug_recency_norm": DOCS / "examples" / "kvplug-recency-norm",
+    "kvplug_nf4": DOCS / "examples" / "kvplug-nf4",
 }
 PAGES = sorted([REPO / "README.md", *(p for p in DOCS.rglob("*.md") if "examples" not in p.parts)])
 SNIPPET = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
@@ -534,10 +535,14 @@ def test_the_first_policy_page_includes_the_examples() -> None:
 
 @pytest.mark.parametrize(
     ("module", "policy", "lines", "knobs"),
-    [("kvplug_mru", "Mru", 60, {"protect"}), ("kvplug_recency_norm", "RecencyNorm", 50, None)],
+    [
+        ("kvplug_mru", "Mru", 60, {"protect"}),
+        ("kvplug_recency_norm", "RecencyNorm", 50, {*ScoringOptions.model_fields, "half_life"}),
+        ("kvplug_nf4", "Nf4", 60, {"exact_chunk"}),
+    ],
 )
 def test_an_example_is_short_and_has_a_knob(
-    module: str, policy: str, lines: int, knobs: set[str] | None
+    module: str, policy: str, lines: int, knobs: set[str]
 ) -> None:
     loaded = importlib.import_module(module)
     file = EXAMPLES[module] / f"{module}.py"
@@ -545,7 +550,7 @@ def test_an_example_is_short_and_has_a_knob(
     assert Path(str(loaded.__file__)).resolve() == file.resolve()
     options = getattr(loaded, policy).Options
     assert issubclass(options, PolicyOptions)
-    assert set(options.model_fields) == (knobs or {*ScoringOptions.model_fields, "half_life"})
+    assert set(options.model_fields) == knobs
 
 
 @pytest.mark.parametrize("folder", EXAMPLES.values(), ids=EXAMPLES)
