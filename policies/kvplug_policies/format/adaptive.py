@@ -50,7 +50,7 @@ class Adaptive(FormatPolicy):
         """Levels, bounds and how often to look."""
 
         levels: list[str | dict[str, Any]] = Field(
-            ["hack", "int4", "int8"],
+            ["rotated", "int8"],
             min_length=2,
             max_length=8,
             description="formats from the cheapest to the safest: a name, or {use: NAME, options}",
@@ -59,13 +59,13 @@ class Adaptive(FormatPolicy):
             -1, ge=-8, le=7, description="level of the first requests; -1 is the safest"
         )
         low: float = Field(
-            0.02,
+            0.05,
             gt=0,
             le=1,
             description="relative error of attention outputs below which a cheaper level is tried",
         )
         high: float = Field(
-            0.10,
+            0.25,
             gt=0,
             le=1,
             description="relative error of attention outputs above which a safer level is taken",
