@@ -6,9 +6,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 # Passed on to pytest by the test targets.
 PYTEST_ARGS ?=
+# Test files that run side by side; half of what an engine's start takes is one thread importing.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
 SOURCES := kvplug/kvplug policies/kvplug_policies kernels/kvplug_kernels
 
 # The stamp is named for what the environment is made from, so a change makes a new one.
@@ -44,10 +47,10 @@ demo: $(STAMP) model ## run the policies on the demo's model; writes demo.json a
 	$(BIN)/kvplug demo --json demo.json --html demo.html
 
 test: lint types docs model ## every check, and every test but the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## the tests that start no engine
-	$(BIN)/python -m pytest -m "not engine and not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not engine and not slow" $(PYTEST_ARGS)
 
 test-slow: $(STAMP) model ## every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
