@@ -144,6 +144,34 @@ def test_open_groups_are_seen_as_computed(
     assert pool_tokens(result) / pool_tokens(stock) >= 2 * 5
 
 
+def test_requests_side_by_side_keep_their_own_recent_tokens(
+    run: Run, tiny: Path, reads_back: FormatOracle
+) -> None:
+    """All prompts fit one step, then all answer together; a lane is used again by a later request.
+    Half of the later ones begin with a prefix hit, in the middle of nobody's group."""
+    later = [TrialRequest(p, GENERATED, wave=1) for p in [*prompts(), *prompts(seed=1)]]
+    result = run(
+        tiny,
+        requests() + later,
+        section("kivi", bits=2),
+        max_num_batched_tokens=1024,
+        **ENGINE,
+    )
+
+    def expected(prompt: list[int], cached: int) -> list[int]:
+        def start(position: int) -> int:
+            if position < len(prompt):
+                return 0 if position < cached else cached
+            return position // 32 * 32
+
+        return reads_back.greedy(prompt, GENERATED, per_channel(2, 32), start)
+
+    asked = prompts() * 2 + prompts(seed=1)
+    cached = [a.cached_tokens for a in result.answers]
+    assert cached == [0] * 4 + [0, 0, 128, 288] + [0] * 4
+    assert tokens(result) == [expected(p, n) for p, n in zip(asked, cached, strict=True)]
+
+
 def test_with_a_scoring_policy(run: Run, tiny: Path) -> None:
     """Compaction moves codes and scales together: the oracle forgets among rounded tokens."""
 
