@@ -9,6 +9,7 @@ its cell: what moves when the token moves.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -248,7 +249,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def _fold(codes: Tensor, bits: int) -> Tensor:
     parts = 8 // bits
-    cut = codes.unflatten(-1, (parts, -1))
+    cut = unflatten(codes, -1, (parts, -1))
     out = cut[..., 0, :].clone()
     for i in range(1, parts):
         out |= cut[..., i, :] << (bits * i)
@@ -265,6 +266,14 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     return _unfold(packed, bits)
 
 
+def unflatten(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
+    """`Tensor.unflatten`, a view of the same elements; one of the sizes may be -1."""
+    dim %= x.ndim
+    rest = math.prod(size for size in sizes if size >= 0)
+    filled = [x.shape[dim] // rest if size < 0 else size for size in sizes]
+    return x.view(*x.shape[:dim], *filled, *x.shape[dim + 1 :])
+
+
 def _unfold(packed: Tensor, bits: int) -> Tensor:
     parts, mask = 8 // bits, (1 << bits) - 1
     return torch.cat([(packed >> (bits * i)) & mask for i in range(parts)], dim=-1)
@@ -273,7 +282,7 @@ def _unfold(packed: Tensor, bits: int) -> Tensor:
 def finite(x: Tensor) -> Tensor:
     """float32 with NaN and infinities as 0, and the rest within what float16 can scale. There is
     no negative zero, so that the smallest element has one bit pattern."""
-    return torch.nan_to_num(x.float(), 0.0, 0.0, 0.0).clamp(-FP16_MAX, FP16_MAX) + 0.0
+    return torch.nan_to_num(x.float(), 0.0, 0.0, 0.0).clamp_(-FP16_MAX, FP16_MAX).add_(0.0)
 
 
 def affine(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -288,7 +297,7 @@ def affine_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Codes uint8 of finite float32 elements: the nearest, halves upwards."""
     step = scale.float()
     inverse = torch.where(step > 0, 1 / step, 0.0)
-    codes = ((x - zero.float()) * inverse + 0.5).floor().clamp(0, (1 << bits) - 1)
+    codes = (x - zero.float()).mul_(inverse).add_(0.5).floor_().clamp_(0, (1 << bits) - 1)
     return codes.to(torch.uint8)
 
 
@@ -325,8 +334,14 @@ def quantize_codebook(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     rms = x.square().mean(-1, keepdim=True).sqrt()
     unit = x / torch.where(rms > 0, rms, 1.0)
     bounds = (levels[1:] + levels[:-1]) / 2
-    codes = torch.bucketize(unit, bounds)
-    chosen = levels[codes]
+    if x.device.type == "cpu" and x.numel() > 1 << 14:
+        # Passes of comparisons are several times as fast as searches, once they are long.
+        codes = torch.zeros_like(unit, dtype=torch.uint8)
+        for bound in bounds:
+            codes += (unit > bound).view(torch.uint8)
+    else:
+        codes = torch.bucketize(unit, bounds, out_int32=True)
+    chosen = levels.index_select(0, codes.flatten().int()).view_as(unit)
     fit = (x * chosen).sum(-1, keepdim=True) / chosen.square().sum(-1, keepdim=True).clamp_min(1e-9)
     return codes.to(torch.uint8), (fit.clamp(0, FP16_MAX) + 0.0).half()
 
@@ -361,7 +376,7 @@ def encode_vectors(x: Tensor, coding: Coding, levels: Tensor | None = None) -> d
         found["outlier_codes"] = codes
         found["outlier_scale"], found["outlier_zero"] = _bytes(scale), _bytes(zero)
         x = x[..., coding.outliers :]
-    grouped = x.unflatten(-1, (coding.groups, coding.group))
+    grouped = unflatten(x, -1, (coding.groups, coding.group))
     if coding.kind == "int":
         codes, scale, zero = quantize_int(grouped, coding.bits)
         found["zero"] = _bytes(zero.squeeze(-1))
@@ -400,7 +415,7 @@ def decode_vectors(
         return decode_groups(fields, coding, dtype)
     codes = unpack(fields["codes"], coding.bits, coding.inner)
     scale = _halves(fields["scale"]).float().unsqueeze(-1)
-    grouped = codes.unflatten(-1, (coding.groups, coding.group))
+    grouped = unflatten(codes, -1, (coding.groups, coding.group))
     if coding.kind == "int":
         x = grouped.float() * scale + _halves(fields["zero"]).float().unsqueeze(-1)
     elif coding.kind == "fp8":
@@ -438,8 +453,8 @@ def encode_groups(x: Tensor, coding: Coding, live: Tensor | None = None) -> dict
     codes = affine_codes(x, scale.unsqueeze(-2), zero.unsqueeze(-2), coding.bits)
     return {
         "codes": pack(codes, coding.bits),
-        "scale": _bytes(scale.unflatten(-1, (coding.group, -1))),
-        "zero": _bytes(zero.unflatten(-1, (coding.group, -1))),
+        "scale": _bytes(unflatten(scale, -1, (coding.group, -1))),
+        "zero": _bytes(unflatten(zero, -1, (coding.group, -1))),
     }
 
 
@@ -455,9 +470,9 @@ def decode_groups(
         dtype: Of the result.
     """
     cut = (-1, coding.group)
-    codes = unpack(fields["codes"], coding.bits, coding.width).unflatten(-2, cut)
-    scale = _halves(fields["scale"]).unflatten(-2, cut).flatten(-2).unsqueeze(-2).float()
-    zero = _halves(fields["zero"]).unflatten(-2, cut).flatten(-2).unsqueeze(-2).float()
+    codes = unflatten(unpack(fields["codes"], coding.bits, coding.width), -2, cut)
+    scale = unflatten(_halves(fields["scale"]), -2, cut).flatten(-2).unsqueeze(-2).float()
+    zero = unflatten(_halves(fields["zero"]), -2, cut).flatten(-2).unsqueeze(-2).float()
     return (codes.float() * scale + zero).flatten(-3, -2).to(dtype)
 
 
