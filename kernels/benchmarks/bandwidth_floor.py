@@ -19,7 +19,8 @@ Call = Callable[[], object]
 
 @dataclass
 class Row:
-    """One operation at one size; times in microseconds, ratio is op / floor per repetition."""
+    """One operation at one size; times in microseconds, ratio is op / floor per repetition. The
+    floor is a copy, or another operation that ``baseline`` names."""
 
     op: str
     path: str
@@ -37,6 +38,7 @@ class Row:
     device: str
     torch: str
     triton: str
+    baseline: str = "a copy"
 
 
 def arguments(description: str | None) -> argparse.Namespace:
@@ -100,13 +102,24 @@ def _timer(call: Call, inner: int) -> Callable[[], float]:
 
 
 def compare(
-    op: str, path: str, shape: str, call: Call, n_bytes: int, *, repetitions: int, inner: int
+    op: str,
+    path: str,
+    shape: str,
+    call: Call,
+    n_bytes: int,
+    *,
+    repetitions: int,
+    inner: int,
+    baseline: tuple[str, Call] | None = None,
 ) -> Row:
-    """Interleave ``call`` with a copy that reads and writes ``n_bytes`` in total."""
-    source = torch.zeros(max(n_bytes // 2, 1), dtype=torch.uint8, device=device())
-    target = torch.zeros_like(source)
+    """Interleave ``call`` with a copy that reads and writes ``n_bytes`` in total, or with the
+    baseline given."""
+    if baseline is None:
+        source = torch.zeros(max(n_bytes // 2, 1), dtype=torch.uint8, device=device())
+        target = torch.zeros_like(source)
+        baseline = ("a copy", lambda: target.copy_(source))
     time_op = _timer(call, inner)
-    time_floor = _timer(lambda: target.copy_(source), inner)
+    time_floor = _timer(baseline[1], inner)
     pairs = []
     for i in range(repetitions + 1):
         if i % 2:
@@ -137,6 +150,7 @@ def compare(
         device=_device_name(),
         torch=torch.__version__,
         triton=_triton_version(),
+        baseline=baseline[0],
     )
 
 
@@ -147,7 +161,7 @@ def report(rows: list[Row], path: Path | None) -> None:
     for row in rows:
         print(
             f"{row.op} [{row.path}] {row.shape}: {row.bytes / 1e6:.2f} MB moved, "
-            f"{row.op_us_median:.1f} us against a copy at {row.floor_us_median:.1f} us, "
+            f"{row.op_us_median:.1f} us against {row.baseline} at {row.floor_us_median:.1f} us, "
             f"ratio median {row.ratio_median:.2f} (quartiles {row.ratio_p25:.2f} to "
             f"{row.ratio_p75:.2f}, range {row.ratio_min:.2f} to {row.ratio_max:.2f}, "
             f"n={row.repetitions}), {row.gb_per_s:.2f} GB/s"

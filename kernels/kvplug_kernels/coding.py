@@ -42,6 +42,9 @@ class Coding:
             correction term of a product with asymmetric codes.
         outliers: Leading elements coded apart, as 8-bit ``int`` codes with a scale and a zero of
             their own per token. They count in ``width`` and are no part of the groups.
+        fit: Times that scale (and zero) are fitted to the chosen codes by least squares and codes
+            chosen anew, for ``int`` along channels and ``codebook``. Each round lowers the squared
+            error at no byte more.
 
     Raises:
         ValueError: The vector cannot be coded so; the message says what does not fit.
@@ -54,6 +57,7 @@ class Coding:
     axis: Axis = "channels"
     sums: bool = False
     outliers: int = 0
+    fit: int = 0
 
     def __post_init__(self) -> None:
         if self.group == 0:
@@ -78,6 +82,10 @@ class Coding:
             )
         if self.sums and self.kind != "int":
             raise ValueError("only int codes have sums")
+        if self.fit < 0 or (
+            self.fit and (self.kind not in ("int", "codebook") or self.axis == "tokens")
+        ):
+            raise ValueError("only int codes along channels and codebooks are fitted")
 
     @property
     def inner(self) -> int:
@@ -301,7 +309,7 @@ def affine_codes(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return codes.to(torch.uint8)
 
 
-def quantize_int(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_int(x: Tensor, bits: int, fit: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Asymmetric codes of the last dimension.
 
     The zero is the smallest element and the scale the range over ``2**bits - 1``, both rounded to
@@ -310,15 +318,33 @@ def quantize_int(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         x: Finite float32 ``[..., n]``.
         bits: Bits of a code.
+        fit: Rounds of fitting scale and zero to the codes.
 
     Returns:
         Codes uint8 ``[..., n]``, scale and zero float16 ``[..., 1]``.
     """
     scale, zero = affine(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), bits)
-    return affine_codes(x, scale, zero, bits), scale, zero
+    codes = affine_codes(x, scale, zero, bits)
+    if not fit:
+        return codes, scale, zero
+    mean = x.mean(-1, keepdim=True)
+    off = x - mean
+    for _ in range(fit):
+        c = codes.float()
+        middle = c.mean(-1, keepdim=True)
+        c -= middle
+        spread = c.square().sum(-1, keepdim=True)
+        step = (c * off).sum(-1, keepdim=True) / spread.clamp_min(1e-9)
+        fitted = (step.clamp_(0, FP16_MAX) + 0.0).half()
+        # A group whose codes are all the same has nothing to fit.
+        scale = torch.where(spread > 0, fitted, scale)
+        low = (mean - scale.float() * middle).clamp_(-FP16_MAX, FP16_MAX) + 0.0
+        zero = torch.where(spread > 0, low.half(), zero)
+        codes = affine_codes(x, scale, zero, bits)
+    return codes, scale, zero
 
 
-def quantize_codebook(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_codebook(x: Tensor, levels: Tensor, fit: int = 0) -> tuple[Tensor, Tensor]:
     """Codes of the nearest level of a vector scaled to root mean square 1.
 
     The stored scale is the one that fits the chosen levels best (least squares), which is what
@@ -327,12 +353,20 @@ def quantize_codebook(x: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         x: Finite float32 ``[..., n]``.
         levels: float32 ``[2**bits]``, ascending, for elements of variance 1.
+        fit: Rounds of choosing codes anew with the scale that was fitted.
 
     Returns:
         Codes uint8 ``[..., n]`` and scale float16 ``[..., 1]``.
     """
     rms = x.square().mean(-1, keepdim=True).sqrt()
-    unit = x / torch.where(rms > 0, rms, 1.0)
+    codes, scale = _nearest_levels(x, rms, levels)
+    for _ in range(fit):
+        codes, scale = _nearest_levels(x, scale.float(), levels)
+    return codes, scale
+
+
+def _nearest_levels(x: Tensor, size: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    unit = x / torch.where(size > 0, size, 1.0)
     bounds = (levels[1:] + levels[:-1]) / 2
     if x.device.type == "cpu" and x.numel() > 1 << 14:
         # Passes of comparisons are several times as fast as searches, once they are long.
@@ -378,7 +412,7 @@ def encode_vectors(x: Tensor, coding: Coding, levels: Tensor | None = None) -> d
         x = x[..., coding.outliers :]
     grouped = unflatten(x, -1, (coding.groups, coding.group))
     if coding.kind == "int":
-        codes, scale, zero = quantize_int(grouped, coding.bits)
+        codes, scale, zero = quantize_int(grouped, coding.bits, coding.fit)
         found["zero"] = _bytes(zero.squeeze(-1))
         if coding.sums:
             # uint16 has few operations; its bytes are those of the low half of an int32.
@@ -388,7 +422,7 @@ def encode_vectors(x: Tensor, coding: Coding, levels: Tensor | None = None) -> d
         codes, scale = quantize_fp8(grouped)
     else:
         assert levels is not None, "a codebook needs its levels"
-        codes, scale = quantize_codebook(grouped, levels)
+        codes, scale = quantize_codebook(grouped, levels, coding.fit)
     found["codes"] = pack(codes.flatten(-2), coding.bits)
     found["scale"] = _bytes(scale.squeeze(-1))
     return found

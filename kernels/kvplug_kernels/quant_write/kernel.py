@@ -53,6 +53,25 @@ def _int_codes(b_x, b_inverse, b_zero, TOP: tl.constexpr):
 
 
 @triton.jit
+def _fit_affine(b_x, b_coded, b_scale, b_zero, m_g, GROUP: tl.constexpr):
+    """Scale and zero, float16 ``[R]``, that fit the codes of one group of each row best."""
+    b_c = tl.where(m_g, b_coded.to(tl.float32), 0.0)
+    b_x = tl.where(m_g, b_x, 0.0)
+    b_middle = tl.div_rn(tl.sum(tl.sum(b_c, 2), 1), GROUP * 1.0)
+    b_mean = tl.div_rn(tl.sum(tl.sum(b_x, 2), 1), GROUP * 1.0)
+    b_c = tl.where(m_g, b_c - b_middle[:, None, None], 0.0)
+    b_off = tl.where(m_g, b_x - b_mean[:, None, None], 0.0)
+    b_spread = tl.sum(tl.sum(b_c * b_c, 2), 1)
+    b_along = tl.sum(tl.sum(b_c * b_off, 2), 1)
+    b_step = tl.div_rn(b_along, tl.maximum(b_spread, 1e-9))
+    b_step = tl.minimum(tl.maximum(b_step, 0.0), 65504.0) + 0.0
+    b_scale = tl.where(b_spread > 0, b_step.to(tl.float16), b_scale)
+    b_low = b_mean - b_scale.to(tl.float32) * b_middle
+    b_low = tl.minimum(tl.maximum(b_low, -65504.0), 65504.0) + 0.0
+    return b_scale, tl.where(b_spread > 0, b_low.to(tl.float16), b_zero)
+
+
+@triton.jit
 def _fp8_codes(b_x):
     """The bits of e4m3, ties to even, of float32 of magnitude 448 at most: not every GPU that
     Triton compiles for has the conversion, and neither has its interpreter."""
@@ -125,6 +144,7 @@ def _write_vectors(
     GROUP: tl.constexpr,
     OUTLIERS: tl.constexpr,
     SUMS: tl.constexpr,
+    FIT: tl.constexpr,
     CODES: tl.constexpr,
     SCALE: tl.constexpr,
     ZERO: tl.constexpr,
@@ -184,6 +204,14 @@ def _write_vectors(
                     b_zero.to(tl.float32)[:, None, None],
                     TOP,
                 )
+                for _ in tl.static_range(FIT):
+                    b_scale, b_zero = _fit_affine(b_x, b_coded, b_scale, b_zero, m_g, GROUP)
+                    b_coded = _int_codes(
+                        b_x,
+                        _inverse(b_scale)[:, None, None],
+                        b_zero.to(tl.float32)[:, None, None],
+                        TOP,
+                    )
                 b_code = tl.where(m_g, b_coded, b_code)
                 tl.store(p_scale + i_g, b_scale.to(tl.int16, bitcast=True), mask=m_r)
                 tl.store(p_zero + i_g, b_zero.to(tl.int16, bitcast=True), mask=m_r)
@@ -204,22 +232,26 @@ def _write_vectors(
             for i_g in tl.static_range(GROUPS):
                 m_g = m_e & (o_group == i_g)[None, :, :]
                 b_square = tl.sum(tl.sum(tl.where(m_g, b_x * b_x, 0.0), 2), 1)
-                b_rms = tl.sqrt_rn(tl.div_rn(b_square, GROUP * 1.0))
-                b_rms = tl.where(b_rms > 0, b_rms, 1.0)
-                b_unit = tl.div_rn(b_x, tl.broadcast_to(b_rms[:, None, None], b_x.shape))
-                b_level = tl.load(levels)
-                b_chosen = tl.zeros([BLOCK_R, PARTS, BLOCK_N], tl.float32) + b_level
+                b_size = tl.sqrt_rn(tl.div_rn(b_square, GROUP * 1.0))
                 b_coded = tl.zeros([BLOCK_R, PARTS, BLOCK_N], tl.int32)
-                for i_l in tl.static_range(1, 1 << BITS):
-                    b_next = tl.load(levels + i_l)
-                    m_above = b_unit > (b_next + b_level) * 0.5
-                    b_chosen = tl.where(m_above, b_next, b_chosen)
-                    b_coded += m_above.to(tl.int32)
-                    b_level = b_next
-                b_along = tl.sum(tl.sum(tl.where(m_g, b_x * b_chosen, 0.0), 2), 1)
-                b_norm = tl.sum(tl.sum(tl.where(m_g, b_chosen * b_chosen, 0.0), 2), 1)
-                b_fit = tl.div_rn(b_along, tl.maximum(b_norm, 1e-9))
-                b_fit = tl.minimum(tl.maximum(b_fit, 0.0), 65504.0) + 0.0
+                b_fit = tl.zeros([BLOCK_R], tl.float32)
+                for _ in tl.static_range(FIT + 1):
+                    b_size = tl.where(b_size > 0, b_size, 1.0)
+                    b_unit = tl.div_rn(b_x, tl.broadcast_to(b_size[:, None, None], b_x.shape))
+                    b_level = tl.load(levels)
+                    b_chosen = tl.zeros([BLOCK_R, PARTS, BLOCK_N], tl.float32) + b_level
+                    b_coded = tl.zeros([BLOCK_R, PARTS, BLOCK_N], tl.int32)
+                    for i_l in tl.static_range(1, 1 << BITS):
+                        b_next = tl.load(levels + i_l)
+                        m_above = b_unit > (b_next + b_level) * 0.5
+                        b_chosen = tl.where(m_above, b_next, b_chosen)
+                        b_coded += m_above.to(tl.int32)
+                        b_level = b_next
+                    b_along = tl.sum(tl.sum(tl.where(m_g, b_x * b_chosen, 0.0), 2), 1)
+                    b_norm = tl.sum(tl.sum(tl.where(m_g, b_chosen * b_chosen, 0.0), 2), 1)
+                    b_fit = tl.div_rn(b_along, tl.maximum(b_norm, 1e-9))
+                    b_fit = tl.minimum(tl.maximum(b_fit, 0.0), 65504.0) + 0.0
+                    b_size = b_fit.to(tl.float16).to(tl.float32)
                 b_code = tl.where(m_g, b_coded, b_code)
                 b_scale = b_fit.to(tl.float16).to(tl.int16, bitcast=True)
                 tl.store(p_scale + i_g, b_scale, mask=m_r)
@@ -390,6 +422,7 @@ def quant_write_kernel(
     K_GROUP: tl.constexpr,
     K_OUTLIERS: tl.constexpr,
     K_SUMS: tl.constexpr,
+    K_FIT: tl.constexpr,
     K_CODES: tl.constexpr,
     K_SCALE: tl.constexpr,
     K_ZERO: tl.constexpr,
@@ -407,6 +440,7 @@ def quant_write_kernel(
     V_GROUP: tl.constexpr,
     V_OUTLIERS: tl.constexpr,
     V_SUMS: tl.constexpr,
+    V_FIT: tl.constexpr,
     V_CODES: tl.constexpr,
     V_SCALE: tl.constexpr,
     V_ZERO: tl.constexpr,
@@ -476,6 +510,7 @@ def quant_write_kernel(
                 K_GROUP,
                 K_OUTLIERS,
                 K_SUMS,
+                K_FIT,
                 K_CODES,
                 K_SCALE,
                 K_ZERO,
@@ -511,6 +546,7 @@ def quant_write_kernel(
             V_GROUP,
             V_OUTLIERS,
             V_SUMS,
+            V_FIT,
             V_CODES,
             V_SCALE,
             V_ZERO,
@@ -542,6 +578,7 @@ def _constants(layout: CodedPage, coding: Coding, side: str) -> dict[str, int | 
         "GROUP": coding.group,
         "OUTLIERS": coding.outliers,
         "SUMS": coding.sums,
+        "FIT": coding.fit,
         "PARTS": parts,
         "BLOCK_N": block_n,
         "BLOCK_O": triton.next_power_of_2(max(coding.outliers, 1)),
