@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from kvplug import hookimpl
 from kvplug.registry import PolicyRegistry
+from kvplug_policies.format.adaptive import Adaptive
+from kvplug_policies.format.fp8 import Fp8
+from kvplug_policies.format.hack import Hack
+from kvplug_policies.format.int4 import Int4
+from kvplug_policies.format.int8 import Int8
+from kvplug_policies.format.kivi import Kivi
+from kvplug_policies.format.lowrank import LowRank
+from kvplug_policies.format.merge_heads import MergeHeads
+from kvplug_policies.format.mixed import Mixed
+from kvplug_policies.format.plain import Plain
+from kvplug_policies.format.residual import Residual
+from kvplug_policies.format.rotated import Rotated
 from kvplug_policies.prefix_cache.arc import Arc
 from kvplug_policies.prefix_cache.fifo import Fifo
 from kvplug_policies.prefix_cache.foresight import Foresight
@@ -58,6 +70,18 @@ BUILTIN = (
     PyramidKV,
     RKV,
     SmartWindow,
+    Adaptive,
+    Fp8,
+    Int8,
+    Int4,
+    Kivi,
+    Rotated,
+    Hack,
+    Plain,
+    LowRank,
+    MergeHeads,
+    Residual,
+    Mixed,
 )
 
 

@@ -235,7 +235,8 @@ class CodedFormat(FormatPolicy):
             vectors = decode_vectors(fields, coding, levels, dtype)
             n, heads, size, width = vectors.shape
             tokens = vectors.transpose(1, 2).reshape(n * size, heads, width)
-            found.append(back(layer, tokens).unflatten(0, (n, size)).transpose(1, 2))
+            whole = back(layer, tokens)
+            found.append(whole.reshape(n, size, *whole.shape[1:]).transpose(1, 2))
         return found[0], found[1]
 
     def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:

@@ -76,6 +76,14 @@ def _attend_rows(
         row = torch.arange(len(rows), device=device)[:, None].expand_as(at)[mine]
         keys[row, :, at[mine]] = batch.key[token[mine]].float()
         values[row, :, at[mine]] = batch.value[token[mine]].float()
+        if batch.recent is not None and batch.lanes is not None:
+            kept, lane = batch.recent.key.shape[1], batch.lanes[rows].long()
+            place, before = torch.arange(kept, device=device), lens - widths
+            known = (place < (before % kept)[:, None]) & (lane >= 0)[:, None]
+            row, place = known.nonzero(as_tuple=True)
+            slot = (before - before % kept)[row] + place
+            keys[row, :, slot] = batch.recent.key[lane[row], place].float()
+            values[row, :, slot] = batch.recent.value[lane[row], place].float()
     query = batch.query[token].float()
     query = query.view(*query.shape[:2], kv_heads, -1, query.shape[3])
     seen = torch.arange(held, device=device) <= at[..., None]

@@ -200,6 +200,7 @@ class Adaptive(FormatPolicy):
         found = {f"requests_{i}_{p.name}": float(self._given[i]) for i, p in enumerate(self.levels)}
         for i, (policy, errors) in enumerate(zip(self.levels, self._errors, strict=True)):
             found[f"error_{i}_{policy.name}"] = sum(errors) / len(errors) if errors else 0.0
+        found["nonfinite"] = sum(p.counters().get("nonfinite", 0.0) for p in self.levels)
         found |= {"level": float(self.current), "looks": float(self._looks)}
         return found | {"decisions": float(len(self.decisions))}
 

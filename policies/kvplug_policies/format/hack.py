@@ -1,0 +1,60 @@
+"""HACK: attention by integer products of the codes themselves.
+
+Zhang et al., arXiv 2502.03589. With ``q ~ s_q a + z_q`` and ``k ~ s_k b + z_k`` over a group of
+``n`` channels, ``q . k = s_q s_k (a . b) + s_q z_k sum(a) + s_k z_q sum(b) + n z_q z_k``: one
+integer product and three corrections, of which ``sum(b)`` is stored with the key. The same holds
+for probabilities and values. Nothing is dequantized.
+
+A query is quantized to 8 bits per token, head and group. For the second product the scale of a
+token's value is folded into its probability, which then is quantized to 8 bits per query and tile.
+The softmax between the two products is floating point, as in the paper.
+
+Differences from the paper:
+
+* HACK quantizes values along tokens, and keeps the last, unfinished group of them exact. Here each
+  token's value has a scale of its own: a page is finished as soon as it is written, tokens can be
+  moved, and the scale moves into the probabilities instead.
+* The paper rounds stochastically, here codes are the nearest.
+* The tokens of the running step see each other exactly (`exact_chunk`), so the prefill of a fresh
+  prompt is floating point; the paper's is integer too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, cast
+
+from pydantic import Field
+
+from kvplug.contract import EngineView, LayerView, PolicyOptions
+from kvplug_kernels.coding import CodedPage, Coding
+from kvplug_policies.formats import LAYERS, CodedFormat, LayerOptions, check_group, layer_bits
+
+
+class Hack(CodedFormat):
+    """K and V in integer codes that are multiplied as integers."""
+
+    name = "hack"
+    changes = "stores K and V as integer codes and multiplies queries with them as integers"
+    paper = "HACK: Homomorphic Acceleration via Compression of the KV Cache, arXiv 2502.03589"
+    integer: ClassVar[bool] = True
+
+    class Options(LayerOptions):
+        """Knobs of `Hack`."""
+
+        bits: Literal[2, 4, 8] = Field(4, description="bits of a code")
+        group: int = Field(
+            0, ge=0, le=1024, description="channels of a head that share a scale; 0: all of them"
+        )
+        layers: Mapping[str, Literal[2, 4, 8]] = Field(default_factory=dict, description=LAYERS)
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        self.own = cast(Hack.Options, options)
+        super().__init__(options, engine)
+
+    def coding(self, layer: LayerView) -> CodedPage:
+        own, width = self.own, layer.head_size
+        bits, group = layer_bits(own.layers, layer, own.bits), check_group(own.group, width)
+        return CodedPage(
+            Coding(width, bits, "int", group, sums=True), Coding(width, bits, "int", group)
+        )

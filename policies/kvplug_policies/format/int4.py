@@ -1,0 +1,43 @@
+"""K and V as 4-bit integers with a scale and a zero point per token, KV head and group.
+
+Fine-grained group-wise quantization of FlexGen, arXiv 2303.06865, along the channels of one token:
+nothing is shared between tokens, so a token can be written, moved and freed by itself. Single
+layers can have other widths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, cast
+
+from pydantic import Field
+
+from kvplug.contract import EngineView, LayerView, PolicyOptions
+from kvplug_kernels.coding import CodedPage, Coding
+from kvplug_policies.formats import LAYERS, CodedFormat, LayerOptions, check_group, layer_bits
+
+
+class Int4(CodedFormat):
+    """K and V in 4-bit integer codes, per token and KV head."""
+
+    name = "int4"
+    changes = "stores K and V as 4-bit integers with a scale and a zero per token and KV head"
+    paper = "FlexGen: High-Throughput Generative Inference of LLMs, arXiv 2303.06865"
+
+    class Options(LayerOptions):
+        """Knobs of `Int4`."""
+
+        group: int = Field(
+            0, ge=0, le=1024, description="channels of a head that share a scale; 0: all of them"
+        )
+        layers: Mapping[str, Literal[2, 3, 4, 8]] = Field(default_factory=dict, description=LAYERS)
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        self.own = cast(Int4.Options, options)
+        super().__init__(options, engine)
+
+    def coding(self, layer: LayerView) -> CodedPage:
+        own = self.own
+        group = check_group(own.group, layer.head_size)
+        both = Coding(layer.head_size, layer_bits(own.layers, layer, 4), "int", group)
+        return CodedPage(both, both)

@@ -1,0 +1,59 @@
+"""Formats inside a format: named in its options, checked with them, built for its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from kvplug.contract import EngineView, FormatPolicy, Kind, PolicyOptions
+from kvplug.registry import plugins
+
+
+def inner_format(
+    use: object, options: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[type[FormatPolicy], PolicyOptions]:
+    """A format by name with its options, third-party ones among them.
+
+    Args:
+        use: Its name.
+        options: Its knobs as they were written.
+        defaults: Knobs of the outer format that it takes over where it has them and they were not
+            written.
+
+    Raises:
+        ValueError: There is no such format, or a knob is unknown or out of range.
+    """
+    registry = plugins().registry
+    found = registry.get(Kind.FORMAT, use) if isinstance(use, str) else None
+    if found is None or not issubclass(found, FormatPolicy):
+        near = registry.nearest(Kind.FORMAT, str(use))
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"unknown format {use!r}; {hint}installed: {', '.join(registry.names(Kind.FORMAT))}"
+        )
+    known = found.Options.model_fields
+    taken = {n: v for n, v in defaults.items() if n in known and n not in options}
+    try:
+        return found, found.Options.model_validate({**taken, **options})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(p) for p in first["loc"])
+        if first["type"] == "extra_forbidden":
+            listed = ", ".join(known) or "it has none"
+            raise ValueError(f"{use} has no option {name!r}; options: {listed}") from None
+        said = str(first["msg"]).removeprefix("Value error, ")
+        raise ValueError(f"{use}{': ' if name else ''}{name}: {said}") from None
+
+
+def build_inner(
+    found: type[FormatPolicy], options: PolicyOptions, engine: EngineView
+) -> FormatPolicy:
+    """The format for an engine. Raises ValueError where it cannot live with it."""
+    refused = sorted(engine.features - found.supports)
+    if refused:
+        raise ValueError(f"{found.name} cannot live with {', '.join(refused)}")
+    built = found(options, engine)
+    assert isinstance(built, FormatPolicy)
+    return built
