@@ -30,6 +30,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,10 @@ class Calibration:
         }
         checksum = _checksum(metadata, tensors)
         save_file(tensors, path, metadata={**metadata, "checksum": checksum})
+        # safetensors makes a file only its owner can read; a server may be somebody else.
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(path).chmod(0o666 & ~mask)
         return checksum
 
 

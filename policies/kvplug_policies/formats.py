@@ -44,6 +44,13 @@ LAYERS = (
 """What the option `layers` means."""
 
 
+FIT = (
+    "times that scale and zero are fitted to the codes by least squares and codes chosen anew; "
+    "lowers the error at no byte, for a little time per written token"
+)
+"""Description of the option ``fit``."""
+
+
 class LayerOptions(FormatOptions):
     """Knobs of a format whose codes may have other bits in some layers.
 
@@ -103,7 +110,7 @@ class CodedFormat(FormatPolicy):
     """
 
     integer: ClassVar[bool] = False
-    rotation: ClassVar[str | None] = None
+    rotation: str | None = None
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)

@@ -66,12 +66,24 @@ def test_queries_of_few_steps_lose_nothing() -> None:
 def test_codes_are_those_of_int4() -> None:
     key, value = vectors(SHAPE, 40, seed=5)
     found = []
-    for policy in (Hack, Int4):
-        pool = Pool(Case(policy), SHAPE)
+    for policy, options in ((Hack, {"rotate": False}), (Int4, {})):
+        pool = Pool(Case(policy, options), SHAPE)
         pool.store({0: (key, value)})
         found.append(pool.read(0))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
+
+
+def test_rotating_makes_coarse_codes_bearable() -> None:
+    """Large channels take all levels of a head, unless they are spread first."""
+    key, value = vectors(SHAPE, 64, seed=8)
+    key[..., ::16] *= 8
+    errors = []
+    for rotate in (False, True):
+        pool = Pool(Case(Hack, {"bits": 2, "rotate": rotate}), SHAPE)
+        pool.store({0: (key, value)})
+        errors.append(float((pool.read(0)[0] - key).square().mean() / key.square().mean()))
+    assert errors[1] < 0.15 < 0.2 < errors[0], errors
 
 
 def test_an_empty_history_is_nothing() -> None:

@@ -24,7 +24,7 @@ def test_a_token_takes_its_codes_two_scales_and_two_zeros() -> None:
 
 @pytest.mark.parametrize("group", [0, 16, 32])
 def test_an_element_is_off_by_half_a_step_at_most(group: int) -> None:
-    pool = Pool(Case(Int4, {"group": group}), SHAPE)
+    pool = Pool(Case(Int4, {"group": group, "fit": 0}), SHAPE)
     key, value = vectors(SHAPE, 40, seed=1)
     key[..., 7] += 30
     pool.store({0: (key, value)})
@@ -35,6 +35,16 @@ def test_an_element_is_off_by_half_a_step_at_most(group: int) -> None:
         # Scale and zero point are rounded to float16.
         rounding = grouped.abs().amax(-1, keepdim=True) * 2**-10
         assert (off <= spread / 15 / 2 * 1.001 + rounding).all()
+
+
+def test_fitting_lowers_the_error() -> None:
+    key, value = vectors(SHAPE, 40, seed=1)
+    errors = []
+    for fit in (0, 2):
+        pool = Pool(Case(Int4, {"fit": fit}), SHAPE)
+        pool.store({0: (key, value)})
+        errors.append(float((pool.read(0)[0] - key).square().mean()))
+    assert errors[1] < 0.97 * errors[0]
 
 
 def test_a_group_that_does_not_divide_the_head_is_refused() -> None:

@@ -189,3 +189,9 @@ def test_outliers_of_mixed_channels_are_refused(file: str) -> None:
 
 def test_it_does_not_run_on_part_of_the_heads() -> None:
     assert Feature.TENSOR_PARALLEL not in Residual.supports
+
+
+def test_outliers_under_integer_products_are_refused(file: str) -> None:
+    options = {"rotate": False}
+    with pytest.raises(ValueError, match=r"hack multiplies codes of one width.*set outliers to 0"):
+        build(Residual, ENGINE, format="hack", options=options, outliers=4, calibration=file)

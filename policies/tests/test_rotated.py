@@ -83,9 +83,9 @@ def test_rotating_keeps_products_and_can_be_undone(head_size: int, back: bool) -
     shape = Shape(head_size, 6, 2, 16)
     policy = Rotated(Rotated.Options(), EngineView(16, layers=(view(shape),)))
     x, y = vectors(shape, 9, seed=3)
-    turned, other = policy._turn(x, back), policy._turn(y, back)
+    turned, other = policy._rotation.turn(x, back), policy._rotation.turn(y, back)
     torch.testing.assert_close((turned * other).sum(-1), (x * y).sum(-1), atol=1e-3, rtol=1e-4)
-    torch.testing.assert_close(policy._turn(turned, not back), x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(policy._rotation.turn(turned, not back), x, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("head_size", [64, 96, 128])
@@ -101,7 +101,7 @@ def test_a_channel_that_is_large_is_spread_over_all(head_size: int) -> None:
         off[policy] = relative(pool.read(0)[0], key)
     assert off[Rotated] < 0.12
     policy = Rotated(Rotated.Options(), EngineView(32, layers=(view(shape),)))
-    turned = policy._turn(key)
+    turned = policy._rotation.turn(key)
     peak = turned.abs().amax(-1) / turned.square().mean(-1).sqrt()
     assert float(peak.max()) < 4.5
 

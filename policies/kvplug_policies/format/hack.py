@@ -14,7 +14,8 @@ Differences from the paper:
 * HACK quantizes values along tokens, and keeps the last, unfinished group of them exact. Here each
   token's value has a scale of its own: a page is finished as soon as it is written, tokens can be
   moved, and the scale moves into the probabilities instead.
-* The paper rounds stochastically, here codes are the nearest.
+* The paper rounds stochastically, here codes are the nearest, after their scale was fitted.
+* K, V and queries are rotated first (`rotate`), as in `rotated`: whole heads then bear one scale.
 * The tokens of the running step see each other exactly (`exact_chunk`), so the prefill of a fresh
   prompt is floating point; the paper's is integer too.
 """
@@ -25,10 +26,19 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal, cast
 
 from pydantic import Field
+from torch import Tensor
 
 from kvplug.contract import EngineView, LayerView, PolicyOptions
 from kvplug_kernels.coding import CodedPage, Coding
-from kvplug_policies.formats import LAYERS, CodedFormat, LayerOptions, check_group, layer_bits
+from kvplug_policies.formats import (
+    FIT,
+    LAYERS,
+    CodedFormat,
+    LayerOptions,
+    check_group,
+    layer_bits,
+)
+from kvplug_policies.rotation import Rotation, hadamard_matrix
 
 
 class Hack(CodedFormat):
@@ -46,15 +56,40 @@ class Hack(CodedFormat):
         group: int = Field(
             0, ge=0, le=1024, description="channels of a head that share a scale; 0: all of them"
         )
+        rotate: bool = Field(
+            True, description="rotate K, V and queries by a random Hadamard matrix before coding"
+        )
+        fit: int = Field(2, ge=0, le=8, description=FIT)
         layers: Mapping[str, Literal[2, 4, 8]] = Field(default_factory=dict, description=LAYERS)
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         self.own = cast(Hack.Options, options)
+        self._turn = Rotation().turn if self.own.rotate else None
+        self.rotation = "hadamard" if self.own.rotate else None
         super().__init__(options, engine)
 
     def coding(self, layer: LayerView) -> CodedPage:
         own, width = self.own, layer.head_size
         bits, group = layer_bits(own.layers, layer, own.bits), check_group(own.group, width)
+        if own.rotate:
+            hadamard_matrix(width)
+        fit = 0 if bits == 8 else own.fit
         return CodedPage(
-            Coding(width, bits, "int", group, sums=True), Coding(width, bits, "int", group)
+            Coding(width, bits, "int", group, sums=True, fit=fit),
+            Coding(width, bits, "int", group, fit=fit),
         )
+
+    def into(self, layer: LayerView, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return (self._turn(key), self._turn(value)) if self._turn else (key, value)
+
+    def query_into(self, layer: LayerView, query: Tensor) -> Tensor:
+        return self._turn(query).to(query.dtype) if self._turn else query
+
+    def key_back(self, layer: LayerView, coded: Tensor) -> Tensor:
+        return self._turn(coded, back=True) if self._turn else coded
+
+    def value_back(self, layer: LayerView, coded: Tensor) -> Tensor:
+        return self.key_back(layer, coded)
+
+    def out_back(self, layer: LayerView, out: Tensor) -> Tensor:
+        return self.key_back(layer, out)

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from kvplug.contract import EngineView, LayerView, PolicyOptions
 from kvplug_kernels.coding import CodedPage, Coding
-from kvplug_policies.formats import LAYERS, CodedFormat, LayerOptions, check_group, layer_bits
+from kvplug_policies.formats import FIT, LAYERS, CodedFormat, LayerOptions, check_group, layer_bits
 
 
 class Int4(CodedFormat):
@@ -30,6 +30,7 @@ class Int4(CodedFormat):
         group: int = Field(
             0, ge=0, le=1024, description="channels of a head that share a scale; 0: all of them"
         )
+        fit: int = Field(2, ge=0, le=8, description=FIT)
         layers: Mapping[str, Literal[2, 3, 4, 8]] = Field(default_factory=dict, description=LAYERS)
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
@@ -39,5 +40,6 @@ class Int4(CodedFormat):
     def coding(self, layer: LayerView) -> CodedPage:
         own = self.own
         group = check_group(own.group, layer.head_size)
-        both = Coding(layer.head_size, layer_bits(own.layers, layer, 4), "int", group)
+        bits = layer_bits(own.layers, layer, 4)
+        both = Coding(layer.head_size, bits, "int", group, fit=0 if bits == 8 else own.fit)
         return CodedPage(both, both)

@@ -27,7 +27,14 @@ from pydantic import Field, model_validator
 
 from kvplug.contract import EngineView, LayerView, PolicyOptions
 from kvplug_kernels.coding import CodedPage, Coding
-from kvplug_policies.formats import LAYERS, CodedFormat, LayerOptions, check_group, layer_bits
+from kvplug_policies.formats import (
+    FIT,
+    LAYERS,
+    CodedFormat,
+    LayerOptions,
+    check_group,
+    layer_bits,
+)
 
 
 class Kivi(CodedFormat):
@@ -48,6 +55,7 @@ class Kivi(CodedFormat):
         value_group: int = Field(
             0, ge=0, le=1024, description="channels of a value that share a scale; 0: all of them"
         )
+        fit: int = Field(2, ge=0, le=8, description=f"of values: {FIT}")
         layers: Mapping[str, Literal[2, 4, 8]] = Field(default_factory=dict, description=LAYERS)
 
         @model_validator(mode="after")
@@ -81,7 +89,13 @@ class Kivi(CodedFormat):
         bits = layer_bits(own.layers, layer, own.bits)
         return CodedPage(
             Coding(width, bits, "int", own.group, "tokens"),
-            Coding(width, bits, "int", check_group(own.value_group, width)),
+            Coding(
+                width,
+                bits,
+                "int",
+                check_group(own.value_group, width),
+                fit=0 if bits == 8 else own.fit,
+            ),
         )
 
     def recent(self, layer: LayerView) -> int:

@@ -34,7 +34,7 @@ from kvplug_policies.calibration import (
     whole_model,
 )
 from kvplug_policies.format.plain import plain_bits
-from kvplug_policies.formats import CodedFormat
+from kvplug_policies.formats import FIT, CodedFormat
 
 STEP = 8
 """Ranks are multiples of it, so that codes of any bits fill whole bytes."""
@@ -102,6 +102,7 @@ class LowRank(CodedFormat):
         bits: Literal[16, 8, 4] = Field(
             16, description="bits of a coordinate: 16 (as computed), 8 or 4"
         )
+        fit: int = Field(2, ge=0, le=8, description=f"of 4-bit codes: {FIT}")
 
         @field_validator("rank")
         @classmethod
@@ -159,7 +160,9 @@ class LowRank(CodedFormat):
         if self.knobs.bits == 16:
             bits = plain_bits(layer.dtype)
             return CodedPage(Coding(ranks[0], bits, "plain"), Coding(ranks[1], bits, "plain"))
-        return CodedPage(Coding(ranks[0], self.knobs.bits), Coding(ranks[1], self.knobs.bits))
+        fit = self.knobs.fit if self.knobs.bits == 4 else 0
+        key, value = (Coding(rank, self.knobs.bits, fit=fit) for rank in ranks)
+        return CodedPage(key, value)
 
     def into(self, layer: LayerView, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         maps = self._maps.get(layer, key.device)

@@ -158,7 +158,7 @@ class MergeHeads(CodedFormat):
         if self.knobs.bits == 16:
             coding = Coding(width, plain_bits(layer.dtype), "plain")
         else:
-            coding = Coding(width, self.knobs.bits)
+            coding = Coding(width, self.knobs.bits, fit=2 if self.knobs.bits == 4 else 0)
         return CodedPage(coding, coding)
 
     def _fill(self, layer: LayerView, members: list[int], maps: dict[str, Tensor]) -> None:

@@ -163,7 +163,11 @@ class Residual(CodedFormat):
         self.inner = built
         # Of the format corrected, not of the class.
         self.integer = built.integer  # type: ignore[misc]
-        self.rotation = built.rotation  # type: ignore[misc]
+        if self.integer and options.outliers:
+            raise ValueError(
+                f"{built.name} multiplies codes of one width, as integers: set outliers to 0"
+            )
+        self.rotation = built.rotation
         self.moves_tokens = built.moves_tokens
         self._maps = OnDevice()
         self.corrected: dict[tuple[int, str], int] = {}
@@ -348,7 +352,7 @@ def _with_outliers(coding: Coding, n: int) -> Coding:
     group = 0 if coding.group == coding.width else coding.group
     if group and n % group:
         raise ValueError(f"{n} outliers break up groups of {group}: set outliers to {group} or 0")
-    return Coding(coding.width, coding.bits, coding.kind, group, sums=coding.sums, outliers=n)
+    return replace(coding, group=group, outliers=n)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
