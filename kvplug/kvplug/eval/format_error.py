@@ -43,15 +43,18 @@ SHOWN: tuple[tuple[str, dict[str, Any]], ...] = (
     ("int4", {}),
     ("int4", {"group": 32}),
     ("rotated", {"bits": 4}),
+    ("rotated", {"bits": 4, "levels": "uniform"}),
     ("rotated", {"bits": 3}),
     ("rotated", {"bits": 2}),
     ("kivi", {"bits": 4}),
+    ("kivi", {"bits": 4, "value_group": 32}),
     ("kivi", {"bits": 2}),
     ("kivi", {"bits": 2, "value_group": 32}),
     ("hack", {"bits": 8}),
     ("hack", {"bits": 4}),
     ("hack", {"bits": 4, "group": 32}),
     ("hack", {"bits": 2}),
+    ("hack", {"bits": 2, "rotate": False}),
 )
 """Formats of the table when none is asked for."""
 
