@@ -98,7 +98,7 @@ def test_codes_read_back(
     result = run(
         tiny,
         twice,
-        section("int4", exact_chunk=False),
+        section("int4", fit=0, exact_chunk=False),
         max_num_batched_tokens=CHUNK,
         **ENGINE,
     )
@@ -115,7 +115,11 @@ def test_a_step_sees_its_own_tokens_as_computed(
     run: Run, tiny: Path, reads_back: FormatOracle
 ) -> None:
     result = run(
-        tiny, requests(one_by_one=True), section("int4"), max_num_batched_tokens=CHUNK, **ENGINE
+        tiny,
+        requests(one_by_one=True),
+        section("int4", fit=0),
+        max_num_batched_tokens=CHUNK,
+        **ENGINE,
     )
     expected = [
         reads_back.greedy(p, GENERATED, per_token(4), in_chunks(len(p), CHUNK)) for p in prompts()
@@ -132,7 +136,7 @@ def test_open_groups_are_seen_as_computed(
     result = run(
         tiny,
         requests(one_by_one=True),
-        section("kivi", bits=2),
+        section("kivi", bits=2, fit=0),
         max_num_batched_tokens=chunk,
         **ENGINE,
     )
@@ -153,7 +157,7 @@ def test_requests_side_by_side_keep_their_own_recent_tokens(
     result = run(
         tiny,
         requests() + later,
-        section("kivi", bits=2),
+        section("kivi", bits=2, fit=0),
         max_num_batched_tokens=1024,
         **ENGINE,
     )
@@ -199,7 +203,8 @@ def test_with_a_window(run: Run, tiny: Path, reads_back: FormatOracle) -> None:
     result = run(
         tiny,
         requests(one_by_one=True),
-        section("kivi", bits=4) | {"sequence": {"use": "sink_window", "sink": 32, "window": 64}},
+        section("kivi", bits=4, fit=0)
+        | {"sequence": {"use": "sink_window", "sink": 32, "window": 64}},
         max_num_batched_tokens=512,
         **ENGINE,
     )
@@ -236,8 +241,8 @@ def test_layers_of_different_bytes(run: Run, tiny: Path, reads_back: FormatOracl
         section(
             "mixed",
             exact_chunk=False,
-            default={"use": "int4", "exact_chunk": False},
-            layers={"1": {"use": "int8", "exact_chunk": False}},
+            default={"use": "int4", "fit": 0},
+            layers={"1": "int8"},
         ),
         max_num_batched_tokens=CHUNK,
         **ENGINE,
@@ -256,7 +261,7 @@ def test_split_over_ranks(run: Run, tmp_path: Path, parallel: str) -> None:
     result = run(
         model,
         requests(),
-        section("int4", exact_chunk=False),
+        section("int4", fit=0, exact_chunk=False),
         watched=False,
         env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         distributed_executor_backend="mp",
@@ -321,7 +326,7 @@ def test_requests_are_stored_by_what_was_measured(
         section(
             "adaptive",
             exact_chunk=False,
-            levels=["int4", "int8"],
+            levels=[{"use": "int4", "fit": 0}, "int8"],
             low=0.9,
             high=0.95,
             sample_layers=2,

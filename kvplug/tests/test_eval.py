@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 from kvplug import models
 from kvplug.cli import app
-from kvplug.contract import Kind
+from kvplug.contract import FormatPolicy, Kind, LayerView, PageLayout
 from kvplug.errors import DeploymentError, KVPlugError
 from kvplug.eval import compare, report, variants
+from kvplug.eval.peer_formats import PEERS
 from kvplug.eval.records import FULL, BadRecords, Record, Run
-from kvplug.eval.run import Variant, run, steps
+from kvplug.eval.run import FormatVariant, Variant, bytes_per_token, run, run_formats, steps
 from kvplug.eval.tasks import KEYS, TASKS, BadText, Prompt, Sizes, build
 from kvplug.hosts.transformers import Host
 from kvplug.registry import plugins
@@ -201,6 +202,89 @@ def test_a_policy_without_a_budget_is_refused(host: Host) -> None:
         Variant("lru", 0.5, plugins().registry.get(Kind.PREFIX_CACHE, "lru")).build(host, 64)  # type: ignore[arg-type]
 
 
+class Halves(FormatPolicy):
+    """Elements rounded to halves, as float32."""
+
+    name, changes = "halves", "rounds"
+
+    def layout(self, layer: LayerView) -> PageLayout:
+        return PageLayout(8 * layer.head_size, 32, 32)
+
+    def encode(self, layer: LayerView, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return ((torch.cat([key, value], -1).float() * 2).round() / 2).view(torch.uint8)
+
+    def decode(self, layer: LayerView, cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = cells.view(torch.float32).split(layer.head_size, -1)
+        return key, value
+
+
+class Whole(Halves):
+    """Elements as they are."""
+
+    name, changes = "whole", "nothing"
+
+    def encode(self, layer: LayerView, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return torch.cat([key, value], -1).float().view(torch.uint8)
+
+
+FORMATS = [
+    FormatVariant("whole", Whole),
+    FormatVariant("whole:exact_chunk=false", Whole, {"exact_chunk": False}),
+    FormatVariant("halves", Halves),
+]
+
+
+def test_a_format_that_loses_nothing_is_the_full_cache(host: Host, prompts: list[Prompt]) -> None:
+    small = Host(host.model, chunk=512)
+    told: list[str] = []
+    found = list(run_formats(small, prompts, FORMATS, told.append))
+    assert len(found) == len(told) == steps(prompts, FORMATS) == 4 * len(prompts)
+    by = {(r.variant, r.prompt): r for r in found}
+    assert len(by) == len(found)
+    for record in run(host, prompts, []):
+        full = by[FULL, record.prompt]
+        assert (full.budget, full.held, full.bytes) == (1.0, SIZES.context, 2 * 2 * 2 * 32 * 2)
+        assert full.ids == record.ids
+        assert full.nll == pytest.approx(record.nll, abs=1e-3)
+        for label in ("whole", "whole:exact_chunk=false"):
+            same = by[label, record.prompt]
+            assert same.ids == record.ids and same.held == SIZES.context
+            assert same.nll == pytest.approx(record.nll, abs=1e-3)
+            assert same.budget == 2.0 and same.bytes == 2 * full.bytes
+            assert same.kl is None or same.kl < 1e-4
+        rounded = by["halves", record.prompt]
+        assert rounded.kl is None or rounded.kl > 1e-3
+
+
+def test_what_follows_is_scored_from_the_codes_in_pieces(host: Host, prompts: list[Prompt]) -> None:
+    """Small pieces see more of the codes; a passage fed at once sees none of its own."""
+    one = [p for p in prompts if p.task == "perplexity"][:1]
+    by_piece = {}
+    for piece in (1, 8, 64):
+        (_, record) = run_formats(host, one, FORMATS[2:], piece=piece)
+        by_piece[piece] = record
+    text = host.read(torch.tensor(one[0].context), host.policy(Halves))[0]
+    fed = torch.tensor([*one[0].then, *one[0].answer[:-1]])
+    parts = [host.feed(text, token[None])[0] for token in fed]
+    logs = torch.stack(parts).float().log_softmax(-1)
+    wanted = torch.tensor(one[0].answer)
+    nll = [-x for x in logs.gather(-1, wanted[:, None])[:, 0].tolist()]
+    assert by_piece[1].nll == pytest.approx(nll, abs=1e-3)
+    assert by_piece[1].nll != pytest.approx(by_piece[64].nll, abs=1e-3)
+    assert by_piece[8].nll[:7] != pytest.approx(by_piece[1].nll[:7], abs=1e-4)
+
+
+def test_bytes_are_of_all_heads_and_layers_and_vllms_for_its_own(host: Host) -> None:
+    layers = tuple(LayerView(i, 30, 3, 9, 64, "bfloat16") for i in range(30))
+    assert bytes_per_token(None, layers) == 30 * 3 * 256
+    big = replace(host.engine, layers=layers)
+    made = {p.name: p(p.Options.model_validate({}), big) for p in PEERS}
+    assert bytes_per_token(made["vllm_int4"], layers) == 30 * 3 * 72
+    assert bytes_per_token(made["turboquant_4bit_nc"], layers) == 3 * (26 * 70 + 4 * 256)
+    whole = Whole(Whole.Options.model_validate({}), big)
+    assert bytes_per_token(whole, layers) == 30 * 3 * 512
+
+
 # -- records and figures ---------------------------------------------------------------------------
 
 
@@ -308,6 +392,40 @@ def test_two_runs_are_compared_pair_by_pair(
     assert compare.main([str(ours), str(tmp_path / "absent.json")]) == 2
 
 
+def test_formats_are_compared_by_the_ratio_of_their_divergences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def of(variant: str, budget: float, size: int, kls: Sequence[float]) -> list[Record]:
+        same: dict[str, Any] = {"nll": [1.0], "top": [1], "right": [True], "bytes": size}
+        names = [f"p{i}" for i in range(len(kls))]
+        return [
+            record(variant, n, "perplexity", budget, kl=k, **same)
+            for n, k in zip(names, kls, strict=True)
+        ]
+
+    easy, hard = [0.010, 0.011, 0.0105, 0.5], [0.021, 0.0215, 0.0205, 1.02]
+    rows = [*of(FULL, 1.0, 512, [0.0] * 4), *of("a", 0.25, 128, easy), *of("b", 0.3, 154, hard)]
+    Run({}, rows).save(tmp_path / "r.json")
+    path = str(tmp_path / "r.json")
+    command = [path, path, "--pairs", "a => b; b => a; a => c", "--json", str(tmp_path / "d.json")]
+    assert compare.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "| a / b | 128 / 154 | 0.50 (" in printed and "**better** |" in printed
+    assert "| b / a | 154 / 128 | 2.01 (" in printed and "**worse** |" in printed
+    first, second = json.loads((tmp_path / "d.json").read_text())
+    assert first["low"] < first["ratio"] < first["high"] < 1 < second["low"]
+    assert first["ratio"] == pytest.approx(1 / second["ratio"])
+    # The means alone are within noise: one passage is fifty times as hard.
+    (kl,) = (d for d in first["differences"] if d["metric"] == "kl")
+    assert kl["verdict"] == "within noise"
+    assert compare.main([path, path, "--pairs", "a => c"]) == 2
+    assert "no pair" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="positive"):
+        report.ratio({"p": 0.0}, {"p": 1.0})
+    with pytest.raises(ValueError, match="no prompt in common"):
+        report.ratio({"p": 1.0}, {"q": 1.0})
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
@@ -358,6 +476,83 @@ def test_bad_input_is_one_message_and_exit_code_2(
     done = CliRunner().invoke(app, ["eval", *base, *arguments])
     assert done.exit_code == 2, done.output
     assert says in done.output and "Traceback" not in done.output
+
+
+def test_formats_are_read_with_their_options(tmp_path: Path) -> None:
+    section = tmp_path / "section.yaml"
+    section.write_text("format: {use: turboquant_3bit_nc, boundary: 0}\n")
+    bare = tmp_path / "bare.yaml"
+    bare.write_text("use: bf16\n")
+    found = variants.formats([f"vllm_int4,turboquant_4bit_nc:reread=0,@{section}", f"@{bare}"])
+    assert [v.label for v in found] == [
+        "vllm_int4", "turboquant_4bit_nc:reread=0", f"@{section}", f"@{bare}"
+    ]  # fmt: skip
+    assert [v.policy.name for v in found] == [
+        "vllm_int4", "turboquant_4bit_nc", "turboquant_3bit_nc", "bf16"
+    ]  # fmt: skip
+    assert [v.options for v in found] == [{}, {"reread": 0}, {"boundary": 0}, {}]
+    assert [v.label for v in variants.formats(["peers"])] == [p.name for p in PEERS]
+    everything = {v.label for v in variants.formats(["all"])}
+    assert {"int4", "int8"} <= everything <= set(plugins().registry.names(Kind.FORMAT))
+    # They are there for comparison only.
+    assert not {p.name for p in PEERS} & set(plugins().registry.names(Kind.FORMAT))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--format", "vllm_int3"], "did you mean vllm_int"),
+        (["--format", "turboquant_4bit_nc:boundary=-1"], "boundary"),
+        (["--format", "vllm_int4:group=3"], "has no option 'group'"),
+        (["--format", "vllm_int4:group"], "is no option"),
+        (["--format", "snapkv"], "'snapkv' is a sequence policy"),
+        (["--format", "@absent.yaml"], "absent.yaml"),
+        (["--format", "@empty.yaml"], "must map kinds"),
+        (["--format", "@other.yaml"], "chooses no policy"),
+        (["--format", "vllm_int4", "--policy", "tova"], "the engine runs both together"),
+        (["--format", "kivi", "--block-size", "16"], "--block-size 32"),
+        (["--format", "turboquant_4bit_nc", "--model", "narrow"], "48 a head"),
+    ],
+)
+def test_a_bad_format_is_one_message_and_exit_code_2(
+    arguments: list[str],
+    says: str,
+    directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "other.yaml").write_text("sequence: tova\n")
+    if "narrow" in arguments:
+        models.tiny_llama(tmp_path / "narrow", heads=2, kv_heads=1, head_dim=48, dtype="float32")
+    base = ["--model", str(directory), "--text", "text.txt", "--samples", "1", "--passages", "1"]
+    done = CliRunner().invoke(app, ["eval", *base, *arguments])
+    assert done.exit_code == 2, done.output
+    assert says in " ".join(done.output.split()) and "Traceback" not in done.output
+
+
+def test_the_command_measures_formats(directory: Path, tmp_path: Path) -> None:
+    text, rows, plot = tmp_path / "text.txt", tmp_path / "rows.json", tmp_path / "plot.svg"
+    text.write_text(TEXT)
+    sizes = ["--context=512", "--samples=1", "--passages=2", "--scored=8", "--generated=4"]
+    asked = ["--format", "bf16,vllm_int4,int4", "--task", "perplexity,greedy,passkey"]
+    where = ["--model", str(directory), "--text", str(text), "--chunk=256", "--piece=4"]
+    outputs = ["--json", str(rows), "--plot", str(plot)]
+    done = CliRunner().invoke(app, ["eval", *where, *sizes, *asked, *outputs])
+    assert done.exit_code == 0, done.output
+    for word in ("full cache", "vllm_int4", "bytes/token", "1/3.20", "3 formats"):
+        assert word in done.output
+    written = json.loads(rows.read_text())
+    assert written["about"]["chunk"] == 256 and written["about"]["block_size"] == 32
+    summary = {(r["variant"], r["metric"]): r for r in written["summary"]}
+    row = summary["vllm_int4", "kl"]
+    # Two layers, two heads of 32: 2 * (16 + 4) bytes each, of 2 * 2 * 32.
+    assert row["bytes"] == 2 * 2 * 40 and row["budget"] == 0.3125 and row["value"] > 0
+    assert summary["bf16", "kl"]["value"] < 1e-3
+    assert {r.bytes for r in Run.load(rows).records} >= {2 * 2 * 40, 2 * 2 * 128}
+    assert "bfloat16 bytes" in plot.read_text() or "<svg" in plot.read_text()[:2000]
 
 
 def test_the_command_measures_and_writes(

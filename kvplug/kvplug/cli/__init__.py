@@ -13,6 +13,7 @@ import typer
 
 from kvplug import __version__
 from kvplug.cli.bench import bench
+from kvplug.cli.calibrate import calibrate
 from kvplug.cli.check import check
 from kvplug.cli.demo import demo
 from kvplug.cli.doctor import doctor
@@ -50,6 +51,18 @@ def _main(
     logging.getLogger("kvplug").addHandler(logging.NullHandler())
 
 
-for _command in (policies, check, simulate, serve, record, replay, demo, gain, bench, doctor):
+for _command in (
+    policies,
+    check,
+    calibrate,
+    simulate,
+    serve,
+    record,
+    replay,
+    demo,
+    gain,
+    bench,
+    doctor,
+):
     app.command()(_command)
 app.command("eval")(evaluate)

@@ -1,4 +1,4 @@
-"""``kvplug eval``: what dropping tokens costs, on real text and a real model."""
+"""``kvplug eval``: what dropping or coding tokens costs, on real text and a real model."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from kvplug.eval.report import Row
+    from kvplug.eval.run import FormatVariant, Variant
     from kvplug.eval.tasks import Prompt, Sizes
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,8 +40,17 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    format: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:OPTION=VALUE...],...",
+            help="Formats instead of policies, e.g. int4,kivi:bits=2, @FILE with a section, `all`, "
+            "or `peers` for vLLM's own; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     budget: Annotated[
-        str, typer.Option(metavar="PART,...", help="Parts of the context kept.")
+        str, typer.Option(metavar="PART,...", help="Parts of the context kept, by policies.")
     ] = "0.25,0.5,0.75",
     task: Annotated[
         str | None,
@@ -70,7 +80,21 @@ def evaluate(
     model: Annotated[
         Path | None, typer.Option(help="Model directory; SmolLM2-135M-Instruct by default.")
     ] = None,
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens per block.")] = 16,
+    block_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens per block; 16, or 32 under formats.", show_default=False),
+    ] = None,
+    chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens of a context read in one pass, under formats.")
+    ] = 512,
+    piece: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Scored tokens fed in one pass, under formats: 1 as in decoding; more are faster, "
+            "and flatter every format.",
+        ),
+    ] = 1,
     dtype: Annotated[
         str, typer.Option(metavar="TYPE", help=f"The model's type: {', '.join(DTYPES)}.")
     ] = "float32",
@@ -90,11 +114,13 @@ def evaluate(
         typer.Option(help="Write the prompts, in tokens, for another program to run; then stop."),
     ] = None,
 ) -> None:
-    """Measure what policies cost: perplexity, retrieval and greedy agreement at each budget.
+    """Measure what policies and formats cost: perplexity, retrieval and greedy agreement.
 
     The model runs under Hugging Face transformers with the policy objects that the engine runs.
     Every prompt is read once, with the whole cache, and then cut by each policy to each budget;
-    the full cache is the row to compare with. Intervals are 95 %, over the prompts.
+    the full cache is the row to compare with. With --format it is read in chunks under each
+    format instead, and what follows is computed from the codes. Intervals are 95 %, over the
+    prompts.
     """
     from kvplug.errors import DeploymentError, KVPlugError
     from kvplug.eval import variants as wanted
@@ -107,8 +133,17 @@ def evaluate(
         _check_outputs(json, plot, save_prompts)
         if dtype not in DTYPES:
             raise KVPlugError(f"--dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-        asked = {} if save_prompts else wanted.policies(policy)
-        variants = wanted.variants(asked, wanted.budgets(budget), once)
+        if policy and format:
+            raise KVPlugError(
+                "--policy and --format: measure one of them at a time; the engine runs both "
+                "together"
+            )
+        variants: Sequence[Variant | FormatVariant]
+        if format:
+            variants = wanted.formats(format)
+        else:
+            asked = {} if save_prompts else wanted.policies(policy)
+            variants = wanted.variants(asked, wanted.budgets(budget), once)
         sizes = Sizes(context, samples, passages, scored, generated, seed)
         directory = _model(model, console)
         prompts = _prompts(directory, text, sizes, tasks)
@@ -117,7 +152,10 @@ def evaluate(
             save_prompts.write_text(json_module.dumps(plain) + "\n", encoding="utf-8")
             console.print(f"prompts: {save_prompts}", markup=False, highlight=False, soft_wrap=True)
             return
-        about = {"block_size": block_size, "dtype": dtype, "once": once, **vars(sizes)}
+        about: dict[str, Any] = {"block_size": block_size or 16, "dtype": dtype}
+        if format:
+            about |= {"block_size": block_size or 32, "chunk": chunk, "piece": piece}
+        about |= {"once": once, **vars(sizes)}
         _measure(console, directory, prompts, variants, about, device, threads, json, plot)
     except DeploymentError as error:
         for refusal in error.refusals:
@@ -132,7 +170,7 @@ def _measure(
     console: Console,
     directory: Path,
     prompts: Sequence[Prompt],
-    variants: Sequence[Any],
+    variants: Sequence[Variant | FormatVariant],
     about: dict[str, Any],
     device: str,
     threads: int,
@@ -148,7 +186,7 @@ def _measure(
     from kvplug.errors import KVPlugError
     from kvplug.eval.records import Run
     from kvplug.eval.report import summarise
-    from kvplug.eval.run import run, steps
+    from kvplug.eval.run import FormatVariant, Variant, run, run_formats, steps
     from kvplug.hosts.transformers import Host
 
     if threads:
@@ -164,17 +202,30 @@ def _measure(
     except (RuntimeError, AssertionError) as error:
         said = " ".join(str(error).split())
         raise KVPlugError(f"--device {device!r} cannot be used: {said}") from error
-    host = Host(loaded, about["block_size"])
-    for variant in variants:
-        variant.build(host, about["context"])
+    formats = [variant for variant in variants if isinstance(variant, FormatVariant)]
+    policies = [variant for variant in variants if isinstance(variant, Variant)]
+    if formats:
+        # What an engine holds and codes, whatever the model is measured in.
+        kv_dtype = torch.bfloat16 if about["dtype"] == "float32" else None
+        host = Host(loaded, about["block_size"], about["chunk"], kv_dtype)
+        for format in formats:
+            format.build(host)
+    else:
+        host = Host(loaded, about["block_size"])
+        for variant in policies:
+            variant.build(host, about["context"])
     started, cpu = time.monotonic(), time.process_time()
     with _shown(steps(prompts, variants)) as progress:
-        records = list(run(host, prompts, variants, progress))
+        if formats:
+            records = list(run_formats(host, prompts, formats, progress, about["piece"]))
+        else:
+            records = list(run(host, prompts, policies, progress))
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     rows = summarise(records)
     _print(console, rows, about["context"])
     console.print(
-        f"{len(prompts)} prompts, {len(variants)} policies and budgets, {seconds:,.0f} s "
+        f"{len(prompts)} prompts, {len(variants)} "
+        f"{'formats' if formats else 'policies and budgets'}, {seconds:,.0f} s "
         f"({cpu:,.0f} s of processor time).",
         markup=False,
         highlight=False,
@@ -331,13 +382,14 @@ def _print(console: Console, rows: Sequence[Row], context: int) -> None:
     from kvplug.eval.report import METRICS, SHOWN
 
     shown = [m for m in METRICS if m.name in SHOWN and any(r.metric == m.name for r in rows)]
+    coded = any(row.bytes is not None for row in rows)
     table = Table(
         title=f"contexts of {context:,} tokens; mean and 95 % interval over the prompts; "
-        "↑ higher is better, ↓ lower",
+        "↑ higher is better, ↓ lower" + ("; 1/n of bfloat16's bytes" if coded else ""),
         title_justify="left",
     )
-    table.add_column("policy", overflow="fold", min_width=12)
-    table.add_column("kept", justify="right", no_wrap=True)
+    table.add_column("format" if coded else "policy", overflow="fold", min_width=12)
+    table.add_column("bytes/token" if coded else "kept", justify="right", no_wrap=True)
     for metric in shown:
         table.add_column(f"{metric.label} {'↑' if metric.higher else '↓'}", justify="right")
     by_key: dict[tuple[str, float], dict[str, Row]] = {}
@@ -346,7 +398,9 @@ def _print(console: Console, rows: Sequence[Row], context: int) -> None:
     ordered = sorted(by_key, key=lambda key: (key[0] != FULL, list(by_key).index(key)))
     for variant, budget in ordered:
         found = by_key[variant, budget]
-        kept = sum(row.held for row in found.values()) / len(found)
+        kept: float | None = next(iter(found.values())).bytes
+        if kept is None:
+            kept = sum(row.held for row in found.values()) / len(found)
         cells = []
         for metric in shown:
             one = found.get(metric.name)
@@ -357,7 +411,7 @@ def _print(console: Console, rows: Sequence[Row], context: int) -> None:
             )
         table.add_row(
             variant,
-            f"{kept:,.0f}\n{budget:.0%}",
+            f"{kept:,.0f}\n" + (f"1/{1 / budget:.2f}" if coded else f"{budget:.0%}"),
             *cells,
             style="dim" if variant == FULL else None,
         )

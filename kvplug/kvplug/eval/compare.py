@@ -1,7 +1,8 @@
 """``python -m kvplug.eval.compare OURS.json THEIRS.json``: two programs on the same prompts.
 
 Prints, per pair of a kvplug policy and the other program's version of it, metric and budget, both
-values and whether they differ by more than the prompts' own spread.
+values and whether they differ by more than the prompts' own spread. Of formats, which have bytes
+and no budget, it prints each pair's bytes and the ratio of its divergences; one file can be both.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from kvplug.errors import KVPlugError
 from kvplug.eval.records import Run
-from kvplug.eval.report import METRICS, SHOWN, Difference, compare, values
+from kvplug.eval.report import METRICS, SHOWN, Difference, compare, ratio, values
 
 PAIRS: tuple[tuple[str, str], ...] = (
     ("snapkv", "SnapKVPress"),
@@ -82,6 +83,96 @@ def markdown(found: dict[tuple[str, str], list[Difference]]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class FormatPair:
+    """One format against another on the same prompts.
+
+    Attributes:
+        ours: The first one's label.
+        theirs: The other's.
+        bytes: Bytes per token of each.
+        ratio: Geometric mean of the ratio of divergences, ours to theirs.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        verdict: Of the ratio: ``better``, ``worse`` or ``within noise``.
+        differences: Of every metric that both have.
+    """
+
+    ours: str
+    theirs: str
+    bytes: tuple[int, int]
+    ratio: float
+    low: float
+    high: float
+    verdict: str
+    differences: list[Difference]
+
+
+def formats(ours: Run, theirs: Run, pairs: Sequence[tuple[str, str]]) -> list[FormatPair]:
+    """Every pair of formats that the runs have, whatever bytes they take.
+
+    Raises:
+        KVPlugError: The runs have no pair in common.
+    """
+    own, other = values(ours.records), values(theirs.records)
+    sizes = [{r.variant: (r.budget, r.bytes) for r in run.records} for run in (ours, theirs)]
+    found = []
+    for a, b in pairs:
+        if a not in sizes[0] or b not in sizes[1]:
+            continue
+        (budget, mine), (their_budget, their_bytes) = sizes[0][a], sizes[1][b]
+        if mine is None or their_bytes is None or (a, budget, "kl") not in own:
+            continue
+        each = [
+            (metric, own.get((a, budget, metric.name)), other.get((b, their_budget, metric.name)))
+            for metric in METRICS
+        ]
+        low_to_high = ratio(own[a, budget, "kl"], other[b, their_budget, "kl"])
+        verdict = "within noise"
+        if low_to_high[1] > 1 or low_to_high[2] < 1:
+            verdict = "worse" if low_to_high[1] > 1 else "better"
+        found.append(
+            FormatPair(
+                a,
+                b,
+                (mine, their_bytes),
+                *low_to_high,
+                verdict,
+                [compare(x, y, metric, budget) for metric, x, y in each if x and y],
+            )
+        )
+    if not found:
+        raise KVPlugError(f"no pair of {', '.join(f'{a} and {b}' for a, b in pairs)} in both runs")
+    return found
+
+
+def formats_markdown(found: Sequence[FormatPair]) -> str:
+    """The pairs as a Markdown table."""
+    names = ("added", "top1", "prefix", "passkey")
+    shown = [
+        m
+        for m in METRICS
+        if m.name in names and any(d.metric == m.name for p in found for d in p.differences)
+    ]
+    heads = [f"{metric.label} {'↑' if metric.higher else '↓'}" for metric in shown]
+    lines = [
+        f"| ours / theirs | bytes per token | ratio of divergences ↓ | {' | '.join(heads)} |",
+        "|---|---|---|" + "---|" * len(shown),
+    ]
+    for pair in found:
+        each = {d.metric: d for d in pair.differences}
+        mark = "" if pair.verdict == "within noise" else f" **{pair.verdict}**"
+        cells = [f"{pair.ratio:.2f} ({pair.low:.2f} to {pair.high:.2f}){mark}"]
+        for metric in shown:
+            one = each.get(metric.name)
+            both = f"{one.ours:{metric.form}} / {one.theirs:{metric.form}}" if one else ""
+            said = "" if one is None or one.verdict == "within noise" else f" **{one.verdict}**"
+            cells.append(both + said)
+        sizes = f"{pair.bytes[0]:,} / {pair.bytes[1]:,}"
+        lines.append(f"| {pair.ours} / {pair.theirs} | {sizes} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m kvplug.eval.compare", description=__doc__)
     parser.add_argument("ours", type=Path, help="written by kvplug eval --json")
@@ -97,7 +188,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         halves = [pair.partition("=>") for pair in asked.pairs.split(";")]
         pairs = tuple((a.strip(), b.strip()) for a, _, b in halves)
     try:
-        found = differences(Run.load(asked.ours), Run.load(asked.theirs), pairs)
+        ours, theirs = Run.load(asked.ours), Run.load(asked.theirs)
+        if any(record.bytes is not None for record in ours.records):
+            coded = formats(ours, theirs, pairs)
+            print(formats_markdown(coded))
+            if asked.json is not None:
+                plain = [asdict(pair) for pair in coded]
+                asked.json.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+            return 0
+        found = differences(ours, theirs, pairs)
     except KVPlugError as error:
         print(error, file=sys.stderr)
         return 2

@@ -60,7 +60,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         if full is not None:
             panel.axhline(full.value, color="black", linestyle="--", linewidth=1, label=FULL)
         panel.set_title(f"{metric.label} ({'higher' if metric.higher else 'lower'} is better)")
-        panel.set_xlabel("part of the context kept")
+        coded = any(r.bytes is not None for r in rows)
+        panel.set_xlabel(f"part of {'bfloat16 bytes' if coded else 'the context'} kept")
         panel.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")

@@ -29,7 +29,8 @@ class Record:
 
     Attributes:
         variant: The policy with its options, or `FULL`.
-        budget: Part of the context kept that was asked for; 1.0 for the full cache.
+        budget: Part of the context kept that was asked for, or of the bytes that bfloat16 takes
+            under a format; 1.0 for the full cache.
         task: The prompt's task.
         prompt: The prompt's name.
         held: Tokens held per KV head just after the context's cut, mean over the pruned layers.
@@ -39,6 +40,8 @@ class Record:
         kl: Mean divergence of the full cache's next-token distribution from the variant's, in
             nats; None where not measured.
         ids: Tokens generated, from the first that the cut could change.
+        bytes: Bytes of K and V per token, all heads and all full-attention layers together; None
+            where tokens are dropped and not coded.
     """
 
     variant: str
@@ -51,6 +54,7 @@ class Record:
     right: Sequence[bool] = field(default_factory=list)
     kl: float | None = None
     ids: Sequence[int] = field(default_factory=list)
+    bytes: int | None = None
 
 
 @dataclass

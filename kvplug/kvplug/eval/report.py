@@ -113,13 +113,14 @@ class Row:
 
     Attributes:
         variant: The policy with its options, or the full cache.
-        budget: Part of the context asked for.
+        budget: Part of the context asked for, or of bfloat16's bytes.
         metric: Name of the metric.
         value: Mean over the prompts.
         low: Lower end of its 95 % interval.
         high: Upper end.
         prompts: Prompts it is over.
         held: Tokens held after the cut, mean over them.
+        bytes: Bytes of K and V per token under a format; None for a sequence policy.
     """
 
     variant: str
@@ -130,6 +131,7 @@ class Row:
     high: float
     prompts: int
     held: float
+    bytes: int | None = None
 
     def plain(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -158,6 +160,7 @@ def values(records: Iterable[Record]) -> dict[tuple[str, float, str], dict[str, 
 def summarise(records: Sequence[Record]) -> list[Row]:
     """Every metric of every variant and budget, with intervals, in the order of the records."""
     held: dict[tuple[str, float, str], list[float]] = {}
+    size = {(record.variant, record.budget): record.bytes for record in records}
     for record in records:
         held.setdefault((record.variant, record.budget, record.task), []).append(record.held)
     metrics = {metric.name: metric for metric in METRICS}
@@ -166,7 +169,8 @@ def summarise(records: Sequence[Record]) -> list[Row]:
         metric, each = metrics[name], list(by_prompt.values())
         low, high = wilson(each) if metric.part else bootstrap(each)
         tokens = held[variant, budget, metric.task]
-        rows.append(Row(variant, budget, name, _mean(each), low, high, len(each), _mean(tokens)))
+        about = (len(each), _mean(tokens), size[variant, budget])
+        rows.append(Row(variant, budget, name, _mean(each), low, high, *about))
     return rows
 
 
@@ -236,6 +240,25 @@ def compare(
         high,
         verdict,
     )
+
+
+def ratio(ours: dict[str, float], theirs: dict[str, float]) -> tuple[float, float, float]:
+    """Geometric mean of the ratios by prompt, ours to theirs, and its 95 % interval.
+
+    For what is positive and differs in size from prompt to prompt, as divergences do: one prompt
+    that is hard for everybody does not decide it.
+
+    Raises:
+        ValueError: They have no prompt in common, or a value is not positive.
+    """
+    common = [name for name in ours if name in theirs]
+    if not common:
+        raise ValueError("no prompt in common")
+    if any(ours[name] <= 0 or theirs[name] <= 0 for name in common):
+        raise ValueError("ratios are of positive values")
+    logs = [math.log(ours[name] / theirs[name]) for name in common]
+    low, high = _student(logs)
+    return math.exp(_mean(logs)), math.exp(low), math.exp(high)
 
 
 def _student(differences: Sequence[float]) -> tuple[float, float]:

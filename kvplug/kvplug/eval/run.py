@@ -1,4 +1,9 @@
-"""Runs prompts through a model under many policies and budgets, each prompt read once."""
+"""Runs prompts through a model under many policies and budgets, or formats.
+
+A prompt is read once for all sequence policies that act behind it. Under formats its first chunk is
+read once for all: its tokens see each other as computed. What follows is read under each format, in
+chunks, through its own ``write`` and ``attend``.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvplug.contract import SequencePolicy
+from kvplug.contract import FormatPolicy, LayerView, SequencePolicy
 from kvplug.errors import KVPlugError
+from kvplug.eval.peer_formats import PeerFormat
 from kvplug.eval.records import FULL, Record
 from kvplug.eval.tasks import Prompt
 from kvplug.hosts.transformers import Host, Text, Watched, watched_by
 
 if TYPE_CHECKING:
     from kvplug.contract import Policy
+
+PIECE = 1
+"""Scored tokens of one pass under a format, as in decoding: the latest tokens get much attention,
+and taking more of them as computed makes every format look several times better than it is."""
 
 AT_ONCE = 48
 """Texts that generate together: a pass over the weights serves them all."""
@@ -58,11 +68,65 @@ class Variant:
                 f"{self.policy.name} has no budget to set (options: {', '.join(knobs) or 'none'})"
             )
         try:
-            return host.policy(self.policy, **options)
+            built = host.policy(self.policy, **options)
         except ValueError as error:
             raise KVPlugError(
                 f"{self.label} at budget {self.budget:g}: {' '.join(str(error).split())}"
             ) from error
+        assert isinstance(built, SequencePolicy)
+        return built
+
+
+@dataclass(frozen=True)
+class FormatVariant:
+    """A format.
+
+    Attributes:
+        label: What was asked for.
+        policy: Its class.
+        options: Its knobs.
+    """
+
+    label: str
+    policy: type[Policy]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, host: Host) -> FormatPolicy:
+        """The format for a model.
+
+        Raises:
+            KVPlugError: The format refuses the model or the block size.
+        """
+        try:
+            built = host.policy(self.policy, **self.options)
+        except ValueError as error:
+            raise KVPlugError(f"{self.label}: {' '.join(str(error).split())}") from error
+        assert isinstance(built, FormatPolicy)
+        for layer in built.engine.layers:
+            kept = built.recent(layer)
+            if kept and host.block_size % kept:
+                raise KVPlugError(
+                    f"{self.label}: it keeps {kept} recent tokens, which do not divide blocks of "
+                    f"{host.block_size}: use --block-size {kept}"
+                )
+        return built
+
+
+def bytes_per_token(policy: FormatPolicy | None, layers: Sequence[LayerView]) -> int:
+    """Bytes of K and V of one token in all layers given; bfloat16's without a format.
+
+    A peer's are those that vLLM counts.
+    """
+    total = 0
+    for layer in layers:
+        if policy is None:
+            total += 4 * layer.head_size * layer.num_kv_heads
+        elif isinstance(policy, PeerFormat):
+            total += policy.published_bytes(layer) * layer.num_kv_heads
+        else:
+            layout = policy.layout(layer)
+            total += layout.bytes_per_token_head * (layout.heads or layer.num_kv_heads)
+    return total
 
 
 def run(
@@ -88,8 +152,39 @@ def run(
         yield from _context(host, batch, variants, progress)
 
 
-def steps(prompts: Sequence[Prompt], variants: Sequence[Variant]) -> int:
-    """How often `run` calls its progress."""
+def run_formats(
+    host: Host,
+    prompts: Sequence[Prompt],
+    variants: Sequence[FormatVariant],
+    progress: Callable[[str], None] = lambda line: None,
+    piece: int = PIECE,
+) -> Iterator[Record]:
+    """Run every prompt under the full cache and every format.
+
+    A record's budget is the format's part of the bytes that bfloat16 takes.
+
+    Args:
+        host: The model; its ``chunk`` is what a prompt is read in.
+        prompts: The prompts; those of one context stand together.
+        variants: The formats.
+        progress: As in `run`.
+        piece: Scored tokens of one pass.
+
+    Raises:
+        KVPlugError: A variant cannot be built.
+    """
+    formats = [variant.build(host) for variant in variants]
+    whole = bytes_per_token(None, host.engine.layers)
+    said: list[tuple[str, float, int]] = [(FULL, 1.0, whole)]
+    for variant, format in zip(variants, formats, strict=True):
+        size = bytes_per_token(format, host.engine.layers)
+        said.append((variant.label, round(size / whole, 4), size))
+    for batch in _by_context(prompts):
+        yield from _stored(host, batch, formats, said, progress, piece)
+
+
+def steps(prompts: Sequence[Prompt], variants: Sequence[Variant | FormatVariant]) -> int:
+    """How often `run` and `run_formats` call their progress."""
     return len(prompts) * (len(variants) + 1)
 
 
@@ -151,10 +246,57 @@ def _context(
                 yield Record(*said(which), prompt.task, prompt.name, held, ids=ids)
 
 
-def _scored(host: Host, text: Text, prompt: Prompt, device: torch.device) -> Tensor:
+def _stored(
+    host: Host,
+    prompts: Sequence[Prompt],
+    formats: Sequence[FormatPolicy],
+    said: Sequence[tuple[str, float, int]],
+    progress: Callable[[str], None],
+    piece: int,
+) -> Iterator[Record]:
+    """The records of prompts that share a context, under formats; the first of ``said`` is the full
+    cache."""
+    device = next(host.model.parameters()).device
+    context = torch.tensor(prompts[0].context, device=device)
+    begun = host.open(len(context))
+    lead = host.feed(begun, context[: host.chunk], 1)
+    rest = context[host.chunk :]
+    reference: dict[str, Tensor] = {}
+    first = 0
+    generate: list[tuple[Text, str, float, int]] = []
+    for (label, budget, size), format in zip(said, (None, *formats), strict=True):
+        if begun.can_branch(format):
+            text, last = begun.branch(format), lead
+            if len(rest):
+                last = host.feed(text, rest, 1)
+        else:
+            text, logits = host.read(context, format)
+            last = logits[None]
+        if format is None:
+            first = int(last[0].argmax())
+        scored = [prompt for prompt in prompts if not prompt.new_tokens]
+        for prompt in scored:
+            progress(f"{prompt.name} {label}")
+            logs = _scored(host, text.branch(format), prompt, device, piece)
+            yield _record(label, budget, prompt, text.held, logs, reference, size)
+        generate.append((text, label, budget, size))
+    for prompt in (p for p in prompts if p.new_tokens):
+        for at in range(0, len(generate), AT_ONCE):
+            some = generate[at : at + AT_ONCE]
+            texts = [text.branch(text.policy) for text, *_ in some]
+            written = _generate(host, texts, first, prompt.new_tokens - 1, device)
+            for (text, label, budget, size), ids in zip(some, written, strict=True):
+                progress(f"{prompt.name} {label}")
+                held = text.held
+                yield Record(label, budget, prompt.task, prompt.name, held, ids=ids, bytes=size)
+
+
+def _scored(
+    host: Host, text: Text, prompt: Prompt, device: torch.device, piece: int | None = None
+) -> Tensor:
     """Log-probabilities at each scored token, ``[n, vocabulary]``."""
     fed = torch.tensor([*prompt.then, *prompt.answer[:-1]], device=device)
-    return host.feed(text, fed, keep_logits=len(prompt.answer)).float().log_softmax(-1)
+    return host.feed(text, fed, len(prompt.answer), piece).float().log_softmax(-1)
 
 
 def _record(
@@ -164,6 +306,7 @@ def _record(
     held: float,
     logs: Tensor,
     reference: dict[str, Tensor],
+    size: int | None = None,
 ) -> Record:
     """The record of scored tokens; the first variant of a prompt is the reference."""
     wanted = torch.tensor(prompt.answer, device=logs.device)
@@ -179,6 +322,7 @@ def _record(
         top=top.tolist(),
         right=(top == wanted).tolist(),
         kl=round(float((full.exp() * (full - logs)).sum(-1).mean()), 6),
+        bytes=size,
     )
 
 

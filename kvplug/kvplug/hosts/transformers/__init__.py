@@ -1,5 +1,6 @@
-"""Sequence policies on Hugging Face models, for research and for `kvplug eval`."""
+"""Sequence policies and formats on Hugging Face models, for research and `kvplug eval`."""
 
+from kvplug.hosts.transformers.coded import LayerCoded
 from kvplug.hosts.transformers.held import LayerHeld, Watched
 from kvplug.hosts.transformers.host import (
     Generated,
@@ -13,6 +14,7 @@ from kvplug.hosts.transformers.host import (
 __all__ = [
     "Generated",
     "Host",
+    "LayerCoded",
     "LayerHeld",
     "Text",
     "UnsupportedModel",

@@ -32,6 +32,9 @@ class LayerCoded(LayerHeld):
         self.exact_chunk = bool(getattr(format.options, "exact_chunk", True))
         self.dtype: torch.dtype = getattr(torch, view.dtype)
         layout = format.layout(view)
+        # Elements held as they are meet queries of their own type, as in an engine.
+        plain = 16 in (layout.key_bits, layout.value_bits)
+        self.query_dtype = self.dtype if plain else like.dtype
         heads = layout.heads or view.num_kv_heads
         self.pages = torch.zeros(
             (0, heads, block_size, layout.bytes_per_token_head),
@@ -91,12 +94,13 @@ class LayerCoded(LayerHeld):
         """
         self.append(keys, values, positions)
         new, device = query.shape[2], query.device
-        queries = query[0].transpose(0, 1).contiguous()
+        dtype = self.query_dtype
+        queries = query[0].transpose(0, 1).to(dtype).contiguous()
         out = torch.empty_like(queries)
         recent = self.recent
         if recent is not None:
             # Attention takes exact tokens in the dtype of the queries.
-            recent = Recent(recent.key.to(query.dtype), recent.value.to(query.dtype))
+            recent = Recent(recent.key.to(dtype), recent.value.to(dtype))
         batch = AttendBatch(
             query=queries,
             query_start=torch.tensor([0, new], dtype=torch.int32, device=device),
@@ -105,15 +109,15 @@ class LayerCoded(LayerHeld):
             scale=self.scale,
             max_query_len=new,
             max_seq_len=self.held,
-            key=self._stored(keys).to(query.dtype) if self.exact_chunk else None,
-            value=self._stored(values).to(query.dtype) if self.exact_chunk else None,
+            key=self._stored(keys).to(dtype) if self.exact_chunk else None,
+            value=self._stored(values).to(dtype) if self.exact_chunk else None,
             softcap=self.softcap,
             lanes=None if recent is None else self._lane(1),
             recent=recent,
         )
         self.format.attend(self.view, batch, self.pages, out)
         self.keep_recent(keys, values)
-        return out[None]
+        return out[None].to(query.dtype)
 
     def keep_recent(self, keys: Tensor, values: Tensor) -> None:
         """Keep the latest tokens, ``[1, kv_heads, n, head_size]`` that are held already, exact."""

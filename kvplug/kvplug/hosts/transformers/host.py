@@ -21,7 +21,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from kvplug import models
 from kvplug.contract import (
     EngineView,
     FormatPolicy,
@@ -38,6 +37,7 @@ from kvplug.hosts.pruning import Cut, Limits, Plan, choose
 from kvplug.hosts.transformers.attention import Step, attached
 from kvplug.hosts.transformers.coded import LayerCoded
 from kvplug.hosts.transformers.held import LayerHeld, Watched
+from kvplug.models import model_fingerprint
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -372,8 +372,7 @@ class Host:
         if self._model is None:
             where = Path(str(getattr(self.model.config, "_name_or_path", "") or "."))
             known = (where / "config.json").is_file() and where != Path()
-            fingerprint = getattr(models, "model_fingerprint", None)
-            self._model = fingerprint(where) if known and fingerprint is not None else ""
+            self._model = model_fingerprint(where) if known else ""
         return self._model
 
     def open(
