@@ -12,6 +12,8 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
+# As many threads as there are cores in each of them would mostly wait for one another.
+ONE_THREAD := OMP_NUM_THREADS=1
 SOURCES := kvplug/kvplug policies/kvplug_policies kernels/kvplug_kernels
 
 # The stamp is named for what the environment is made from, so a change makes a new one.
@@ -47,10 +49,10 @@ demo: $(STAMP) model ## run the policies on the demo's model; writes demo.json a
 	$(BIN)/kvplug demo --json demo.json --html demo.html
 
 test: lint types docs model ## every check, and every test but the slow ones
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(PYTEST_ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## the tests that start no engine
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not engine and not slow" $(PYTEST_ARGS)
+	$(ONE_THREAD) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not engine and not slow" $(PYTEST_ARGS)
 
 test-slow: $(STAMP) model ## every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

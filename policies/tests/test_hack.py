@@ -66,7 +66,7 @@ def test_queries_of_few_steps_lose_nothing() -> None:
 def test_codes_are_those_of_int4() -> None:
     key, value = vectors(SHAPE, 40, seed=5)
     found = []
-    for policy, options in ((Hack, {"rotate": False}), (Int4, {})):
+    for policy, options in ((Hack, {"rotate": False}), (Int4, {"fit": 2})):
         pool = Pool(Case(policy, options), SHAPE)
         pool.store({0: (key, value)})
         found.append(pool.read(0))

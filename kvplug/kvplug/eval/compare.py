@@ -121,7 +121,8 @@ def formats(ours: Run, theirs: Run, pairs: Sequence[tuple[str, str]]) -> list[Fo
         if a not in sizes[0] or b not in sizes[1]:
             continue
         (budget, mine), (their_budget, their_bytes) = sizes[0][a], sizes[1][b]
-        if mine is None or their_bytes is None or (a, budget, "kl") not in own:
+        measured = (a, budget, "kl") in own and (b, their_budget, "kl") in other
+        if mine is None or their_bytes is None or not measured:
             continue
         each = [
             (metric, own.get((a, budget, metric.name)), other.get((b, their_budget, metric.name)))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from kvplug.contract import (
     EngineView,
@@ -26,6 +30,18 @@ from kvplug.models import model_fingerprint
 SECTION = "kv_transfer_config.kv_connector_extra_config.kvplug"
 
 
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """torch's own default dtype within: vLLM loads models, and asks for backends, under the
+    model's, in which a policy's tables would come out rounded."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def is_kvplug(vllm_config: Any) -> bool:
     """Whether a vLLM config turns kvplug on."""
     transfer = getattr(vllm_config, "kv_transfer_config", None)
@@ -34,6 +50,7 @@ def is_kvplug(vllm_config: Any) -> bool:
     )
 
 
+@plain_defaults()
 def deployment_of(vllm_config: Any) -> Deployment:
     """The deployment a vLLM config carries, checked against the engine it configures.
 
@@ -159,6 +176,7 @@ def rope_of(config: Any) -> Rope | None:
     return Rope(frequencies, getattr(config, "model_type", "") in INTERLEAVED)
 
 
+@plain_defaults()
 def sequence_policy(deployment: Deployment, vllm_config: Any) -> SequencePolicy | None:
     """The deployment's sequence policy, built for the engine, or None."""
     choice = deployment.choice(Kind.SEQUENCE)
@@ -169,6 +187,7 @@ def sequence_policy(deployment: Deployment, vllm_config: Any) -> SequencePolicy 
     return policy
 
 
+@plain_defaults()
 def format_policy(deployment: Deployment, vllm_config: Any) -> FormatPolicy | None:
     """The deployment's format policy, built for the engine, or None."""
     choice = deployment.choice(Kind.FORMAT)
