@@ -362,8 +362,9 @@ def run(*arguments: Any) -> Any:
 
 
 def test_the_command_writes_a_calibration_and_a_section(
-    directory: Path, text: Path, tmp_path: Path
+    directory: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     file, yml, js = tmp_path / "c.safetensors", tmp_path / "s.yaml", tmp_path / "f.json"
     done = run(
         directory, "--text", text, "--output", file, "--tokens", 512, "--window", 128,

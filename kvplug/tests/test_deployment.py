@@ -390,7 +390,7 @@ def test_exclusion_of_a_whole_kind(load: Load, monkeypatch: pytest.MonkeyPatch) 
 def test_kind_the_host_does_not_run(load: Load, file: Path) -> None:
     assert told(load("reuse:\n  use: [plain]\n")) == [
         f"{file}:2: reuse.use[0]: the vllm host does not run reuse policies in this release. "
-        "Fix: remove reuse; it runs prefix_cache, sequence."
+        "Fix: remove reuse; it runs format, prefix_cache, sequence."
     ]
 
 

@@ -558,6 +558,7 @@ def test_the_command_measures_formats(directory: Path, tmp_path: Path) -> None:
 def test_the_command_measures_and_writes(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     text, rows, plot = tmp_path / "text.txt", tmp_path / "rows.json", tmp_path / "plot.svg"
     text.write_text(TEXT)
     monkeypatch.setenv("KVPLUG_TEXTS", str(text))
