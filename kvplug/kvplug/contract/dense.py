@@ -67,6 +67,10 @@ def _attend_rows(
         return by_row.flatten(2, 3)[:, :, :held].float()
 
     keys, values = rowwise(key), rowwise(value)
+    # What nobody wrote may read back as NaN, and nothing times NaN is NaN.
+    beyond = (torch.arange(held, device=device) >= lens[:, None])[:, None, :, None]
+    keys.masked_fill_(beyond, 0.0)
+    values.masked_fill_(beyond, 0.0)
     width = int(widths.max())
     step = torch.arange(width, device=device)
     mine = step < widths[:, None]
