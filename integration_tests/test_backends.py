@@ -22,6 +22,7 @@ from kvplug.hosts.vllm.compaction import CompactingBuilder
 from kvplug.hosts.vllm.plugin import BACKENDS
 from kvplug.hosts.vllm.spec import WindowedSpec
 from kvplug.hosts.vllm.worker import drop_worker_state, worker_state
+from kvplug_policies.format.int4 import Int4
 from kvplug_policies.sequence.sink_window import SinkWindow
 
 BLOCK = 32
@@ -36,6 +37,11 @@ def sink_window(**options: Any) -> SinkWindow:
         layers=tuple(LayerView(i, 4) for i in range(4)),
     )
     return SinkWindow(SinkWindow.Options(**({"sink": 32, "window": 65} | options)), view)
+
+
+def int4(**options: Any) -> Int4:
+    layers = tuple(LayerView(i, 4, 1, 2, 64, "float32") for i in range(4))
+    return Int4(Int4.Options(**options), EngineView(block_size=BLOCK, layers=layers))
 
 
 def stock_class(name: str) -> type[Any]:
@@ -308,29 +314,62 @@ def test_a_builder_of_a_group_without_window_builds_what_stock_builds(name: str)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_a_name_is_stock_unless_the_engine_runs_a_sequence_policy(
+def test_a_name_is_stock_unless_the_engine_runs_a_policy_of_layers(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     stock = stock_class(name)
     current: Any = None
     policy: Any = None
+    stored: Any = None
     monkeypatch.setattr(backend, "STOCK", {name: AttentionBackendEnum[name].value})
     monkeypatch.setattr(vllm.config, "get_current_vllm_config_or_none", lambda: current)
     chosen = SimpleNamespace(source="x.yaml", choice=lambda kind: SimpleNamespace(key="sequence"))
     monkeypatch.setattr(engine, "deployment_of", lambda vllm_config: chosen)
     monkeypatch.setattr(engine, "sequence_policy", lambda deployment, vllm_config: policy)
+    monkeypatch.setattr(engine, "format_policy", lambda deployment, vllm_config: stored)
     assert getattr(backend, name) is stock, "no engine is being made"
     current = SimpleNamespace(kv_transfer_config=None)
     assert getattr(backend, name) is stock, "an engine without a connector"
-    transfer = SimpleNamespace(kv_connector="Another", kv_connector_module_path="another.module")
+    transfer = SimpleNamespace(
+        kv_connector="Another", kv_connector_module_path="another.module", engine_id="backends"
+    )
     current = SimpleNamespace(kv_transfer_config=transfer)
     policy = sink_window()
     assert getattr(backend, name) is stock, "an engine with another connector"
     transfer.kv_connector, transfer.kv_connector_module_path = engine.CONNECTOR, engine.MODULE
     windowed = getattr(backend, name)
     assert windowed is not stock and issubclass(windowed, stock)
+    stored = int4()
+    both = getattr(backend, name)
+    assert issubclass(both, stock) and both.kvplug_layout.bytes_per_token_head == 72
     policy = None
-    assert getattr(backend, name) is stock, "kvplug without a sequence policy"
+    coded = getattr(backend, name)
+    assert issubclass(coded, stock) and coded.kvplug_layout.bytes_per_token_head == 72
+    assert coded.get_name() == stock.get_name()
+    assert coded.full_cls_name() == both.full_cls_name()
+    stored = None
+    assert getattr(backend, name) is stock, "kvplug without a policy of layers"
+
+
+def test_a_format_says_what_a_layers_pages_take() -> None:
+    """Bytes instead of elements; two layers of different bits differ, the rest stays."""
+    stock = stock_class("CPU_ATTN")
+    plug = backend.FormatPlug(int4(layers={"1": 8}), ("x.yaml", "kvplug.format"), config())
+    coded = backend.format_backend(stock, plug)
+    spec = coded.customize_spec(plain_spec())
+    assert (type(spec), spec.dtype) == (type(plain_spec()), torch.uint8)
+    assert spec.page_size_bytes == spec.num_kv_heads * spec.block_size * 72
+    sizes = [plug.layouts[i].bytes_per_token_head for i in range(3)]
+    assert sizes == [72, 136, 72]
+
+
+def test_a_format_under_a_window_keeps_both() -> None:
+    stock = stock_class("CPU_ATTN")
+    plug = backend.FormatPlug(int4(), ("x.yaml", "kvplug.format"), config())
+    spec = backend.windowed_backend(stock, sink_window(), plug=plug).customize_spec(plain_spec())
+    plain = backend.windowed_backend(stock, sink_window()).customize_spec(plain_spec())
+    assert spec.rule() == plain.rule()
+    assert spec.page_size_bytes == spec.num_kv_heads * spec.block_size * 72
 
 
 def test_a_block_size_the_backend_would_split_is_refused() -> None:
