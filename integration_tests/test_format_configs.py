@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FORMATS = sorted(policy.name for policy in BUILTIN if policy.kind is Kind.FORMAT)
 CALIBRATED = {"lowrank", "merge_heads", "residual"}
 SAVED = {"int4": 3.2, "rotated": 3.5, "kivi": 5.0, "hack": 3.0, "lowrank": 1.05, "residual": 2.5}
-"""Least ratio of pool tokens to stock's where a format is about room. The deployments of int4 and
-hack leave some layers in 8 bits."""
+"""Least ratio of pool tokens to stock's where a format is about room. The deployment of int4
+leaves some layers in 8 bits, that of hack has groups."""
 
 pytestmark = pytest.mark.slow
 
