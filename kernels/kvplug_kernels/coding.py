@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -204,7 +204,19 @@ class CodedPage:
         return plane(pages, self.field(name))
 
 
-def plane(pages: Tensor, field: Field) -> Tensor:
+class Placed(Protocol):
+    """Whatever lies somewhere in a cell."""
+
+    @property
+    def offset(self) -> int:
+        """Bytes before it."""
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+
+
+def plane(pages: Tensor, field: Placed) -> Tensor:
     """One field of all pages, as `CodedPage.plane`."""
     blocks, heads, size, _ = pages.shape
     return pages.as_strided(

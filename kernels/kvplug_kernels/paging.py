@@ -109,3 +109,14 @@ def live_table(block_table: Tensor, lens: Tensor, block_size: int) -> Tensor:
     """The block table with block 0 in every entry that holds no token of its row."""
     column = torch.arange(block_table.shape[1], device=block_table.device)
     return block_table.masked_fill(column * block_size >= lens[:, None], 0)
+
+
+def bucket_rows(widths: Tensor) -> Iterator[Tensor]:
+    """Indices of the rows with queries, those with about as many together: buckets of powers of
+    two waste at most half of a padded batch."""
+    if widths.numel() == 0:
+        return
+    level = torch.where(widths > 0, torch.log2(widths.clamp_min(1).float()).ceil(), -1.0)
+    for at in sorted(set(level.tolist())):
+        if at >= 0:
+            yield (level == at).nonzero()[:, 0]

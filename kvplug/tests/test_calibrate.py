@@ -30,7 +30,7 @@ transformers = pytest.importorskip("transformers")
 from kvplug.calibrate.attention import How, attached  # noqa: E402
 from kvplug.calibrate.collect import collect  # noqa: E402
 from kvplug.calibrate.run import plan, windows  # noqa: E402
-from kvplug.calibrate.sensitivity import Meter, bytes_per_token, stored  # noqa: E402
+from kvplug.calibrate.sensitivity import Meter, stored  # noqa: E402
 from kvplug.calibrate.statistics import Collector, Source, calibration, received  # noqa: E402
 from kvplug.hosts.transformers import Host  # noqa: E402
 
@@ -284,7 +284,7 @@ def test_what_is_measured_is_what_the_format_stores(engine: EngineView) -> None:
     exact = stored(built(engine, "plain"), layer, key, value, 16)
     assert torch.equal(exact[0], key)
     assert torch.equal(exact[1], value)
-    assert bytes_per_token(policy, layer) == 2 * policy.layout(layer).bytes_per_token_head
+    assert policy.layout(layer).token_bytes(layer) == 2 * policy.layout(layer).bytes_per_token_head
 
 
 def test_a_layer_measured_alone_is_what_the_whole_model_says(
@@ -322,7 +322,7 @@ def test_a_plan_fits_its_budget_and_says_what_it_measured(
 ) -> None:
     known = candidates("plain,int8,int4", "c.st")
     held = [tokens(48)]
-    sizes = [bytes_per_token(c.build(engine), engine.layers[0]) for c in known]
+    sizes = [c.build(engine).layout(engine.layers[0]).token_bytes(engine.layers[0]) for c in known]
     budget = sizes[0] + 2 * sizes[2]
     found = plan(model, engine, held, known, budget, by)
     assert found.choices[0].bytes_per_token <= budget

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
+from ..paging import bucket_rows
 from .naive import check_exact, check_merge
 
 LOGITS_BYTES = 4 << 20
 """Logits of a tile: a few megabytes stay in the CPU's cache between the passes over them."""
 KEYS_BYTES = 16 << 20
 """Keys, and as many values, that are gathered at a time; one row may need more."""
-
-
-def bucket_rows(widths: Tensor) -> Iterator[Tensor]:
-    """Indices of the rows with queries, those with about as many together: buckets of powers of
-    two waste at most half of a padded batch."""
-    if widths.numel() == 0:
-        return
-    level = torch.where(widths > 0, torch.log2(widths.clamp_min(1).float()).ceil(), -1.0)
-    for at in sorted(set(level.tolist())):
-        if at >= 0:
-            yield (level == at).nonzero()[:, 0]
 
 
 def attend_exact_vectorized(

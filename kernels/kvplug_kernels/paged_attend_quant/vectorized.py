@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..coding import CodedPage, Coding
-from ..paging import live_table
+from ..paging import bucket_rows, live_table
 from .naive import WEIGHT_TILE, check_arguments, quantize_query, quantize_weights
 
 LOGITS_BYTES = 4 << 20
@@ -151,24 +151,14 @@ def paged_attend_quant_vectorized(
 
 
 def _buckets(widths: Tensor, held: Tensor) -> Iterator[Tensor]:
-    """Indices of the rows that see something, those alike together: buckets of powers of two
-    waste at most half of a padded batch."""
-    live = (widths > 0) & (held > 0)
-    if not bool(live.any()):
-        return
-    width_level = torch.log2(widths.clamp_min(1).float()).ceil().long()
-    len_level = torch.log2(held.clamp_min(1).float()).ceil().long()
-    level = torch.where(live, width_level, -1)
-    for wide in sorted(set(level.tolist())):
-        if wide < 0:
-            continue
-        rows = (level == wide).nonzero()[:, 0]
+    """Indices of the rows that see something, those alike in queries and in length together."""
+    for rows in bucket_rows(torch.where(held > 0, widths, 0)):
         lens = held[rows]
         if int(lens.max()) * len(rows) - int(lens.sum()) <= SKEW_TOKENS:
             yield rows
             continue
-        for long in sorted(set(len_level[rows].tolist())):
-            yield rows[len_level[rows] == long]
+        for part in bucket_rows(lens):
+            yield rows[part]
 
 
 def _attend_rows(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvplug.calibrate.candidates import Candidate, mixed
-from kvplug.calibrate.sensitivity import Loss, Meter, bytes_per_token
+from kvplug.calibrate.sensitivity import Loss, Meter
 from kvplug.calibrate.solve import assign
 from kvplug.contract import EngineView, FormatPolicy
 from kvplug.errors import KVPlugError
@@ -122,7 +122,7 @@ def plan(
         KVPlugError: A candidate refuses the model, or the budget is too small.
     """
     policies = [candidate.build(engine) for candidate in candidates]
-    sizes = [[bytes_per_token(p, layer) for p in policies] for layer in engine.layers]
+    sizes = [[p.layout(layer).token_bytes(layer) for p in policies] for layer in engine.layers]
     # Too small a budget is refused before minutes are spent.
     assign(sizes, [[0.0] * len(row) for row in sizes], budget)
     meter = Meter(model, engine, held_out)

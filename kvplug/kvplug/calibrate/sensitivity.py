@@ -20,13 +20,6 @@ from kvplug.calibrate.attention import How, Probe, attached
 from kvplug.contract import EngineView, FormatPolicy, LayerView, WriteBatch
 
 
-def bytes_per_token(policy: FormatPolicy, layer: LayerView) -> int:
-    """Bytes of K and V of one token in a layer, all heads."""
-    layout = policy.layout(layer)
-    heads = layout.heads if layout.heads is not None else layer.num_kv_heads
-    return layout.bytes_per_token_head * heads
-
-
 def stored(
     policy: FormatPolicy, layer: LayerView, key: Tensor, value: Tensor, block_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -42,14 +35,9 @@ def stored(
     Returns:
         The same shapes and dtypes.
     """
-    n, layout = key.shape[1], policy.layout(layer)
-    heads = layout.heads if layout.heads is not None else layer.num_kv_heads
+    n = key.shape[1]
     blocks = -(-n // block_size)
-    cache = torch.zeros(
-        (blocks, heads, block_size, layout.bytes_per_token_head),
-        dtype=torch.uint8,
-        device=key.device,
-    )
+    cache = policy.layout(layer).pages(layer, blocks, block_size, key.device)
     dtype = getattr(torch, layer.dtype)
     tokens = [x.transpose(0, 1).to(dtype).contiguous() for x in (key, value)]
     slots = torch.arange(n, device=key.device)

@@ -226,8 +226,7 @@ def _block_bytes(section: dict[str, Any], model: Path) -> int:
     assert choice is not None
     policy = choice.build(view)
     assert isinstance(policy, FormatPolicy)
-    layouts = [policy.layout(layer) for layer in view.layers]
-    return BLOCK * sum((own.heads or kv_heads) * own.bytes_per_token_head for own in layouts)
+    return BLOCK * sum(policy.layout(layer).token_bytes(layer) for layer in view.layers)
 
 
 def _pool_tokens(log: str) -> int:

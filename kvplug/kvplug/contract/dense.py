@@ -29,17 +29,14 @@ def attend_dense(
         cache: ``[num_blocks, heads, block_size, bytes_per_token_head]`` uint8.
         out: ``[num_tokens, num_heads, head_size]``.
     """
+    from kvplug_kernels.paging import bucket_rows
+
     starts = batch.query_start.long()
     widths = starts[1:] - starts[:-1]
-    # Buckets of powers of two waste at most half of a padded batch.
-    bucket = torch.where(widths > 0, torch.log2(widths.clamp_min(1).float()).ceil(), -1).long()
-    for level in torch.unique(bucket).tolist():
-        if level < 0:
-            continue
-        rows = (bucket == level).nonzero()[:, 0]
+    for rows in bucket_rows(widths):
         kv_heads, held = layer.num_kv_heads, int(batch.seq_lens[rows].max())
         logits = int(widths[rows].max()) * batch.query.shape[1] * held * 4
-        for part in rows.split(max(1, LOGITS_BYTES // max(logits, 1))):
+        for part in torch.split(rows, max(1, LOGITS_BYTES // max(logits, 1))):
             _attend_rows(policy, layer, batch, cache, out, part, widths[part], kv_heads)
 
 

@@ -12,6 +12,7 @@ from pydantic import Field as Knob
 from kvplug.contract.policy import ALL_FEATURES, Feature, Kind, LayerView, Policy, PolicyOptions
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -76,6 +77,27 @@ class PageLayout:
                 raise ValueError(f"fields must follow each other and fit {size} bytes: {f}")
             at += f.size
 
+    def stored_heads(self, layer: LayerView) -> int:
+        """Heads of a layer's pages."""
+        return layer.num_kv_heads if self.heads is None else self.heads
+
+    def token_bytes(self, layer: LayerView) -> int:
+        """Bytes of K and V of one token in a layer, all heads."""
+        return self.stored_heads(layer) * self.bytes_per_token_head
+
+    def pages(
+        self,
+        layer: LayerView,
+        blocks: int,
+        block_size: int,
+        device: torch.device | str = "cpu",
+    ) -> Tensor:
+        """A cache of zeros, ``[blocks, heads, block_size, bytes_per_token_head]`` uint8."""
+        import torch
+
+        shape = (blocks, self.stored_heads(layer), block_size, self.bytes_per_token_head)
+        return torch.zeros(shape, dtype=torch.uint8, device=device)
+
     def planes(self, cache: Tensor) -> list[Tensor]:
         """A cache as one uint8 view ``[num_blocks, heads, block_size, size]`` per field.
 
@@ -83,15 +105,9 @@ class PageLayout:
             cache: ``[num_blocks, heads, block_size, bytes_per_token_head]`` uint8, the last two
                 dimensions contiguous.
         """
-        blocks, heads, size, _ = cache.shape
-        return [
-            cache.as_strided(
-                (blocks, heads, size, f.size),
-                (cache.stride(0), cache.stride(1), f.size, 1),
-                cache.storage_offset() + size * f.offset,
-            )
-            for f in self.fields
-        ]
+        from kvplug_kernels.coding import plane
+
+        return [plane(cache, f) for f in self.fields]
 
 
 @dataclass(frozen=True, slots=True)

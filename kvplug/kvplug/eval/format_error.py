@@ -159,10 +159,9 @@ def _layer_errors(
     policy: FormatPolicy, read: Read, queries: int
 ) -> tuple[float, float, float, float]:
     layer, n = read.layer, len(read.key)
-    layout = policy.layout(layer)
     blocks = -(-n // BLOCK)
-    heads = layout.heads or layer.num_kv_heads
-    pages = torch.zeros(blocks, heads, BLOCK, layout.bytes_per_token_head, dtype=torch.uint8)
+    layout = policy.layout(layer)
+    pages = layout.pages(layer, blocks, BLOCK)
     policy.write(layer, WriteBatch(read.key, read.value, torch.arange(n)), pages)
     key, value = (
         x.transpose(1, 2).flatten(0, 1)[:n] for x in policy.read(layer, pages, torch.arange(blocks))

@@ -124,8 +124,7 @@ def bytes_per_token(policy: FormatPolicy | None, layers: Sequence[LayerView]) ->
         elif isinstance(policy, PeerFormat):
             total += policy.published_bytes(layer) * layer.num_kv_heads
         else:
-            layout = policy.layout(layer)
-            total += layout.bytes_per_token_head * (layout.heads or layer.num_kv_heads)
+            total += policy.layout(layer).token_bytes(layer)
     return total
 
 

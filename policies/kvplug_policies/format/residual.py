@@ -247,13 +247,10 @@ class Residual(CodedFormat):
 
     def _through(self, layer: LayerView, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """K and V ``[n, heads, d]`` written to pages of their own and read back."""
-        layout, size = self.layout(layer), self.engine.block_size
+        size = self.engine.block_size
         n = len(key) - len(key) % size
         dtype = getattr(torch, layer.dtype or "float32")
-        heads = layout.heads or layer.num_kv_heads
-        cache = torch.zeros(
-            (n // size, heads, size, layout.bytes_per_token_head), dtype=torch.uint8
-        )
+        cache = self.layout(layer).pages(layer, n // size, size)
         self.write(
             layer, WriteBatch(key[:n].to(dtype), value[:n].to(dtype), torch.arange(n)), cache
         )

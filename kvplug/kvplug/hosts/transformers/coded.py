@@ -35,12 +35,7 @@ class LayerCoded(LayerHeld):
         # Elements held as they are meet queries of their own type, as in an engine.
         plain = 16 in (layout.key_bits, layout.value_bits)
         self.query_dtype = self.dtype if plain else like.dtype
-        heads = layout.heads or view.num_kv_heads
-        self.pages = torch.zeros(
-            (0, heads, block_size, layout.bytes_per_token_head),
-            dtype=torch.uint8,
-            device=like.device,
-        )
+        self.pages = layout.pages(view, 0, block_size, like.device)
         self.recent: Recent | None = None
         size = format.recent(view)
         if size:

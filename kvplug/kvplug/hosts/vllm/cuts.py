@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy.typing as npt
 from vllm.logger import init_logger
 
 from kvplug.contract import ScoringPolicy
+from kvplug.hosts.vllm.lanes import Lanes
 from kvplug.hosts.vllm.spec import PrunedManager
 from kvplug.hosts.vllm.worker import RowPlan
 
@@ -57,7 +57,7 @@ class CutScheduler:
         self._prompts: dict[str, int] = {}
         self._requests: dict[str, CutRequest] = {}
         self._lanes: dict[int, str] = {}
-        self._free: list[int] = []
+        self._numbers = Lanes()
         for manager, group in zip(managers, groups, strict=True):
             manager.prompt_tokens = self._prompts
             if policy.resizes:
@@ -66,7 +66,7 @@ class CutScheduler:
     def add(self, request_id: str, num_prompt_tokens: int) -> None:
         """A request arrived that may be cut."""
         self._prompts[request_id] = num_prompt_tokens
-        lane = heapq.heappop(self._free) if self._free else len(self._lanes)
+        lane = self._numbers.take()
         self._requests[request_id] = CutRequest(lane)
         self._lanes[lane] = request_id
 
@@ -77,7 +77,7 @@ class CutScheduler:
         if request is None:
             return []
         del self._lanes[request.lane]
-        heapq.heappush(self._free, request.lane)
+        self._numbers.give_back(request.lane)
         return list(request.sizes.items())
 
     def step(self, starts: dict[str, int], scheduled: dict[str, int]) -> dict[int, RowPlan]:

@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 
 from kvplug.contract import AttendBatch, FormatPolicy, LayerView, PageLayout, Recent, WriteBatch
 from kvplug.contract.dense import attend_dense
-from kvplug.hosts.vllm.worker import WorkerState, worker_state
+from kvplug.hosts.vllm.worker import WorkerState, tail_blocks, worker_state
 
 logger = init_logger("vllm.kvplug")
 
@@ -104,8 +104,8 @@ class LaneBuilder:
         rows, device = common.num_reqs, common.seq_lens.device
         starts = common.query_start_loc_cpu[: rows + 1].long()
         size = self.kv_cache_spec.block_size  # type: ignore[attr-defined]
-        last = ((common.seq_lens[:rows].long() - 1).clamp_min(0) // size)[:, None]
-        tails = common.block_table_tensor[:rows].gather(1, last)[:, 0].tolist()
+        table, lens = common.block_table_tensor[:rows], common.seq_lens[:rows]
+        tails = tail_blocks(table, lens, size).tolist()
         found = self._lane_state.lanes
         by_row = torch.tensor([found.get(t, (-1, 0)) for t in tails], dtype=torch.int64)
         widths = starts[1:] - starts[:-1]

@@ -1,5 +1,4 @@
-"""The scheduler half of a format that treats requests apart: whose memory is whose, and which of
-its assignments each was given."""
+"""Lanes: a small number for each running request, under which workers keep what they remember."""
 
 from __future__ import annotations
 
@@ -10,8 +9,28 @@ import numpy as np
 import numpy.typing as npt
 
 
+class Lanes:
+    """Small numbers, given out and taken back; the smallest free one goes first."""
+
+    def __init__(self) -> None:
+        self._given = 0
+        self._free: list[int] = []
+
+    def take(self) -> int:
+        """A number nobody has."""
+        if self._free:
+            return heapq.heappop(self._free)
+        self._given += 1
+        return self._given - 1
+
+    def give_back(self, lane: int) -> None:
+        """The number is free again."""
+        heapq.heappush(self._free, lane)
+
+
 class LaneScheduler:
-    """Gives every request a small number of its own while it lives.
+    """The scheduler half of a format that treats requests apart: the lane of each, and which of the
+    format's assignments it was given.
 
     What the workers keep of a request's recent tokens lies under it. A request that is preempted
     keeps its lane: it starts over at a block boundary, where nothing recent is needed. It keeps
@@ -25,21 +44,20 @@ class LaneScheduler:
         self.managers = managers
         self._lanes: dict[str, int] = {}
         self._assigned: dict[str, int] = {}
-        self._free: list[int] = []
+        self._numbers = Lanes()
 
     def add(self, request_id: str, assigned: int = 0) -> None:
         """A request arrived, with the assignment it was given."""
         if request_id not in self._lanes:
             self._assigned[request_id] = assigned
-            lane = heapq.heappop(self._free) if self._free else len(self._lanes)
-            self._lanes[request_id] = lane
+            self._lanes[request_id] = self._numbers.take()
 
     def finish(self, request_id: str) -> None:
         """A request ended."""
         lane = self._lanes.pop(request_id, None)
         self._assigned.pop(request_id, None)
         if lane is not None:
-            heapq.heappush(self._free, lane)
+            self._numbers.give_back(lane)
 
     def step(
         self, starts: dict[str, int], scheduled: dict[str, int]

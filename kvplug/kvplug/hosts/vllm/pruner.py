@@ -25,7 +25,7 @@ from kvplug.hosts.vllm.engine import share_groups
 from kvplug.hosts.vllm.format import FormatPages
 from kvplug.hosts.vllm.pages import PageOrder, Pages, order_of
 from kvplug.hosts.vllm.spec import PrunedSpec
-from kvplug.hosts.vllm.worker import RowPlan, WorkerState, worker_state
+from kvplug.hosts.vllm.worker import RowPlan, WorkerState, tail_blocks, worker_state
 from kvplug_kernels.attention_mass import attention_mass
 from kvplug_kernels.compact_kv import plan_moves
 
@@ -165,8 +165,7 @@ class StepPlanner:
             return None
         rows, size = common.num_reqs, self.block_size
         lens = common.seq_lens[:rows].to(torch.int64)
-        last = ((lens - 1).clamp_min(0) // size)[:, None]
-        tails = common.block_table_tensor[:rows].gather(1, last)[:, 0].tolist()
+        tails = tail_blocks(common.block_table_tensor[:rows], lens, size).tolist()
         ends, starts = lens.tolist(), common.query_start_loc_cpu[: rows + 1].tolist()
         phases: list[list[Segment]] = [[]]
         found = False

@@ -197,9 +197,7 @@ class SchedulerHalf:
     def _set_format(self, policy: FormatPolicy) -> None:
         self._format_identities = list(policy.assignments())
         for layer in self.engine.layers:
-            layout = policy.layout(layer)
-            heads = layer.num_kv_heads if layout.heads is None else layout.heads
-            self.format.bytes_per_token += heads * layout.bytes_per_token_head
+            self.format.bytes_per_token += policy.layout(layer).token_bytes(layer)
             element = 4 if layer.dtype == "float32" else 2
             self.format.stock_bytes_per_token += 2 * layer.num_kv_heads * layer.head_size * element
 

@@ -93,6 +93,18 @@ def unpack_plans(rows: npt.NDArray[np.int32], cuts: npt.NDArray[np.int32]) -> di
     return plans
 
 
+def tail_blocks(table: Tensor, seq_lens: Tensor, block_size: int) -> Tensor:
+    """The block each row writes last, ``[rows]``: it belongs to one request alone, so it names it.
+
+    Args:
+        table: ``[rows, max_blocks]``.
+        seq_lens: ``[rows]``.
+        block_size: Tokens per block.
+    """
+    last = ((seq_lens - 1).clamp_min(0) // block_size).to(torch.int64)
+    return table.gather(1, last[:, None])[:, 0]
+
+
 class WorkerState:
     """State of one engine in one worker process.
 
@@ -144,9 +156,7 @@ class WorkerState:
         if self._exempt_tails is None:
             return None
         tails = self._exempt_tails.to(table.device)
-        last = ((seq_lens - 1).clamp_min(0) // block_size).to(torch.int64)
-        written = table.gather(1, last[:, None])[:, 0]
-        return torch.isin(written, tails) & (seq_lens > 0)
+        return torch.isin(tail_blocks(table, seq_lens, block_size), tails) & (seq_lens > 0)
 
     def set_lanes(self, rows: npt.NDArray[np.int32] | None) -> None:
         """Take this step's rows of tail block, lane and assignment, ``[n, 3]``, or None."""
