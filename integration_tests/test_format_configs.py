@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import pytest
 
 from kvplug.contract import Kind
 from kvplug.hosts.vllm.flags import read_config
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
+from kvplug.hosts.vllm.trial import TrialRequest, TrialResult, pool_tokens
 from kvplug_policies.builtin import BUILTIN
 
 Run = Callable[..., TrialResult]
@@ -44,12 +43,6 @@ def calibration(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def requests(passages: Callable[..., list[str]]) -> list[TrialRequest]:
     texts = passages(3, 150)
     return [*(TrialRequest(t, 16) for t in texts), TrialRequest(texts[0], 16, wave=1)]
-
-
-def pool_tokens(result: TrialResult) -> int:
-    found = re.search(r"KV cache size: ([\d,]+) tokens", result.log)  # type: ignore[attr-defined]
-    assert found is not None
-    return int(found[1].replace(",", ""))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +82,7 @@ def test_its_deployment_serves(
     counters = report["counters"]
     assert counters["nonfinite"] == 0
     ratio = counters["stock_bytes_per_token"] / counters["bytes_per_token"]
-    assert pool_tokens(result) / pool_tokens(stock) == pytest.approx(ratio, rel=0.01)
+    assert pool_tokens(result.log) / pool_tokens(stock.log) == pytest.approx(ratio, rel=0.01)
     assert ratio >= SAVED.get(name, 1.0)
     again, first = result.answers[3], result.answers[0]
     assert again.cached_tokens >= 128, "blocks of the same format are shared"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from format_oracle import FormatOracle, in_chunks, per_channel, per_token
 from oracle import visible
 from pruned_oracle import PrunedOracle, Rule, keydiff
 
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
+from kvplug.hosts.vllm.trial import TrialRequest, TrialResult, pool_tokens
 from kvplug.models import tiny_llama
 
 Run = Callable[..., TrialResult]
@@ -47,13 +46,6 @@ def requests(one_by_one: bool = False) -> list[TrialRequest]:
 
 def tokens(result: TrialResult) -> list[list[int]]:
     return [a.token_ids for a in result.answers]
-
-
-def pool_tokens(result: TrialResult) -> int:
-    """What vLLM itself says the pool holds: as much as fits the memory it was given."""
-    found = re.search(r"KV cache size: ([\d,]+) tokens", result.log)  # type: ignore[attr-defined]
-    assert found is not None
-    return int(found[1].replace(",", ""))
 
 
 def report(result: TrialResult) -> dict[str, Any]:
@@ -106,7 +98,7 @@ def test_codes_read_back(
     assert tokens(result) == expected * 2
     assert tokens(stock) != expected
     assert [a.cached_tokens for a in result.answers] == [0, 0, 0, 0, 0, 0, 128, 288]
-    assert pool_tokens(result) / pool_tokens(stock) >= 2 * 3.5
+    assert pool_tokens(result.log) / pool_tokens(stock.log) >= 2 * 3.5
     said = result.answers[0].kvplug
     assert said is not None and said["exact"] is False and said["format"].startswith("int4")
 
@@ -145,7 +137,7 @@ def test_open_groups_are_seen_as_computed(
         for p in prompts()
     ]
     assert tokens(result) == expected
-    assert pool_tokens(result) / pool_tokens(stock) >= 2 * 5
+    assert pool_tokens(result.log) / pool_tokens(stock.log) >= 2 * 5
 
 
 def test_requests_side_by_side_keep_their_own_recent_tokens(

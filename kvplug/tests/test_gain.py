@@ -8,9 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from kvplug.cli import app
-from kvplug.cli.gain import BLOCK, _block_bytes, _groups, _pool_tokens, _work, section_of
+from kvplug.cli.gain import BLOCK, _block_bytes, _groups, _work, section_of
 from kvplug.deployment import load_deployment
 from kvplug.errors import KVPlugError
+from kvplug.hosts.vllm.trial import pool_tokens
 from kvplug.models import tiny_llama
 
 
@@ -61,6 +62,6 @@ def test_formats_get_the_blocks_that_fit_the_same_memory(
 
 
 def test_the_pool_is_what_vllm_says() -> None:
-    assert _pool_tokens("... CPU KV cache size: 46,592 tokens, Maximum ...") == 46592
+    assert pool_tokens("... CPU KV cache size: 46,592 tokens, Maximum ...") == 46592
     with pytest.raises(KVPlugError, match="did not say"):
-        _pool_tokens("nothing of the kind")
+        pool_tokens("nothing of the kind")

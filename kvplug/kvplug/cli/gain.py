@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_module
-import re
 import statistics
 import sys
 import tempfile
@@ -154,7 +153,7 @@ def _measure(
     rounds: int,
 ) -> list[dict[str, Any]]:
     from kvplug.cli.demo import compare
-    from kvplug.hosts.vllm.trial import TrialResult, TrialSpec, run_fresh
+    from kvplug.hosts.vllm.trial import TrialResult, TrialSpec, pool_tokens, run_fresh
 
     engine = {
         "block_size": BLOCK,
@@ -176,7 +175,7 @@ def _measure(
         with tempfile.TemporaryDirectory(prefix="kvplug-gain-") as scratch:
             log = Path(scratch) / "engine.log"
             result = run_fresh(TrialSpec(str(model), work, own_engine, section), log=log)
-            pools.append(_pool_tokens(log.read_text(encoding="utf-8", errors="replace")))
+            pools.append(pool_tokens(log.read_text(encoding="utf-8", errors="replace")))
         if section is None:
             block_bytes = result.block_bytes
         runs.append((name, groups, result))
@@ -227,16 +226,6 @@ def _block_bytes(section: dict[str, Any], model: Path) -> int:
     policy = choice.build(view)
     assert isinstance(policy, FormatPolicy)
     return BLOCK * sum(policy.layout(layer).token_bytes(layer) for layer in view.layers)
-
-
-def _pool_tokens(log: str) -> int:
-    """What vLLM says its KV cache holds."""
-    from kvplug.errors import KVPlugError
-
-    found = re.search(r"KV cache size: ([\d,]+) tokens", log)
-    if found is None:
-        raise KVPlugError("vLLM did not say how many tokens its KV cache holds")
-    return int(found[1].replace(",", ""))
 
 
 def _groups(section: dict[str, Any], model: Path) -> int:

@@ -112,6 +112,10 @@ class _Trial:
         return True
 
 
+_FITTED: dict[tuple[str, LayerView, int], tuple[dict[str, Tensor], int, int]] = {}
+"""Corrections of a layer and how many heads of K and V have them, by what they follow from."""
+
+
 class Residual(CodedFormat):
     """A format with its error compensated."""
 
@@ -175,7 +179,7 @@ class Residual(CodedFormat):
         for layer in engine.layers:
             self.corrected[layer.index, "key"] = self.corrected[layer.index, "value"] = 0
             if options.rank1 or options.mean:
-                self._fit(layer)
+                self._fit_once(layer)
 
     # -- codes ---------------------------------------------------------------------------------
 
@@ -211,6 +215,20 @@ class Residual(CodedFormat):
 
     def recent(self, layer: LayerView) -> int:
         return self.inner.recent(layer)
+
+    def _fit_once(self, layer: LayerView) -> None:
+        """`_fit`, unless an object with these bytes was built in this process: an engine's start
+        builds several, to check, to lay out and to run."""
+        key = (self.fingerprint(), layer, self.engine.block_size)
+        fitted = _FITTED.get(key)
+        if fitted is None:
+            self._fit(layer)
+            maps = self._maps.get(layer, torch.device("cpu"))
+            counts = self.corrected[layer.index, "key"], self.corrected[layer.index, "value"]
+            _FITTED[key] = (maps, *counts)
+            return
+        self._maps.put(layer, fitted[0])
+        self.corrected[layer.index, "key"], self.corrected[layer.index, "value"] = fitted[1:]
 
     def _fit(self, layer: LayerView) -> None:
         """Keep of each head's corrections those that bring the sample's outputs nearer."""

@@ -216,6 +216,7 @@ class FormatLayer:
             cache[blocks] = 0
             self.state.unwritten.update(blocks.tolist())
         self.state.counters.format_tokens += n
+        self.state.waits_for_counters = cache.device.type != "cpu"
 
     def attend(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -187,6 +188,18 @@ class TrialResult:
     def output_tokens_per_second(self) -> float:
         """Generated tokens per second of wall time."""
         return sum(len(a.token_ids) for a in self.answers) / self.seconds if self.seconds else 0.0
+
+
+def pool_tokens(log: str) -> int:
+    """Tokens that the KV cache holds, as vLLM itself says in its log when it starts.
+
+    Raises:
+        KVPlugError: It does not say.
+    """
+    found = re.search(r"KV cache size: ([\d,]+) tokens", log)
+    if found is None:
+        raise KVPlugError("vLLM did not say how many tokens its KV cache holds")
+    return int(found[1].replace(",", ""))
 
 
 def connector_flags(section: Any) -> dict[str, Any]:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kvplug")
 
+COUNTERS_EVERY = 64
+"""Steps between two looks at counters that have to be waited for."""
+
 
 @dataclass
 class WorkerCounters:
@@ -124,6 +127,7 @@ class WorkerState:
         lane_count: Lanes there have been so far.
         unwritten: Blocks whose tokens could not be stored.
         groups: KV-cache groups of the engine.
+        waits_for_counters: Whether pages lie on a device that runs behind its host.
     """
 
     def __init__(self) -> None:
@@ -141,6 +145,8 @@ class WorkerState:
         self.lane_count = 0
         self.unwritten: set[int] = set()
         self.groups = 1
+        self.waits_for_counters = False
+        self._asked = 0
         self._measured: dict[tuple[int, int], tuple[npt.NDArray[np.float64], int]] = {}
         self._exempt_tails: Tensor | None = None
 
@@ -196,8 +202,12 @@ class WorkerState:
             return None
 
     def format_counters(self) -> dict[str, float]:
-        """What the format policy counted itself; nothing once it could not say."""
+        """What the format policy counted itself; nothing once it could not say, and between two
+        times on a device whose numbers have to be waited for."""
         if self.format is None:
+            return {}
+        self._asked += 1
+        if self.waits_for_counters and self._asked % COUNTERS_EVERY != 1:
             return {}
         try:
             return {str(k): float(v) for k, v in self.format.counters().items()}
