@@ -11,6 +11,7 @@ from vllm.v1.request import Request
 from kvplug.contract import EngineView, LayerView
 from kvplug.hosts.vllm import compat
 from kvplug.hosts.vllm.lanes import LaneScheduler
+from kvplug.hosts.vllm.worker import WorkerState
 from kvplug_policies.format.int4 import Int4
 from kvplug_policies.format.int8 import Int8
 
@@ -113,3 +114,24 @@ def test_a_request_that_comes_again_keeps_its_lane() -> None:
 
 def test_nobody_scheduled_is_nothing_to_say() -> None:
     assert LaneScheduler([_Manager({})]).step({}, {}) is None
+
+
+class _Counting:
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def counters(self) -> dict[str, float]:
+        self.asked += 1
+        return {"asked": float(self.asked)}
+
+
+def test_counters_are_read_now_and_then_where_they_have_to_be_waited_for() -> None:
+    told = {}
+    for waits in (False, True):
+        state = WorkerState()
+        state.format, state.waits_for_counters = _Counting(), waits  # type: ignore[assignment]
+        told[waits] = [state.format_counters() for _ in range(130)]
+    assert told[False] == [{"asked": float(i + 1)} for i in range(130)]
+    assert [i for i, one in enumerate(told[True]) if one] == [0, 64, 128]

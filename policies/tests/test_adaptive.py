@@ -244,3 +244,31 @@ def test_levels_that_need_the_host_are_refused() -> None:
     options = Adaptive.Options.model_validate({"levels": ["kivi", "int8"]})
     with pytest.raises(ValueError, match="level kivi keeps recent tokens"):
         Adaptive(options, EngineView(block_size=32, layers=VIEW.layers))
+
+
+def looks(policy: Adaptive, layer: LayerView, steps: int, pages_: int = 1) -> float:
+    """Looks at the layer when some pages are seen in so many steps."""
+    cache = pages(policy)
+    for block in range(1, pages_ + 1):
+        key, value = tokens(BLOCK, block)
+        slots = torch.arange(block * BLOCK, (block + 1) * BLOCK)
+        assigned = torch.zeros(BLOCK, dtype=torch.int64)
+        policy.write(layer, WriteBatch(key, value, slots, assigned=assigned), cache)
+    batch = queries([list(range(1, pages_ + 1))], [pages_ * BLOCK])
+    for _ in range(steps):
+        policy.attend(layer, batch, cache, torch.empty_like(batch.query))
+    return sum((policy.signals() or [0.0] * 4)[2:])
+
+
+def test_how_often_and_at_how_much_it_looks() -> None:
+    first, second = VIEW.layers[:2]
+    assert looks(adaptive(sample_every=1), first, 6) == 6
+    assert looks(adaptive(sample_every=3), first, 6) == 2
+    assert looks(adaptive(shadow_pages=4), first, 1, pages_=6) == 4
+    assert looks(adaptive(shadow_pages=2), first, 1, pages_=6) == 2
+    assert looks(adaptive(sample_layers=1), second, 1) == 0
+    assert looks(adaptive(sample_layers=3), second, 1) == 1
+
+
+def test_the_first_level_is_the_one_asked_for() -> None:
+    assert [adaptive(start=start).assign() for start in (-2, -1, 0, 1)] == [0, 1, 0, 1]

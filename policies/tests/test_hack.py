@@ -95,3 +95,13 @@ def test_an_empty_history_is_nothing() -> None:
     out = torch.full_like(query, torch.nan)
     pool.policy.attend(pool.layer, replace(attend, max_seq_len=5), pool.pages, out)
     torch.testing.assert_close(out, pool.expected(attend), atol=1e-5, rtol=1e-5)
+
+
+def test_fitting_lowers_the_error() -> None:
+    key, value = vectors(SHAPE, 60, seed=11)
+    errors = []
+    for fit in (0, 2):
+        pool = Pool(Case(Hack, {"bits": 2, "fit": fit}), SHAPE)
+        pool.store({0: (key, value)})
+        errors.append(float((pool.read(0)[0] - key).square().mean()))
+    assert errors[1] < 0.97 * errors[0]

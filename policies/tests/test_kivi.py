@@ -135,3 +135,19 @@ def test_a_number_that_is_none_spoils_neither_other_channels_nor_other_groups(ba
     # The number itself counts as 0, which is within the range of the others.
     others = torch.arange(70) != 7
     assert relative(found[0][others, 0, 5], key[others, 0, 5]) < 0.7
+
+
+def test_fitting_lowers_the_error_of_values() -> None:
+    key, value = vectors(SHAPE, 64, seed=11)
+    errors = []
+    for fit in (0, 2):
+        pool = Pool(Case(Kivi, {"fit": fit}), SHAPE)
+        pool.store({0: (key, value)})
+        errors.append(
+            [
+                float((a - b).square().mean())
+                for a, b in zip(pool.read(0), (key, value), strict=True)
+            ]
+        )
+    assert errors[1][0] == errors[0][0], "keys are coded per channel"
+    assert errors[1][1] < 0.97 * errors[0][1]

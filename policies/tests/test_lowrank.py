@@ -117,3 +117,13 @@ def test_the_calibration_is_part_of_the_blocks_identity(file: str, tmp_path: Pat
     one, two = (build(LowRank, ENGINE, calibration=f).fingerprint() for f in (file, path))
     assert one.removesuffix(load(file).checksum) != one
     assert load(file).checksum not in two
+
+
+def test_fitting_is_for_four_bits(file: str) -> None:
+    codings = [
+        build(LowRank, ENGINE, calibration=file, rank=16, bits=bits, fit=3)
+        .coded(ENGINE.layers[0])
+        .key.fit
+        for bits in (4, 8)
+    ]
+    assert codings == [3, 0]

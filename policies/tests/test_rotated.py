@@ -3,13 +3,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
 from format_laws import Case, Pool, Shape, relative, vectors, view
 from torch import Tensor
 
-from kvplug.contract import EngineView
+from kvplug.contract import EngineView, LayerView
 from kvplug_kernels.coding import quantize_codebook
 from kvplug_policies.format.int4 import Int4
 from kvplug_policies.format.rotated import Rotated, gaussian_levels, hadamard_matrix
@@ -121,3 +122,27 @@ def test_the_fitted_scale_beats_the_stored_norm(bits: int) -> None:
     for _ in range(20):
         nudge = 1 + random.Random(bits).uniform(-0.02, 0.02)
         assert off(scale) <= off(scale.float() * nudge)
+
+
+def read_error(**options: Any) -> float:
+    key, value = vectors(SHAPE, 60, seed=11)
+    pool = Pool(Case(Rotated, options), SHAPE)
+    pool.store({0: (key, value)})
+    return float((pool.read(0)[0] - key).square().mean())
+
+
+@pytest.mark.parametrize("levels", ["gaussian", "uniform"])
+def test_fitting_lowers_the_error(levels: str) -> None:
+    assert read_error(levels=levels, fit=2) < 0.99 * read_error(levels=levels, fit=0)
+
+
+def test_uniform_levels_pay_for_a_zero_point() -> None:
+    layer = LayerView(0, 1, 3, 9, 64, "bfloat16")
+    sizes = [
+        Rotated(Rotated.Options(levels=levels), EngineView(block_size=32))
+        .layout(layer)
+        .bytes_per_token_head
+        for levels in ("gaussian", "uniform")
+    ]
+    assert sizes == [68, 72]
+    assert read_error(levels="uniform") < read_error(levels="gaussian")
