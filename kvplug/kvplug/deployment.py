@@ -6,7 +6,10 @@ in a file of its own whose path stands there instead. It maps each kind to a pol
 
     prefix_cache: lru                                  # short for {use: lru}
     sequence: {use: sink_window, sink: 64, window: 448}
-    reuse: {use: [structure, {position: {max_shift: 4096}}]}
+    reuse: {use: [structure, {position: {max_shift: 4096}}], approximate: true}
+
+What stands beside ``reuse.use`` says where segments lie and what may be done with them
+(`kvplug.reuse.settings`), and so does ``guard``.
 """
 
 from __future__ import annotations
@@ -23,9 +26,13 @@ from pydantic import ValidationError
 from kvplug.contract import EngineView, Feature, Kind, Policy, PolicyOptions
 from kvplug.errors import DeploymentError, Refusal
 from kvplug.registry import Plugins, plugins
+from kvplug.reuse.settings import GuardSettings, ReuseSettings
 
 KINDS = [str(k) for k in Kind]
 MANY = frozenset({Kind.REUSE})
+GUARD = "guard"
+ALWAYS = ("structure", "position")
+"""Checks without which stored KV would be taken for what it is not."""
 
 SWITCH_OFF: dict[Feature, str] = {
     Feature.PREFIX_CACHING: "--no-enable-prefix-caching",
@@ -72,12 +79,16 @@ class Deployment:
         choices: The chosen policies, in order, by kind. Kinds not chosen are absent.
         lines: 1-based line of each key path below the section, where the source has lines.
         section: The section as plain data.
+        reuse: What stands beside ``reuse.use``; the defaults where nothing does.
+        guard: The ``guard`` key, or None.
     """
 
     source: str
     choices: Mapping[Kind, tuple[Choice, ...]]
     lines: Mapping[str, int] = field(default_factory=dict)
     section: Mapping[str, Any] = field(default_factory=dict)
+    reuse: ReuseSettings = field(default_factory=ReuseSettings)
+    guard: GuardSettings | None = None
 
     def choice(self, kind: Kind) -> Choice | None:
         """The policy chosen for a kind that takes one, or None."""
@@ -106,6 +117,15 @@ class Deployment:
         def refuse(key: str, problem: str, fix: str) -> None:
             found.append(Refusal(key, problem, fix, self.lines.get(key)))
 
+        checks = self.choices.get(Kind.REUSE, ())
+        names = [c.policy.name for c in checks]
+        if checks and Kind.REUSE in runs and tuple(names[: len(ALWAYS)]) != ALWAYS:
+            whole = ", ".join([*ALWAYS, *(n for n in names if n not in ALWAYS)])
+            refuse(
+                checks[0].key,
+                f"a chain of checks begins with {' and '.join(ALWAYS)}, got {', '.join(names)}.",
+                f"write `use: [{whole}]`.",
+            )
         for choice in self.all():
             policy, kind, name = choice.policy, choice.policy.kind, choice.policy.name
             if kind not in runs:
@@ -288,6 +308,7 @@ class _Parser:
 
     def parse(self, section: Any) -> Deployment:
         choices: dict[Kind, tuple[Choice, ...]] = {}
+        beside: dict[str, PolicyOptions] = {}
         if not isinstance(section, Mapping):
             self.refuse(
                 self.path() or "file",
@@ -296,20 +317,29 @@ class _Parser:
             )
         else:
             for name, value in section.items():
+                if name == GUARD:
+                    self.settings(GuardSettings, value, GUARD, beside)
+                    continue
                 if name not in KINDS:
-                    near = difflib.get_close_matches(str(name), KINDS, n=1)
+                    known = [*KINDS, GUARD]
+                    near = difflib.get_close_matches(str(name), known, n=1)
                     self.refuse(
                         self.path(str(name)),
                         "unknown key.",
-                        f"did you mean {near[0]}?" if near else f"use one of {', '.join(KINDS)}.",
+                        f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}.",
                     )
                     continue
+                if name == Kind.REUSE and isinstance(value, Mapping):
+                    own = {k: v for k, v in value.items() if k != "use"}
+                    self.settings(ReuseSettings, own, str(name), beside)
+                    value = {k: v for k, v in value.items() if k == "use"}
                 chosen = self.kind(Kind(name), value)
                 if chosen:
                     choices[Kind(name)] = tuple(chosen)
+            self.together(choices, beside)
         if self.refusals:
             raise DeploymentError(self.source, self.refusals)
-        deployment = Deployment(self.source, choices, self.lines, section)
+        deployment = Deployment(self.source, choices, self.lines, section, **beside)  # type: ignore[arg-type]
         try:
             self.plugins.manager.hook.kvplug_deployment_loaded(deployment=deployment)
         except Exception as error:
@@ -325,6 +355,31 @@ class _Parser:
                 ],
             ) from error
         return deployment
+
+    def settings(
+        self, model: type[PolicyOptions], value: Any, name: str, into: dict[str, PolicyOptions]
+    ) -> None:
+        """Validate keys that belong to no policy."""
+        if not isinstance(value, Mapping):
+            self.refuse(
+                self.path(name), f"must be a mapping, got {type(value).__name__}.", "see the docs."
+            )
+            return
+        try:
+            into[name] = model.model_validate(value)
+        except ValidationError as error:
+            self.invalid(error, model, name, self.path(name))
+
+    def together(
+        self, choices: Mapping[Kind, tuple[Choice, ...]], beside: Mapping[str, PolicyOptions]
+    ) -> None:
+        """Refuse what is right by itself and makes no sense together."""
+        if GUARD in beside and Kind.REUSE not in choices and not self.refusals:
+            self.refuse(
+                self.path(GUARD),
+                "watches reuse, and nothing is reused.",
+                "add a reuse section or remove it.",
+            )
 
     def kind(self, kind: Kind, value: Any) -> list[Choice]:
         key = self.path(str(kind))
@@ -408,29 +463,53 @@ class _Parser:
         try:
             valid = policy.Options.model_validate(options)
         except ValidationError as error:
-            self.invalid(error, policy, key.removesuffix(".use"))
+            self.invalid(error, policy.Options, policy.name, key.removesuffix(".use"))
             return []
         return [Choice(policy, valid, key)]
 
-    def invalid(self, error: ValidationError, policy: type[Policy], key: str) -> None:
-        fields = policy.Options.model_fields
+    def invalid(
+        self, error: ValidationError, model: type[PolicyOptions], owner: str, key: str
+    ) -> None:
+        """Refuse each thing that is wrong with the options of a policy or a key."""
         for e in error.errors(include_url=False):
             name = ".".join(str(p) for p in e["loc"])
             where = f"{key}.{name}" if name else key
+            fields = _fields_at(model, e["loc"][:-1])
             if e["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(name, list(fields), n=1)
+                last = str(e["loc"][-1])
+                near = difflib.get_close_matches(last, list(fields), n=1)
                 known = ", ".join(fields) or "it has no options"
                 self.refuse(
                     where,
-                    f"{policy.name} has no option {name!r}.",
+                    f"{owner} has no option {name!r}.",
                     f"did you mean {near[0]}?" if near else f"options: {known}.",
                 )
                 continue
             problem = e["msg"].removeprefix("Value error, ")
             if not e["loc"]:
-                self.refuse(where, f"{policy.name}: {problem}.", "change the options named.")
+                self.refuse(where, f"{owner}: {problem}.", "change the options named.")
                 continue
-            info = fields.get(str(e["loc"][0]))
+            info = fields.get(str(e["loc"][-1]))
             got = "" if e["type"] == "missing" else f", got {e['input']!r}"
             means = f" ({info.description})" if info is not None and info.description else ""
             self.refuse(where, f"{problem}{got}.", f"set it accordingly{means}.")
+
+
+def _fields_at(model: type[PolicyOptions], loc: tuple[int | str, ...]) -> Mapping[str, Any]:
+    """The fields of the options a place in a validation error belongs to."""
+    found = model
+    for part in loc:
+        info = found.model_fields.get(str(part))
+        inner = (
+            [
+                a
+                for a in (info.annotation, *getattr(info.annotation, "__args__", ()))
+                if isinstance(a, type) and issubclass(a, PolicyOptions)
+            ]
+            if info is not None
+            else []
+        )
+        if not inner:
+            break
+        found = inner[0]
+    return found.model_fields

@@ -22,7 +22,14 @@ from kvplug.contract.policy import (
     Rope,
 )
 from kvplug.contract.prefix_cache import BlockFact, PrefixCachePolicy, Released, RequestView
-from kvplug.contract.reuse import Fingerprint, ReuseCheck, ReuseRequest, Verdict
+from kvplug.contract.reuse import (
+    Candidate,
+    Fingerprint,
+    Placement,
+    ReuseCheck,
+    ReuseRequest,
+    Verdict,
+)
 from kvplug.contract.sequence import (
     HeldView,
     ScoringOptions,
@@ -48,6 +55,7 @@ __all__ = [
     "Action",
     "AttendBatch",
     "BlockFact",
+    "Candidate",
     "CorruptPayload",
     "EngineView",
     "Feature",
@@ -61,6 +69,7 @@ __all__ = [
     "Move",
     "PageField",
     "PageLayout",
+    "Placement",
     "Policy",
     "PolicyOptions",
     "PolicyReport",

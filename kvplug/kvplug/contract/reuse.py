@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from kvplug.contract.policy import Kind, LayerView, Policy
+from kvplug.contract.policy import ALL_FEATURES, Feature, Kind, LayerView, Policy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,23 +18,31 @@ class Fingerprint:
     """Everything a stored segment's KV depends on, as recorded when it was computed.
 
     Attributes:
-        model: Model name and revision.
+        model: Fingerprint of the model's config and weights.
         tokenizer: Tokenizer name and revision.
         lora: Adapter name, or the empty string.
-        dtype: KV dtype.
+        dtype: Name of the KV dtype.
         format: `FormatPolicy.fingerprint`, or the empty string for the engine's own.
-        position: Positional scheme and its parameters (RoPE base, scaling, partial dims; ALiBi).
-        geometry: ``(layers, kv_heads, head_size)``.
-        tenant: Cache salt.
-        mask: Template under which it was computed: causal, sliding window, bidirectional spans.
+        position: Positional scheme: ``rope/neox/DIGEST`` or ``rope/gptj/DIGEST`` (the digest is of
+            the model's own table of frequencies), ``rope-by-length`` where the table depends on
+            the length of the text, ``alibi``, ``learned``, ``none`` or ``unknown``.
+        geometry: ``(layers, kv_heads, head_size)``, whatever the rank.
+        tenant: Cache salt of the request, or the empty string.
+        mask: Template under which it was computed: ``causal``, ``window:N``, or ``causal`` with
+            bidirectional spans ``causal+bidirectional:A-B,C-D`` counted from the segment's start.
         start: Position of its first token.
         length: Tokens.
-        context: Hash chain of the text before it.
-        tokens: Hash of its own tokens.
+        context: 16-byte BLAKE2b of the token ids before it (int32, little endian); of nothing for
+            a segment at position 0.
+        tokens: 16-byte BLAKE2b of its own token ids.
         created: Seconds since the epoch.
         request_id: The request that computed it.
-        checksum: Of the stored bytes.
-        measures: Stability measures by name (drift, sparsity, key cosine, outgoing mass).
+        ancestry: Approximate reuses behind its computation; 0 when everything was exact.
+        measures: Stability measures by name, over the whole model: ``k_drift`` and ``v_drift``
+            (relative distance of the RMS of K and V from the model's running statistics),
+            ``sparsity`` (Hoyer sparsity of value norms over tokens, mean over heads; 0 to 1),
+            ``key_cosine`` (mean cosine of neighbouring keys), ``outgoing`` (share of attention mass
+            that its last queries put on what came before it; absent where nobody measured).
     """
 
     model: str
@@ -52,8 +60,25 @@ class Fingerprint:
     tokens: bytes
     created: float
     request_id: str
-    checksum: bytes
+    ancestry: int = 0
     measures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A stored segment that might be used.
+
+    Attributes:
+        fingerprint: What its KV depends on.
+        whole: Whether all its bytes are there and their checksum was right when last read.
+        cause: Why they are not, a short stable phrase; empty where they are.
+        valid: Whether nobody has invalidated it since.
+    """
+
+    fingerprint: Fingerprint
+    whole: bool = True
+    cause: str = ""
+    valid: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +86,18 @@ class ReuseRequest:
     """Where a stored segment would be used: the same facts for the request at hand.
 
     Attributes:
-        fingerprint: What the segment's fingerprint would be if this request computed it.
+        fingerprint: What the segment's fingerprint would be if this request computed it: its
+            ``start`` is where the segment's first token would stand.
         request_id: The engine's id.
         num_local_tokens: Tokens already matched in the engine's own prefix cache.
+        num_tokens: Tokens of the request.
         approximate_allowed: Whether the deployment and the request both allow approximate reuse.
     """
 
     fingerprint: Fingerprint
     request_id: str
     num_local_tokens: int
+    num_tokens: int
     approximate_allowed: bool
 
 
@@ -94,27 +122,73 @@ class Verdict:
     cost_us: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A run of a stored segment's tokens on its way into a request.
+
+    Attributes:
+        fingerprint: The segment's.
+        offset: First token of the segment that is used.
+        length: Tokens used.
+        start: Position in the request of the first of them.
+        verdict: What the whole chain found: exact if every check said so, ``shift`` and
+            ``credibility`` of the checks that gave them.
+    """
+
+    fingerprint: Fingerprint
+    offset: int
+    length: int
+    start: int
+    verdict: Verdict
+
+
 class ReuseCheck(Policy):
-    """One check in a chain; all must agree. Checks run in the scheduler, `adapt` on the worker."""
+    """One check in a chain; all must agree. Checks run in the scheduler, `adapt` on the worker.
+
+    A check that only adapts (a correction) returns ``Verdict(True)`` from `check`.
+    """
 
     kind: ClassVar[Kind] = Kind.REUSE
+    exact: ClassVar[bool] = False
+    supports: ClassVar[frozenset[Feature]] = ALL_FEATURES - {
+        Feature.QUANTIZED_KV_CACHE,
+        Feature.CONTEXT_PARALLEL,
+        Feature.PIPELINE_PARALLEL,
+        Feature.DISAGGREGATED_PREFILL,
+        Feature.KV_SHARING,
+        Feature.SLIDING_WINDOW_LAYERS,
+        Feature.DRAFT_MODEL,
+        Feature.MULTIMODAL,
+    }
+    excludes: ClassVar[Mapping[str, str]] = {
+        "sequence": "a stored segment must hold every token of its text, and a sequence policy "
+        "drops some"
+    }
 
     @abstractmethod
-    def check(self, candidate: Fingerprint, request: ReuseRequest) -> Verdict:
+    def check(self, candidate: Candidate, request: ReuseRequest) -> Verdict:
         """Whether ``candidate`` may stand for what ``request`` would compute."""
 
+    def adapts(self, placement: Placement) -> bool:
+        """Whether `adapt` would change anything: then K and V are decoded and corrected before
+        they are written; else their stored bytes are copied."""
+        return False
+
     def adapt(
-        self, layer: LayerView, verdict: Verdict, key: Tensor, value: Tensor
+        self, layer: LayerView, placement: Placement, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Correct loaded KV before it is written (re-rotation, compensation).
 
+        Called for exact and approximate placements alike where `adapts` says so, in the order of
+        the chain, on what the check before it returned.
+
         Args:
             layer: The layer.
-            verdict: This check's verdict.
-            key: ``[num_tokens, num_kv_heads, head_size]`` as stored.
+            placement: What is put where.
+            key: ``[num_tokens, num_kv_heads, head_size]``, in the model's dtype.
             value: The same shape.
 
         Returns:
-            Corrected key and value, same shapes; the inputs by default.
+            Corrected key and value, same shapes and dtype; the inputs by default.
         """
         return key, value

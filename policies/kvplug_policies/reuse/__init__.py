@@ -1,0 +1,1 @@
+"""Reuse checks: may this stored KV stand for that computation?"""
