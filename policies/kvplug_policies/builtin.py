@@ -29,6 +29,9 @@ from kvplug_policies.prefix_cache.sieve import Sieve
 from kvplug_policies.prefix_cache.slru import Slru
 from kvplug_policies.prefix_cache.tinylfu import TinyLfu
 from kvplug_policies.prefix_cache.tree import Tree
+from kvplug_policies.reuse.mask import Mask
+from kvplug_policies.reuse.position import Position
+from kvplug_policies.reuse.structure import Structure
 from kvplug_policies.sequence.ada_kv import AdaKV
 from kvplug_policies.sequence.expected_attention import ExpectedAttention
 from kvplug_policies.sequence.h2o import H2O
@@ -82,6 +85,9 @@ BUILTIN = (
     MergeHeads,
     Residual,
     Mixed,
+    Structure,
+    Position,
+    Mask,
 )
 
 

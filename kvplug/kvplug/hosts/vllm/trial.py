@@ -26,6 +26,9 @@ from typing import Any
 from kvplug.errors import KVPlugError
 from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
 
+FORCED = "kvplug_force"
+FORCING = "kvplug.hosts.vllm.force:ForceTokens"
+
 
 @dataclass
 class TrialRequest:
@@ -38,6 +41,9 @@ class TrialRequest:
         kvplug: What it asks of kvplug, e.g. ``{"sequence": "off"}``.
         after: Index of a request of an earlier wave whose prompt and answer it goes on from;
             ``prompt`` is then token ids that follow them.
+        salt: Its cache salt: requests with different ones share nothing.
+        force: Tokens the answer is made to have, ``max_tokens`` of them; their log-probabilities
+            are reported.
     """
 
     prompt: str | list[int]
@@ -45,6 +51,8 @@ class TrialRequest:
     wave: int = 0
     kvplug: dict[str, Any] | None = None
     after: int | None = None
+    salt: str | None = None
+    force: list[int] | None = None
 
 
 @dataclass
@@ -109,6 +117,8 @@ class Answer:
         token_ids: Generated tokens.
         text: The same as text.
         kvplug: What kvplug said in the output, or None.
+        ttft: Seconds from adding the request to its first token; None in an engine not watched.
+        logprobs: Log-probability of each forced token, or None.
     """
 
     prompt_tokens: int
@@ -116,6 +126,8 @@ class Answer:
     token_ids: list[int]
     text: str
     kvplug: dict[str, Any] | None
+    ttft: float | None = None
+    logprobs: list[float] | None = None
 
 
 @dataclass
@@ -208,6 +220,7 @@ def connector_flags(section: Any) -> dict[str, Any]:
         "kv_connector": CONNECTOR,
         "kv_connector_module_path": MODULE,
         "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"kvplug": section},
     }
 
@@ -278,6 +291,11 @@ def run_trial(
     arguments = {"enforce_eager": True, "dtype": "bfloat16", "block_size": 32} | spec.engine
     if spec.section is not None:
         arguments["kv_transfer_config"] = connector_flags(spec.section)
+    processors: list[Any] = [*arguments.pop("logits_processors", ())]  # type: ignore[misc]
+    if any(r.force is not None for r in spec.requests):
+        processors.append(FORCING)
+    if processors:
+        arguments["logits_processors"] = processors
     llm = LLM(spec.model, disable_log_stats=False, **arguments)
     if prepare is not None:
         prepare(llm)
@@ -288,10 +306,11 @@ def run_trial(
 
 
 def _prompt(request: TrialRequest, texts: dict[int, list[int]]) -> Any:
+    prompt: dict[str, Any] = {"prompt": request.prompt}
     if isinstance(request.prompt, list):
         before = texts[request.after] if request.after is not None else []
-        return {"prompt_token_ids": before + request.prompt}
-    return request.prompt
+        prompt = {"prompt_token_ids": before + request.prompt}
+    return prompt | ({"cache_salt": request.salt} if request.salt is not None else {})
 
 
 def _text(output: Any) -> list[int]:
@@ -301,20 +320,31 @@ def _text(output: Any) -> list[int]:
 def _sampling(request: TrialRequest) -> Any:
     from vllm import SamplingParams
 
-    wishes = {"kv_transfer_params": {"kvplug": request.kvplug}} if request.kvplug else None
+    wishes: dict[str, Any] = {}
+    if request.kvplug:
+        wishes["kv_transfer_params"] = {"kvplug": request.kvplug}
+    if request.force is not None:
+        wishes[FORCED] = request.force
     return SamplingParams(
-        temperature=0.0, max_tokens=request.max_tokens, ignore_eos=True, extra_args=wishes
+        temperature=0.0,
+        max_tokens=request.max_tokens,
+        ignore_eos=True,
+        extra_args=wishes or None,
+        logprobs=0 if request.force is not None else None,
     )
 
 
-def _answer(output: Any) -> Answer:
+def _answer(output: Any, ttft: float | None = None) -> Answer:
     said = output.kv_transfer_params
+    likely = output.outputs[0].logprobs
     return Answer(
         prompt_tokens=len(output.prompt_token_ids),
         cached_tokens=output.num_cached_tokens or 0,
         token_ids=list(output.outputs[0].token_ids),
         text=output.outputs[0].text,
         kvplug=said.get("kvplug") if said else None,
+        ttft=ttft,
+        logprobs=[next(iter(step.values())).logprob for step in likely] if likely else None,
     )
 
 
@@ -356,19 +386,25 @@ def _watched(llm: Any, spec: TrialSpec, progress: Callable[[dict[str, Any]], Non
     steps: list[Step] = []
     answers: dict[int, Answer] = {}
     texts: dict[int, list[int]] = {}
+    added: dict[int, float] = {}
+    first: dict[int, float] = {}
     elapsed = 0.0
     for wave in _waves(spec):
         for i in wave:
             prompt = _prompt(spec.requests[i], texts)
+            added[i] = time.perf_counter()
             engine.add_request(str(i), prompt, _sampling(spec.requests[i]))
         while engine.has_unfinished_requests():
             before = time.perf_counter()
             outputs = engine.step()
             elapsed += time.perf_counter() - before
             for output in outputs:
+                index = int(output.request_id.split("-")[0])
+                if output.outputs[0].token_ids and index not in first:
+                    first[index] = time.perf_counter() - added[index]
                 if output.finished:
-                    index = int(output.request_id.split("-")[0])
-                    answers[index], texts[index] = _answer(output), _text(output)
+                    answers[index] = _answer(output, first.get(index))
+                    texts[index] = _text(output)
             steps.append(watch.look(elapsed))
             if spec.reset_running_at == len(steps):
                 watch.scheduler.reset_prefix_cache(reset_running_requests=True)

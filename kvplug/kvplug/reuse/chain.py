@@ -1,0 +1,142 @@
+"""A chain of reuse checks on one candidate: all must agree, each is timed, the first refusal ends
+it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter_ns
+from weakref import WeakSet
+
+from kvplug.contract.reuse import Candidate, ReuseCheck, ReuseRequest, Verdict
+
+logger = logging.getLogger("kvplug")
+
+FAILED = "check failed"
+"""Cause of a refusal by a check that raised, or gave back no verdict."""
+NOT_ALLOWED = "approximate not allowed"
+"""Cause of a refusal of approximate reuse that the deployment or the request does not want."""
+
+_logged: WeakSet[ReuseCheck] = WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class ChainResult:
+    """What a chain found.
+
+    Attributes:
+        verdict: Of the whole chain: exact if every check said so, the sum of their shifts, the
+            least credibility that was given, and the microseconds of all.
+        costs_us: Microseconds by name of check, of those that ran, in order.
+        refused_by: Name of the check that refused; empty where none did.
+        error: What the check that failed raised, ``Type: message``; empty where none failed.
+    """
+
+    verdict: Verdict
+    costs_us: dict[str, float]
+    refused_by: str = ""
+    error: str = ""
+
+
+def run_chain(
+    checks: Sequence[ReuseCheck], candidate: Candidate, request: ReuseRequest
+) -> ChainResult:
+    """Ask each check in order until one refuses.
+
+    A check that raises, or gives back what is no verdict, refuses as `FAILED`; the first time it is
+    logged. A check that finds reuse approximate where the request does not allow it refuses as
+    `NOT_ALLOWED`, whatever else it said. Raises nothing that a check raises.
+
+    Args:
+        checks: The chain. An empty one refuses: nothing was checked.
+        candidate: The stored segment.
+        request: Where it would be used.
+    """
+    costs: dict[str, float] = {}
+    exact, shift, credibility = True, 0, None
+    reason, refused_by, error = "", "", ""
+    for check in checks:
+        started = perf_counter_ns()
+        try:
+            verdict = check.check(candidate, request)
+            _require_verdict(verdict)
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}"
+            verdict = Verdict(False, FAILED, exact=False)
+            if check not in _logged:
+                _logged.add(check)
+                logger.error(
+                    "reuse check %s failed and refuses until it works: %s", check.name, error
+                )
+        cost = (perf_counter_ns() - started) / 1000
+        costs[check.name] = costs.get(check.name, 0.0) + cost
+        exact &= verdict.exact
+        shift += verdict.shift
+        if verdict.credibility is not None:
+            given = verdict.credibility
+            credibility = given if credibility is None else min(credibility, given)
+        if not verdict.ok:
+            reason, refused_by = verdict.reason or "refused", check.name
+            break
+        if not verdict.exact and not request.approximate_allowed:
+            reason, refused_by = NOT_ALLOWED, check.name
+            break
+    if not checks:
+        reason, refused_by = "nothing checked", "chain"
+    ok = not refused_by
+    whole = Verdict(ok, reason, exact and ok, shift, credibility, sum(costs.values()))
+    return ChainResult(whole, costs, refused_by, error)
+
+
+def _require_verdict(verdict: object) -> None:
+    if not isinstance(verdict, Verdict):
+        raise TypeError(f"gave back {type(verdict).__name__}, no Verdict")
+    if verdict.credibility is not None and not 0 <= verdict.credibility <= 1:
+        raise ValueError(f"gave a credibility of {verdict.credibility}")
+
+
+@dataclass
+class ChainCounters:
+    """What the checks of a chain cost and refused, summed over candidates.
+
+    Attributes:
+        runs: Candidates that went through the chain.
+        used: Those that no check refused.
+        exact: Those of them that were found exact.
+        refused: Refusals by cause.
+        refused_by: Refusals by name of check.
+        calls: Calls by name of check.
+        cost_us: Microseconds by name of check.
+    """
+
+    runs: int = 0
+    used: int = 0
+    exact: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    refused_by: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    cost_us: dict[str, float] = field(default_factory=dict)
+
+    def add(self, result: ChainResult) -> None:
+        """Count one result."""
+        self.runs += 1
+        if result.verdict.ok:
+            self.used += 1
+            self.exact += result.verdict.exact
+        else:
+            self.refused[result.verdict.reason] += 1
+            self.refused_by[result.refused_by] += 1
+        for name, cost in result.costs_us.items():
+            self.calls[name] += 1
+            self.cost_us[name] = self.cost_us.get(name, 0.0) + cost
+
+    def counters(self) -> dict[str, float]:
+        """Flat counts by name: ``refused_CAUSE``, and ``NAME_us`` per check."""
+        flat: dict[str, float] = {"checked": self.runs, "used": self.used, "exact": self.exact}
+        for cause, n in sorted(self.refused.items()):
+            flat["refused_" + cause.replace(" ", "_")] = n
+        for name, cost in self.cost_us.items():
+            flat[f"{name}_us"] = cost
+        return flat

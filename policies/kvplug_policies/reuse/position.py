@@ -1,0 +1,129 @@
+"""Does what is stored depend on where it stood, and can it be moved?
+
+Rotary embeddings (RoFormer, arXiv 2104.09864) rotate a key by its position times a frequency per
+pair of elements, and rotations add up: a key of position p becomes that of p + s by rotating it by
+s. ALiBi (arXiv 2108.12409) adds its bias to the scores, so nothing stored knows its position.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvplug.contract import EngineView, LayerView, PolicyOptions
+from kvplug.contract.reuse import Candidate, Placement, ReuseCheck, ReuseRequest, Verdict
+
+try:
+    from kvplug_kernels.rerotate import rerotate
+except ImportError:  # TEMPORARY
+
+    def rerotate(keys, slots, shift, frequencies, *, interleaved=False):  # type: ignore
+        n, p = len(slots), len(frequencies)
+        angle = frequencies.double() * shift
+        cos, sin = angle.cos().float(), angle.sin().float()
+        x = keys[0, :, :, : 2 * p].float()
+        a, b = (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :p], x[..., p:])
+        ra, rb = a * cos - b * sin, b * cos + a * sin
+        out = torch.stack([ra, rb], -1).flatten(-2) if interleaved else torch.cat([ra, rb], -1)
+        keys[0, :, :, : 2 * p] = out.to(keys.dtype)
+
+
+ROTARY = {"rope/neox": False, "rope/gptj": True}
+"""Schemes whose keys can be moved, to whether their pairs are neighbouring elements."""
+REFUSED = {
+    "learned": "absolute positions",
+    "rope-by-length": "rotation depends on length",
+    "unknown": "positions unknown",
+}
+"""Schemes that tie KV to where it was computed, to the cause of refusal elsewhere."""
+FREE = frozenset({"alibi", "none"})
+"""Schemes under which nothing stored depends on position."""
+
+
+class Position(ReuseCheck):
+    """Takes KV as it is at its own position, and rotates keys that were computed at another."""
+
+    name = "position"
+    changes = "rotates the keys of stored KV to the position where it is used"
+    paper = "RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv 2104.09864"
+
+    class Options(PolicyOptions):
+        """Knobs of `Position`."""
+
+        max_shift: int = Field(
+            1 << 20,
+            ge=0,
+            le=1 << 20,
+            description="most positions a segment is moved, either way",
+        )
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        super().__init__(options, engine)
+        self.max_shift = cast(Position.Options, options).max_shift
+        self.rotates = any(layer.rope is not None for layer in engine.layers)
+        self._frequencies: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+
+    def check(self, candidate: Candidate, request: ReuseRequest) -> Verdict:
+        scheme, stored = candidate.fingerprint.position, candidate.fingerprint.start
+        shift = request.fingerprint.start - stored
+        if scheme == "rope-by-length":
+            # The table of the longest text so far: equal starts do not mean equal rotations.
+            return Verdict(False, REFUSED[scheme], exact=False)
+        if not shift:
+            return Verdict(True)
+        if scheme in FREE:
+            if self.rotates:
+                return Verdict(False, REFUSED["unknown"], exact=False)
+            return Verdict(True)
+        if _rotary(scheme) is None:
+            return Verdict(False, REFUSED.get(scheme, REFUSED["unknown"]), exact=False)
+        if abs(shift) > self.max_shift:
+            return Verdict(False, "moved too far", exact=False)
+        return Verdict(True, exact=False, shift=shift)
+
+    def adapts(self, placement: Placement) -> bool:
+        return placement.verdict.shift != 0
+
+    def adapt(
+        self, layer: LayerView, placement: Placement, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate the keys by the verdict's shift.
+
+        Raises:
+            ValueError: The layer's rotation is not known, or is not the one of the fingerprint.
+        """
+        shift = placement.verdict.shift
+        if not shift or not len(key):
+            return key, value
+        rope, interleaved = layer.rope, _rotary(placement.fingerprint.position)
+        if rope is None or interleaved is None or rope.interleaved != interleaved:
+            raise ValueError(
+                f"the rotation of layer {layer.index} is not known to be "
+                f"{placement.fingerprint.position}"
+            )
+        moved = key.clone(memory_format=torch.contiguous_format)
+        # One block that is as long as the run: [1, heads, tokens, head_size].
+        slots = torch.arange(len(moved), device=moved.device)
+        rerotate(
+            moved.permute(1, 0, 2)[None],
+            slots,
+            shift,
+            self._table(rope.frequencies, key.device),
+            interleaved=interleaved,
+        )
+        return moved, value
+
+    def _table(self, frequencies: tuple[float, ...], device: torch.device) -> Tensor:
+        at = (frequencies, device)
+        if at not in self._frequencies:
+            self._frequencies[at] = torch.tensor(frequencies, dtype=torch.float32, device=device)
+        return self._frequencies[at]
+
+
+def _rotary(scheme: str) -> bool | None:
+    """Whether a scheme's pairs are neighbours; None where its keys cannot be rotated."""
+    kind, _, digest = scheme.rpartition("/")
+    return ROTARY.get(kind) if digest else None
