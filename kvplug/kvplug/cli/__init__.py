@@ -13,15 +13,17 @@ import typer
 
 from kvplug import __version__
 from kvplug.cli.bench import bench
-from kvplug.cli.calibrate import calibrate
+from kvplug.cli.calibrate import app as calibrate
 from kvplug.cli.check import check
 from kvplug.cli.demo import demo
 from kvplug.cli.doctor import doctor
 from kvplug.cli.eval import evaluate
+from kvplug.cli.explain import explain
 from kvplug.cli.gain import gain
 from kvplug.cli.policies import policies
 from kvplug.cli.record import record
 from kvplug.cli.replay import replay
+from kvplug.cli.reuse import app as reuse
 from kvplug.cli.serve import serve
 from kvplug.cli.simulate import simulate
 
@@ -54,7 +56,6 @@ def _main(
 for _command in (
     policies,
     check,
-    calibrate,
     simulate,
     serve,
     record,
@@ -63,6 +64,11 @@ for _command in (
     gain,
     bench,
     doctor,
+    explain,
 ):
     app.command()(_command)
 app.command("eval")(evaluate)
+app.add_typer(
+    calibrate, name="calibrate", help="Learn a model from text: for formats, or for reuse."
+)
+app.add_typer(reuse, name="reuse")

@@ -1,4 +1,8 @@
-"""``kvplug calibrate``: what a model's K and V are like, and which format each layer can bear."""
+"""``kvplug calibrate``: what a model's K and V are like, and which format each layer can bear.
+
+``kvplug calibrate reuse`` is a command of its own; everything else after ``calibrate`` goes to
+``formats``, whose name may be left out.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
+
+from kvplug.cli.calibrate_reuse import reuse
 
 if TYPE_CHECKING:
     from kvplug.calibrate.run import Choice, Plan
@@ -27,6 +34,20 @@ ERRORS = (0.01, 0.05, 0.1)
 """Errors for which ranks are shown."""
 
 
+class _Commands(TyperGroup):
+    """A group whose first command may go unnamed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            args = ["formats", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_Commands, add_completion=False)
+app.command()(reuse)
+
+
+@app.command("formats")
 def calibrate(
     model: Annotated[
         Path | None,
@@ -79,6 +100,8 @@ def calibrate(
     The file it writes is what the formats lowrank, merge_heads and residual ask for. With
     --bytes-per-token every candidate is measured in every layer, one layer at a time, and the best
     assignment within the budget is solved for, measured as a whole, and written as a section.
+
+    Reuse of stored KV is calibrated by kvplug calibrate reuse.
     """
     from kvplug.errors import DeploymentError, KVPlugError
 

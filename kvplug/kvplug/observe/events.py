@@ -16,6 +16,8 @@ class EventType(StrEnum):
     REFUSED = "refused"
     FALLEN_BACK = "fallen back"
     ADJUSTED = "adjusted"
+    REUSED = "reused"
+    DRIFTED = "drifted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Event:
         kind: The kind of the policy.
         policy: Its name.
         step: Scheduler step.
-        count: Blocks or requests concerned.
+        count: Blocks, tokens or requests concerned.
         detail: Cause, for refusals and fallbacks; what was decided, for adjustments.
     """
 

@@ -138,21 +138,25 @@ def greedy(
     return chosen
 
 
-def rotated(key: Tensor, shift: int, frequencies: Tensor, *, interleaved: bool = False) -> Tensor:
+def rotated(
+    key: Tensor, shift: int | Tensor, frequencies: Tensor, *, interleaved: bool = False
+) -> Tensor:
     """Keys moved along the text: RoPE by ``shift`` more positions (arXiv 2104.09864).
 
     Args:
-        key: ``[..., head_size]``, any float dtype.
-        shift: Positions; negative moves to the front.
+        key: ``[n, heads, head_size]``, any float dtype.
+        shift: Positions, one number or int64 ``[n]``; negative moves to the front.
         frequencies: ``[p]`` radians per position; the first ``2 p`` elements are rotated.
         interleaved: Pairs of neighbours (GPT-J) rather than halves (NeoX).
 
     Returns:
         The same shape and dtype; computed in float32, angles in float64.
     """
-    if not shift:
+    if isinstance(shift, int) and not shift:
         return key
-    angle = frequencies.to(key.device, torch.float64) * shift
+    angle = frequencies.to(key.device, torch.float64) * (
+        shift[:, None, None] if isinstance(shift, Tensor) else shift
+    )
     cos, sin = angle.cos().float(), angle.sin().float()
     width = 2 * len(frequencies)
     turning, rest = key[..., :width].float(), key[..., width:]

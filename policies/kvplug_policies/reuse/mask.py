@@ -8,6 +8,7 @@ when every pair of a query in it and a key at or before it is seen under both or
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -44,7 +45,7 @@ class Template:
         spans = tuple((int(a), int(b)) for a, b in SPAN.findall(found["spans"] or ""))
         if any(a > b for a, b in spans):
             return None
-        if any(one[1] >= two[0] for one, two in zip(spans, spans[1:], strict=False)):
+        if any(one[1] >= two[0] for one, two in itertools.pairwise(spans)):
             return None
         return cls(int(found["window"]) if found["window"] else None, spans)
 

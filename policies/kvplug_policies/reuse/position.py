@@ -15,21 +15,7 @@ from torch import Tensor
 
 from kvplug.contract import EngineView, LayerView, PolicyOptions
 from kvplug.contract.reuse import Candidate, Placement, ReuseCheck, ReuseRequest, Verdict
-
-try:
-    from kvplug_kernels.rerotate import rerotate
-except ImportError:  # TEMPORARY
-
-    def rerotate(keys, slots, shift, frequencies, *, interleaved=False):  # type: ignore
-        n, p = len(slots), len(frequencies)
-        angle = frequencies.double() * shift
-        cos, sin = angle.cos().float(), angle.sin().float()
-        x = keys[0, :, :, : 2 * p].float()
-        a, b = (x[..., ::2], x[..., 1::2]) if interleaved else (x[..., :p], x[..., p:])
-        ra, rb = a * cos - b * sin, b * cos + a * sin
-        out = torch.stack([ra, rb], -1).flatten(-2) if interleaved else torch.cat([ra, rb], -1)
-        keys[0, :, :, : 2 * p] = out.to(keys.dtype)
-
+from kvplug_kernels.rerotate import rerotate
 
 ROTARY = {"rope/neox": False, "rope/gptj": True}
 """Schemes whose keys can be moved, to whether their pairs are neighbouring elements."""

@@ -3,7 +3,8 @@
 vLLM resolves ``kvplug.hosts.vllm.backend.CPU_ATTN`` while the engine's config is current, so the
 module's ``__getattr__`` can answer with the stock class, or with a subclass of it: its metadata
 builder compacts block tables and its layers carry a `WindowedSpec` (a sequence policy), or its
-layers have pages of other bytes that it writes and attends by the policy (a format), or both.
+layers have pages of other bytes that it writes and attends by the policy (a format), or both; or
+its layers carry a `ReusedSpec` and tell what reuse has to know of a step.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -26,6 +27,9 @@ from kvplug.contract import (
 )
 from kvplug.deployment import Deployment
 from kvplug.errors import DeploymentError, Refusal
+
+if TYPE_CHECKING:
+    from kvplug.hosts.vllm.segments import ReusePlug
 
 STOCK: dict[str, str] = {}
 """Path of the class each overridden backend had before."""
@@ -54,8 +58,13 @@ def __getattr__(name: str) -> Any:
     stored = engine.format_policy(deployment, config)
     if stored is not None:
         plug = FormatPlug(stored, _origin(deployment, Kind.FORMAT), config)
+    reused = None
+    if deployment.choices.get(Kind.REUSE):
+        from kvplug.hosts.vllm.segments import ReusePlug
+
+        reused = ReusePlug(deployment, config)
     if sequence is None:
-        return stock if plug is None else format_backend(stock, plug)
+        return stock if plug is None and reused is None else format_backend(stock, plug, reused)
     origin = _origin(deployment, Kind.SEQUENCE)
     if isinstance(sequence, ScoringPolicy):
         return pruned_backend(stock, sequence, config, origin, plug)
@@ -183,14 +192,17 @@ def pruned_backend(
     return _plugged_backend(stock, shortening, plug)
 
 
-def format_backend(stock: type[Any], plug: FormatPlug) -> type[Any]:
-    """A subclass of a stock backend whose pages are in a format.
+def format_backend(
+    stock: type[Any], plug: FormatPlug | None, reused: ReusePlug | None = None
+) -> type[Any]:
+    """A subclass of a stock backend whose pages are in a format, or filled from stored KV.
 
     Args:
         stock: The backend class vLLM would use.
-        plug: The format.
+        plug: The format; None for the backend's own pages.
+        reused: Reuse of stored KV; None where nothing is reused.
     """
-    return _plugged_backend(stock, None, plug)
+    return _plugged_backend(stock, None, plug, reused)
 
 
 @dataclass(frozen=True)
@@ -219,19 +231,24 @@ class Shortening:
 
 
 def _plugged_backend(
-    stock: type[Any], shortening: Shortening | None, plug: FormatPlug | None
+    stock: type[Any],
+    shortening: Shortening | None,
+    plug: FormatPlug | None,
+    reused: ReusePlug | None = None,
 ) -> type[Any]:
     """A subclass of ``stock`` whose full-attention layers carry a sequence policy's spec by their
-    own rule, or a format's pages by their own layout, or both."""
+    own rule, or a format's pages by their own layout, or both; or what reuse needs."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
     from kvplug.hosts.vllm import compat
+    from kvplug.hosts.vllm.spec import ReusedSpec
 
     stock_builder, stock_impl = stock.get_builder_cls(), stock.get_impl_cls()
     inner, outer = plug.builders() if plug is not None else (None, None)
     builders = (outer, shortening.builder if shortening else None, inner, stock_builder)
     impls = (
         shortening.impl if shortening else None,
+        *(reused.impls() if reused is not None else ()),
         plug.impl() if plug is not None else None,
         stock_impl,
     )
@@ -282,7 +299,7 @@ def _plugged_backend(
                         num_head_slots=layout.heads,
                     )
                 if shortening is None:
-                    return spec
+                    return spec if reused is None else replace_as(spec, ReusedSpec)
                 policy = shortening.policy
                 _refuse_kernel_blocks(stock, spec, policy.name, shortening.origin)
                 return replace_as(
@@ -307,13 +324,13 @@ def _plugged_backend(
                     "would be counted on what is kept.",
                     "remove the sequence section for this model.",
                 )
-            assert plug is not None
-            _refuse(
-                plug.origin,
-                f"{plug.policy.name} cannot run on a model with ALiBi: formats attend without "
-                "position biases.",
-                "remove the format section for this model.",
-            )
+            if plug is not None:
+                _refuse(
+                    plug.origin,
+                    f"{plug.policy.name} cannot run on a model with ALiBi: formats attend "
+                    "without position biases.",
+                    "remove the format section for this model.",
+                )
         if plug is not None and getattr(impl, "sinks", None) is not None:
             _refuse(
                 plug.origin,

@@ -6,6 +6,7 @@ Checked on vLLM 0.32.0. The attributes touched here, and nowhere else:
   before the first allocation, by objects with the same interface (`install_queue`).
 * ``Request.cache_salt`` and ``Request.block_hashes``: a new request's block hashes are made anew
   with a longer salt, before it is looked up (`salt_request`).
+* ``SamplingParams.extra_args``: a new request's gets one key more (`mark_request`).
 * ``Attention.attn_backend``: set per layer so that ``customize_spec`` knows which layer it is
   asked about (`set_layer_backend`).
 
@@ -18,6 +19,9 @@ from __future__ import annotations
 import importlib
 import inspect
 from typing import Any
+
+GUARD_MARK = "kvplug_guard"
+"""Key of ``SamplingParams.extra_args`` under which a watched request is named."""
 
 TESTED = ("0.32",)
 """Release series kvplug was tested on."""
@@ -74,6 +78,7 @@ EXTENSION_POINTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("vllm.v1.request:Request", ("cache_salt", "block_hasher")),
     ("vllm.v1.request:Request.update_block_hashes", ()),
+    ("vllm.sampling_params:SamplingParams", ("extra_args",)),
     ("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.popleft_n", ("n",)),
     ("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.append_n", ("blocks",)),
     ("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.prepend_n", ("blocks",)),
@@ -145,6 +150,13 @@ def salt_request(request: Any, salt: str) -> None:
     request.cache_salt = salt if request.cache_salt is None else f"{request.cache_salt}|{salt}"
     request.block_hashes.clear()
     request.update_block_hashes()
+
+
+def mark_request(request: Any, mark: str) -> None:
+    """Put a mark into a request's sampling parameters, which is all that a logits processor sees
+    of it. Must run when the request is added: workers are sent the parameters once."""
+    sampling = request.sampling_params
+    sampling.extra_args = (sampling.extra_args or {}) | {GUARD_MARK: mark}
 
 
 def set_layer_backend(layer: Any, backend: type) -> None:

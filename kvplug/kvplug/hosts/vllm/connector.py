@@ -1,7 +1,7 @@
 """The connector: kvplug's two-way line through vLLM, and what ``--kv-transfer-config`` turns on.
 
 The scheduler half binds policies to the KV-cache manager and reports; the worker half hands a
-step's directives to the metadata builders and returns what they did.
+step's directives to the metadata builders and to reuse, and returns what they did.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from kvplug.contract import Kind
 from kvplug.hosts.vllm import engine
 from kvplug.hosts.vllm.metrics import PolicyPromMetrics, PolicyStats
 from kvplug.hosts.vllm.scheduler import SchedulerHalf
+from kvplug.hosts.vllm.segments import ReuseNews, ReuseOrders
 from kvplug.hosts.vllm.worker import (
     WorkerCounters,
     drop_worker_state,
@@ -42,11 +44,13 @@ class StepDirectives(KVConnectorMetadata):
         plans: Rows of a scoring policy and their cuts, as `pack_plans` packs them, or None.
         lanes: The block each scheduled request writes last, its lane and its assignment, ``[n, 3]``
             int32, for a format that treats requests apart; None else.
+        reuse: What reuse is to do in the step, or None.
     """
 
     exempt_tails: npt.NDArray[np.int32] | None = None
     plans: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None = None
     lanes: npt.NDArray[np.int32] | None = None
+    reuse: ReuseOrders | None = None
 
 
 @dataclass
@@ -61,6 +65,7 @@ class StepReport(KVConnectorWorkerMetadata):
         format_failed: Why the format policy failed first there, or None.
         format_counters: What the format policy counted itself since it was built.
         signals: What the format policy measured, added up over ranks.
+        reuse: What reuse did, or None.
     """
 
     counters: WorkerCounters
@@ -69,6 +74,7 @@ class StepReport(KVConnectorWorkerMetadata):
     format_failed: str | None = None
     format_counters: dict[str, float] = field(default_factory=dict)
     signals: list[float] | None = None
+    reuse: ReuseNews | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         assert isinstance(other, StepReport)
@@ -85,11 +91,14 @@ class StepReport(KVConnectorWorkerMetadata):
             self.signals = other.signals if self.signals is None else self.signals
         else:
             self.signals = [a + b for a, b in zip(self.signals, other.signals, strict=True)]
+        if self.reuse is not None and other.reuse is not None:
+            self.reuse.merge(other.reuse)
+        self.reuse = self.reuse or other.reuse
         return self
 
 
 class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
-    """Carries no KV itself: it plugs policies into the engine it is configured on.
+    """Plugs policies into the engine it is configured on; carries KV where a deployment reuses it.
 
     Raises:
         DeploymentError: The ``kvplug`` section cannot run on this engine; nothing is bound then.
@@ -104,6 +113,8 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self._worker = worker_state(vllm_config)
             self._worker.groups = len(kv_cache_config.kv_cache_groups) if kv_cache_config else 1
+            if self.deployment.choices.get(Kind.REUSE):
+                self._worker.reuse = engine.reuse_worker(self.deployment, vllm_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -125,10 +136,10 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
-        return 0, False
+        return self._half().matched(request, num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        pass
+        self._half().allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         return StepDirectives(*self._half().step(scheduler_output))
@@ -140,16 +151,18 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
             self._half().on_format_report(
                 report.format_failed, report.format_counters, report.signals
             )
+            if report.reuse is not None:
+                self._half().on_reuse_news(report.reuse)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return False, self._half().on_finished(request)
+        return False, self._half().on_finished(request, block_ids)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return False, self._half().on_finished(request)
+        return False, self._half().on_finished(request, block_ids[0] if block_ids else [])
 
     def take_events(self) -> Iterable[Any]:
         return ()
@@ -163,9 +176,26 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
         plans = kv_connector_metadata.plans
         self._worker.plans = unpack_plans(*plans) if plans is not None else {}
         self._worker.set_lanes(kv_connector_metadata.lanes)
+        orders, reuse = kv_connector_metadata.reuse, self._worker.reuse
+        if reuse is not None and orders is not None:
+            self._worker.memo_lanes = orders.lanes
+            reuse.before(orders)
+        elif reuse is not None:
+            self._worker.memo_lanes = {}
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        if self._worker.reuse is not None:
+            self._worker.reuse.register(kv_caches)
+
+    def _orders(self) -> ReuseOrders | None:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, StepDirectives)
+        return metadata.reuse
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        pass
+        reuse, orders = self._worker.reuse, self._orders()
+        if reuse is not None and orders is not None and orders.loads:
+            reuse.load(orders)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         pass
@@ -176,12 +206,15 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
         pass
 
     def wait_for_save(self) -> None:
-        pass
+        reuse, orders = self._worker.reuse, self._orders()
+        if reuse is not None and orders is not None:
+            reuse.after(orders)
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         worker = self._worker
         counters, worker.counters = worker.counters, WorkerCounters()
-        if not counters.rows and not counters.format_tokens:
+        reused = worker.reuse.take_news() if worker.reuse is not None else None
+        if not counters.rows and not counters.format_tokens and reused is None:
             return None
         return StepReport(
             counters,
@@ -190,11 +223,16 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
             worker.format_failed,
             worker.format_counters(),
             worker.take_signals(),
+            reused,
         )
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks a format could not store: vLLM fails the requests that hold them."""
-        return self._worker.unwritten_blocks()
+        """Blocks a format could not store, or reuse could not fill: vLLM fails the requests that
+        hold them, or computes them, as ``kv_load_failure_policy`` says."""
+        found = self._worker.unwritten_blocks()
+        if self._worker.reuse is not None:
+            found |= self._worker.reuse.take_unloaded()
+        return found
 
     # -- both ----------------------------------------------------------------------------------
 
@@ -222,4 +260,6 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
         if self.scheduler is not None:
             self.scheduler.stop()
         else:
+            if self._worker.reuse is not None:
+                self._worker.reuse.close()
             drop_worker_state(self._vllm_config)

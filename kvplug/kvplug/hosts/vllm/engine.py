@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from kvplug.contract import (
@@ -15,6 +17,7 @@ from kvplug.contract import (
     FormatPolicy,
     Kind,
     LayerView,
+    ReuseCheck,
     Rope,
     ScoringPolicy,
     SequencePolicy,
@@ -24,8 +27,11 @@ from kvplug.deployment import Choice, Deployment, load_deployment
 from kvplug.errors import DeploymentError, Refusal
 from kvplug.hosts.pruning import Limits
 from kvplug.hosts.vllm import compat
-from kvplug.hosts.vllm.flags import CONNECTOR, MODULE, RUNS
+from kvplug.hosts.vllm.flags import CONNECTOR, EXTENSION, GUARD, MODULE, RUNS
 from kvplug.models import model_fingerprint
+
+if TYPE_CHECKING:
+    from kvplug.hosts.vllm.segments import ReuseWorker
 
 SECTION = "kv_transfer_config.kv_connector_extra_config.kvplug"
 
@@ -168,12 +174,92 @@ def rope_of(config: Any) -> Rope | None:
         turned = int(head_size * stated.get("partial_rotary_factor", 1.0))
         theta = float(stated["rope_theta"])
         frequencies = tuple(theta ** (-2 * i / turned) for i in range(turned // 2))
-    elif kind in ("linear", "llama3"):
+    elif kind in ("linear", "llama3", "yarn"):
         found, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
         frequencies = tuple(float(f) for f in found)
     else:
         return None
     return Rope(frequencies, getattr(config, "model_type", "") in INTERLEAVED)
+
+
+ALIBI = frozenset({"bloom", "mpt"})
+LEARNED = frozenset({"gpt2", "gpt_bigcode", "gpt_neo", "opt", "xglm"})
+
+
+def position_scheme(config: Any) -> str:
+    """How a Hugging Face text config's model knows positions, as `Fingerprint.position` says it."""
+    rope = rope_of(config)
+    if rope is not None:
+        table = np.array(rope.frequencies, dtype="<f8").tobytes()
+        digest = hashlib.blake2b(table, digest_size=8).hexdigest()
+        return f"rope/{'gptj' if rope.interleaved else 'neox'}/{digest}"
+    kind = getattr(config, "model_type", "")
+    if isinstance(getattr(config, "rope_parameters", None), dict):
+        return "rope-by-length"
+    if kind in ALIBI or getattr(config, "alibi", False):
+        return "alibi"
+    return "learned" if kind in LEARNED else "unknown"
+
+
+def identity(vllm_config: Any, view: EngineView, stored: FormatPolicy | None) -> dict[str, Any]:
+    """What every segment computed on an engine has in common: fields of `Fingerprint`."""
+    model = vllm_config.model_config
+    return {
+        "model": view.model,
+        "tokenizer": f"{model.tokenizer}@{model.tokenizer_revision or ''}",
+        "dtype": view.layers[0].dtype,
+        "format": stored.fingerprint() if stored is not None else "",
+        "position": position_scheme(model.hf_text_config),
+        "geometry": (
+            len(view.layers),
+            int(model.get_total_num_kv_heads()),
+            int(model.get_head_size()),
+        ),
+    }
+
+
+def token_bytes(view: EngineView, stored: FormatPolicy | None) -> int:
+    """Bytes of one token's KV in all layers, on one rank."""
+    if stored is not None:
+        return sum(stored.layout(layer).token_bytes(layer) for layer in view.layers)
+    element = getattr(torch, view.layers[0].dtype).itemsize
+    return sum(2 * layer.num_kv_heads * layer.head_size * element for layer in view.layers)
+
+
+def tokenizer(vllm_config: Any) -> Any:
+    """The engine's tokenizer, or None for one that starts without."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    if vllm_config.model_config.skip_tokenizer_init:
+        return None
+    return cached_tokenizer_from_config(vllm_config.model_config)
+
+
+@plain_defaults()
+def reuse_checks(deployment: Deployment, view: EngineView) -> list[ReuseCheck]:
+    """The deployment's chain of checks, built for an engine."""
+    found = []
+    for choice in deployment.choices.get(Kind.REUSE, ()):
+        check = choice.build(view)
+        assert isinstance(check, ReuseCheck)
+        found.append(check)
+    return found
+
+
+def reuse_worker(deployment: Deployment, vllm_config: Any) -> ReuseWorker:
+    """The worker half of reuse, on this rank."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    from kvplug.hosts.vllm.segments import ReuseWorker
+
+    return ReuseWorker(
+        deployment,
+        vllm_config,
+        reuse_checks(deployment, engine_view(vllm_config)),
+        format_policy(deployment, vllm_config),
+        get_tensor_model_parallel_rank(),
+        int(vllm_config.parallel_config.tensor_parallel_size),
+    )
 
 
 @plain_defaults()
@@ -200,7 +286,7 @@ def format_policy(deployment: Deployment, vllm_config: Any) -> FormatPolicy | No
 
 def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
     found = []
-    for kind in (Kind.SEQUENCE, Kind.FORMAT):
+    for kind in (Kind.SEQUENCE, Kind.FORMAT, Kind.REUSE):
         choice = deployment.choice(kind)
         if choice is not None:
             found += _model_refusals(choice, vllm_config)
@@ -208,6 +294,65 @@ def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
         found = _sequence_refusals(deployment, vllm_config)
     if not found and deployment.choice(Kind.FORMAT) is not None:
         found = _format_refusals(deployment, vllm_config)
+    if not found and deployment.choices.get(Kind.REUSE):
+        found = _reuse_refusals(deployment, vllm_config)
+    return found
+
+
+def _reuse_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    key = deployment.choices[Kind.REUSE][0].key.split(".use")[0]
+    found = []
+
+    def refuse(below: str, problem: str, fix: str) -> None:
+        found.append(Refusal(f"{key}{below}", problem, fix))
+
+    if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+        refuse(
+            "",
+            "a segment that cannot be loaded would fail its request.",
+            "set kv_load_failure_policy: recompute in kv-transfer-config.",
+        )
+    recompute = deployment.reuse.recompute
+    if recompute.needed:
+        parallel = vllm_config.parallel_config
+        if parallel.worker_extension_cls != EXTENSION:
+            refuse(
+                ".recompute",
+                "computing inside a run needs the model, and nothing gives it to kvplug.",
+                f"set --worker-extension-cls {EXTENSION}, or recompute: {{gaps: 0}}.",
+            )
+        for on, what in (
+            (vllm_config.lora_config is not None, "LoRA"),
+            (vllm_config.use_v2_model_runner, "vLLM's second model runner"),
+            (vllm_config.model_config.uses_mrope, "multi-axis rotary positions"),
+        ):
+            if on:
+                refuse(
+                    ".recompute",
+                    f"nothing can be computed inside a run with {what}.",
+                    "remove the recompute section.",
+                )
+    if deployment.guard is not None and not any(
+        GUARD in str(p) for p in vllm_config.model_config.logits_processors or ()
+    ):
+        above = key.rsplit(".", 1)[0] if "." in key else ""
+        found.append(
+            Refusal(
+                f"{above}.guard".lstrip("."),
+                "watches answers through a logits processor that is not on.",
+                f"set --logits-processors {GUARD}.",
+            )
+        )
+    policy = format_policy(deployment, vllm_config)
+    if policy is not None:
+        apart = any(policy.recent(layer) for layer in policy.engine.layers)
+        if apart or len(policy.assignments()) > 1:
+            refuse(
+                "",
+                f"format {policy.name} treats requests apart, so its bytes mean nothing in "
+                "another.",
+                "choose another format or remove reuse.",
+            )
     return found
 
 

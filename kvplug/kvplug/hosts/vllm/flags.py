@@ -14,7 +14,11 @@ from kvplug.errors import DeploymentError, Refusal
 
 CONNECTOR = "KVPlugConnector"
 MODULE = "kvplug.hosts.vllm.connector"
-RUNS = frozenset({Kind.PREFIX_CACHE, Kind.SEQUENCE, Kind.FORMAT})
+EXTENSION = "kvplug.hosts.vllm.extension.WorkerExtension"
+"""Value of ``--worker-extension-cls`` with which tokens can be computed inside a reused run."""
+GUARD = "kvplug.hosts.vllm.guard:GuardProcessor"
+"""Value of ``--logits-processors`` with which answers are watched."""
+RUNS = frozenset({Kind.PREFIX_CACHE, Kind.SEQUENCE, Kind.FORMAT, Kind.REUSE})
 """Kinds this host runs."""
 
 

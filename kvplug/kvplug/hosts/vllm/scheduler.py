@@ -26,6 +26,8 @@ from kvplug.hosts.vllm.blocks import BlockTracker, computed_keys, request_view
 from kvplug.hosts.vllm.cuts import CutScheduler
 from kvplug.hosts.vllm.lanes import LaneScheduler
 from kvplug.hosts.vllm.queue import HitCollector, PolicyQueue
+from kvplug.hosts.vllm.reuse import ReuseScheduler
+from kvplug.hosts.vllm.segments import ReuseNews, ReuseOrders
 from kvplug.hosts.vllm.spec import (
     PrunedManager,
     ShorteningManager,
@@ -129,6 +131,10 @@ class SchedulerHalf:
         self._said_formats: dict[str, str] = {}
         if self.format_policy is not None:
             self._set_format(self.format_policy)
+        self.reuse: ReuseScheduler | None = None
+        if deployment.choices.get(Kind.REUSE):
+            self.reuse = ReuseScheduler(deployment, vllm_config, self.engine, self._on_reuse)
+        self._reuse_failed: str | None = None
         self._sequence_failed: str | None = None
         self._tracker: BlockTracker | None = None
         self._finished_hash_size = 0
@@ -224,6 +230,8 @@ class SchedulerHalf:
             or any(stored.recent(layer) for layer in self.engine.layers)
         ):
             self.lanes = LaneScheduler(list(manager.coordinator.single_type_managers))
+        if self.reuse is not None:
+            self.reuse.bind(manager.coordinator.single_type_managers)
         choice = self.deployment.choice(Kind.PREFIX_CACHE)
         if choice is not None:
             policy = choice.build(self.engine)
@@ -267,6 +275,8 @@ class SchedulerHalf:
 
     def on_new_request(self, request: Any) -> None:
         """Take in a request and what it asks of kvplug."""
+        if self.reuse is not None:
+            self._guarded(None, self.reuse.on_new_request, request)
         if self.format_policy is not None:
             assigned = self._assign(self.format_policy)
             identity = self._format_identities[assigned]
@@ -291,6 +301,44 @@ class SchedulerHalf:
             self._exempt.add(request.request_id)
             self.sequence.exempt += 1
 
+    def matched(self, request: Any, num_local: int) -> int | None:
+        """Tokens after the engine's own hit that are stored; None to be asked again."""
+        if self.reuse is None:
+            return 0
+        found: int | None = self._guarded(0, self.reuse.matched, request, num_local)
+        return found
+
+    def allocated(self, request: Any, blocks: Any, num_external: int) -> None:
+        """A request was given its blocks."""
+        if self.reuse is not None:
+            # What was promised has to be ordered: nothing is caught here.
+            self.reuse.allocated(request, blocks, num_external)
+
+    def _guarded(self, instead: Any, call: Any, *arguments: Any) -> Any:
+        """Call reuse; where it fails, the engine goes on without."""
+        assert self.reuse is not None
+        try:
+            return call(*arguments)
+        except Exception as error:
+            self.reuse.counters.errors += 1
+            if self._reuse_failed is None:
+                self._reuse_failed = f"{call.__name__}: {type(error).__name__}: {error}"
+                logger.error("reuse failed in %s", self._reuse_failed, exc_info=error)
+                self._event(EventType.FALLEN_BACK, Kind.REUSE, detail=self._reuse_failed)
+            return instead
+
+    def on_reuse_news(self, news: ReuseNews) -> None:
+        """What reuse did on the workers."""
+        if self.reuse is None:
+            return
+        if news.error and self._reuse_failed is None:
+            self._reuse_failed = news.error
+            self._event(EventType.FALLEN_BACK, Kind.REUSE, detail=news.error)
+        self._guarded(None, self.reuse.report, news)
+
+    def _on_reuse(self, what: str, count: int, detail: str) -> None:
+        self._event(EventType(what), Kind.REUSE, count, detail)
+
     def _cut(self, request: Any) -> None:
         if self.cuts is not None:
             self.cuts.add(request.request_id, request.num_prompt_tokens)
@@ -310,29 +358,32 @@ class SchedulerHalf:
         npt.NDArray[np.int32] | None,
         tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None,
         npt.NDArray[np.int32] | None,
+        ReuseOrders | None,
     ]:
         """Close a scheduler step.
 
         Returns:
             The blocks exempt requests write, the plans of rows that may be cut, as `pack_plans`
-            packs them, and the lanes of requests; None for any there is none of.
+            packs them, the lanes of requests, and what reuse is to do; None for any there is none
+            of.
         """
         if self._tracker is not None:
             self._tracker.update(output)
         if self._observers:
             self._emit()
         self.steps += 1
-        if not self._exempt and self.cuts is None and self.lanes is None:
-            return None, None, None
+        if not self._exempt and not (self.cuts or self.lanes or self.reuse):
+            return None, None, None, None
         cached = output.scheduled_cached_reqs
         starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         starts |= {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
         scheduled = output.num_scheduled_tokens
         lanes = self.lanes.step(starts, scheduled) if self.lanes is not None else None
+        reuse = self.reuse.step(starts, scheduled) if self.reuse is not None else None
         plans = self.cuts.step(starts, scheduled) if self.cuts else {}
         packed = pack_plans(plans) if plans else None
         if not self._exempt or self.cuts is not None:
-            return None, packed, lanes
+            return None, packed, lanes, reuse
         tails: list[int] = []
         for request_id in self._exempt & starts.keys():
             start = starts[request_id]
@@ -341,7 +392,7 @@ class SchedulerHalf:
                 blocks = m.req_to_blocks[request_id]
                 span = range(start // m.block_size, (end - 1) // m.block_size + 1)
                 tails += [blocks[i].block_id for i in span if i < len(blocks)]
-        return (np.array(tails, dtype=np.int32) if tails else None), packed, lanes
+        return (np.array(tails, dtype=np.int32) if tails else None), packed, lanes, reuse
 
     def on_worker_report(
         self,
@@ -406,9 +457,12 @@ class SchedulerHalf:
             self._format_failed = failed
             self._event(EventType.FALLEN_BACK, Kind.FORMAT, detail=failed)
 
-    def on_finished(self, request: Any) -> dict[str, Any] | None:
+    def on_finished(self, request: Any, blocks: list[int]) -> dict[str, Any] | None:
         """A request ended; returns what its output says about it, or None."""
         self._tell_of_end(request)
+        reused = None
+        if self.reuse is not None:
+            reused = self._guarded(None, self.reuse.finished, request, blocks)
         request_id = request.request_id
         if self.lanes is not None:
             self.lanes.finish(request_id)
@@ -421,9 +475,11 @@ class SchedulerHalf:
         cut = any(at < request.num_computed_tokens for at, _ in sizes)
         stored = self.format_policy
         if not freed and not cut and not asked and stored is None:
-            return None
+            return None if reused is None else {"kvplug": reused}
         exact = not freed and not cut and (stored is None or stored.exact)
         said: dict[str, Any] = {"exact": exact, "blocks_freed": freed}
+        if reused is not None:
+            said |= reused | {"exact": exact and reused["exact"]}
         if stored is not None:
             said["format"] = self._said_formats.pop(request_id, stored.fingerprint())
         if sizes:
@@ -509,6 +565,9 @@ class SchedulerHalf:
                     | own
                     | {name: max(value, own.get(name, value)) for name, value in told.items()}
                 )
+            elif policy.kind is Kind.REUSE and self.reuse is not None:
+                report.acted, report.counters = self.reuse.told(policy.name)
+                report.errors = self.reuse.counters.errors
             found.append(report)
         return found
 
@@ -537,6 +596,7 @@ class SchedulerHalf:
             self.sequence.freed,
             self.sequence.exempt_refused,
             self.format.tokens,
+            self.reuse.mark if self.reuse is not None else None,
             (queue.evicted, queue.hits, queue.errors) if queue is not None else None,
         )
         if mark == self._news_mark:

@@ -1,9 +1,9 @@
-"""The KV-cache specs and managers that give blocks of a running request back to the pool.
+"""The KV-cache specs and managers of layers that a policy treats unlike vLLM.
 
 Every full-attention layer of a deployment with a sequence policy gets a `WindowedSpec` or a
 `PrunedSpec`. Their managers free what no query can see any more (the freed entry becomes the null
 block; the table stays positional), let admission count on it, and keep approximate KV out of the
-prefix cache.
+prefix cache. Under reuse a layer gets a `ReusedSpec`, whose manager does the last of these alone.
 """
 
 from __future__ import annotations
@@ -283,3 +283,41 @@ class PrunedSpec(ShorteningSpec):
     @property
     def held_blocks(self) -> int:
         return max(self.limits.hold + 1, self.limits.most(self.max_tokens))
+
+
+class ReusedManager(FullAttentionManager):
+    """Full attention whose requests may hold KV that stands for other KV.
+
+    Attributes:
+        approximate_from: First token of a request whose KV is not exactly what its text gives;
+            requests without one are exact.
+    """
+
+    def __init__(self, kv_cache_spec: ReusedSpec, **kwargs: Any):
+        super().__init__(kv_cache_spec, **kwargs)
+        self.approximate_from: dict[str, int] = {}
+
+    def cache_blocks(
+        self,
+        request: Any,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Hash only blocks before the first approximate token: what follows saw it."""
+        limit = self.approximate_from.get(request.request_id)
+        if limit is not None:
+            cached = self.num_cached_block.get(request.request_id, 0)
+            num_tokens = min(num_tokens, limit)
+            if cached * self.block_size >= num_tokens:
+                return
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
+
+
+@register_kv_cache_spec(manager_class=ReusedManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class ReusedSpec(FullAttentionSpec):
+    """A full-attention layer whose requests may reuse stored KV."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvplug.contract import FormatPolicy
     from kvplug.hosts.vllm.format import FormatLayer
     from kvplug.hosts.vllm.pruner import LayerCuts
+    from kvplug.hosts.vllm.segments import ReuseWorker
 
 logger = init_logger("vllm.kvplug")
 
@@ -128,6 +129,11 @@ class WorkerState:
         unwritten: Blocks whose tokens could not be stored.
         groups: KV-cache groups of the engine.
         waits_for_counters: Whether pages lie on a device that runs behind its host.
+        model_runner: vLLM's, where ``--worker-extension-cls`` gave it; None else.
+        reuse: The worker half of reuse, or None.
+        guard_heard: ``(request, entropy, log-probability)`` of watched answers, since last taken.
+        memo_lanes: Lane of each request that may memoize attention, by the block it writes last.
+        memo_rows: Decode rows asked for far attention, and those that reused it, since last taken.
     """
 
     def __init__(self) -> None:
@@ -146,6 +152,11 @@ class WorkerState:
         self.unwritten: set[int] = set()
         self.groups = 1
         self.waits_for_counters = False
+        self.model_runner: Any = None
+        self.reuse: ReuseWorker | None = None
+        self.guard_heard: list[tuple[str, float, float]] = []
+        self.memo_lanes: dict[int, int] = {}
+        self.memo_rows = (0, 0)
         self._asked = 0
         self._measured: dict[tuple[int, int], tuple[npt.NDArray[np.float64], int]] = {}
         self._exempt_tails: Tensor | None = None

@@ -1,0 +1,322 @@
+"""The guard's logits processor, driven by vLLM's own batch updates."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import (
+    BatchUpdate,
+    BatchUpdateBuilder,
+    LogitsProcessors,
+    MoveDirectionality,
+)
+
+from kvplug.hosts.vllm import guard
+from kvplug.hosts.vllm.guard import MARK, GuardProcessor, entropy_and_logprob
+from kvplug.hosts.vllm.worker import drop_worker_state, worker_state
+
+VOCAB = 50
+CONFIG = SimpleNamespace(kv_transfer_config=SimpleNamespace(engine_id="guard-test"))
+
+
+@pytest.fixture
+def heard() -> Any:
+    drop_worker_state(CONFIG)
+    yield worker_state(CONFIG)
+    drop_worker_state(CONFIG)
+
+
+def processor() -> GuardProcessor:
+    return GuardProcessor(CONFIG, torch.device("cpu"), False)
+
+
+def params(name: Any = None, **more: Any) -> SamplingParams:
+    return SamplingParams(extra_args=None if name is None else {MARK: name}, **more)
+
+
+def said(logits: Tensor) -> list[tuple[float, float]]:
+    """The two numbers of each row, in float64."""
+    found = []
+    for row in logits.double():
+        p = torch.softmax(row, -1)
+        p = p[p > 0]
+        found.append((float(-(p * p.log()).sum()), float(p.max().log())))
+    return found
+
+
+class Batch:
+    """A runner's batch: it tells processors what vLLM's own would."""
+
+    def __init__(self, on: GuardProcessor, seed: int = 0):
+        self.on, self.builder = on, BatchUpdateBuilder()
+        self.rows: list[tuple[str | None, list[int]] | None] = []
+        self.random = random.Random(seed)
+        self.expected: list[tuple[str, float, float]] = []
+        self.made = 0
+
+    def remove(self, index: int) -> None:
+        self.builder.removed_append(index)
+        self.rows[index] = None
+
+    def add(self, name: str | None, output: list[int] | None = None) -> None:
+        output = [] if output is None else output
+        index = self.builder.pop_removed()
+        if index is None:
+            index = len(self.rows)
+            self.rows.append(None)
+        self.builder.added.append((index, params(name), [1, 2, 3], output))
+        self.rows[index] = (name, output)
+
+    def swap(self, one: int, two: int) -> None:
+        self.builder.moved.append((one, two, MoveDirectionality.SWAP))
+        self.rows[one], self.rows[two] = self.rows[two], self.rows[one]
+
+    def condense(self) -> None:
+        while (empty := self.builder.peek_removed()) is not None:
+            last = len(self.rows) - 1
+            while last >= 0 and self.rows[last] is None:
+                last -= 1
+            if last <= empty:
+                break
+            self.builder.pop_removed()
+            self.builder.moved.append((last, empty, MoveDirectionality.UNIDIRECTIONAL))
+            self.rows[empty], self.rows[last] = self.rows[last], None
+        while self.rows and self.rows[-1] is None:
+            self.rows.pop()
+
+    def step(self, unfinished_prompts: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+        """One forward; prompts named are still being read, so nobody samples from their rows."""
+        self.on.update_state(self.builder.get_and_reset(len(self.rows)))
+        self.made += 1
+        generator = torch.Generator().manual_seed(self.made)
+        logits = torch.randn(len(self.rows), VOCAB, generator=generator) * 3
+        before = logits.clone()
+        assert self.on.apply(logits) is logits
+        assert torch.equal(logits, before)
+        for row, numbers in zip(self.rows, said(logits), strict=True):
+            assert row is not None
+            name, output = row
+            if name in unfinished_prompts:
+                continue
+            output.append(-1)  # as with async scheduling: only the length says anything
+            if name is not None:
+                self.expected.append((name, *numbers))
+
+
+def same(found: list[tuple[str, float, float]], expected: list[tuple[str, float, float]]) -> None:
+    assert [f[0] for f in found] == [e[0] for e in expected]
+    np.testing.assert_allclose(
+        [f[1:] for f in found], [e[1:] for e in expected], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_entropy_and_log_probability_are_those_of_the_softmax() -> None:
+    logits = torch.randn(7, VOCAB, generator=torch.Generator().manual_seed(1)) * 5
+    logits[2] = 0.0
+    logits[3, 1:] = -torch.inf
+    logits[4, ::2] = -torch.inf
+    found = entropy_and_logprob(logits).T.tolist()
+    np.testing.assert_allclose(found, said(logits), rtol=1e-4, atol=1e-5)
+    assert found[2] == pytest.approx([np.log(VOCAB), -np.log(VOCAB)], rel=1e-5)
+    assert found[3] == [0.0, 0.0]
+
+
+def test_vllm_runs_it_for_greedy_answers_too() -> None:
+    made = LogitsProcessors([processor()])
+    assert len(made.non_argmax_invariant) == 1 and not made.argmax_invariant
+
+
+def test_only_marked_requests_are_heard(heard: Any) -> None:
+    batch = Batch(processor())
+    for name in ("a", None, "b"):
+        batch.add(name)
+    for _ in range(3):
+        batch.step()
+    batch.on.update_state(None)
+    same(heard.guard_heard, batch.expected)
+    assert {h[0] for h in heard.guard_heard} == {"a", "b"} and len(heard.guard_heard) == 6
+
+
+def test_a_step_is_given_out_at_the_next(heard: Any) -> None:
+    batch = Batch(processor())
+    batch.add("a")
+    batch.step()
+    assert heard.guard_heard == []
+    batch.remove(0)
+    batch.condense()
+    batch.on.update_state(batch.builder.get_and_reset(0))
+    same(heard.guard_heard, batch.expected)
+    assert len(heard.guard_heard) == 1
+
+
+def test_chunks_of_a_prompt_say_nothing(heard: Any) -> None:
+    batch = Batch(processor())
+    batch.add("long")
+    batch.add("short")
+    batch.step({"long"})
+    batch.step({"long"})
+    batch.step()
+    batch.on.update_state(None)
+    same(heard.guard_heard, batch.expected)
+    assert [h[0] for h in heard.guard_heard] == ["short", "short", "long", "short"]
+
+
+def test_a_preempted_request_goes_on_where_it_was(heard: Any) -> None:
+    batch = Batch(processor())
+    output: list[int] = []
+    batch.add("a", output)
+    batch.step()
+    batch.remove(0)
+    batch.condense()
+    batch.on.update_state(batch.builder.get_and_reset(0))
+    batch.add("a", output)
+    batch.step({"a"})
+    batch.step()
+    batch.on.update_state(None)
+    same(heard.guard_heard, batch.expected)
+    assert len(heard.guard_heard) == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_requests_are_followed_through_any_batch(seed: int, heard: Any) -> None:
+    batch, draw = Batch(processor()), random.Random(seed)
+    for made in range(60):
+        for index in draw.sample(range(len(batch.rows)), draw.randint(0, len(batch.rows) // 2)):
+            batch.remove(index)
+        for i in range(draw.randint(0, 3)):
+            batch.add(draw.choice([None, f"r{made}.{i}"]))
+        batch.condense()
+        if len(batch.rows) > 1 and draw.random() < 0.5:
+            batch.swap(*draw.sample(range(len(batch.rows)), 2))
+        batch.step({f"r{made}.0"} if draw.random() < 0.3 else set())
+        if draw.random() < 0.2:
+            heard.guard_heard = list(heard.guard_heard)
+    batch.on.update_state(None)
+    assert len(batch.expected) > 20
+    same(heard.guard_heard, batch.expected)
+
+
+def test_a_row_taken_by_an_unmarked_request_is_forgotten(heard: Any) -> None:
+    on = processor()
+    on.update_state(BatchUpdate(1, [], [(0, params("a"), None, [])], []))
+    on.update_state(BatchUpdate(1, [], [(0, params(), None, [])], []))
+    on.apply(torch.zeros(1, VOCAB))
+    on.update_state(None)
+    assert heard.guard_heard == []
+
+
+@pytest.mark.parametrize("mark", [3, "", None, ["a"]])
+def test_a_mark_that_is_no_text_is_no_mark(mark: Any, heard: Any) -> None:
+    on = processor()
+    odd = SamplingParams(extra_args={MARK: mark})
+    GuardProcessor.validate_params(odd)
+    on.update_state(BatchUpdate(1, [], [(0, odd, None, [])], []))
+    on.apply(torch.zeros(1, VOCAB))
+    assert not on.add_request(0, odd)
+
+
+def test_a_failure_ends_the_guard_and_not_the_step(
+    heard: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on, calls = processor(), []
+
+    def broken(logits: Tensor) -> Tensor:
+        calls.append(logits)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(guard, "entropy_and_logprob", broken)
+    on.update_state(BatchUpdate(1, [], [(0, params("a"), None, [])], []))
+    logits = torch.zeros(1, VOCAB)
+    for _ in range(3):
+        assert on.apply(logits) is logits
+        on.update_state(None)
+        on.apply_staged_writes()
+    assert len(calls) == 1 and heard.guard_heard == []
+    on.update_state(BatchUpdate(1, ["x"], [], [(0,)]))  # type: ignore[list-item]
+    assert not on.add_request(0, params("a"))
+
+
+def test_a_batch_update_it_cannot_read_ends_it_too(heard: Any) -> None:
+    on = processor()
+    on.update_state(BatchUpdate(1, [], [], [(0,)]))  # type: ignore[list-item]
+    on.update_state(BatchUpdate(1, [], [(0, params("a"), None, [])], []))
+    on.apply(torch.zeros(1, VOCAB))
+    on.update_state(None)
+    assert heard.guard_heard == []
+
+
+def test_what_nobody_takes_is_bounded(heard: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MOST", 5)
+    batch = Batch(processor())
+    batch.add("a")
+    batch.add("b")
+    for _ in range(6):
+        batch.step()
+    assert len(heard.guard_heard) == 5
+    same(heard.guard_heard, batch.expected[:5])
+
+
+def test_without_a_connector_it_does_nothing() -> None:
+    on = GuardProcessor(SimpleNamespace(kv_transfer_config=None), torch.device("cpu"), False)
+    on.update_state(BatchUpdate(1, [], [(0, params("a"), None, [])], []))
+    logits = torch.zeros(1, VOCAB)
+    assert on.apply(logits) is logits and not on.add_request(0, params("a"))
+
+
+def test_the_second_runner_is_followed_by_its_slots(heard: Any) -> None:
+    prefill = np.array([4, 10, 6, 0])
+    states = SimpleNamespace(prefill_len=SimpleNamespace(np=prefill))
+    on = GuardProcessor(CONFIG, states)
+    assert on.add_request(2, params("a"))
+    assert on.add_request(1, params("b"))
+    assert not on.add_request(0, params())
+    expected = []
+    lengths = {2: 6, 0: 4, 1: 8}
+    for step in range(4):
+        order = [[2, 0, 1], [1, 2, 0], [0, 1, 2], [2, 1, 0]][step]
+        ctx = SimpleNamespace(
+            idx_mapping_np=np.array(order),
+            seq_lens_upper_bound_np=np.array([lengths[slot] for slot in order]),
+        )
+        logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(step))
+        before = logits.clone()
+        on.apply_staged_writes()
+        assert on.apply(logits, ctx) is logits and torch.equal(logits, before)
+        for slot, numbers in zip(order, said(logits), strict=True):
+            if slot in (1, 2) and lengths[slot] >= prefill[slot]:
+                expected.append(({1: "b", 2: "a"}[slot], *numbers))
+            lengths[slot] += 1
+    on.apply_staged_writes()
+    same(heard.guard_heard, expected)
+    assert [n for n, *_ in expected].count("b") == 2
+    # A slot given to a request that nobody watches is not heard any more.
+    assert not on.add_request(2, params())
+    ctx = SimpleNamespace(idx_mapping_np=np.array([2]), seq_lens_upper_bound_np=np.array([99]))
+    on.apply(torch.zeros(1, VOCAB), ctx)
+    on.apply_staged_writes()
+    assert len(heard.guard_heard) == len(expected)
+
+
+def test_rows_of_drafted_tokens_are_left_alone(heard: Any) -> None:
+    on = GuardProcessor(CONFIG, SimpleNamespace())
+    on.add_request(0, params("a"))
+    ctx = SimpleNamespace(idx_mapping_np=np.array([0]), seq_lens_upper_bound_np=np.array([9]))
+    on.apply(torch.zeros(3, VOCAB), ctx)
+    on.apply_staged_writes()
+    assert heard.guard_heard == []
+
+
+def test_both_runners_load_it_by_its_name() -> None:
+    from vllm.v1.sample.logits_processor import _load_logitsprocs_by_fqcns
+    from vllm.v1.worker.gpu.sample.logits_processor import loader
+
+    name = "kvplug.hosts.vllm.guard:GuardProcessor"
+    assert _load_logitsprocs_by_fqcns([name]) == [GuardProcessor]
+    assert loader._load_v2_logitsprocs_by_fqcns([name]) == [GuardProcessor]

@@ -1,0 +1,32 @@
+"""vLLM's official way to the model in a worker, for what is computed inside a reused run.
+
+Turned on by vLLM's own flag ``--worker-extension-cls kvplug.hosts.vllm.extension.WorkerExtension``:
+vLLM adds the class to the bases of its worker. A connector is given no model; a worker assigns its
+model runner, and that assignment arrives here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvplug.hosts.vllm import engine
+from kvplug.hosts.vllm.worker import worker_state
+
+PATH = f"{__name__}.WorkerExtension"
+
+
+def _get(worker: Any) -> Any:
+    return worker.__dict__["_kvplug_model_runner"]
+
+
+def _set(worker: Any, runner: Any) -> None:
+    worker.__dict__["_kvplug_model_runner"] = runner
+    config = getattr(worker, "vllm_config", None)
+    if runner is not None and config is not None and engine.is_kvplug(config):
+        worker_state(config).model_runner = runner
+
+
+class WorkerExtension:
+    """Base that vLLM mixes into its worker: hears of the model runner, changes nothing else."""
+
+    model_runner = property(_get, _set)

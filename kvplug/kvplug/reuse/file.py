@@ -1,0 +1,565 @@
+"""Files of stored segments: one for each segment and rank, written whole or not at all.
+
+    offset  bytes  what
+    0       8      magic: 89 4B 56 53 0D 0A 1A 0A
+    8       4      version, 1
+    12      4      length of the header in bytes, N
+    16      16     XXH3-128 of the first 16 bytes and the header
+    32      N      header: JSON, UTF-8
+    32+N    size   the planes one after the other, row-major, as the header lists them
+    end-16  16     XXH3-128 of the header's checksum and the planes
+
+Numbers are little endian; token ids stand in the header as base64 of little-endian int32. The
+checksums tell damage, not forgery: whoever can write into the folder can write valid files, so
+everything a header says is checked before it is believed, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvplug.contract.reuse import Fingerprint
+from kvplug.errors import KVPlugError
+
+__all__ = [
+    "CAUSES",
+    "BadSegment",
+    "Plane",
+    "SegmentHeader",
+    "digest",
+    "file_name",
+    "parse_name",
+    "read_header",
+    "read_segment",
+    "segment_id",
+    "write_segment",
+]
+
+MAGIC = b"\x89KVS\r\n\x1a\n"
+VERSION = 1
+SUFFIX = ".kvseg"
+
+_START = struct.Struct("<8sII")
+_SUM = 16
+_MAX_HEADER = 64 << 20
+_MAX_PAYLOAD = 1 << 40
+_MAX_TEXT = 4096
+_MAX_MEASURES = 64
+_MAX_PLANES = 16
+_MAX_AXES = 8
+_MAX_RANKS = 1 << 16
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "uint8": torch.uint8,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ID = re.compile(r"[0-9a-f]{32}")
+_NAME = re.compile(r"([0-9a-f]{32})\.([0-9]{1,5})-([0-9]{1,5})\.kvseg")
+_PLANE = re.compile(r"[a-z][a-z0-9_]{0,31}")
+
+CAUSES = (
+    "not a segment file",
+    "other version",
+    "truncated",
+    "bad checksum",
+    "bad header",
+    "other rank",
+    "missing",
+    "unreadable",
+)
+"""Why a file is refused."""
+
+
+class BadSegment(KVPlugError):
+    """A file that is not used.
+
+    Attributes:
+        path: The file.
+        cause: One of [`CAUSES`][kvplug.reuse.file.CAUSES].
+    """
+
+    def __init__(self, path: Path | str, cause: str, detail: str = "") -> None:
+        self.path = Path(path)
+        self.cause = cause
+        self.detail = detail
+        super().__init__(f"{path}: {cause}{f': {detail}' if detail else ''}")
+
+    def __reduce__(self) -> tuple[type[BadSegment], tuple[str, str, str]]:
+        return type(self), (str(self.path), self.cause, self.detail)
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One tensor of a segment.
+
+    Attributes:
+        name: ``key``, ``value`` or ``cells``.
+        dtype: ``bfloat16``, ``float16``, ``float32`` or ``uint8``.
+        shape: Of the tensor.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SegmentHeader:
+    """What a file says of the segment in it.
+
+    Attributes:
+        id: 32 hexadecimal digits.
+        fingerprint: What its KV depends on.
+        token_ids: Its token ids, ``[length]`` int32.
+        context_ids: All token ids before it, ``[start]`` int32.
+        planes: The tensors, in the order of the file.
+        rank: Of the tensor-parallel worker whose heads these are.
+        world: Workers.
+        size: Bytes of the planes.
+        session: Session that keeps it, or the empty string.
+    """
+
+    id: str
+    fingerprint: Fingerprint
+    token_ids: NDArray[np.int32]
+    context_ids: NDArray[np.int32]
+    planes: tuple[Plane, ...]
+    rank: int
+    world: int
+    size: int
+    session: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        segment: str,
+        fingerprint: Fingerprint,
+        token_ids: NDArray[np.int32],
+        context_ids: NDArray[np.int32],
+        planes: Mapping[str, Tensor],
+        rank: int = 0,
+        world: int = 1,
+        session: str = "",
+    ) -> SegmentHeader:
+        """The header of these tensors.
+
+        Raises:
+            ValueError: A tensor's dtype cannot be stored.
+        """
+        listed = []
+        for name, tensor in planes.items():
+            if tensor.dtype not in _NAMES:
+                raise ValueError(f"plane {name}: {tensor.dtype} cannot be stored")
+            listed.append(Plane(name, _NAMES[tensor.dtype], tuple(tensor.shape)))
+        size = sum(plane.size for plane in listed)
+        return cls(
+            segment,
+            fingerprint,
+            np.ascontiguousarray(token_ids, np.int32),
+            np.ascontiguousarray(context_ids, np.int32),
+            tuple(listed),
+            rank,
+            world,
+            size,
+            session,
+        )
+
+
+def digest(ids: NDArray[np.int32]) -> bytes:
+    """16-byte BLAKE2b of token ids as little-endian int32: a fingerprint's context and tokens."""
+    return hashlib.blake2b(_packed(ids), digest_size=16).digest()
+
+
+def segment_id(fingerprint: Fingerprint) -> str:
+    """Name of the segment that a computation gives: 32 hexadecimal digits.
+
+    It depends on all of the fingerprint, its texts by their digests, but for when and by whom it
+    was computed, after how many approximate reuses, and how it measured.
+    """
+    free = {"created", "request_id", "ancestry", "measures"}
+    facts = {
+        f.name: _plain(getattr(fingerprint, f.name))
+        for f in fields(fingerprint)
+        if f.name not in free
+    }
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def file_name(segment: str, rank: int, world: int) -> str:
+    """Name of a segment's file in the folder.
+
+    Raises:
+        ValueError: The id is not 32 hexadecimal digits, or the rank is not one of the world's.
+    """
+    if not _ID.fullmatch(segment):
+        raise ValueError(f"{segment!r} is no segment id")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} is none of {world}")
+    return f"{segment}.{rank}-{world}{SUFFIX}"
+
+
+def parse_name(name: str) -> tuple[str, int, int] | None:
+    """Id, rank and world of a file's name; None if `file_name` would not have made it."""
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return None
+    segment, rank, world = found[1], int(found[2]), int(found[3])
+    if rank >= world or file_name(segment, rank, world) != name:
+        return None
+    return segment, rank, world
+
+
+def _packed(ids: NDArray[np.int32]) -> bytes:
+    return np.ascontiguousarray(ids, "<i4").tobytes()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, Mapping):
+        return {str(name): float(number) for name, number in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """The memory of a contiguous CPU tensor."""
+    flat: NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
+    return flat
+
+
+# -- Writing ---------------------------------------------------------------------------------------
+
+
+def _encode(header: SegmentHeader) -> bytes:
+    facts = {
+        "id": header.id,
+        "fingerprint": {
+            f.name: _plain(getattr(header.fingerprint, f.name)) for f in fields(header.fingerprint)
+        },
+        "token_ids": base64.b64encode(_packed(header.token_ids)).decode(),
+        "context_ids": base64.b64encode(_packed(header.context_ids)).decode(),
+        "planes": [[plane.name, plane.dtype, list(plane.shape)] for plane in header.planes],
+        "rank": header.rank,
+        "world": header.world,
+        "size": header.size,
+        "session": header.session,
+    }
+    return json.dumps(facts, separators=(",", ":")).encode()
+
+
+def write_segment(path: Path | str, header: SegmentHeader, planes: Mapping[str, Tensor]) -> int:
+    """Write a segment's file: under another name first, so that no reader ever sees a part.
+
+    Args:
+        path: The file; its folder exists.
+        header: What to say of it.
+        planes: The tensors that the header lists.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        ValueError: The header does not describe the tensors, or what it says could not be read
+            back.
+        OSError: The file cannot be written; what was written of it is removed.
+    """
+    path = Path(path)
+    made = SegmentHeader.of(
+        header.id, header.fingerprint, header.token_ids, header.context_ids, planes
+    )
+    if (made.planes, made.size) != (header.planes, header.size):
+        raise ValueError(
+            f"header of {header.id} lists {header.planes}, the planes are {made.planes}"
+        )
+    text = _encode(header)
+    try:
+        _decode(text)
+    except (_Malformed, RecursionError) as error:
+        raise ValueError(f"header of {header.id} cannot be stored: {error}") from None
+    start = _START.pack(MAGIC, VERSION, len(text))
+    head_sum = xxhash.xxh3_128(start + text).digest()
+    body = xxhash.xxh3_128(head_sum)
+    passing = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # Text that users sent is in there: nobody else may read it.
+    handle = os.open(passing, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(start + head_sum + text)
+            for plane in header.planes:
+                raw = _bytes(planes[plane.name].detach().cpu().contiguous())
+                body.update(raw.data)
+                file.write(raw.data)
+            file.write(body.digest())
+            file.flush()
+            size = file.tell()
+            os.fsync(file.fileno())
+        passing.replace(path)
+    except BaseException:
+        passing.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+    return size
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+# -- Reading ---------------------------------------------------------------------------------------
+
+
+class _Malformed(ValueError):
+    """A header that says something it must not."""
+
+
+def _need(condition: bool, what: str) -> None:
+    if not condition:
+        raise _Malformed(what)
+
+
+def _text(facts: Mapping[str, Any], key: str) -> str:
+    value = facts.get(key)
+    _need(isinstance(value, str) and len(value) <= _MAX_TEXT, f"{key} is no short string")
+    assert isinstance(value, str)
+    return value
+
+
+def _integer(facts: Mapping[str, Any], key: str, most: int) -> int:
+    value = facts.get(key)
+    # A bool is an int in Python; in JSON it is not.
+    _need(type(value) is int and 0 <= value <= most, f"{key} is no integer from 0 to {most}")
+    assert isinstance(value, int)
+    return value
+
+
+def _hash(facts: Mapping[str, Any], key: str) -> bytes:
+    value = _text(facts, key)
+    _need(_ID.fullmatch(value) is not None, f"{key} is no 16 bytes in hexadecimal")
+    return bytes.fromhex(value)
+
+
+def _ids(facts: Mapping[str, Any], key: str) -> NDArray[np.int32]:
+    value = facts.get(key)
+    _need(isinstance(value, str), f"{key} is no string")
+    assert isinstance(value, str)
+    try:
+        raw = base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise _Malformed(f"{key} is no base64") from None
+    _need(len(raw) % 4 == 0, f"{key} are no 32-bit integers")
+    return np.frombuffer(raw, "<i4").astype(np.int32)
+
+
+def _object(value: Any, keys: frozenset[str], what: str) -> dict[str, Any]:
+    _need(isinstance(value, dict) and value.keys() == keys, f"{what} has not the keys it must have")
+    assert isinstance(value, dict)
+    return value
+
+
+_FINGERPRINT_KEYS = frozenset(f.name for f in fields(Fingerprint))
+_HEADER_KEYS = frozenset(f.name for f in fields(SegmentHeader))
+
+
+def _fingerprint(value: Any) -> Fingerprint:
+    facts = _object(value, _FINGERPRINT_KEYS, "fingerprint")
+    geometry = facts["geometry"]
+    _need(
+        isinstance(geometry, list)
+        and len(geometry) == 3
+        and all(type(part) is int and 0 < part < 1 << 24 for part in geometry),
+        "geometry is not three positive integers",
+    )
+    created = facts["created"]
+    _need(type(created) in (int, float) and abs(created) < 1e18, "created is no time")
+    measures = facts["measures"]
+    _need(
+        isinstance(measures, dict)
+        and len(measures) <= _MAX_MEASURES
+        and all(len(name) <= 64 and type(number) is float for name, number in measures.items()),
+        "measures are no numbers by name",
+    )
+    strings = ("model", "tokenizer", "lora", "dtype", "format", "position", "tenant", "mask")
+    return Fingerprint(
+        **{name: _text(facts, name) for name in strings},
+        geometry=(geometry[0], geometry[1], geometry[2]),
+        start=_integer(facts, "start", 1 << 31),
+        length=_integer(facts, "length", 1 << 31),
+        context=_hash(facts, "context"),
+        tokens=_hash(facts, "tokens"),
+        created=float(created),
+        request_id=_text(facts, "request_id"),
+        ancestry=_integer(facts, "ancestry", 1 << 31),
+        measures=measures,
+    )
+
+
+def _plane(value: Any) -> Plane:
+    _need(isinstance(value, list) and len(value) == 3, "a plane is not name, dtype and shape")
+    name, dtype, shape = value
+    _need(isinstance(name, str) and _PLANE.fullmatch(name) is not None, "a plane has no name")
+    _need(isinstance(dtype, str) and dtype in _DTYPES, "a plane's dtype is unknown")
+    _need(
+        isinstance(shape, list)
+        and 0 < len(shape) <= _MAX_AXES
+        and all(type(axis) is int and 0 < axis < 1 << 31 for axis in shape),
+        "a plane's shape is not positive integers",
+    )
+    return Plane(name, dtype, tuple(shape))
+
+
+def _decode(text: bytes) -> SegmentHeader:
+    try:
+        facts = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _Malformed("it is no JSON") from None
+    facts = _object(facts, _HEADER_KEYS, "it")
+    _need(_ID.fullmatch(_text(facts, "id")) is not None, "id is no 32 hexadecimal digits")
+    listed = facts["planes"]
+    _need(isinstance(listed, list) and 0 < len(listed) <= _MAX_PLANES, "planes is no list of some")
+    planes = tuple(_plane(plane) for plane in listed)
+    _need(len({plane.name for plane in planes}) == len(planes), "two planes have one name")
+    size = _integer(facts, "size", _MAX_PAYLOAD)
+    _need(sum(plane.size for plane in planes) == size, "size is not that of the planes")
+    world = _integer(facts, "world", _MAX_RANKS)
+    rank = _integer(facts, "rank", _MAX_RANKS)
+    _need(rank < world, "rank is none of the world's")
+    fingerprint = _fingerprint(facts["fingerprint"])
+    token_ids, context_ids = _ids(facts, "token_ids"), _ids(facts, "context_ids")
+    _need(len(token_ids) == fingerprint.length > 0, "length is not that of token_ids")
+    _need(len(context_ids) == fingerprint.start, "start is not the length of context_ids")
+    _need(digest(token_ids) == fingerprint.tokens, "tokens is not the hash of token_ids")
+    _need(digest(context_ids) == fingerprint.context, "context is not the hash of context_ids")
+    return SegmentHeader(
+        facts["id"],
+        fingerprint,
+        token_ids,
+        context_ids,
+        planes,
+        rank,
+        world,
+        size,
+        _text(facts, "session"),
+    )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
+    """The file and its length; never a link, a pipe or a device."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise BadSegment(path, "missing") from None
+    except OSError as error:
+        if path.is_symlink():
+            raise BadSegment(path, "not a segment file", "a link") from None
+        raise BadSegment(path, "unreadable", error.strerror or str(error)) from None
+    with os.fdopen(handle, "rb", closefd=True) as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise BadSegment(path, "not a segment file", "no regular file")
+        try:
+            yield file, facts.st_size
+        except OSError as error:
+            raise BadSegment(path, "unreadable", error.strerror or str(error)) from None
+
+
+def _head(path: Path, file: BufferedReader, length: int) -> tuple[SegmentHeader, bytes]:
+    """The header and its checksum, the file left at the first plane."""
+    start = file.read(_START.size + _SUM)
+    if not start.startswith(MAGIC[: len(start)]):
+        raise BadSegment(path, "not a segment file")
+    if len(start) < _START.size + _SUM:
+        raise BadSegment(path, "truncated", "ends before its header")
+    _, version, size = _START.unpack_from(start)
+    if version != VERSION:
+        raise BadSegment(path, "other version", f"{version}, not {VERSION}")
+    if size > _MAX_HEADER:
+        raise BadSegment(path, "bad header", f"{size} bytes are too many")
+    if size > length - len(start):
+        raise BadSegment(path, "truncated", "ends in its header")
+    text = file.read(size)
+    head_sum = start[_START.size :]
+    if xxhash.xxh3_128(start[: _START.size] + text).digest() != head_sum:
+        raise BadSegment(path, "bad checksum", "of the header")
+    try:
+        header = _decode(text)
+    except _Malformed as error:
+        raise BadSegment(path, "bad header", str(error)) from None
+    whole = len(start) + size + header.size + _SUM
+    if length < whole:
+        raise BadSegment(path, "truncated", f"{length} of {whole} bytes")
+    if length > whole:
+        raise BadSegment(path, "bad header", f"{length - whole} bytes more than it says")
+    return header, head_sum
+
+
+def read_header(path: Path | str) -> SegmentHeader:
+    """Read what a file says of itself, and that it is as long as it says; not its planes.
+
+    Raises:
+        BadSegment: It is not used; its cause says why.
+    """
+    path = Path(path)
+    with _opened(path) as (file, length):
+        return _head(path, file, length)[0]
+
+
+def read_segment(path: Path | str) -> tuple[SegmentHeader, dict[str, Tensor]]:
+    """Read a segment's file, all checksums compared.
+
+    Returns:
+        The header, and the CPU tensors by name.
+
+    Raises:
+        BadSegment: It is not used; its cause says why.
+    """
+    path = Path(path)
+    with _opened(path) as (file, length):
+        header, head_sum = _head(path, file, length)
+        body = xxhash.xxh3_128(head_sum)
+        planes = {}
+        for plane in header.planes:
+            tensor = torch.empty(plane.shape, dtype=_DTYPES[plane.dtype])
+            raw = _bytes(tensor)
+            if file.readinto(raw.data) != plane.size:
+                raise BadSegment(path, "truncated", "ends in its planes")
+            body.update(raw.data)
+            planes[plane.name] = tensor
+        if body.digest() != file.read(_SUM):
+            raise BadSegment(path, "bad checksum", "of the planes")
+    return header, planes

@@ -1,0 +1,441 @@
+"""What is stored, found by its text, its time and its request.
+
+Equal text is found by a rolling hash over the whole request at once and then compared token by
+token, so a collision costs time and never a wrong answer. Near-equal text is found by SimHash
+(Charikar, STOC 2002) in a graph of small worlds (HNSW, arXiv 1603.09320) as `usearch` keeps it: it
+only says what may be worth bringing back from a folder.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from sortedcontainers import SortedSet
+from usearch.compiled import MetricKind, ScalarKind
+from usearch.index import Index
+
+__all__ = ["Hasher", "Match", "RollingHash", "SegmentIndex", "SimHash"]
+
+Tokens = NDArray[np.int32]
+Hashes = NDArray[np.uint64]
+Hasher = Callable[[Tokens, int], Hashes]
+"""Token ids ``[n]`` and a width ``w`` to a hash of each window, ``[n - w + 1]``."""
+
+_WORD = 1 << 64
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A stored segment's first tokens, found in a text.
+
+    Attributes:
+        segment: Its id.
+        start: Position in the text.
+        length: How many of its tokens stand there, from its first.
+    """
+
+    segment: str
+    start: int
+    length: int
+
+
+def _mixed(words: Hashes) -> Hashes:
+    """SplitMix64's finalizer: every bit of the input moves every bit of the output."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+class RollingHash:
+    """Polynomial hash of every window of a text, modulo 2**64, over scrambled token ids.
+
+    Args:
+        seed: Where its base and its scrambling come from; drawn anew if None, so that nobody can
+            prepare texts that collide.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        source = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
+        self._base = int(source.integers(1 << 62, _WORD, dtype=np.uint64)) | 1
+        self._salt = np.uint64(source.integers(0, _WORD, dtype=np.uint64))
+
+    def __call__(self, tokens: Tokens, width: int) -> Hashes:
+        """Hashes of the windows of `width` tokens, ``[max(n - width + 1, 0)]`` uint64."""
+        places = len(tokens) - width + 1
+        if places < 1:
+            return np.empty(0, np.uint64)
+        # Windows of 1, 2, 4, ... tokens are put together to one of `width`.
+        power = _mixed(tokens.view(np.uint32).astype(np.uint64) + self._salt)
+        size, done = 1, 0
+        result: Hashes | None = None
+        while True:
+            if width & size:
+                part = power[done : done + places]
+                result = part if result is None else result * np.uint64(self._weight(size)) + part
+                done += size
+            if done == width:
+                assert result is not None
+                return result
+            power = power[:-size] * np.uint64(self._weight(size)) + power[size:]
+            size *= 2
+
+    def _weight(self, size: int) -> int:
+        return pow(self._base, size, _WORD)
+
+
+class SimHash:
+    """Bits that are alike for token runs with many n-grams in common.
+
+    Args:
+        bits: Bits of a hash, a multiple of 64.
+        grams: Tokens of an n-gram.
+        seed: Of the n-grams' hashes.
+    """
+
+    def __init__(self, bits: int = 512, grams: int = 2, seed: int | None = None) -> None:
+        if bits < 64 or bits % 64:
+            raise ValueError(f"bits must be a multiple of 64, not {bits}")
+        self.bits = bits
+        self.grams = grams
+        self._rolling = RollingHash(seed)
+        self._steps = np.arange(1, bits // 64 + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+
+    def __call__(self, tokens: Tokens) -> NDArray[np.uint8]:
+        """The hash of a text of at least one token, ``[bits / 8]`` packed."""
+        found = np.unique(self._rolling(tokens, min(self.grams, len(tokens))))
+        words = _mixed(found[:, None] + self._steps)
+        ones = np.unpackbits(words.view(np.uint8), axis=1).sum(axis=0, dtype=np.int64)
+        return np.packbits(ones * 2 > len(found))
+
+
+def _common(one: Tokens, other: Tokens) -> int:
+    """Tokens that two texts begin with alike."""
+    size = min(len(one), len(other))
+    if not size:
+        return 0
+    differ = one[:size] != other[:size]
+    first = int(differ.argmax())
+    return first if differ[first] else size
+
+
+@dataclass(slots=True, eq=False)
+class _Text:
+    """One text, and the segments that hold it; ordered by its tokens."""
+
+    tokens: Tokens
+    ids: list[str] = field(default_factory=list)
+
+    def __lt__(self, other: _Text) -> bool:
+        first = _common(self.tokens, other.tokens)
+        if first == len(other.tokens):
+            return False
+        return first == len(self.tokens) or bool(self.tokens[first] < other.tokens[first])
+
+
+class _Table:
+    """Texts by the hash of their first `width` tokens.
+
+    Which hashes are there at all is asked of an array of counts first, for all places of a text at
+    once: a dictionary would be asked thousands of times in vain.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.buckets: dict[int, list[_Text]] = {}
+        self._bits = 10
+        self._counts = np.zeros(1 << self._bits, np.uint16)
+
+    def _slots(self, hashes: Hashes) -> NDArray[np.intp]:
+        slots = (hashes * np.uint64(_GOLDEN)) >> np.uint64(64 - self._bits)
+        return slots.astype(np.intp)
+
+    def _count(self, key: int, change: int) -> None:
+        slot = self._slots(np.array([key], np.uint64))[0]
+        self._counts[slot] = int(self._counts[slot]) + change
+
+    def text(self, key: int, tokens: Tokens) -> _Text:
+        """The text of these tokens, put in if it is not there."""
+        bucket = self.buckets.get(key)
+        if bucket is None:
+            bucket = self.buckets[key] = []
+            self._count(key, 1)
+            if len(self.buckets) << 4 > len(self._counts):
+                self._grow()
+        made = _Text(tokens)
+        place = bisect_left(bucket, made)
+        if place < len(bucket) and np.array_equal(bucket[place].tokens, tokens):
+            return bucket[place]
+        bucket.insert(place, made)
+        return made
+
+    def remove(self, key: int, text: _Text) -> None:
+        bucket = self.buckets[key]
+        del bucket[bisect_left(bucket, text)]
+        if not bucket:
+            del self.buckets[key]
+            self._count(key, -1)
+
+    def _grow(self) -> None:
+        self._bits += 2
+        slots = self._slots(np.fromiter(self.buckets, np.uint64, len(self.buckets)))
+        self._counts = np.bincount(slots, minlength=1 << self._bits).astype(np.uint16)
+
+    def places(self, hashes: Hashes) -> list[tuple[int, list[_Text]]]:
+        """Where in a text something may begin, and what."""
+        found = []
+        for place in np.flatnonzero(self._counts[self._slots(hashes)]).tolist():
+            bucket = self.buckets.get(int(hashes[place]))
+            if bucket is not None:
+                found.append((place, bucket))
+        return found
+
+
+class _Near:
+    """Near-equal texts of one tenant."""
+
+    def __init__(self, simhash: SimHash) -> None:
+        self._simhash = simhash
+        self._index = Index(
+            ndim=simhash.bits,
+            metric=MetricKind.Hamming,
+            dtype=ScalarKind.B1,
+            connectivity=24,
+            expansion_add=128,
+            expansion_search=128,
+        )
+        self._ids: dict[int, str] = {}
+        self._keys: dict[str, int] = {}
+        self._next = 0
+
+    def add(self, segment: str, tokens: Tokens) -> None:
+        key, self._next = self._next, self._next + 1
+        self._index.add(key, self._simhash(tokens), threads=1)
+        self._ids[key], self._keys[segment] = segment, key
+
+    def remove(self, segment: str) -> None:
+        key = self._keys.pop(segment)
+        del self._ids[key]
+        self._index.remove(key, threads=1)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def find(self, tokens: Tokens, k: int) -> list[tuple[str, float]]:
+        found = self._index.search(self._simhash(tokens), min(k, len(self._ids)), threads=1)
+        return [
+            (self._ids[int(key)], math.cos(math.pi * float(distance) / self._simhash.bits))
+            for key, distance in zip(found.keys, found.distances, strict=True)
+            if int(key) in self._ids
+        ]
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """All of one tenant: nothing here is ever looked at for another."""
+
+    tables: dict[int, _Table] = field(default_factory=dict)
+    near: _Near | None = None
+    segments: int = 0
+
+
+@dataclass(slots=True)
+class _Entry:
+    tenant: str
+    table: _Table
+    key: int
+    text: _Text
+    created: float
+    request_id: str
+
+
+class SegmentIndex:
+    """Finds stored segments. Everything is kept apart by tenant.
+
+    Args:
+        least: Tokens of a segment that must stand in a text for it to be found; all of a segment
+            that is shorter.
+        window: Tokens that are hashed of segments shorter than `least`.
+        near: Also keep what `near` needs.
+        limit: Most different texts found at one place, those that go on longest first: thousands
+            of conversations may begin alike.
+        hasher: Hash of windows, another one in tests.
+        seed: Of the hashes; drawn anew if None.
+
+    Raises:
+        ValueError: `least`, `window` or `limit` is below one.
+    """
+
+    def __init__(
+        self,
+        least: int = 32,
+        *,
+        window: int = 16,
+        near: bool = False,
+        limit: int = 32,
+        hasher: Hasher | None = None,
+        seed: int | None = None,
+    ) -> None:
+        if min(least, window, limit) < 1:
+            raise ValueError(f"least, window and limit must be positive: {least, window, limit}")
+        self._least = least
+        self._window = min(window, least)
+        self._limit = limit
+        self._hasher: Hasher = hasher or RollingHash(seed)
+        self._simhash = SimHash(seed=seed) if near else None
+        self._tenants: dict[str, _Tenant] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._by_time: SortedSet = SortedSet()
+        self._by_request: SortedSet = SortedSet()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, segment: object) -> bool:
+        return segment in self._entries
+
+    def _width(self, length: int) -> int:
+        # A long segment counts only with `least` tokens, so that many are hashed.
+        return self._least if length >= self._least else min(self._window, length)
+
+    def add(
+        self, segment: str, tokens: Tokens, tenant: str, created: float, request_id: str
+    ) -> None:
+        """Put a segment in.
+
+        Args:
+            segment: Its id.
+            tokens: Its token ids, ``[n]``; not copied where they are int32 already, so they must
+                not change.
+            tenant: Who may find it.
+            created: Seconds since the epoch.
+            request_id: Who computed it.
+
+        Raises:
+            ValueError: It has no tokens, or the id is there already.
+        """
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        if not len(tokens):
+            raise ValueError(f"segment {segment} has no tokens")
+        if segment in self._entries:
+            raise ValueError(f"segment {segment} is in the index already")
+        owner = self._tenants.setdefault(tenant, _Tenant())
+        width = self._width(len(tokens))
+        table = owner.tables.setdefault(width, _Table(width))
+        key = int(self._hasher(tokens[:width], width)[0])
+        text = table.text(key, tokens)
+        text.ids.append(segment)
+        if self._simhash is not None:
+            owner.near = owner.near or _Near(self._simhash)
+            owner.near.add(segment, tokens)
+        owner.segments += 1
+        self._entries[segment] = _Entry(tenant, table, key, text, created, request_id)
+        self._by_time.add((created, segment))
+        self._by_request.add((request_id, created, segment))
+
+    def remove(self, segment: str) -> None:
+        """Take a segment out.
+
+        Raises:
+            KeyError: It is not there.
+        """
+        entry = self._entries.pop(segment)
+        owner = self._tenants[entry.tenant]
+        entry.text.ids.remove(segment)
+        if not entry.text.ids:
+            entry.table.remove(entry.key, entry.text)
+            if not entry.table.buckets:
+                del owner.tables[entry.table.width]
+        if owner.near is not None:
+            owner.near.remove(segment)
+        owner.segments -= 1
+        if not owner.segments:
+            del self._tenants[entry.tenant]
+        self._by_time.remove((entry.created, segment))
+        self._by_request.remove((entry.request_id, entry.created, segment))
+
+    def match(self, tokens: Tokens, tenant: str) -> list[Match]:
+        """Find stored segments in a text, at any place of it.
+
+        Args:
+            tokens: The text's token ids, ``[n]``.
+            tenant: Whose segments.
+
+        Returns:
+            Every segment of the tenant of which at least ``min(least, its length)`` first tokens
+            stand somewhere, once for each such place, as far as `limit` allows; by place, then
+            the longest first.
+        """
+        owner = self._tenants.get(tenant)
+        if owner is None:
+            return []
+        text = np.ascontiguousarray(tokens, np.int32)
+        found: list[Match] = []
+        for width, table in owner.tables.items():
+            if len(text) < width:
+                continue
+            for place, bucket in table.places(self._hasher(text, width)):
+                self._verify(text, place, bucket, width, found)
+        found.sort(key=lambda match: (match.start, -match.length, match.segment))
+        return found
+
+    def _verify(
+        self, text: Tokens, place: int, bucket: list[_Text], width: int, found: list[Match]
+    ) -> None:
+        """Append what of a bucket really stands at a place.
+
+        The bucket is in order of its tokens, so what has most in common with the text stands
+        where the text itself would stand, and has less the further from there.
+        """
+        rest = text[place:]
+        right = bisect_left(bucket, _Text(rest)) if len(bucket) > 1 else 0
+        left = right - 1
+        before = _common(rest, bucket[left].tokens) if left >= 0 else -1
+        after = _common(rest, bucket[right].tokens) if right < len(bucket) else -1
+        texts = 0
+        while max(before, after) >= width and texts < self._limit:
+            if after >= before:
+                stored, length = bucket[right], after
+                right += 1
+                after = _common(rest, bucket[right].tokens) if right < len(bucket) else -1
+            else:
+                stored, length = bucket[left], before
+                left -= 1
+                before = _common(rest, bucket[left].tokens) if left >= 0 else -1
+            if length >= min(self._least, len(stored.tokens)):
+                found.extend(Match(segment, place, length) for segment in stored.ids)
+                texts += 1
+
+    def since(self, created: float) -> list[str]:
+        """Ids of the segments made at a time or later, oldest first."""
+        return [segment for _, segment in self._by_time.irange((created, ""))]
+
+    def of_request(self, request_id: str) -> list[str]:
+        """Ids of the segments that a request computed, oldest first."""
+        first = (request_id, -math.inf, "")
+        last = (request_id, math.inf, "")
+        return [segment for *_, segment in self._by_request.irange(first, last)]
+
+    def near(self, tokens: Tokens, tenant: str, k: int = 10) -> list[tuple[str, float]]:
+        """Find segments with nearly the text of a run of tokens.
+
+        Args:
+            tokens: The run's token ids, ``[n]``, about as long as the segments looked for.
+            tenant: Whose segments.
+            k: How many at most.
+
+        Returns:
+            Ids and an estimate of the cosine of the two sets of n-grams, the likest first; the
+            search is approximate and may miss some. Empty without ``near=True``.
+        """
+        owner = self._tenants.get(tenant)
+        text = np.ascontiguousarray(tokens, np.int32)
+        if owner is None or owner.near is None or not len(text) or k < 1:
+            return []
+        return owner.near.find(text, k)

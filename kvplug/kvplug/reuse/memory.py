@@ -1,0 +1,314 @@
+"""The bytes of stored segments on one worker: in host memory, and in a folder beside it.
+
+Nothing here decides what stays: the scheduler's catalog does. Files are written, read and removed
+by a thread of its own, so that no step of the engine waits for a disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from kvplug.reuse.file import (
+    BadSegment,
+    SegmentHeader,
+    file_name,
+    parse_name,
+    read_segment,
+    write_segment,
+)
+
+__all__ = ["SegmentMemory", "StoreNews", "StoredSegment"]
+
+logger = logging.getLogger("kvplug.reuse")
+
+_SOON, _LATER, _LAST = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSegment:
+    """A segment's bytes on this rank.
+
+    Attributes:
+        header: What is known of it.
+        planes: CPU tensors by name.
+    """
+
+    header: SegmentHeader
+    planes: dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class StoreNews:
+    """What the thread has done since it was last asked.
+
+    Attributes:
+        written: Ids whose files are on the disk.
+        fetched: Ids that are in memory again.
+        failed: Ids that could not be written or read, with the cause.
+    """
+
+    written: list[str] = field(default_factory=list)
+    fetched: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.written or self.fetched or self.failed)
+
+
+class SegmentMemory:
+    """One worker's stored segments.
+
+    Args:
+        directory: Folder of the files, made if it is not there; empty for none.
+        rank: Of this worker among those that share each token's heads.
+        world: Those workers.
+
+    Raises:
+        OSError: The folder cannot be made.
+    """
+
+    def __init__(self, directory: str, rank: int = 0, world: int = 1) -> None:
+        self._folder = Path(directory) if directory else None
+        self._rank = rank
+        self._world = world
+        self._segments: dict[str, StoredSegment] = {}
+        self._lock = threading.Lock()
+        self._news = StoreNews()
+        # The latest job of each kind for an id; one that is not the latest any more does nothing.
+        self._writes: dict[str, int] = {}
+        self._reads: dict[str, int] = {}
+        self._numbers = itertools.count()
+        self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = (
+            queue.PriorityQueue()
+        )
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._told = False
+        self._counts = dict.fromkeys(
+            ("written", "written_bytes", "fetched", "fetched_bytes", "deleted", "write_errors"), 0
+        )
+        self._refused: dict[str, int] = {}
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._sweep()
+            self._thread = threading.Thread(target=self._work, name="kvplug-segments", daemon=True)
+            self._thread.start()
+
+    def __len__(self) -> int:
+        return len(self._segments)
+
+    def __contains__(self, segment: object) -> bool:
+        return segment in self._segments
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the planes in memory."""
+        with self._lock:
+            return sum(stored.header.size for stored in self._segments.values())
+
+    def put(self, header: SegmentHeader, planes: dict[str, Tensor]) -> None:
+        """Keep a segment, and write its file in the background where there is a folder.
+
+        Args:
+            header: What is known of it; its rank and world are this worker's.
+            planes: CPU tensors as the header lists them. They are kept, not copied.
+
+        Raises:
+            ValueError: The header is of another rank, or its id is none.
+        """
+        if (header.rank, header.world) != (self._rank, self._world):
+            raise ValueError(
+                f"segment {header.id} is of rank {header.rank} of {header.world}, "
+                f"this is {self._rank} of {self._world}"
+            )
+        path = self._path(header.id)
+        with self._lock:
+            self._segments[header.id] = StoredSegment(header, planes)
+            if path is not None and not self._closed:
+                number = self._writes[header.id] = next(self._numbers)
+                job = lambda: self._write(path, header, planes, number)  # noqa: E731
+                self._jobs.put((_LATER, number, job))
+
+    def get(self, segment: str) -> StoredSegment:
+        """The segment's bytes; read only.
+
+        Raises:
+            KeyError: They are not in memory.
+        """
+        return self._segments[segment]
+
+    def drop(self, segments: Iterable[str]) -> None:
+        """Take segments out of memory; their files stay. Ids that are not there are passed over."""
+        with self._lock:
+            for segment in segments:
+                self._segments.pop(segment, None)
+                self._reads.pop(segment, None)
+
+    def delete(self, segments: Iterable[str]) -> None:
+        """Remove files, and give up on writing those that wait; what is in memory stays there."""
+        for segment in segments:
+            path = self._path(segment)
+            if path is None:
+                continue
+            with self._lock:
+                self._writes.pop(segment, None)
+                self._reads.pop(segment, None)
+                if segment in self._news.written:
+                    self._news.written.remove(segment)
+                if not self._closed:
+                    number = next(self._numbers)
+                    job = lambda path=path: self._remove(path)  # noqa: E731
+                    self._jobs.put((_LATER, number, job))
+
+    def fetch(self, segments: Iterable[str]) -> None:
+        """Bring segments back from the folder in the background, before anything is written."""
+        for segment in segments:
+            path = self._path(segment)
+            with self._lock:
+                if path is None or self._closed:
+                    self._news.failed[segment] = "missing"
+                    continue
+                number = self._reads[segment] = next(self._numbers)
+                job = lambda path=path, segment=segment, number=number: (  # noqa: E731
+                    self._read(path, segment, number)
+                )
+                self._jobs.put((_SOON, number, job))
+
+    def news(self) -> StoreNews:
+        """What has been done since the last call."""
+        with self._lock:
+            news, self._news = self._news, StoreNews()
+        return news
+
+    def counters(self) -> dict[str, float]:
+        """Segments and bytes written, fetched and deleted; write errors; refused files by cause."""
+        with self._lock:
+            counts: dict[str, float] = {
+                "memory_segments": len(self._segments),
+                **self._counts,
+                **{f"refused {cause}": n for cause, n in sorted(self._refused.items())},
+            }
+        return counts
+
+    def flush(self) -> None:
+        """Wait until all that was asked for is done."""
+        if self._thread is not None and self._thread.is_alive():
+            done = threading.Event()
+            self._jobs.put((_LAST, next(self._numbers), done.set))
+            done.wait()
+
+    def close(self) -> None:
+        """Write what waits to be written, and end the thread; a second call does nothing."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if self._thread is not None and not closed:
+            self._jobs.put((_LAST, next(self._numbers), None))
+            self._thread.join()
+
+    # -- The thread --------------------------------------------------------------------------------
+
+    def _path(self, segment: str) -> Path | None:
+        if self._folder is None:
+            return None
+        return self._folder / file_name(segment, self._rank, self._world)
+
+    def _sweep(self) -> None:
+        """Remove what this rank was writing when an earlier process ended."""
+        assert self._folder is not None
+        for path in self._folder.glob(f".*.{self._rank}-{self._world}.kvseg.*.tmp"):
+            if parse_name(path.name[1:].rsplit(".", 2)[0]) is not None:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+    def _work(self) -> None:
+        while True:
+            *_, job = self._jobs.get()
+            if job is None:
+                return
+            try:
+                job()
+            except Exception:
+                logger.exception("a stored segment's file")
+
+    def _write(
+        self, path: Path, header: SegmentHeader, planes: dict[str, Tensor], number: int
+    ) -> None:
+        if self._writes.get(header.id) != number:
+            return
+        cause, size = "", 0
+        try:
+            size = write_segment(path, header, planes)
+        except (OSError, ValueError, RuntimeError) as error:
+            cause = (getattr(error, "strerror", "") or "cannot be written").lower()
+            if not self._told:
+                self._told = True
+                logger.error(
+                    "a segment could not be written, and more may follow; they stay in memory "
+                    "alone (%s: %s)",
+                    path,
+                    error,
+                )
+        with self._lock:
+            if self._writes.get(header.id) != number:
+                return
+            del self._writes[header.id]
+            if cause:
+                self._counts["write_errors"] += 1
+                self._news.failed[header.id] = cause
+            else:
+                self._counts["written"] += 1
+                self._counts["written_bytes"] += size
+                self._news.written.append(header.id)
+
+    def _read(self, path: Path, segment: str, number: int) -> None:
+        if self._reads.get(segment) != number:
+            return
+        stored, cause = None, ""
+        try:
+            header, planes = read_segment(path)
+            if header.id != segment:
+                raise BadSegment(path, "bad header", f"it is segment {header.id}")
+            if (header.rank, header.world) != (self._rank, self._world):
+                raise BadSegment(path, "other rank", f"{header.rank} of {header.world}")
+            stored = StoredSegment(header, planes)
+            with contextlib.suppress(OSError):
+                os.utime(path)  # what is used stays: a restart goes by this time
+        except BadSegment as error:
+            cause = error.cause
+            logger.warning("a stored segment is not used: %s", error)
+        except (MemoryError, RuntimeError) as error:
+            cause = "no memory"
+            logger.warning("a stored segment is not used: %s: %s", path, error)
+        with self._lock:
+            if self._reads.get(segment) != number:
+                return
+            del self._reads[segment]
+            if stored is not None:
+                self._segments[segment] = stored
+                self._counts["fetched"] += 1
+                self._counts["fetched_bytes"] += stored.header.size
+                self._news.fetched.append(segment)
+            else:
+                self._refused[cause] = self._refused.get(cause, 0) + 1
+                self._news.failed[segment] = cause
+
+    def _remove(self, path: Path) -> None:
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            logger.warning("a stored segment's file stays: %s: %s", path, error)
+            return
+        with self._lock:
+            self._counts["deleted"] += 1

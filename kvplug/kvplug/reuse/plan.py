@@ -1,0 +1,240 @@
+"""Which stored tokens a request takes, and what is computed anew between them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvplug.contract.reuse import Verdict
+from kvplug.reuse.catalog import Segment, State
+from kvplug.reuse.chain import ChainResult
+from kvplug.reuse.index import Match
+from kvplug.reuse.settings import Recompute
+
+Judge = Callable[[Segment, int], ChainResult]
+"""What the chain of checks says of a segment whose first token would stand at a position."""
+
+Span = tuple[int, int]
+
+SHORTEST = 16
+"""Tokens below which a run is not worth claiming."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of a stored segment's tokens and where it goes.
+
+    Attributes:
+        segment: The segment.
+        offset: First token of the segment that is used.
+        length: Tokens used.
+        start: Position in the request of the first of them.
+        verdict: What the chain found.
+    """
+
+    segment: Segment
+    offset: int
+    length: int
+    start: int
+    verdict: Verdict
+
+    @property
+    def end(self) -> int:
+        """Position after the last token used."""
+        return self.start + self.length
+
+
+@dataclass(slots=True)
+class Plan:
+    """One contiguous run of a request's tokens that need not be prefilled.
+
+    Attributes:
+        begin: Its first token.
+        end: The token after its last; equal to ``begin`` where nothing is reused.
+        pieces: What is loaded, in order.
+        spans: What is computed anew within the run, ascending and disjoint; inside a piece or
+            between two.
+        waiting: Segments that have to come back from the folder before the run can be planned.
+        refused: How many segments were refused, by cause.
+        costs_us: Microseconds each check took, by its name.
+    """
+
+    begin: int
+    end: int
+    pieces: list[Piece] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
+    costs_us: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the run."""
+        return self.end - self.begin
+
+    @property
+    def computed(self) -> int:
+        """Tokens of it that are computed anew."""
+        return sum(b - a for a, b in self.spans)
+
+    @property
+    def approximate_from(self) -> int | None:
+        """First token whose KV is not exactly what the text gives, or None."""
+        for start, end in self.approximate:
+            at = _first_outside(start, end, self.spans)
+            if at < end:
+                return at
+        return None
+
+    @property
+    def approximate(self) -> list[Span]:
+        """What approximate pieces cover, in order."""
+        return [(p.start, p.end) for p in self.pieces if not p.verdict.exact]
+
+
+def _first_outside(start: int, end: int, spans: Sequence[Span]) -> int:
+    """The first position from ``start`` on in no span, or one from ``end`` on."""
+    at = start
+    for a, b in spans:
+        if a <= at < b:
+            at = b
+    return at
+
+
+class Planner:
+    """Walks from an engine's own hit through what is stored.
+
+    Args:
+        recompute: What may be computed inside a run.
+        can_compute: Whether the worker can compute inside a run at all.
+    """
+
+    def __init__(self, recompute: Recompute, can_compute: bool):
+        self.boundary = recompute.boundary if can_compute else 0
+        self.gaps = recompute.gaps if can_compute else 0
+        self.most = recompute.most
+
+    def plan(
+        self,
+        num_tokens: int,
+        begin: int,
+        matches: Sequence[tuple[Segment, Match]],
+        judge: Judge,
+    ) -> Plan:
+        """The run that starts at the engine's own hit.
+
+        Args:
+            num_tokens: Tokens of the request; the last of them is always left to the engine.
+            begin: Tokens the engine found in its prefix cache.
+            matches: Stored segments that stand in the text, as `Catalog.match` gives them.
+            judge: The chain of checks.
+        """
+        limit = num_tokens - 1
+        plan = Plan(begin, begin)
+        walk = _Walk(plan, matches, judge, limit)
+        at, end, computed = begin, begin, 0
+        taken: list[Piece] = []
+        spans: list[Span] = []
+        kept = (0, 0)
+        while at < limit:
+            piece = walk.covering(at)
+            gap = 0
+            if piece is None:
+                piece = walk.following(at, self.gaps)
+                if piece is None:
+                    break
+                gap = piece.start - at
+                spans.append((at, piece.start))
+            anew = 0
+            if self.boundary and not piece.verdict.exact and piece.offset == 0:
+                anew = min(self.boundary, piece.length)
+                _add(spans, (piece.start, piece.start + anew))
+            computed += gap + anew
+            taken.append(piece)
+            at = piece.end
+            if computed <= self.most * (at - begin) and anew < piece.length:
+                end, kept = at, (len(taken), len(spans))
+        # A span that was joined to a later one would reach beyond what is kept.
+        plan.pieces = taken[: kept[0]]
+        plan.spans = [(a, min(b, end)) for a, b in spans[: kept[1]] if a < end]
+        plan.end = end if end - begin >= SHORTEST else begin
+        if plan.end == begin:
+            plan.pieces, plan.spans = [], []
+        return plan
+
+
+def _add(spans: list[Span], span: Span) -> None:
+    """Append a span, as one with the last where they touch."""
+    if spans and spans[-1][1] >= span[0]:
+        spans[-1] = (spans[-1][0], max(spans[-1][1], span[1]))
+    else:
+        spans.append(span)
+
+
+class _Walk:
+    """Looks up what can stand at a position; each segment is judged once per place."""
+
+    def __init__(
+        self, plan: Plan, matches: Sequence[tuple[Segment, Match]], judge: Judge, limit: int
+    ):
+        self._plan = plan
+        self._matches = [(s, m) for s, m in matches if m.start < limit]
+        self._judge = judge
+        self._limit = limit
+        self._found: dict[tuple[str, int], Verdict | None] = {}
+
+    def covering(self, at: int) -> Piece | None:
+        """The best stored token run that holds the token at a position."""
+        here = [(s, m) for s, m in self._matches if m.start <= at < m.start + m.length]
+        return self._best(at, here)
+
+    def following(self, at: int, most: int) -> Piece | None:
+        """The nearest stored run that begins up to ``most`` tokens after a position."""
+        for start in sorted({m.start for _, m in self._matches if at < m.start <= at + most}):
+            found = self._best(start, [(s, m) for s, m in self._matches if m.start == start])
+            if found is not None:
+                return found
+        return None
+
+    def _best(self, at: int, here: list[tuple[Segment, Match]]) -> Piece | None:
+        found: list[Piece] = []
+        # Longest first, and of a length what was computed exactly and in place: the first that
+        # passes is taken unless an exact one follows.
+        order = sorted(
+            here,
+            key=lambda one: (
+                one[0].fingerprint.start != one[1].start,
+                -(one[1].start + one[1].length),
+                one[0].fingerprint.ancestry,
+            ),
+        )
+        for segment, match in order:
+            verdict = self._verdict(segment, match.start)
+            if verdict is None:
+                continue
+            end = min(match.start + match.length, self._limit)
+            piece = Piece(segment, at - match.start, end - at, at, verdict)
+            if verdict.exact:
+                return piece
+            found.append(piece)
+        return max(found, key=lambda p: (p.length, p.verdict.credibility or 0.0), default=None)
+
+    def _verdict(self, segment: Segment, start: int) -> Verdict | None:
+        key = (segment.id, start)
+        if key not in self._found:
+            self._found[key] = self._asked(segment, start)
+        return self._found[key]
+
+    def _asked(self, segment: Segment, start: int) -> Verdict | None:
+        if segment.state is State.SAVING:
+            return None
+        result = self._judge(segment, start)
+        self._plan.costs_us.update(result.costs_us)
+        if not result.verdict.ok:
+            self._plan.refused[result.verdict.reason] += 1
+            return None
+        if segment.state is not State.MEMORY:
+            self._plan.waiting.append(segment.id)
+            return None
+        return result.verdict

@@ -1,0 +1,254 @@
+"""What happened in one request that reused stored KV, with enough to compute it again elsewhere.
+
+The guard writes one for each answer that drifted; ``kvplug explain`` reads it. A record holds the
+request's text and that of the segments, so it is as confidential as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from kvplug.errors import KVPlugError
+from kvplug.reuse.guard import Drift, State
+
+__all__ = ["BadRecord", "FamilyRecord", "PieceRecord", "ReuseRecord"]
+
+VERSION = 1
+MOST_BYTES = 256 << 20
+"""Larger files are not read."""
+
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+Position = Annotated[int, Field(ge=0, lt=1 << 31)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class BadRecord(KVPlugError, ValueError):
+    """A file that is no record, or one that contradicts itself."""
+
+    exit_code = 2
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PieceRecord(_Part):
+    """A run of a stored segment in the request's text.
+
+    Attributes:
+        segment: Id of the segment.
+        offset: First token of the segment that was used.
+        length: Tokens used.
+        start: Position in the request of the first of them.
+        shift: Positions the keys were rotated by.
+        exact: Whether the checks found it exact.
+        credibility: What the checks estimated, or None.
+        context_ids: The text before the segment when it was computed.
+        token_ids: The whole segment.
+        ancestry: Approximate reuses behind the segment's own computation, which a replay computes
+            exactly instead.
+        measures: Its stability measures, by name, as its fingerprint has them.
+    """
+
+    segment: str
+    offset: Position
+    length: Annotated[int, Field(ge=1, lt=1 << 31)]
+    start: Position
+    shift: int = 0
+    exact: bool
+    credibility: Annotated[float | None, Field(ge=0, le=1)] = None
+    context_ids: list[Token]
+    token_ids: list[Token]
+    ancestry: Position = 0
+    measures: dict[str, Number] = Field(default_factory=dict)
+
+    @property
+    def end(self) -> int:
+        """Position after its last token."""
+        return self.start + self.length
+
+    @model_validator(mode="after")
+    def _agrees(self) -> PieceRecord:
+        if self.offset + self.length > len(self.token_ids):
+            raise ValueError("uses more tokens than the segment has")
+        if self.shift not in (0, self.start - self.offset - len(self.context_ids)):
+            raise ValueError("the shift does not lead from where it was computed to its start")
+        return self
+
+
+class FamilyRecord(_Part):
+    """What the guard compared the answer with, and what its breaker did.
+
+    Attributes:
+        family: The family of segments.
+        count: Exact answers in its history.
+        entropy: Mean of their mean entropies, nats.
+        entropy_spread: Standard deviation of those.
+        logprob: Mean of their mean log-probabilities, nats.
+        logprob_spread: Standard deviation of those.
+        entropy_drift: Relative distance beyond the spread.
+        logprob_drift: Distance beyond the spread, nats.
+        over: Whether one of the two was above its bound.
+        state: The breaker after this answer.
+    """
+
+    family: str
+    count: Position
+    entropy: Number
+    entropy_spread: Number
+    logprob: Number
+    logprob_spread: Number
+    entropy_drift: Number
+    logprob_drift: Number
+    over: bool
+    state: State
+
+    @classmethod
+    def of(cls, drift: Drift) -> list[FamilyRecord]:
+        """The families of a drift, the farthest first."""
+        return [
+            cls(
+                family=f.family,
+                count=f.history.count,
+                entropy=f.history.entropy,
+                entropy_spread=f.history.entropy_spread,
+                logprob=f.history.logprob,
+                logprob_spread=f.history.logprob_spread,
+                entropy_drift=f.entropy,
+                logprob_drift=f.logprob,
+                over=f.over,
+                state=f.state,
+            )
+            for f in drift.families
+        ]
+
+
+class ReuseRecord(_Part):
+    """One request.
+
+    Attributes:
+        version: Of this layout.
+        created: Seconds since the epoch.
+        model: Directory or name the engine had its model from.
+        fingerprint: The model's, as `kvplug.models.model_fingerprint` makes it.
+        dtype: Name of the dtype of K and V, e.g. ``bfloat16``.
+        block_size: Tokens per block of the engine.
+        kvplug: The deployment's section.
+        request_id: The engine's id.
+        prompt_ids: Tokens of the prompt.
+        output_ids: Tokens of the answer, as far as they are known.
+        pieces: What was reused, in the order of the text.
+        computed: Spans ``(start, end)`` of the text that were computed anew although they lie in a
+            piece.
+        entropies: Entropy of each watched next-token distribution, nats; the first is that of the
+            answer's first token.
+        logprobs: Log-probability of the likeliest token of each, nats.
+        families: What it was compared with, the farthest first.
+    """
+
+    version: Literal[1] = 1
+    created: Number = Field(default_factory=time.time)
+    model: str
+    fingerprint: str
+    dtype: str
+    block_size: Annotated[int, Field(ge=1)] = 16
+    kvplug: dict[str, Any]
+    request_id: str
+    prompt_ids: Annotated[list[Token], Field(min_length=1)]
+    output_ids: list[Token] = Field(default_factory=list)
+    pieces: list[PieceRecord] = Field(default_factory=list)
+    computed: list[tuple[Position, Position]] = Field(default_factory=list)
+    entropies: list[Number] = Field(default_factory=list)
+    logprobs: list[Number] = Field(default_factory=list)
+    families: list[FamilyRecord] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> ReuseRecord:
+        text = [*self.prompt_ids, *self.output_ids]
+        at = 0
+        for i, piece in enumerate(self.pieces):
+            if piece.start < at:
+                raise ValueError(f"pieces.{i} overlaps the piece before it, or precedes it")
+            at = piece.end
+            if at > len(text):
+                raise ValueError(f"pieces.{i} ends at {at}, beyond a text of {len(text)} tokens")
+            used = piece.token_ids[piece.offset : piece.offset + piece.length]
+            if used != text[piece.start : at]:
+                raise ValueError(f"pieces.{i} has other tokens than the text where it stands")
+        for i, (start, end) in enumerate(self.computed):
+            if not start <= end <= len(text):
+                raise ValueError(f"computed.{i} is no span of a text of {len(text)} tokens")
+        if len(self.entropies) != len(self.logprobs):
+            raise ValueError("entropies and logprobs have other lengths")
+        return self
+
+    def write(self, folder: str | Path) -> Path:
+        """Write it into a folder, all of it or nothing.
+
+        Args:
+            folder: Made where it is not there.
+
+        Returns:
+            The file, ``reuse-REQUEST-MILLISECONDS.json``.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = re.sub(r"[^A-Za-z0-9_.-]", "_", self.request_id)[:128]
+        path = folder / f"reuse-{name}-{int(self.created * 1000)}.json"
+        handle, part = tempfile.mkstemp(dir=folder, prefix=".reuse-", suffix=".part")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.model_dump_json(indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(part).replace(path)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
+        return path
+
+    @classmethod
+    def read(cls, path: str | Path) -> ReuseRecord:
+        """Read a record.
+
+        Raises:
+            BadRecord: It cannot be read, is no record of a version this release reads, or
+                contradicts itself; the message names the file and the field.
+        """
+        path = Path(path)
+        try:
+            if path.stat().st_size > MOST_BYTES:
+                raise BadRecord(f"{path}: is larger than {MOST_BYTES >> 20} MiB, so no record")
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadRecord(f"{path}: cannot be read: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, BadRecord):
+                raise
+            raise BadRecord(f"{path}: is no JSON: {error}") from error
+        if not isinstance(data, Mapping) or "version" not in data:
+            raise BadRecord(f"{path}: is no record of reuse: it has no version")
+        if data["version"] != VERSION:
+            raise BadRecord(
+                f"{path}: version: is {data['version']!r}, and this release reads {VERSION}"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first, *more = error.errors(include_url=False, include_input=False)
+            where = ".".join(str(p) for p in first["loc"]) or "record"
+            said = first["msg"].removeprefix("Value error, ")
+            also = f" (and {len(more)} more)" if more else ""
+            raise BadRecord(f"{path}: {where}: {said}{also}") from error

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+
+from kvplug.contract import EngineView
+from kvplug.contract.policy import PolicyOptions
+from kvplug.contract.reuse import Candidate, Fingerprint, ReuseCheck, ReuseRequest, Verdict
+from kvplug.reuse.chain import FAILED, NOT_ALLOWED, ChainCounters, run_chain
+
+PRINT = Fingerprint(
+    *("m", "t", "", "bfloat16", "", "none"), (1, 1, 8), "", "causal", 0, 32, b"c", b"t", 0.0, "r"
+)
+CANDIDATE = Candidate(PRINT)
+
+
+def asked(approximate: bool = True) -> ReuseRequest:
+    return ReuseRequest(PRINT, "r", 0, 64, approximate)
+
+
+def says(name: str, answer: Any) -> ReuseCheck:
+    class Says(ReuseCheck):
+        changes = ""
+        calls = 0
+
+        def check(self, candidate: Candidate, request: ReuseRequest) -> Verdict:
+            Says.calls += 1
+            assert candidate is CANDIDATE
+            if isinstance(answer, Exception):
+                raise answer
+            found: Verdict = answer
+            return found
+
+    Says.name = name
+    return Says(PolicyOptions(), EngineView(16))
+
+
+def test_all_agree_and_all_are_timed() -> None:
+    chain = [says("a", Verdict(True)), says("b", Verdict(True))]
+    result = run_chain(chain, CANDIDATE, asked(False))
+    verdict = result.verdict
+    assert verdict.ok and verdict.exact and not verdict.shift and verdict.credibility is None
+    assert list(result.costs_us) == ["a", "b"] and min(result.costs_us.values()) > 0
+    assert verdict.cost_us == sum(result.costs_us.values())
+    assert not result.refused_by and not result.error
+
+
+def test_what_each_said_is_put_together() -> None:
+    chain = [
+        says("a", Verdict(True, exact=False)),
+        says("b", Verdict(True, exact=False, shift=-5)),
+        says("c", Verdict(True, credibility=0.9)),
+        says("d", Verdict(True, credibility=0.7)),
+    ]
+    verdict = run_chain(chain, CANDIDATE, asked()).verdict
+    assert (verdict.ok, verdict.exact, verdict.shift, verdict.credibility) == (
+        True,
+        False,
+        -5,
+        0.7,
+    )
+
+
+def test_the_first_refusal_ends_it() -> None:
+    last = says("c", Verdict(True))
+    chain = [says("a", Verdict(True)), says("b", Verdict(False, "other text")), last]
+    result = run_chain(chain, CANDIDATE, asked())
+    assert (result.verdict.ok, result.verdict.exact) == (False, False)
+    assert (result.verdict.reason, result.refused_by) == ("other text", "b")
+    assert list(result.costs_us) == ["a", "b"] and type(last).calls == 0  # type: ignore[attr-defined]
+
+
+def test_approximate_reuse_is_refused_where_it_is_not_wanted() -> None:
+    last = says("c", Verdict(True))
+    chain = [says("a", Verdict(True)), says("b", Verdict(True, exact=False, shift=3)), last]
+    result = run_chain(chain, CANDIDATE, asked(False))
+    assert (result.verdict.ok, result.verdict.reason, result.refused_by) == (
+        False,
+        NOT_ALLOWED,
+        "b",
+    )
+    assert type(last).calls == 0  # type: ignore[attr-defined]
+    assert run_chain(chain, CANDIDATE, asked(True)).verdict.ok
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        RuntimeError("no"),
+        None,
+        True,
+        Verdict(True, credibility=float("nan")),
+        Verdict(True, credibility=1.5),
+    ],
+)
+def test_a_check_that_fails_refuses_and_is_logged_once(
+    answer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    chain = [says("a", Verdict(True)), says("broken", answer)]
+    counters = ChainCounters()
+    with caplog.at_level(logging.ERROR, "kvplug"):
+        for _ in range(3):
+            result = run_chain(chain, CANDIDATE, asked())
+            assert (result.verdict.ok, result.verdict.exact) == (False, False)
+            assert (result.verdict.reason, result.refused_by) == (FAILED, "broken")
+            assert result.error
+            counters.add(result)
+    assert sum("reuse check broken failed" in r.message for r in caplog.records) == 1
+    assert counters.refused == {FAILED: 3} and counters.refused_by == {"broken": 3}
+
+
+def test_an_empty_chain_shows_nothing_and_allows_nothing() -> None:
+    result = run_chain([], CANDIDATE, asked())
+    assert not result.verdict.ok and not result.verdict.exact and result.refused_by
+
+
+def test_a_refusal_without_words_is_still_counted() -> None:
+    result = run_chain([says("a", Verdict(False))], CANDIDATE, asked())
+    assert result.verdict.reason == "refused"
+
+
+def test_counters_add_up() -> None:
+    counters = ChainCounters()
+    good = [says("a", Verdict(True)), says("b", Verdict(True, exact=False))]
+    bad = [says("a", Verdict(False, "bad checksum")), says("b", Verdict(True))]
+    for chain in (good, good, bad):
+        counters.add(run_chain(chain, CANDIDATE, asked()))
+    counters.add(run_chain(good[:1], CANDIDATE, asked()))
+    flat = counters.counters()
+    assert (flat["checked"], flat["used"], flat["exact"]) == (4, 3, 1)
+    assert flat["refused_bad_checksum"] == 1
+    assert counters.calls == {"a": 4, "b": 2}
+    assert flat["a_us"] > 0 and flat["b_us"] > 0
