@@ -320,3 +320,55 @@ def test_both_runners_load_it_by_its_name() -> None:
     name = "kvplug.hosts.vllm.guard:GuardProcessor"
     assert _load_logitsprocs_by_fqcns([name]) == [GuardProcessor]
     assert loader._load_v2_logitsprocs_by_fqcns([name]) == [GuardProcessor]
+
+
+def test_in_vllms_own_batch_and_sampler(heard: Any) -> None:
+    """Greedy requests come, wait, come back and go, in the first runner's batch and sampler."""
+    from vllm.v1.sample.sampler import Sampler
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
+
+    batch = InputBatch(
+        max_num_reqs=8,
+        max_model_len=64,
+        max_num_batched_tokens=64,
+        device=torch.device("cpu"),
+        vocab_size=VOCAB,
+        block_sizes=[16],
+        max_num_blocks_per_req=[4],
+        logitsprocs=LogitsProcessors([processor()]),
+    )
+    sampler, draw = Sampler(), random.Random(5)
+    waiting: dict[str, CachedRequestState] = {}
+    running: dict[str, CachedRequestState] = {}
+    expected: list[tuple[str, float, float]] = []
+    for step in range(40):
+        if step % 2 == 0:
+            name = f"r{step}"
+            marked = params(name if draw.random() < 0.7 else None, temperature=0.0)
+            waiting[name] = CachedRequestState(name, [1, 2], None, marked, None, ([0],), 2, [])
+        for name in draw.sample(sorted(running), min(len(running), draw.randint(0, 2))):
+            batch.remove_request(name)
+            request = running.pop(name)
+            if len(request.output_token_ids) < 5:
+                waiting[name] = request  # not scheduled in this step
+        for name in sorted(waiting)[: 8 - len(running)]:
+            running[name] = waiting.pop(name)
+            batch.add_request(running[name])
+        batch.condense()
+        if len(batch.req_ids) > 1 and draw.random() < 0.5:
+            batch.swap_states(*draw.sample(range(len(batch.req_ids)), 2))
+        batch.refresh_metadata()
+        generator = torch.Generator().manual_seed(step)
+        logits = torch.randn(len(batch.req_ids), VOCAB, generator=generator) * 3
+        numbers = said(logits)
+        tokens = sampler(logits.clone(), batch.sampling_metadata).sampled_token_ids
+        assert torch.equal(tokens[:, 0].long(), logits.argmax(-1))
+        for row, name in enumerate(batch.req_ids):
+            request = running[name]
+            assert request.sampling_params is not None
+            request.output_token_ids.append(int(tokens[row, 0]))
+            if request.sampling_params.extra_args:
+                expected.append((name, *numbers[row]))
+    batch.refresh_metadata()
+    assert len(expected) > 60
+    same(heard.guard_heard, expected)

@@ -151,7 +151,7 @@ REFUSALS = {
     "unknown key like no other": (
         "zzz: 1\n",
         "1: zzz: unknown key. Fix: use one of prefix_cache, sequence, format, reuse, transfer, "
-        "lifecycle.",
+        "lifecycle, guard.",
     ),
     "kind of a wrong type": (
         "\nsequence: 7\n",
@@ -225,8 +225,22 @@ REFUSALS = {
     ),
     "options beside a list": (
         "reuse:\n  use: [plain]\n  shift: 3\n",
-        "3: reuse.shift: options cannot stand beside a list of policies. "
-        "Fix: write them under the policy: `use: [a, {b: {option: value}}]`.",
+        "3: reuse.shift: reuse has no option 'shift'. "
+        "Fix: options: approximate, segments, store, recompute, near, memo.",
+    ),
+    "option of a key beside a list": (
+        "reuse:\n  use: [plain]\n  store: {memory: 0}\n",
+        "3: reuse.store.memory: Input should be greater than or equal to 1, got 0. Fix: set it "
+        "accordingly (MiB of host memory for segments, on each rank's own host share).",
+    ),
+    "guard of nothing": (
+        "guard: {}\n",
+        "1: guard: watches reuse, and nothing is reused. Fix: add a reuse section or remove it.",
+    ),
+    "option of guard": (
+        "reuse:\n  use: [plain]\nguard:\n  breaker: {errors: 0}\n",
+        "4: guard.breaker.errors: Input should be greater than or equal to 1, got 0. Fix: set it "
+        "accordingly (drifting answers of a family that stop its reuse).",
     ),
     "list item that is no policy": (
         "reuse:\n  use:\n    - plain\n    - 4\n",
@@ -388,9 +402,18 @@ def test_exclusion_of_a_whole_kind(load: Load, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_kind_the_host_does_not_run(load: Load, file: Path) -> None:
-    assert told(load("reuse:\n  use: [plain]\n")) == [
+    others = RUNS - {Kind.REUSE}
+    found = load("reuse:\n  use: [plain]\n").incompatible(ENGINE, runs=others, host="vllm")
+    assert [refusal.text(str(file)) for refusal in found] == [
         f"{file}:2: reuse.use[0]: the vllm host does not run reuse policies in this release. "
         "Fix: remove reuse; it runs format, prefix_cache, sequence."
+    ]
+
+
+def test_a_chain_of_checks_begins_with_those_it_cannot_do_without(load: Load, file: Path) -> None:
+    assert told(load("reuse:\n  use: [plain]\n")) == [
+        f"{file}:2: reuse.use[0]: a chain of checks begins with structure and position, got plain. "
+        "Fix: write `use: [structure, position, plain]`."
     ]
 
 

@@ -129,6 +129,14 @@ def test_a_shift_turns_pairs_of_neighbours_or_halves_and_leaves_the_rest() -> No
             torch.testing.assert_close(found[..., b], expected.imag)
 
 
+def test_each_key_may_have_a_shift_of_its_own() -> None:
+    key = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(3))
+    table = torch.tensor([1.0, 0.1, 0.01])
+    found = rotated(key, torch.tensor([0, 5, -7]), table)
+    for i, shift in enumerate((0, 5, -7)):
+        assert torch.equal(found[i], rotated(key[i : i + 1], shift, table)[0])
+
+
 def test_greedy_goes_on_as_the_model_does(model: Any) -> None:
     ids = list(TEXT)
     for _ in range(8):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 from kvplug.cli import app
 from kvplug.contract import LayerView
+from kvplug.contract.reuse import Fingerprint, Placement, Verdict
 from kvplug.errors import KVPlugError
 from kvplug.hosts.transformers import Host
 from kvplug.models import model_fingerprint, tiny_llama
@@ -368,6 +370,16 @@ def test_bad_arguments_are_one_message(directory: Path, tmp_path: Path, run: Run
         done = run(*arguments)
         assert done.exit_code == 2 and not done.stdout
         assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_piece_is_made_of_a_placement(directory: Path) -> None:
+    (piece,) = recorded(directory, piece={"ancestry": 2, "measures": {"k_drift": 0.5}}).pieces
+    fingerprint = Fingerprint(
+        *("m", "t", "", "float32", "", "none"), (3, 2, 64), "", "causal", len(OTHER), 40,
+        b"", b"", 0.0, "r", 2, {"k_drift": 0.5, "outgoing": float("nan")},
+    )  # fmt: skip
+    placement = Placement(fingerprint, 0, 40, 24, Verdict(True, "", False, -9, 0.75))
+    assert PieceRecord.of("5e9", placement, np.array(OTHER), np.array(DOCUMENT)) == piece
 
 
 def test_pieces_are_validated_by_themselves() -> None:

@@ -29,6 +29,8 @@ from kvplug_policies.prefix_cache.sieve import Sieve
 from kvplug_policies.prefix_cache.slru import Slru
 from kvplug_policies.prefix_cache.tinylfu import TinyLfu
 from kvplug_policies.prefix_cache.tree import Tree
+from kvplug_policies.reuse.compensate import Compensate
+from kvplug_policies.reuse.credibility import Credibility
 from kvplug_policies.reuse.mask import Mask
 from kvplug_policies.reuse.position import Position
 from kvplug_policies.reuse.structure import Structure
@@ -88,6 +90,8 @@ BUILTIN = (
     Structure,
     Position,
     Mask,
+    Credibility,
+    Compensate,
 )
 
 

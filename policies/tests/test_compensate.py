@@ -1,4 +1,4 @@
-"""The check `compensate`: a correction that was fitted is put where it belongs, and nowhere else."""
+"""The check `compensate`: a fitted correction is put where it belongs, and nowhere else."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from kvplug_policies.reuse_calibration import DECAYS, FEATURES, ReuseCalibration
 H, D, RANK = 2, 8, 6
 WIDTH = 2 * H * D
 TABLE = (1.0, 0.3, 0.1, 0.03)
+HALVES = Rope(TABLE)
+APPROXIMATE = Verdict(True, exact=False)
 
 
 def made(seed: int = 0, corrected: bool = True, credibility: float = 0.5) -> ReuseCalibration:
@@ -46,13 +48,13 @@ def made(seed: int = 0, corrected: bool = True, credibility: float = 0.5) -> Reu
     )
 
 
-def layer(index: int = 0, rope: Rope | None = Rope(TABLE), heads: int = H) -> LayerView:
+def layer(index: int = 0, rope: Rope | None = HALVES, heads: int = H) -> LayerView:
     return LayerView(index, 2, heads, 4, D, "float32", rope)
 
 
 def placement(
     *, start: int = 50, offset: int = 0, length: int = 10, then: int = 7,
-    verdict: Verdict = Verdict(True, exact=False), position: str = "rope/neox/1",
+    verdict: Verdict = APPROXIMATE, position: str = "rope/neox/1",
 ) -> Placement:  # fmt: skip
     fingerprint = Fingerprint(
         model="", tokenizer="", lora="", dtype="float32", format="", position=position,
@@ -69,7 +71,7 @@ def policy(tmp_path: Path) -> Callable[..., Compensate]:
     ) -> Compensate:
         file = tmp_path / "reuse.safetensors"
         (calibration or made()).save(file)
-        options = Compensate.Options.model_validate({"model": str(file), **more})
+        options = Compensate.Options.model_validate({"model": str(file), "keys": True, **more})
         return Compensate(options, engine or EngineView(16, layers=(layer(0), layer(1))))
 
     return build
@@ -131,6 +133,15 @@ def test_the_correction_is_added_before_rotation(
     torch.testing.assert_close(found[0].double(), rotation(keys, 50, rope), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found[1].double(), values, atol=1e-4, rtol=1e-4)
     assert torch.equal(key, before[0]) and torch.equal(value, before[1])
+
+
+def test_by_default_values_alone_are_corrected(policy: Callable[..., Compensate]) -> None:
+    assert not Compensate.Options().keys
+    key, value = kv()
+    both = policy().adapt(layer(), placement(), key, value)
+    found = policy(keys=False).adapt(layer(), placement(), key, value)
+    assert found[0] is key
+    assert torch.equal(found[1], both[1]) and not torch.equal(found[1], value)
 
 
 def test_keys_without_rotation_are_corrected_as_they_are(

@@ -492,11 +492,13 @@ class Improvers:
     """What calibration gives beside recompute.
 
     Attributes:
-        compensate: Adds the correction; None where none was learned.
+        compensate: Corrects values; None where no correction was learned.
+        compensate_keys: Corrects keys too.
         credible: Whether a placement is credible enough.
     """
 
     compensate: Adapt | None
+    compensate_keys: Adapt | None
     credible: Callable[[Candidate, ReuseRequest], bool]
 
 
@@ -600,6 +602,10 @@ def _one_prompt(
         own_better = [correct(i, *both) for i, both in enumerate(zip(own, own_pieces, strict=True))]
         add("own sink + compensate", own_better)
         add("shared prefix + compensate", better)
+        if improvers.compensate_keys is not None:
+            both = zip(shared, pieces, strict=True)
+            keys_too = [improvers.compensate_keys(i, *pair) for i, pair in enumerate(both)]
+            add("shared prefix + compensate, keys too", keys_too)
         add("shared prefix + compensate + boundary 16", better, boundary(16))
         most = (most_deviating(deviations, round(SHARES[1] * total)) + begin).tolist()
         add(f"shared prefix + compensate + {SHARES[1]:.0%} most deviating", better, most)

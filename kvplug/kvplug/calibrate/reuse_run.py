@@ -168,10 +168,11 @@ def learn(
 
     # Written before it is judged: the correction is measured through the policy and its file.
     made({}).save(output)
-    correct = None
+    correct = of_keys = None
     if settings.rank:
         correct = correcting(built(str(output), settings.corrected), lab)
-    explained = None if correct is None else Explained(correct)
+        of_keys = correcting(built(str(output), settings.corrected, keys=True), lab)
+    explained = None if of_keys is None else Explained(of_keys)
     held_out = trials(lab, others, sizes, explained, progress, first=sizes.prompts)
     hx, hy = table(held_out, settings.bounds)
     judged = report(estimator, hx, hy, float(y.mean()))
@@ -184,7 +185,7 @@ def learn(
             chance = float(estimator.probability(features(candidate, request)))
             return chance >= settings.threshold
 
-        measured = effects(lab, others, sizes, Improvers(correct, credible), progress)
+        measured = effects(lab, others, sizes, Improvers(correct, of_keys, credible), progress)
     numbers = {
         "placements": float(judged.placements),
         "kept": judged.kept,

@@ -151,15 +151,15 @@ def show(console: Console, found: Explanation, record: ReuseRecord, tokenizer: A
     say(_parting(found))
     kl = [o.kl for o in found.outputs]
     say(f"KL of the next token: mean {sum(kl) / len(kl):.4f} nats, most {max(kl):.4f}")
+    exact = sum(o.entropy_exact for o in found.outputs) / len(kl)
+    reused = sum(o.entropy_reused for o in found.outputs) / len(kl)
+    say(f"mean entropy: {exact:.3f} nats computed, {reused:.3f} with reuse, after the same tokens")
     if found.entropy_off is not None:
         say(f"recorded entropies: {found.entropy_off:.4f} nats from the replay's, on average")
     if record.output_ids:
-        say(
-            "the recorded answer is the replay's, token for token"
-            if found.follows
-            else "the recorded answer is not the replay's: it was sampled, or the engine rounds "
-            "otherwise"
-        )
+        same = sum(o.recorded == o.reused for o in found.outputs)
+        why = "" if found.follows else ": it was sampled, or near ties fell otherwise in the engine"
+        say(f"recorded answer: {same} of {len(found.outputs)} tokens are the replay's choice{why}")
     for note in found.notes:
         say(f"note: {note}")
 

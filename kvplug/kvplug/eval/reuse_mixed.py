@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,13 +82,11 @@ class Workload:
 
     mixed: list[TrialRequest]
     exact: list[TrialRequest]
-    wishes: Counter[str]
+    wishes: dict[str, int]
     longest: int
 
     def together(self) -> list[TrialRequest]:
         """Mixed requests and then the exact ones."""
-        from dataclasses import replace
-
         waves = 1 + max((r.wave for r in self.mixed), default=-1)
         return [*self.mixed, *(replace(r, wave=waves + r.wave) for r in self.exact)]
 
@@ -139,7 +137,30 @@ def workload(encode: Encode, bos: Sequence[int], text: str, sizes: Sizes) -> Wor
         own = {"segments": lengths} | ({"reuse": "exact"} if number % 2 else {})
         exact.append(TrialRequest(prompt, sizes.exact_answer, wave=number, kvplug=own, salt=salt))
     longest = max(len(r.prompt) + r.max_tokens for r in [*mixed, *exact])
-    return Workload(mixed, exact, Counter(kinds), longest)
+    return Workload(mixed, exact, dict(Counter(kinds)), longest)
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """An exact request that was not answered as by a fresh engine.
+
+    Attributes:
+        index: Which one.
+        at: Tokens before the first difference.
+        answer: Its tokens.
+        right: The fresh engine's.
+        cached: Tokens of its prompt that were not computed.
+        reused: Those of them that kvplug had stored.
+        approximate: Whether its answer admits approximate reuse.
+    """
+
+    index: int
+    at: int
+    answer: list[int]
+    right: list[int]
+    cached: int
+    reused: int
+    approximate: bool
 
 
 @dataclass
@@ -154,24 +175,24 @@ class Result:
         reused: Tokens not prefilled, of mixed requests that reused.
         preemptions: Preemptions in the engine under test.
         compared: Exact requests compared with a fresh stock engine.
-        mismatches: Indices of those whose tokens differ.
+        mismatches: Those whose tokens differ.
         served_as: What the compared requests' own answers say of reuse, by kind.
-        control: The same indices where the engine that served the mixed requests was stock; None
+        control: The same where the engine that served the mixed requests was stock; None
             where it was not measured.
         counters: kvplug's own counters of reuse.
         prompt_tokens: Tokens of the mixed prompts.
     """
 
     sizes: Sizes
-    wishes: Counter[str]
+    wishes: dict[str, int]
     approximate: int = 0
     exact: int = 0
     reused: int = 0
     preemptions: int = 0
     compared: int = 0
-    mismatches: list[int] = field(default_factory=list)
-    served_as: Counter[str] = field(default_factory=Counter)
-    control: list[int] | None = None
+    mismatches: list[Mismatch] = field(default_factory=list)
+    served_as: dict[str, int] = field(default_factory=dict)
+    control: list[Mismatch] | None = None
     counters: dict[str, float] = field(default_factory=dict)
     prompt_tokens: int = 0
 
@@ -191,10 +212,10 @@ def judge(work: Workload, ours: TrialResult, fresh: TrialResult, sizes: Sizes) -
         result.reused += told.reused
     after = ours.answers[len(work.mixed) :]
     result.compared = len(after)
-    for answer in after:
-        told = said(answer)
-        kind = "exact" if told.any else "none"
-        result.served_as["approximate" if told.approximate else kind] += 1
+    kinds = (said(answer) for answer in after)
+    result.served_as = dict(
+        Counter("approximate" if t.approximate else "exact" if t.any else "none" for t in kinds)
+    )
     result.mismatches = mismatches(ours, fresh, len(work.mixed))
     for report in ours.reports:
         if report["kind"] == "reuse":
@@ -202,14 +223,24 @@ def judge(work: Workload, ours: TrialResult, fresh: TrialResult, sizes: Sizes) -
     return result
 
 
-def mismatches(ours: TrialResult, fresh: TrialResult, mixed: int) -> list[int]:
-    """Indices of exact requests whose tokens differ from the fresh engine's."""
-    return [
-        i
-        for i, (a, b) in enumerate(zip(ours.answers[mixed:], fresh.answers, strict=True))
-        if agreement(a.token_ids, b.token_ids) != len(b.token_ids)
-        or len(a.token_ids) != len(b.token_ids)
-    ]
+def mismatches(ours: TrialResult, fresh: TrialResult, mixed: int) -> list[Mismatch]:
+    """Exact requests whose tokens differ from the fresh engine's."""
+    found = []
+    for index, (own, right) in enumerate(zip(ours.answers[mixed:], fresh.answers, strict=True)):
+        if own.token_ids != right.token_ids:
+            at, told = agreement(own.token_ids, right.token_ids), said(own)
+            found.append(
+                Mismatch(
+                    index,
+                    at,
+                    own.token_ids,
+                    right.token_ids,
+                    own.cached_tokens,
+                    told.reused,
+                    told.approximate,
+                )
+            )
+    return found
 
 
 def measure(

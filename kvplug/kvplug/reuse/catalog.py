@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sortedcontainers import SortedSet
 
 from kvplug.contract.reuse import Candidate, Fingerprint
+from kvplug.errors import KVPlugError
 from kvplug.reuse.file import (
     SUFFIX,
     BadSegment,
@@ -553,6 +554,9 @@ class Catalog:
         Returns:
             Files that are not used, by cause; segments that lack the file of a rank count as
             ``incomplete``.
+
+        Raises:
+            KVPlugError: The folder is none, or must not be read.
         """
         refused: Counter[str] = Counter()
         parts: dict[tuple[str, int], dict[int, tuple[SegmentHeader, float]]] = {}
@@ -763,7 +767,6 @@ class Catalog:
         """Take a segment out, its bytes everywhere."""
         if segment.in_memory:
             self._drop[segment.id] = False
-        self._fetch.pop(segment.id, None)
         if self._charged(segment):
             self._delete[segment.id] = None
         self._charge(segment, -1)
@@ -876,4 +879,9 @@ def _files(folder: Path) -> Iterator[Path]:
         paths = sorted(folder.iterdir())
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise KVPlugError(
+            f"reuse.store.directory: {folder} cannot be read ({error.strerror}). Fix: name a "
+            "folder that the engine's user may read and write."
+        ) from None
     yield from (p for p in paths if p.suffix == SUFFIX and not p.name.startswith("."))

@@ -21,7 +21,7 @@ from kvplug.errors import KVPlugError
 from kvplug.reuse.record import PieceRecord, ReuseRecord
 from kvplug.reuse.replay import Piece, capture, forward_reused
 
-__all__ = ["Explanation", "OutputToken", "Parted", "adapting_checks", "explain"]
+__all__ = ["Explanation", "OutputToken", "Parted", "adapting_checks", "explain", "stored_pieces"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def explain(
     if any(ids and max(ids) >= vocab for ids in known):
         raise KVPlugError(f"the record has token ids beyond the model's vocabulary of {vocab}")
 
-    pieces = _pieces(model, record, checks, layers)
+    pieces = stored_pieces(model, record, checks, layers)
     right = forward_reused(model, text, keep=keep)
     reused = forward_reused(model, text, pieces, record.computed, keep=keep)
 
@@ -209,10 +209,14 @@ def _notes(record: ReuseRecord) -> list[str]:
     return notes
 
 
-def _pieces(
+def stored_pieces(
     model: Any, record: ReuseRecord, checks: Sequence[ReuseCheck], layers: Sequence[LayerView]
 ) -> list[Piece]:
-    """Each piece's KV as the worker would have written it."""
+    """Each piece's KV as the worker would have written it.
+
+    Raises:
+        KVPlugError: The model has other layers, or a check cannot correct a piece.
+    """
     made: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[list[Tensor], list[Tensor]]] = {}
     found = []
     for piece in record.pieces:

@@ -488,10 +488,11 @@ def _opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
         if path.is_symlink():
             raise BadSegment(path, "not a segment file", "a link") from None
         raise BadSegment(path, "unreadable", error.strerror or str(error)) from None
-    with os.fdopen(handle, "rb", closefd=True) as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise BadSegment(path, "not a segment file", "no regular file")
+    facts = os.fstat(handle)
+    if not stat.S_ISREG(facts.st_mode):
+        os.close(handle)
+        raise BadSegment(path, "not a segment file", "no regular file")
+    with os.fdopen(handle, "rb") as file:
         try:
             yield file, facts.st_size
         except OSError as error:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kvplug.errors import KVPlugError
 from kvplug.reuse.file import (
     BadSegment,
     SegmentHeader,
@@ -74,7 +75,7 @@ class SegmentMemory:
         world: Those workers.
 
     Raises:
-        OSError: The folder cannot be made.
+        KVPlugError: The folder cannot be made.
     """
 
     def __init__(self, directory: str, rank: int = 0, world: int = 1) -> None:
@@ -99,7 +100,13 @@ class SegmentMemory:
         )
         self._refused: dict[str, int] = {}
         if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            except OSError as error:
+                raise KVPlugError(
+                    f"reuse.store.directory: {directory} cannot be made ({error.strerror}). Fix: "
+                    "name a folder that the engine's user may read and write."
+                ) from None
             self._sweep()
             self._thread = threading.Thread(target=self._work, name="kvplug-segments", daemon=True)
             self._thread.start()
@@ -248,7 +255,7 @@ class SegmentMemory:
         cause, size = "", 0
         try:
             size = write_segment(path, header, planes)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
             cause = (getattr(error, "strerror", "") or "cannot be written").lower()
             if not self._told:
                 self._told = True
@@ -286,9 +293,13 @@ class SegmentMemory:
         except BadSegment as error:
             cause = error.cause
             logger.warning("a stored segment is not used: %s", error)
-        except (MemoryError, RuntimeError) as error:
+        except MemoryError as error:
             cause = "no memory"
             logger.warning("a stored segment is not used: %s: %s", path, error)
+        except Exception as error:
+            # Whatever it is, somebody waits to hear of it.
+            cause = "unreadable"
+            logger.warning("a stored segment is not used: %s", path, exc_info=error)
         with self._lock:
             if self._reads.get(segment) != number:
                 return

@@ -55,7 +55,10 @@ class Plan:
         pieces: What is loaded, in order.
         spans: What is computed anew within the run, ascending and disjoint; inside a piece or
             between two.
-        waiting: Segments that have to come back from the folder before the run can be planned.
+        deviating: Tokens of approximate pieces, in no span, that are computed anew besides: which
+            ones, the worker finds.
+        waiting: Segments on their way into memory, or in the folder: the run is planned anew once
+            they are there.
         refused: How many segments were refused, by cause.
         costs_us: Microseconds each check took, by its name.
     """
@@ -64,6 +67,7 @@ class Plan:
     end: int
     pieces: list[Piece] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    deviating: int = 0
     waiting: list[str] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     costs_us: Counter[str] = field(default_factory=Counter)
@@ -76,7 +80,7 @@ class Plan:
     @property
     def computed(self) -> int:
         """Tokens of it that are computed anew."""
-        return sum(b - a for a, b in self.spans)
+        return sum(b - a for a, b in self.spans) + self.deviating
 
     @property
     def approximate_from(self) -> int | None:
@@ -113,6 +117,7 @@ class Planner:
     def __init__(self, recompute: Recompute, can_compute: bool):
         self.boundary = recompute.boundary if can_compute else 0
         self.gaps = recompute.gaps if can_compute else 0
+        self.share = recompute.share if can_compute else 0.0
         self.most = recompute.most
 
     def plan(
@@ -161,7 +166,20 @@ class Planner:
         plan.end = end if end - begin >= SHORTEST else begin
         if plan.end == begin:
             plan.pieces, plan.spans = [], []
+        plan.deviating = deviating(plan.approximate, plan.spans, self.share)
         return plan
+
+
+def deviating(loose: Sequence[Span], spans: Sequence[Span], share: float) -> int:
+    """How many tokens are computed anew besides those in spans.
+
+    Args:
+        loose: What approximate pieces cover.
+        spans: What is computed anyway.
+        share: Of the tokens in ``loose``, how many are computed, those in spans among them.
+    """
+    within = sum(max(0, min(b, d) - max(a, c)) for a, b in loose for c, d in spans)
+    return max(0, round(share * sum(b - a for a, b in loose)) - within)
 
 
 def _add(spans: list[Span], span: Span) -> None:
@@ -227,8 +245,6 @@ class _Walk:
         return self._found[key]
 
     def _asked(self, segment: Segment, start: int) -> Verdict | None:
-        if segment.state is State.SAVING:
-            return None
         result = self._judge(segment, start)
         self._plan.costs_us.update(result.costs_us)
         if not result.verdict.ok:

@@ -7,16 +7,18 @@ request's text and that of the segments, so it is as confidential as they are.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kvplug.contract.reuse import Placement
 from kvplug.errors import KVPlugError
 from kvplug.reuse.guard import Drift, State
 
@@ -70,6 +72,30 @@ class PieceRecord(_Part):
     token_ids: list[Token]
     ancestry: Position = 0
     measures: dict[str, Number] = Field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        segment: str,
+        placement: Placement,
+        context_ids: Iterable[int],
+        token_ids: Iterable[int],
+    ) -> PieceRecord:
+        """A placement, with the texts that were before its segment and in it."""
+        verdict, fingerprint = placement.verdict, placement.fingerprint
+        return cls(
+            segment=segment,
+            offset=placement.offset,
+            length=placement.length,
+            start=placement.start,
+            shift=verdict.shift,
+            exact=verdict.exact,
+            credibility=verdict.credibility,
+            context_ids=[int(t) for t in context_ids],
+            token_ids=[int(t) for t in token_ids],
+            ancestry=fingerprint.ancestry,
+            measures={k: float(v) for k, v in fingerprint.measures.items() if math.isfinite(v)},
+        )
 
     @property
     def end(self) -> int:

@@ -39,8 +39,10 @@ class Correction:
     residual: Tensor
     norm: tuple[float, float]
 
-    def apply(self, key: Tensor, value: Tensor, offset: int, alpha: float) -> tuple[Tensor, Tensor]:
-        """Corrected keys and values, float32.
+    def residual_of(
+        self, key: Tensor, value: Tensor, offset: int, alpha: float
+    ) -> tuple[Tensor, Tensor]:
+        """What to add to keys before rotation, and to values; float32 ``[n, H, d]``.
 
         Args:
             key: ``[n, H, d]`` float32, before rotation.
@@ -54,7 +56,7 @@ class Correction:
         found = (inputs - self.mean) @ self.encode @ self.decode + self.residual
         found *= alpha * self.familiar(key)[:, None]
         width = found.shape[1] // 2
-        return key + found[:, :width].view(shape), value + found[:, width:].view(shape)
+        return found[:, :width].view(shape), found[:, width:].view(shape)
 
     def familiar(self, key: Tensor) -> Tensor:
         """1 for keys ``[n, H, d]`` as long as those of calibration, falling beyond two deviations;
@@ -106,6 +108,10 @@ class Compensate(ReuseCheck):
             description="directions of the residual that are corrected, per layer; at most those "
             "of the file",
         )
+        keys: bool = Field(
+            False,
+            description="correct keys too, not only values; on the model measured it did harm",
+        )
         strength: float = Field(
             1.0, ge=0, le=1, description="share of the correction where credibility is unknown"
         )
@@ -113,7 +119,7 @@ class Compensate(ReuseCheck):
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
         known = cast(Compensate.Options, options)
-        self.rank, self.strength = known.rank, known.strength
+        self.rank, self.strength, self.keys = known.rank, known.strength, known.keys
         self.calibration: ReuseCalibration | None = calibration_for(known.model, engine)
         if self.calibration is not None:
             self.calibration.check_layers(engine)
@@ -144,7 +150,8 @@ class Compensate(ReuseCheck):
     def adapt(
         self, layer: LayerView, placement: Placement, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Add the layer's correction; keys come rotated to where they are used, and go so.
+        """Add the layer's correction to values, and to keys where `keys` says so: they come rotated
+        to where they are used and go so.
 
         Raises:
             ValueError: The layer's heads are not those of the calibration, or its keys are
@@ -164,13 +171,18 @@ class Compensate(ReuseCheck):
         at = torch.arange(len(key), device=key.device) + placement.start
         # In float32 all the way: a key rotated there and back in bfloat16 would be another.
         bare = turned(key.float(), -at, layer.rope, frequencies)
-        bare, found = correction.apply(bare, value.float(), placement.offset, self.alpha(placement))
-        better = turned(bare, at, layer.rope, frequencies).to(key.dtype)
-        found = found.to(value.dtype)
+        for_key, for_value = correction.residual_of(
+            bare, value.float(), placement.offset, self.alpha(placement)
+        )
         if placement.fingerprint.start == 0 and placement.offset == 0:
             # The first token of a text is a sink like no other token; nothing was fitted for it.
-            better[0], found[0] = key[0], value[0]
-        return better, found
+            for_key[0], for_value[0] = 0, 0
+        better = (value.float() + for_value).to(value.dtype)
+        if not self.keys:
+            return key, better
+        # What is added is rotated, not the sum: a key that gets nothing stays bit for bit.
+        for_key = turned(for_key, at, layer.rope, frequencies)
+        return (key.float() + for_key).to(key.dtype), better
 
     def counters(self) -> dict[str, float]:
         return {"compensated": float(self._placements)}

@@ -12,8 +12,7 @@ import itertools
 import re
 from dataclasses import dataclass
 
-from kvplug.contract import PolicyOptions
-from kvplug.contract.reuse import Candidate, ReuseCheck, ReuseRequest, Verdict
+from kvplug.contract import Candidate, PolicyOptions, ReuseCheck, ReuseRequest, Verdict
 
 TEMPLATE = re.compile(
     r"(?:causal|window:(?P<window>[1-9]\d{0,9}))"

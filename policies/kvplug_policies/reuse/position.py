@@ -13,8 +13,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvplug.contract import EngineView, LayerView, PolicyOptions
-from kvplug.contract.reuse import Candidate, Placement, ReuseCheck, ReuseRequest, Verdict
+from kvplug.contract import (
+    Candidate,
+    EngineView,
+    LayerView,
+    Placement,
+    PolicyOptions,
+    ReuseCheck,
+    ReuseRequest,
+    Verdict,
+)
 from kvplug_kernels.rerotate import rerotate
 
 ROTARY = {"rope/neox": False, "rope/gptj": True}

@@ -10,8 +10,15 @@ from typing import cast
 
 from pydantic import Field
 
-from kvplug.contract import EngineView, PolicyOptions
-from kvplug.contract.reuse import Candidate, Fingerprint, ReuseCheck, ReuseRequest, Verdict
+from kvplug.contract import (
+    Candidate,
+    EngineView,
+    Fingerprint,
+    PolicyOptions,
+    ReuseCheck,
+    ReuseRequest,
+    Verdict,
+)
 
 SAME: tuple[tuple[str, str], ...] = (
     ("tenant", "other tenant"),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kvplug.reuse.deviation import most_deviating
 from kvplug.reuse.deviation import spans as runs
+from kvplug.reuse.plan import deviating
 
 if TYPE_CHECKING:
     from kvplug.hosts.vllm.worker import WorkerState
@@ -62,12 +63,15 @@ class Recomputer:
             spans: What to compute, ascending and disjoint. Everything else before the last span's
                 end lies in the pages already.
         """
-        for batch in batches(spans, self._most_tokens, self._most_rows):
-            self._forward(tokens, blocks, batch)
+        for batch in self.batches(spans):
+            self.forward(tokens, blocks, batch)
 
-    def _forward(
-        self, tokens: npt.NDArray[np.int32], blocks: Tensor, spans: Sequence[Span]
-    ) -> None:
+    def batches(self, spans: Sequence[Span]) -> list[list[Span]]:
+        """Spans in groups that one forward takes each."""
+        return batches(spans, self._most_tokens, self._most_rows)
+
+    def forward(self, tokens: npt.NDArray[np.int32], blocks: Tensor, spans: Sequence[Span]) -> None:
+        """One forward over some spans; as `compute`, and no more than `batches` puts together."""
         from vllm.forward_context import set_forward_context
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -155,7 +159,7 @@ def chosen(
     eligible = torch.zeros_like(anyway)
     for a, b in loose:
         eligible[a - begin : b - begin] = True
-    count = round(share * int(eligible.sum())) - int((eligible & anyway).sum())
+    count = deviating(loose, spans, share)
     eligible &= ~anyway
     picked = anyway.clone()
     if count > 0:

@@ -13,15 +13,16 @@ import numpy as np
 import numpy.typing as npt
 from vllm.logger import init_logger
 
-from kvplug.contract import EngineView, Fingerprint, ReuseCheck, ReuseRequest
+from kvplug.contract import EngineView, Fingerprint, Placement, ReuseCheck, ReuseRequest
 from kvplug.deployment import Deployment
 from kvplug.hosts.vllm import compat, engine
 from kvplug.hosts.vllm.segments import LoadOrder, PieceOrder, ReuseNews, ReuseOrders, SaveOrder
 from kvplug.hosts.vllm.spec import ReusedManager
 from kvplug.reuse.catalog import Catalog, Segment
 from kvplug.reuse.chain import ChainResult, run_chain
-from kvplug.reuse.guard import Guard
+from kvplug.reuse.guard import Drift, Guard
 from kvplug.reuse.plan import Plan, Planner
+from kvplug.reuse.record import FamilyRecord, PieceRecord, ReuseRecord
 from kvplug.reuse.splitting import Splitter
 
 logger = init_logger("vllm.kvplug")
@@ -190,6 +191,7 @@ class ReuseScheduler:
             self.settings.recompute, bool(vllm_config.parallel_config.worker_extension_cls)
         )
         self.guard = Guard(deployment.guard) if deployment.guard is not None else None
+        self._guarding = deployment.guard
         self._managers: list[ReusedManager] = []
         self._known: dict[str, _Known] = {}
         self._loads: list[LoadOrder] = []
@@ -512,8 +514,44 @@ class ReuseScheduler:
             return None
         self.counters.drifted += 1
         worst = drift.families[0]
+        if self._guarding is not None and self._guarding.records:
+            self._record(known, drift, self._guarding.records)
         self._tell("drifted", 1, f"entropy by {worst.entropy:.2f}, {worst.logprob:.2f} nats")
         return {"entropy": worst.entropy, "logprob": worst.logprob}
+
+    def _record(self, known: _Known, drift: Drift, folder: str) -> None:
+        """Write down what happened, for ``kvplug explain``."""
+        request, plan = known.request, known.taken
+        assert plan is not None, "only approximate answers drift"
+        text = request.all_token_ids
+        record = ReuseRecord(
+            model=self._model,
+            fingerprint=self.view.model,
+            dtype=self.view.layers[0].dtype,
+            block_size=self._size,
+            kvplug=dict(self._deployment.section),
+            request_id=request.request_id,
+            prompt_ids=list(text[: request.num_prompt_tokens]),
+            output_ids=list(text[request.num_prompt_tokens :]),
+            pieces=[
+                PieceRecord.of(
+                    p.segment.id,
+                    Placement(p.segment.fingerprint, p.offset, p.length, p.start, p.verdict),
+                    p.segment.context_ids,
+                    p.segment.token_ids,
+                )
+                for p in plan.pieces
+            ],
+            computed=list(plan.spans),
+            entropies=list(drift.entropies),
+            logprobs=list(drift.logprobs),
+            families=FamilyRecord.of(drift),
+        )
+        try:
+            path = record.write(folder)
+            logger.warning("kvplug: an answer drifted after reuse: kvplug explain %s", path)
+        except OSError as error:
+            logger.error("kvplug: no record of a drift could be written: %s", error)
 
     # -- telling -------------------------------------------------------------------------------
 
@@ -562,6 +600,13 @@ class ReuseScheduler:
             self.catalog.failed(name, cause)
             self.refused[cause] += 1
             self._tell("refused", 1, cause)
+        for request_id in news.unloaded:
+            known = self._known.get(request_id)
+            if known is not None and known.taken is not None:
+                known.taken, known.ancestry = None, 0
+                known.refused["load failed"] += 1
+                self.refused["load failed"] += 1
+                self._set_limit(request_id, None)
         counters = self.counters
         counters.computed += news.computed
         counters.errors += news.errors

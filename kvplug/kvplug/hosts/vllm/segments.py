@@ -8,7 +8,7 @@ forward runs, and segments it completed are read out. All but the first of it st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from kvplug.reuse.settings import ReuseSettings
 
 logger = init_logger("vllm.kvplug")
+
+Compared = Callable[[Any, Tensor, Tensor], None]
 
 LOOKED_BACK = 2048
 """Tokens before a segment over which its attention is measured."""
@@ -150,9 +152,10 @@ class ReuseNews:
         loaded: Tokens loaded, and those of them that were corrected on the way.
         guard: ``(request, entropy, log-probability)`` of watched answers.
         memo: Decode rows that far attention was asked for, and those that reused it.
+        unloaded: Requests whose run could not be loaded; vLLM computes it.
         errors: Exceptions on the way.
         error: The first of them.
-        ranks: Ranks that said so, per segment, while they are not all.
+        counts: Ranks that stored each segment.
     """
 
     saved: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -163,6 +166,7 @@ class ReuseNews:
     loaded: tuple[int, int] = (0, 0)
     guard: list[tuple[str, float, float]] = field(default_factory=list)
     memo: tuple[int, int] = (0, 0)
+    unloaded: list[str] = field(default_factory=list)
     errors: int = 0
     error: str = ""
     counts: dict[str, int] = field(default_factory=dict)
@@ -195,6 +199,7 @@ class ReuseNews:
         self.loaded = max(self.loaded, other.loaded)
         self.guard = self.guard or other.guard
         self.memo = max(self.memo, other.memo)
+        self.unloaded += other.unloaded
         self.errors += other.errors
         self.error = self.error or other.error
 
@@ -289,7 +294,7 @@ class ReuseWorker:
         self.layers: dict[str, LayerPages] = {}
         self.news = ReuseNews()
         self.watched: dict[int, tuple[int, int]] = {}
-        self.compared: Any = None
+        self.compared: Compared | None = None
         self._queries: dict[tuple[int, str], Tensor] = {}
         self._rows: tuple[int, list[tuple[int, int, int]]] | None = None
         self._running = RunningScale()
@@ -341,6 +346,7 @@ class ReuseWorker:
                 self._load(order)
             except Exception as error:
                 self._failed("load", error)
+                self.news.unloaded.append(order.request)
                 first = min(
                     (a for a, _ in [*order.spans, *((p.start, 0) for p in order.pieces)]),
                     default=0,
@@ -351,8 +357,13 @@ class ReuseWorker:
     def after(self, orders: ReuseOrders) -> None:
         """After the forward."""
         self.watched = {}
+        unloaded = set(self.news.unloaded)
         for save in orders.saves:
-            self._guarded("save", self._save, save)
+            if save.fingerprint.request_id in unloaded:
+                # What the step computed for it saw pages that were never filled.
+                self.news.failed[save.segment] = "could not be stored"
+            else:
+                self._guarded("save", self._save, save)
         self._queries.clear()
 
     def take_unloaded(self) -> set[int]:
@@ -422,20 +433,16 @@ class ReuseWorker:
         end = loose[-1][1]
         before = pages.read(blocks, begin, end)
         found = torch.zeros(end - begin)
-
-        def compared(layer: Any, key: Tensor, value: Tensor) -> None:
-            if layer.layer_name == second:
-                n = end - begin
-                found.copy_(deviation(before[0], before[1], key[:n], value[:n]))
-                raise UnlikeStored
-
-        self.compared = compared
-        try:
-            self.recomputer.compute(order.tokens, blocks, [(begin, end)])
-        except UnlikeStored:
-            pass
-        finally:
-            self.compared = None
+        # A forward takes so many tokens; the first layer's K and V of one are there for the next.
+        for batch in self.recomputer.batches([(begin, end)]):
+            part = slice(batch[0][0] - begin, batch[-1][1] - begin)
+            self.compared = _comparing(second, [t[part] for t in before], found[part])
+            try:
+                self.recomputer.forward(order.tokens, blocks, batch)
+            except UnlikeStored:
+                pass
+            finally:
+                self.compared = None
         if self.world > 1:
             from vllm.distributed import tensor_model_parallel_all_reduce
 
@@ -530,6 +537,19 @@ class ReuseWorker:
         if query is not None:
             before, _ = pages.read(blocks, max(0, start - LOOKED_BACK), start)
         return segment_stats(key, value, query, before, pages.scale).cpu()
+
+
+def _comparing(name: str, stale: Sequence[Tensor], into: Tensor) -> Compared:
+    """What a layer's new K and V are shown to: says how far off stale ones are, and ends the
+    forward there."""
+
+    def compared(layer: Any, key: Tensor, value: Tensor) -> None:
+        if layer.layer_name == name:
+            n = len(into)
+            into.copy_(deviation(stale[0], stale[1], key[:n], value[:n]))
+            raise UnlikeStored
+
+    return compared
 
 
 class LayerPages:
