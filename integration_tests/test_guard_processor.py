@@ -263,6 +263,39 @@ def test_what_nobody_takes_is_bounded(heard: Any, monkeypatch: pytest.MonkeyPatc
     same(heard.guard_heard, batch.expected[:5])
 
 
+def test_numbers_on_their_way_from_a_device_are_not_waited_for(
+    heard: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late: list[Any] = []
+
+    class Late(guard._Found):
+        arrived = False
+
+        def __init__(self, values: Tensor):
+            super().__init__(values)
+            late.append(self)
+
+        @property
+        def ready(self) -> bool:
+            return self.arrived
+
+    monkeypatch.setattr(guard, "_Found", Late)
+    batch = Batch(processor())
+    batch.add("a")
+    for _ in range(guard.BEHIND + 1):
+        batch.step()
+    assert heard.guard_heard == []
+    batch.step()
+    assert len(heard.guard_heard) == 1, "the oldest is waited for in the end"
+    late[3].arrived = True
+    batch.on.update_state(None)
+    assert len(heard.guard_heard) == 2, "and what is behind it stays in order"
+    for found in late:
+        found.arrived = True
+    batch.on.update_state(None)
+    same(heard.guard_heard, batch.expected)
+
+
 def test_without_a_connector_it_does_nothing() -> None:
     on = GuardProcessor(SimpleNamespace(kv_transfer_config=None), torch.device("cpu"), False)
     on.update_state(BatchUpdate(1, [], [(0, params("a"), None, [])], []))

@@ -838,6 +838,8 @@ class AnythingInAnyOrder(RuleBasedStateMachine):
         assert counters["memory_bytes"] == memory <= self.catalog.settings.memory << 20
         assert counters["disk_bytes"] == disk <= self.catalog.settings.disk << 20
         assert counters["segments"] == len(all_of_it) == len(self.catalog.index)
+        asleep = sum(s.state is State.DISK and s.usable for s in all_of_it)
+        assert self.catalog._asleep == asleep
         families: dict[Any, int] = {}
         for segment in all_of_it:
             known = segment.fingerprint

@@ -167,16 +167,18 @@ def test_answers_are_scored_by_kind(work: reuse_rag.Workload) -> None:
     greedy, continuation, passkey = work.plain[:3]
     measured = reuse_rag.Measured("x")
     stock = answer([1, 2, 3, 4], ttft=3.0)
-    measured.add(greedy, answer([1, 2, 9, 4], ttft=0.5, kvplug={"exact": False}), stock)
+    measured.add(greedy, answer([1, 2, 9, 4], ttft=0.5, kvplug={"exact": False}), stock, (0.5, 4.0))
     measured.add(
         continuation,
         answer([5], logprobs=[-1.0, -3.0], kvplug={"exact": False, "recomputed": 16, "reused": 9}),
         answer([5], logprobs=[-9.0]),
+        (1.0, 1.0),
     )
-    measured.add(passkey, answer([8, 8], text=f" {passkey.key}"), answer([8, 8]))
-    measured.add(passkey, answer([8, 7], text=" 1"), answer([8, 8]))
+    measured.add(passkey, answer([8, 8], text=f" {passkey.key}"), answer([8, 8]), (1.0, 1.0))
+    measured.add(passkey, answer([8, 7], text=" 1"), answer([8, 8]), (1.0, 1.0))
     plain = measured.plain()
     assert plain["ttft_ratio"]["n"] == 4 and measured.ratio[0] == 6.0
+    assert measured.busy_ratio[0] == 8.0
     assert (plain["greedy"]["identical"], plain["greedy"]["tokens_share"]) == (0.0, 0.5)
     assert plain["passkey_agreement"]["identical"] == 0.5
     assert plain["passkeys"] == {"found": 1, "asked": 2}
@@ -216,16 +218,16 @@ def test_what_the_user_says_is_framed_and_quoted() -> None:
 
 def test_turns_over_the_window_are_summed_up_apart() -> None:
     served = [
-        reuse_chat.Turn(1, 0, 100, 50, 0, 1.0, 1.0, 4, 4, False),
-        reuse_chat.Turn(2, 1, 100, 90, 8, 0.5, 4.0, 2, 4, True),
-        reuse_chat.Turn(3, 2, 100, 80, 0, 0.5, 2.0, 4, 4, True),
+        reuse_chat.Turn(1, 0, 100, 50, 0, 1.0, 1.0, 1.0, 1.0, 4, 4, False),
+        reuse_chat.Turn(2, 1, 100, 90, 8, 0.5, 4.0, 0.5, 5.0, 2, 4, True),
+        reuse_chat.Turn(3, 2, 100, 80, 0, 0.5, 2.0, 0.5, 6.0, 4, 4, True),
     ]
     found = reuse_chat.summary(served)
     assert found["within the window"]["turns"] == 1
     over = found["over the window"]
     assert (over["turns"], over["approximate_turns"], over["reused_share"]) == (2, 2, 0.85)
     assert (over["computed_share"], over["identical"], over["tokens_share"]) == (0.04, 0.5, 0.75)
-    assert over["ttft_ratio"]["median"] == 3.0
+    assert over["ttft_ratio"]["median"] == 3.0 and over["processor_ratio"]["median"] == 5.5
 
 
 # -- mixed -----------------------------------------------------------------------------------------
@@ -279,6 +281,18 @@ def test_a_difference_from_the_fresh_engine_is_a_mismatch() -> None:
     assert found.counters == {"tokens": 96.0} and found.served_as == {"none": 12}
     json.dumps(found.plain())
     cli.mixed_table(found)
+
+
+def test_how_sure_the_fresh_engine_was_is_asked_for_at_the_first_difference() -> None:
+    work = mixed_work(2)
+    differing = reuse_mixed.Mismatch(3, 2, [5, 6, 9, 9], [5, 6, 7, 8], 0, 0, False)
+    right, other = reuse_mixed.either(work.exact[3], differing)
+    assert (right.force, other.force) == ([5, 6, 7], [5, 6, 9])
+    assert right.prompt == work.exact[3].prompt and right.max_tokens == 3
+    answers = [answer([5, 6, 7], logprobs=[0, 0, -0.5]), answer([5, 6, 9], logprobs=[0, 0, -0.75])]
+    assert reuse_mixed.margin(answers, differing, 0) == 0.25
+    short = reuse_mixed.Mismatch(3, 2, [5, 6], [5, 6, 7], 0, 0, False)
+    assert reuse_mixed.margin(answers, short, 0) is None
 
 
 # -- what they share -------------------------------------------------------------------------------
@@ -427,8 +441,9 @@ def test_the_rag_table_has_every_variant_and_what_was_published(
     stock, ours = reuse_rag.Measured(STOCK), reuse_rag.Measured("boundary=16")
     for asked in work.plain[:3]:
         slow = answer([1, 2], ttft=2.0, logprobs=[-1.0], text=f" {asked.key}")
-        stock.add(asked, slow, slow)
-        ours.add(asked, answer([1, 3], ttft=0.5, logprobs=[-1.5], text=" no"), slow)
+        stock.add(asked, slow, slow, (1.0, 1.0))
+        own = answer([1, 3], ttft=0.5, logprobs=[-1.5], text=" no")
+        ours.add(asked, own, slow, (0.5, 1.0))
     found = reuse_rag.Result(SMALL, [stock], [ours], 31.0, {}, Spread.of([500.0]))
     (table,) = cli.rag_tables(found)
     text = shown(table)
@@ -440,7 +455,7 @@ def test_the_rag_table_has_every_variant_and_what_was_published(
 
 
 def test_the_chat_table_leaves_out_what_never_happened() -> None:
-    turn = reuse_chat.Turn(1, 0, 100, 50, 0, 1.0, 1.0, 4, 4, False)
+    turn = reuse_chat.Turn(1, 0, 100, 50, 0, 1.0, 1.0, 1.0, 1.0, 4, 4, False)
     found = reuse_chat.Result(reuse_chat.Sizes(), {STOCK: [turn]}, {})
     text = shown(cli.chat_table(found))
     assert "stock, within the window" in text and "over the window" not in text

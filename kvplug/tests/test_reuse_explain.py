@@ -27,7 +27,7 @@ from kvplug.reuse.replay import Piece, forward_reused, frequencies, rotated
 from kvplug.reuse.settings import GuardSettings
 
 Run = Callable[..., Result]
-SECTION = {"reuse": {"use": ["structure", "position", "mask"], "approximate": True}}
+SECTION: dict[str, Any] = {"reuse": {"use": ["structure", "position", "mask"], "approximate": True}}
 DOCUMENT = [
     int(t) for t in torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(1))
 ]
@@ -283,6 +283,9 @@ def test_what_a_replay_leaves_out_is_said(directory: Path, model: Any) -> None:
     record = recorded(directory, piece={"ancestry": 1}, kvplug=SECTION | {"format": "int8"})
     assert len(explained(model, record).notes) == 2
     assert explained(model, recorded(directory)).notes == ()
+    beside = SECTION["reuse"] | {"recompute": {"share": 0.1}, "memo": {}}
+    told = explained(model, recorded(directory, kvplug={"reuse": beside})).notes
+    assert ["recompute.share" in told[0], "memo" in told[1]] == [True, True] and len(told) == 2
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(directory: Path, model: Any) -> None:

@@ -124,6 +124,28 @@ def test_fetching_tells_the_folder_what_is_used(store: SegmentMemory, tmp_path: 
     assert path.stat().st_mtime > 1e9
 
 
+def test_using_tells_the_folder_too_but_not_at_every_turn(
+    store: SegmentMemory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header, planes = made(1)
+    store.put(header, planes)
+    store.flush()
+    path = path_of(tmp_path, header)
+    for expected in (True, False):
+        os.utime(path, (1.0, 1.0))
+        store.get(header.id)
+        store.flush()
+        assert (path.stat().st_mtime > 1e9) == expected
+    monkeypatch.setattr(module, "_MARK", 0.0)
+    store.get(header.id)
+    store.flush()
+    assert path.stat().st_mtime > 1e9
+    path.unlink()
+    store.get(header.id)
+    store.flush()
+    assert not path.exists()
+
+
 def test_deleting_leaves_what_is_in_memory(store: SegmentMemory, tmp_path: Path) -> None:
     header, planes = made(1)
     store.put(header, planes)

@@ -109,6 +109,8 @@ class Turn:
         computed: Tokens of them computed anew inside a reused run.
         ttft: Seconds to the first token.
         ratio: Stock's seconds by its own.
+        busy: Processor seconds to the first token.
+        busy_ratio: Stock's processor seconds by its own.
         before: Tokens of the reply before it differs from stock's.
         reply: Tokens of the reply.
         approximate: Whether the answer says that reuse was approximate.
@@ -121,13 +123,17 @@ class Turn:
     computed: int
     ttft: float
     ratio: float
+    busy: float
+    busy_ratio: float
     before: int
     reply: int
     approximate: bool
 
     @classmethod
-    def of(cls, number: int, dropped: int, answer: Answer, stock: Answer) -> Turn:
-        """Of an answer and stock's answer to the same prompt."""
+    def of(
+        cls, number: int, dropped: int, answer: Answer, stock: Answer, busy: tuple[float, float]
+    ) -> Turn:
+        """Of an answer and stock's answer to the same prompt, with both processor seconds."""
         assert answer.ttft is not None and stock.ttft is not None
         same = Agreement()
         same.add(answer.token_ids, stock.token_ids)
@@ -140,6 +146,8 @@ class Turn:
             told.computed,
             answer.ttft,
             stock.ttft / answer.ttft,
+            busy[0],
+            busy[1] / busy[0],
             same.before[0],
             len(stock.token_ids),
             told.approximate,
@@ -160,6 +168,7 @@ def summary(served: Sequence[Turn]) -> dict[str, dict[str, Any]]:
             "turns": len(own),
             "ttft_s": asdict(Spread.of([t.ttft for t in own])),
             "ttft_ratio": asdict(Spread.of([t.ratio for t in own])),
+            "processor_ratio": asdict(Spread.of([t.busy_ratio for t in own])),
             "reused_share": sum(t.reused for t in own) / prompt if prompt else 0.0,
             "computed_share": sum(t.computed for t in own) / prompt if prompt else 0.0,
             "approximate_turns": sum(t.approximate for t in own),
@@ -242,8 +251,10 @@ def measure(
             wish = {"reuse": "approximate", "segments": lengths, "session_id": "chat"}
             request = TrialRequest(prompt, sizes.reply, kvplug=wish)
             answers = {name: living[name].ask([request])[0] for name in turns([*living], number)}
+            stock, base = answers[STOCK], living[STOCK].processor[0]
             for name, answer in answers.items():
-                served[name].append(Turn.of(number, history.first, answer, answers[STOCK]))
+                busy = living[name].processor[0], base
+                served[name].append(Turn.of(number, history.first, answer, stock, busy))
             history.add([*user, *answers[STOCK].token_ids, *end])
             say(
                 f"turn {number} of {sizes.turns}, {len(prompt)} tokens, {history.first} dropped: "

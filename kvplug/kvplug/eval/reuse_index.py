@@ -81,6 +81,7 @@ class NearCost:
         way: ``exact``, as the product does it, or ``graph``: HNSW of the same library.
         replaced: Share of a query's tokens that were drawn anew.
         near: Of one search for ten, the query's hash included.
+        add: Of adding one, its hash included; for ``exact`` that is all of `SegmentIndex.add`.
         recall_1: Share of queries of which the nearest of all hashes came first.
         recall_10: Share of the ten nearest of all hashes among the ten found.
         source_1: Share of queries of which the segment they were made of came first.
@@ -91,6 +92,7 @@ class NearCost:
     way: str
     replaced: float
     near: Spread
+    add: Spread
     recall_1: float
     recall_10: float
     source_1: float
@@ -225,7 +227,7 @@ def _near(
     seed: int,
 ) -> Iterator[NearCost]:
     index = SegmentIndex(near=True, seed=seed)
-    _fill(index, stored)
+    adds = {"exact": _fill(index, stored)}
     simhash = SimHash(seed=seed)
     hashes = np.stack([simhash(segment) for segment in stored])
 
@@ -242,7 +244,12 @@ def _near(
             expansion_add=128,
             expansion_search=64,
         )
-        world.add(np.arange(len(hashes)), hashes, threads=1)
+        seconds = []
+        for number, segment in enumerate(stored):
+            before = time.perf_counter()
+            world.add(number, simhash(segment), threads=1)
+            seconds.append(time.perf_counter() - before)
+        adds["graph"] = Spread.of(seconds)
 
         def walked(query: Tokens) -> list[int]:
             found: list[int] = world.search(simhash(query), 10, threads=1).keys.tolist()
@@ -270,7 +277,8 @@ def _near(
                     source in found,
                 )
             first, ten, own, among = (hits / queries).tolist()
-            yield NearCost(len(stored), way, share, Spread.of(seconds), first, ten, own, among)
+            times = Spread.of(seconds)
+            yield NearCost(len(stored), way, share, times, adds[way], first, ten, own, among)
 
 
 def tables(found: Sequence[MatchCost], likely: Sequence[NearCost]) -> str:
@@ -290,11 +298,12 @@ def tables(found: Sequence[MatchCost], likely: Sequence[NearCost]) -> str:
     if likely:
         lines += [
             "",
-            "| segments | search | replaced | near, us | 5% to 95% | recall@1 | recall@10 "
-            "| source@1 | source@10 |",
-            "| --: | --- | --: | --: | --: | --: | --: | --: | --: |",
+            "| segments | search | replaced | near, us | 5% to 95% | add, us "
+            "| recall@1 | recall@10 | source@1 | source@10 |",
+            "| --: | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
             *(
                 f"| {c.segments:,} | {c.way} | {c.replaced:.0%} | {times(c.near)} "
+                f"| {c.add.median:,.0f} "
                 f"| {c.recall_1:.2f} | {c.recall_10:.2f} | {c.source_1:.2f} | {c.source_10:.2f} |"
                 for c in likely
             ),
@@ -306,6 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables, in Markdown."""
     parser = argparse.ArgumentParser(prog="python -m kvplug.eval.reuse_index", description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="segments")
+    parser.add_argument(
+        "--near", type=int, nargs="+", help="segments for near-equal text; the largest of --sizes"
+    )
     parser.add_argument("--tokens", type=int, default=2000, help="tokens of a request")
     parser.add_argument("--length", type=int, default=256, help="tokens of a segment")
     parser.add_argument("--repeats", type=int, default=300, help="requests")
@@ -313,7 +325,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--graph", action="store_true", help="also search a graph (HNSW)")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args(arguments)
-    if min([*asked.sizes, asked.tokens, asked.length, asked.repeats, asked.queries]) < 1:
+    if (
+        min(
+            [
+                *asked.sizes,
+                *(asked.near or ()),
+                asked.tokens,
+                asked.length,
+                asked.repeats,
+                asked.queries,
+            ]
+        )
+        < 1
+    ):
         parser.error("all numbers must be positive")
     try:
         found, likely = measure(
@@ -322,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             length=asked.length,
             repeats=asked.repeats,
             queries=asked.queries,
+            near=asked.near,
             graph=asked.graph,
             seed=asked.seed,
         )

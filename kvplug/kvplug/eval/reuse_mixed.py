@@ -28,7 +28,7 @@ from kvplug.eval.reuse_runs import (
 )
 
 if TYPE_CHECKING:
-    from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
+    from kvplug.hosts.vllm.trial import Answer, TrialRequest, TrialResult
 
 KINDS = {"approximate": 0.5, "exact": 0.2, "unsaid": 0.2, "off": 0.1}
 """What requests wish, and the share of them that does."""
@@ -152,6 +152,8 @@ class Mismatch:
         cached: Tokens of its prompt that were not computed.
         reused: Those of them that kvplug had stored.
         approximate: Whether its answer admits approximate reuse.
+        margin: By how much the fresh engine preferred its own token at the first difference, in
+            nats; 0 is a tie. None where one answer ended before.
     """
 
     index: int
@@ -161,6 +163,7 @@ class Mismatch:
     cached: int
     reused: int
     approximate: bool
+    margin: float | None = None
 
 
 @dataclass
@@ -308,4 +311,32 @@ def measure(
     if control:
         stock = run("mixed on stock", work.together(), None)
         result.control = mismatches(stock, fresh, len(work.mixed))
+    differing = [*result.mismatches, *(result.control or [])]
+    if differing:
+        asked = [r for m in differing for r in either(work.exact[m.index], m)]
+        answers = run("fresh stock on what differs", asked, None).answers
+        found = [replace(m, margin=margin(answers, m, 2 * i)) for i, m in enumerate(differing)]
+        result.mismatches = found[: len(result.mismatches)]
+        if result.control is not None:
+            result.control = found[len(result.mismatches) :]
     return result
+
+
+def either(request: TrialRequest, differing: Mismatch) -> list[TrialRequest]:
+    """The request made to answer as the fresh engine did up to the first difference, and to go on
+    with its token and with the other one."""
+    common = differing.right[: differing.at]
+    ends = (differing.right[differing.at :][:1], differing.answer[differing.at :][:1])
+    return [
+        replace(request, wave=0, kvplug=None, force=[*common, *end], max_tokens=len(common) + 1)
+        for end in ends
+    ]
+
+
+def margin(answers: Sequence[Answer], differing: Mismatch, first: int) -> float | None:
+    """How much likelier the first of two answers' last token is, in nats."""
+    if min(len(differing.right), len(differing.answer)) <= differing.at:
+        return None
+    right, other = answers[first].logprobs, answers[first + 1].logprobs
+    assert right is not None and other is not None
+    return right[-1] - other[-1]

@@ -85,8 +85,8 @@ class Sizes:
     longest: int = 300
     taken: int = 4
     requests: int = 30
-    generated: int = 32
-    scored: int = 48
+    generated: int = 24
+    scored: int = 32
     keys: int = 6
     seed: int = 0
 
@@ -254,6 +254,8 @@ class Measured:
         variant: Its name.
         ttft: Seconds to the first token, per request.
         ratio: Stock's seconds by its own, per request.
+        busy: Processor seconds to the first token, per request.
+        busy_ratio: Stock's processor seconds by its own, per request.
         reused: Tokens of prompts not prefilled, by its own and the engine's cache together.
         computed: Tokens of them that were computed anew inside a reused run.
         prompt: Tokens of prompts.
@@ -268,6 +270,8 @@ class Measured:
     variant: str
     ttft: list[float] = field(default_factory=list)
     ratio: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
+    busy_ratio: list[float] = field(default_factory=list)
     reused: int = 0
     computed: int = 0
     prompt: int = 0
@@ -278,11 +282,13 @@ class Measured:
     found: int = 0
     asked: int = 0
 
-    def add(self, asked: Asked, answer: Answer, stock: Answer) -> None:
-        """Take one more answer."""
+    def add(self, asked: Asked, answer: Answer, stock: Answer, busy: tuple[float, float]) -> None:
+        """Take one more answer, with the processor seconds of its own engine and of stock."""
         assert answer.ttft is not None and stock.ttft is not None
         self.ttft.append(answer.ttft)
         self.ratio.append(stock.ttft / answer.ttft)
+        self.busy.append(busy[0])
+        self.busy_ratio.append(busy[1] / busy[0])
         self.prompt += answer.prompt_tokens
         self.reused += answer.cached_tokens
         told = said(answer)
@@ -304,6 +310,8 @@ class Measured:
             "requests": len(self.ttft),
             "ttft_s": asdict(Spread.of(self.ttft)),
             "ttft_ratio": asdict(Spread.of(self.ratio)),
+            "processor_s": asdict(Spread.of(self.busy)),
+            "processor_ratio": asdict(Spread.of(self.busy_ratio)),
             "ttft_ratio_of_sums": sum(r * t for r, t in zip(self.ratio, self.ttft, strict=True))
             / (sum(self.ttft) or 1.0),
             "reused_share": self.reused / self.prompt if self.prompt else 0.0,
@@ -315,6 +323,7 @@ class Measured:
             "passkeys": {"found": self.found, "asked": self.asked},
             "ttft_each": self.ttft,
             "ratio_each": self.ratio,
+            "processor_ratio_each": self.busy_ratio,
         }
 
 
@@ -434,9 +443,11 @@ def measure(
                     for name in turns([STOCK, *names], turn)
                 }
                 turn += 1
-                stock[headed].add(asked, answers[STOCK], answers[STOCK])
+                busy = {name: living[name].processor[0] for name in answers}
+                base = answers[STOCK], busy[STOCK]
+                stock[headed].add(asked, answers[STOCK], base[0], (base[1], base[1]))
                 for name in names:
-                    found[name].add(asked, answers[name], answers[STOCK])
+                    found[name].add(asked, answers[name], base[0], (busy[name], base[1]))
                 medians = ", ".join(f"{n} {statistics.median(found[n].ratio):.1f}x" for n in names)
                 say(f"request {number} of {sizes.requests}{' with headings' * headed}: {medians}")
         for asked in work.plain:

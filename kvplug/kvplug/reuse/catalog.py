@@ -35,7 +35,7 @@ logger = logging.getLogger("kvplug.reuse")
 
 Tokens = NDArray[np.int32]
 
-_PREFETCHED = 64
+_PREFETCHED = 16
 
 
 class State(StrEnum):
@@ -200,7 +200,7 @@ class Catalog:
         self._least = least
         # Segments that could be dropped from memory, deleted from the disk, or expire.
         self._memory_order, self._disk_order, self._order = _Order(), _Order(), _Order()
-        self._memory_bytes = self._disk_bytes = 0
+        self._memory_bytes = self._disk_bytes = self._asleep = 0
         self._families: dict[tuple[object, ...], dict[str, None]] = {}
         self._sessions: dict[tuple[str, str], float] = {}
         self._idle: SortedSet = SortedSet()
@@ -265,7 +265,7 @@ class Catalog:
             tokens: Token ids, ``[n]``.
             tenant: Whose segments.
             runs: ``(begin, end)`` of each run to look for, as the text would be cut into segments;
-                one run is all of it if None. The first 64 that are long enough are looked at.
+                one run is all of it if None. The first 16 that are long enough are looked at.
             k: Most segments looked at for a run.
             least: Estimated cosine of the sets of n-grams from which on it is worth it.
 
@@ -273,6 +273,8 @@ class Catalog:
             Ids of those on their way.
         """
         ordered: list[str] = []
+        if not self._asleep:
+            return ordered
         pieces = [(a, b) for a, b in runs or [(0, len(tokens))] if b - a >= self._least]
         for begin, end in pieces[:_PREFETCHED]:
             for segment, cosine in self._index.near(tokens[begin:end], tenant, k):
@@ -715,6 +717,8 @@ class Catalog:
             self._memory_bytes += sign * segment.bytes
         if self._charged(segment):
             self._disk_bytes += sign * segment.bytes
+        if segment.state is State.DISK and not segment.cause:
+            self._asleep += sign
 
     def _change(
         self,

@@ -206,6 +206,16 @@ def _notes(record: ReuseRecord) -> list[str]:
             f"The engine stored K and V in a format; here they are {record.dtype}, and the "
             "format's rounding is left out on both sides."
         )
+    reuse = record.kvplug.get("reuse")
+    beside = reuse if isinstance(reuse, dict) else {}
+    recompute = beside.get("recompute")
+    if isinstance(recompute, dict) and recompute.get("share"):
+        notes.append(
+            "The worker computed the most deviating tokens anew as well (recompute.share); which "
+            "ones is not in the record, so the engine was nearer than is shown."
+        )
+    if beside.get("memo") is not None:
+        notes.append("Attention over far pages that was reused (memo) is computed here.")
     return notes
 
 

@@ -265,8 +265,8 @@ class AttentionMemo:
             return out.new_zeros(0)
         full, _ = self._attend(query, rows, [0] * len(rows), [lens[i] for i in rows], gather)
         right = torch.linalg.vector_norm(full.flatten(1), dim=-1)
-        off: Tensor = torch.linalg.vector_norm((out[rows] - full).flatten(1), dim=-1)
-        return off / right.clamp_min(1e-30)
+        off = torch.linalg.vector_norm((out[rows] - full).flatten(1), dim=-1)
+        return torch.div(off, right.clamp_min(1e-30))
 
     def _attend(
         self,

@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ __all__ = ["SegmentMemory", "StoreNews", "StoredSegment"]
 logger = logging.getLogger("kvplug.reuse")
 
 _SOON, _LATER, _LAST = 0, 1, 2
+
+_MARK = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class SegmentMemory:
         self._news = StoreNews()
         # The latest job of each kind for an id; one that is not the latest any more does nothing.
         self._writes: dict[str, int] = {}
+        self._marked: dict[str, float] = {}
         self._reads: dict[str, int] = {}
         self._numbers = itertools.count()
         self._jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = (
@@ -147,12 +151,19 @@ class SegmentMemory:
                 self._jobs.put((_LATER, number, job))
 
     def get(self, segment: str) -> StoredSegment:
-        """The segment's bytes; read only.
+        """The segment's bytes; read only. Its file is marked as used, at most once a minute.
 
         Raises:
             KeyError: They are not in memory.
         """
-        return self._segments[segment]
+        stored = self._segments[segment]
+        path, now = self._path(segment), time.monotonic()
+        if path is not None and now - self._marked.get(segment, -_MARK) >= _MARK:
+            self._marked[segment] = now
+            with self._lock:
+                if not self._closed:
+                    self._jobs.put((_LATER, next(self._numbers), lambda: _mark_used(path)))
+        return stored
 
     def drop(self, segments: Iterable[str]) -> None:
         """Take segments out of memory; their files stay. Ids that are not there are passed over."""
@@ -160,6 +171,7 @@ class SegmentMemory:
             for segment in segments:
                 self._segments.pop(segment, None)
                 self._reads.pop(segment, None)
+                self._marked.pop(segment, None)
 
     def delete(self, segments: Iterable[str]) -> None:
         """Remove files, and give up on writing those that wait; what is in memory stays there."""
@@ -288,8 +300,7 @@ class SegmentMemory:
             if (header.rank, header.world) != (self._rank, self._world):
                 raise BadSegment(path, "other rank", f"{header.rank} of {header.world}")
             stored = StoredSegment(header, planes)
-            with contextlib.suppress(OSError):
-                os.utime(path)  # what is used stays: a restart goes by this time
+            _mark_used(path)
         except BadSegment as error:
             cause = error.cause
             logger.warning("a stored segment is not used: %s", error)
@@ -323,3 +334,9 @@ class SegmentMemory:
             return
         with self._lock:
             self._counts["deleted"] += 1
+
+
+def _mark_used(path: Path) -> None:
+    """Set a file's time, by which a restart tells what was used last."""
+    with contextlib.suppress(OSError):
+        os.utime(path)

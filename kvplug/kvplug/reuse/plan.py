@@ -12,8 +12,8 @@ from kvplug.reuse.chain import ChainResult
 from kvplug.reuse.index import Match
 from kvplug.reuse.settings import Recompute
 
-Judge = Callable[[Segment, int], ChainResult]
-"""What the chain of checks says of a segment whose first token would stand at a position."""
+Judge = Callable[[Segment, Match], ChainResult]
+"""What the chain of checks says of a segment's first tokens where they stand in the text."""
 
 Span = tuple[int, int]
 
@@ -228,7 +228,7 @@ class _Walk:
             ),
         )
         for segment, match in order:
-            verdict = self._verdict(segment, match.start)
+            verdict = self._verdict(segment, match)
             if verdict is None:
                 continue
             end = min(match.start + match.length, self._limit)
@@ -238,14 +238,14 @@ class _Walk:
             found.append(piece)
         return max(found, key=lambda p: (p.length, p.verdict.credibility or 0.0), default=None)
 
-    def _verdict(self, segment: Segment, start: int) -> Verdict | None:
-        key = (segment.id, start)
+    def _verdict(self, segment: Segment, match: Match) -> Verdict | None:
+        key = (segment.id, match.start)
         if key not in self._found:
-            self._found[key] = self._asked(segment, start)
+            self._found[key] = self._asked(segment, match)
         return self._found[key]
 
-    def _asked(self, segment: Segment, start: int) -> Verdict | None:
-        result = self._judge(segment, start)
+    def _asked(self, segment: Segment, match: Match) -> Verdict | None:
+        result = self._judge(segment, match)
         self._plan.costs_us.update(result.costs_us)
         if not result.verdict.ok:
             self._plan.refused[result.verdict.reason] += 1

@@ -21,6 +21,7 @@ from kvplug.hosts.vllm.spec import ReusedManager
 from kvplug.reuse.catalog import Catalog, Segment
 from kvplug.reuse.chain import ChainResult, run_chain
 from kvplug.reuse.guard import Drift, Guard
+from kvplug.reuse.index import Match
 from kvplug.reuse.plan import Plan, Planner
 from kvplug.reuse.record import FamilyRecord, PieceRecord, ReuseRecord
 from kvplug.reuse.splitting import Splitter
@@ -249,8 +250,7 @@ class ReuseScheduler:
                 self.catalog.want(name)
             self.counters.waited += 1
             return None
-        known.plan = plan if plan.length else None
-        known.refused = plan.refused
+        known.plan = plan
         self._set_limit(request.request_id, plan.approximate_from if plan.length else None)
         return plan.length
 
@@ -266,9 +266,9 @@ class ReuseScheduler:
             self.guard is None or all(self.guard.allows(f) for f in known.families)
         )
 
-        def judge(segment: Segment, start: int) -> ChainResult:
-            print_ = segment.fingerprint
-            would = self._fingerprint(request, known, tokens, start, start + print_.length)
+        def judge(segment: Segment, match: Match) -> ChainResult:
+            end = match.start + match.length
+            would = self._fingerprint(request, known, tokens, match.start, end)
             asked = ReuseRequest(
                 would, request.request_id, num_local, request.num_tokens, approximate
             )
@@ -319,6 +319,8 @@ class ReuseScheduler:
             return
         plan, known.plan = known.plan, None
         known.next_span, known.ancestry, known.taken = 0, 0, None
+        if plan is not None:
+            self._count_checks(known, plan)
         if plan is None or not num_external:
             self._set_limit(request.request_id, None)
             self._watch(request, known)
@@ -360,10 +362,13 @@ class ReuseScheduler:
         counters.tokens += plan.length - plan.computed
         counters.exact_tokens += sum(p.length for p in plan.pieces if p.verdict.exact)
         counters.shifted_tokens += sum(p.length for p in plan.pieces if p.verdict.shift)
+        self._tell("reused", plan.length - plan.computed, "")
+
+    def _count_checks(self, known: _Known, plan: Plan) -> None:
+        known.refused = plan.refused
         self.refused.update(plan.refused)
         self.costs_us.update(plan.costs_us)
-        counters.check_us += sum(plan.costs_us.values())
-        self._tell("reused", plan.length - plan.computed, "")
+        self.counters.check_us += sum(plan.costs_us.values())
         for cause, count in plan.refused.items():
             self._tell("refused", count, cause)
 
@@ -522,7 +527,8 @@ class ReuseScheduler:
     def _record(self, known: _Known, drift: Drift, folder: str) -> None:
         """Write down what happened, for ``kvplug explain``."""
         request, plan = known.request, known.taken
-        assert plan is not None, "only approximate answers drift"
+        if plan is None:
+            return
         text = request.all_token_ids
         record = ReuseRecord(
             model=self._model,

@@ -33,6 +33,11 @@ READY, ANSWERED, DONE = "kvplug ready", "kvplug answers ", "kvplug result "
 class Engine:
     """An engine in a process of its own that answers when asked; a context manager.
 
+    Attributes:
+        counters: kvplug's own counters of reuse, once it has finished.
+        processor: Of each request of the last call, processor seconds of all threads until its
+            first token; the like of time to first token where others use the machine, too.
+
     Args:
         spec: The model, the engine and the section; its requests are not run.
         log: Where the engine's log goes.
@@ -41,6 +46,7 @@ class Engine:
     def __init__(self, spec: TrialSpec, log: Path):
         self.log = log
         self.counters: dict[str, float] = {}
+        self.processor: list[float] = []
         self._file: IO[str] = log.open("w", encoding="utf-8")
         engine = spec.engine | {"logits_processors": [FORCING]}
         description = log.with_suffix(".json")
@@ -71,7 +77,9 @@ class Engine:
             TrialFailed: The engine ended.
         """
         self._write(json.dumps([asdict(request) for request in requests]))
-        return [Answer(**answer) for answer in json.loads(self._read(ANSWERED))]
+        told = json.loads(self._read(ANSWERED))
+        self.processor = [seconds for _, seconds in told]
+        return [Answer(**answer) for answer, _ in told]
 
     def finish(self) -> None:
         """Stop the engine in good order; `counters` are then those of kvplug's reuse.
@@ -129,26 +137,31 @@ def _serve(llm: Any) -> None:
         requests = [TrialRequest(**request) for request in json.loads(line)]
         answers = _answers(engine, requests, served)
         served += len(requests)
-        print(ANSWERED + json.dumps([asdict(answer) for answer in answers]), flush=True)
+        told = [(asdict(answer), seconds) for answer, seconds in answers]
+        print(ANSWERED + json.dumps(told), flush=True)
 
 
-def _answers(engine: Any, requests: Sequence[TrialRequest], served: int) -> list[Answer]:
+def _answers(
+    engine: Any, requests: Sequence[TrialRequest], served: int
+) -> list[tuple[Answer, float]]:
+    """Answers, and processor seconds until the first token of each."""
     from kvplug.hosts.vllm.trial import _answer, _prompt, _sampling
 
-    added: dict[int, float] = {}
-    first: dict[int, float] = {}
+    added: dict[int, tuple[float, float]] = {}
+    first: dict[int, tuple[float, float]] = {}
     answers: dict[int, Answer] = {}
     for i, request in enumerate(requests):
-        added[i] = time.perf_counter()
+        added[i] = time.perf_counter(), time.process_time()
         engine.add_request(f"{served + i}", _prompt(request, {}), _sampling(request))
     while engine.has_unfinished_requests():
         for output in engine.step():
             index = int(output.request_id.split("-")[0]) - served
             if output.outputs[0].token_ids and index not in first:
-                first[index] = time.perf_counter() - added[index]
+                now = time.perf_counter(), time.process_time()
+                first[index] = now[0] - added[index][0], now[1] - added[index][1]
             if output.finished:
-                answers[index] = _answer(output, first.get(index))
-    return [answers[i] for i in range(len(requests))]
+                answers[index] = _answer(output, first[index][0])
+    return [(answers[i], first[i][1]) for i in range(len(requests))]
 
 
 def main() -> None:
