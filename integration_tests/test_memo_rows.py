@@ -333,3 +333,23 @@ def test_owners_are_bounded_and_change_with_the_request() -> None:
     for lane in range(10 * LANES):
         owners.owner(lane, 5, [1, 2])
     assert len(owners._seen) <= 4 * LANES
+
+
+@pytest.mark.parametrize("recent", [0, 32])
+def test_pages_in_a_format_are_read_through_it_unless_it_keeps_recent_tokens(recent: int) -> None:
+    layer = Layer(Memo(cosine=0.5, near=NEAR))
+    layer.layer.attn_backend.kvplug_layout = object()
+    impl = layer.impl
+
+    def gather(which: int, blocks: Tensor) -> Tensor:
+        found: Tensor = impl.plain[which][blocks]
+        return found.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+    impl.kvplug_layer = lambda layer: SimpleNamespace(recent_size=recent)
+    impl.kvplug_pages = lambda layer, cache, dtype: SimpleNamespace(gather=gather)
+    request = Request(0, list(range(8)), 5, "alike")
+    layer.step([(request, 100)])
+    layer.cache.fill_(float("nan"))
+    for _ in range(3):
+        assert close(layer.step([(request, 1)]))
+    assert layer.state.memo_rows == ((0, 0) if recent else (3, 2))

@@ -31,10 +31,10 @@ def test_documents_in_any_order_are_reused(tmp_path: Path, smollm2: Path) -> Non
     for name, base in (("nothing", "stock"), ("gaps+boundary=8", "stock, headed")):
         row = rows[name]
         assert row["requests"] == 6 and row["approximate_requests"] >= 4
-        assert row["reused_share"] > 0.6 > stock[base]["reused_share"]
+        assert row["reused_share"] > 0.5 > stock[base]["reused_share"]
         # A wrong key or value anywhere would leave nothing of the texts.
         assert row["perplexity"] < found["perplexity_without_documents"]
-    assert rows["nothing"]["computed_in_runs"] == 0 < rows["gaps+boundary=8"]["computed_in_runs"]
+    assert rows["nothing"]["computed_share"] == 0 < rows["gaps+boundary=8"]["computed_share"]
     assert rows["nothing"]["greedy"]["answers"] == 2
     assert found["counters"]["nothing"]["shifted_tokens"] > 0
     assert "CacheBlend, as published" in shown

@@ -469,6 +469,7 @@ def test_what_is_invalid_goes_at_once_and_is_known_a_while() -> None:
     assert again == name and desk.found(0) == [name]
     renewed = desk.catalog.get(name)
     assert renewed is not None and renewed.ready and renewed is not segment
+    assert desk.catalog._asleep == 0
 
 
 def test_invalidation_by_tenant_and_model() -> None:
@@ -527,6 +528,8 @@ def test_a_failed_write_leaves_the_bytes_in_memory() -> None:
     desk.catalog.failed(segment.id, "no space left on device")
     assert segment.ready and not segment.on_disk
     assert desk.catalog.counters()["disk_bytes"] == 0
+    # Other ranks may have written theirs.
+    assert desk.catalog.take_orders() == Orders(delete=[segment.id])
     desk.catalog.written(segment.id)
     assert not segment.on_disk
 

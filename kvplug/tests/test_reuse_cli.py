@@ -183,8 +183,8 @@ def test_answers_are_scored_by_kind(work: reuse_rag.Workload) -> None:
     assert plain["passkey_agreement"]["identical"] == 0.5
     assert plain["passkeys"] == {"found": 1, "asked": 2}
     assert plain["perplexity"] == pytest.approx(math.exp(2))
-    assert (plain["approximate_requests"], plain["computed_in_runs"]) == (2, 16)
-    assert plain["reused_share"] == 0.2
+    assert (plain["approximate_requests"], plain["computed_share"]) == (2, 0.04)
+    assert plain["reused_share"] == 0.16
 
 
 # -- chat ------------------------------------------------------------------------------------------
@@ -207,20 +207,22 @@ def test_a_turn_that_does_not_fit_the_window_is_refused() -> None:
         reuse_chat.History([0] * 10, window=100).prompt([1] * 100, 5)
 
 
-def test_what_the_user_says_is_framed_and_quoted() -> None:
-    sizes = reuse_chat.Sizes(turns=3, said=40)
-    said_ = [words(t) for t in reuse_chat.users(encode, TEXT, sizes)]
-    assert len(set(said_)) == 3
-    for one in said_:
-        assert one.startswith("<|im_start|>user\n") and one.endswith("<|im_start|>assistant\n")
-        assert one[len(reuse_chat.USER) :][:40] in TEXT
+def test_user_and_assistant_speak_the_text_in_turns() -> None:
+    sizes = reuse_chat.Sizes(turns=3, said=40, reply=10)
+    spoken = ""
+    for user, follows in reuse_chat.speeches(encode, TEXT, sizes):
+        one = words(user)
+        assert one.startswith(reuse_chat.USER)
+        assert one.endswith(reuse_chat.END + reuse_chat.ASSISTANT)
+        spoken += one[len(reuse_chat.USER) :][:40] + words(follows)
+    assert len(spoken) == 150 and spoken in TEXT
 
 
 def test_turns_over_the_window_are_summed_up_apart() -> None:
     served = [
-        reuse_chat.Turn(1, 0, 100, 50, 0, 1.0, 1.0, 1.0, 1.0, 4, 4, False),
-        reuse_chat.Turn(2, 1, 100, 90, 8, 0.5, 4.0, 0.5, 5.0, 2, 4, True),
-        reuse_chat.Turn(3, 2, 100, 80, 0, 0.5, 2.0, 0.5, 6.0, 4, 4, True),
+        reuse_chat.Turn(1, 0, 100, 50, 0, 1.0, 1.0, 1.0, 1.0, 4, 4, 1.0, False),
+        reuse_chat.Turn(2, 1, 100, 90, 8, 0.5, 4.0, 0.5, 5.0, 2, 4, 1.0, True),
+        reuse_chat.Turn(3, 2, 100, 80, 0, 0.5, 2.0, 0.5, 6.0, 4, 4, 3.0, True),
     ]
     found = reuse_chat.summary(served)
     assert found["within the window"]["turns"] == 1
@@ -228,6 +230,7 @@ def test_turns_over_the_window_are_summed_up_apart() -> None:
     assert (over["turns"], over["approximate_turns"], over["reused_share"]) == (2, 2, 0.85)
     assert (over["computed_share"], over["identical"], over["tokens_share"]) == (0.04, 0.5, 0.75)
     assert over["ttft_ratio"]["median"] == 3.0 and over["processor_ratio"]["median"] == 5.5
+    assert over["perplexity"] == pytest.approx(math.exp(2))
 
 
 # -- mixed -----------------------------------------------------------------------------------------
@@ -455,7 +458,7 @@ def test_the_rag_table_has_every_variant_and_what_was_published(
 
 
 def test_the_chat_table_leaves_out_what_never_happened() -> None:
-    turn = reuse_chat.Turn(1, 0, 100, 50, 0, 1.0, 1.0, 1.0, 1.0, 4, 4, False)
+    turn = reuse_chat.Turn(1, 0, 100, 50, 0, 1.0, 1.0, 1.0, 1.0, 4, 4, 1.0, False)
     found = reuse_chat.Result(reuse_chat.Sizes(), {STOCK: [turn]}, {})
     text = shown(cli.chat_table(found))
     assert "stock, within the window" in text and "over the window" not in text

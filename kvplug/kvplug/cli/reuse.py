@@ -416,8 +416,9 @@ def rag_tables(found: reuse_rag.Result) -> list[Table]:
         "",
         "time to first token, s",
         "stock's by it",
-        "processor time, stock's by it",
+        "processor time",
         "tokens reused",
+        "computed inside",
         "answers identical",
         "tokens before they differ",
         "perplexity",
@@ -429,8 +430,9 @@ def rag_tables(found: reuse_rag.Result) -> list[Table]:
             row["variant"],
             _spread(row["ttft_s"], ".3f"),
             _spread(row["ttft_ratio"], ".2f", "x"),
-            _spread(row["processor_ratio"], ".2f", "x"),
+            f"{row['processor_ratio']['median']:.2f}x",
             f"{row['reused_share']:.0%}",
+            f"{row['computed_share']:.0%}",
             f"{row['greedy']['identical']:.0%}",
             f"{row['greedy']['tokens_share']:.0%}",
             f"{row['perplexity']:.2f}",
@@ -441,9 +443,10 @@ def rag_tables(found: reuse_rag.Result) -> list[Table]:
         f"{plain['published']['system']}, as published",
         "",
         plain["published"]["ttft"],
-        *[""] * 6,
+        *[""] * 7,
     )
     table.caption = (
+        "answers are compared with stock's; processor time: the ratio in seconds of processor; "
         f"perplexity of the true continuation where no document is shown: {found.bare:.2f}; "
         f"CacheBlend: {plain['published']['source']}, against "
         f"{plain['published']['against']}"
@@ -456,16 +459,20 @@ def chat_table(found: reuse_chat.Result) -> Table:
     plain = found.plain()
     sizes = plain["sizes"]
     table = _columns(
-        Table(title=f"a chat of {sizes['turns']} turns over {sizes['window']:,} tokens"),
+        Table(
+            title=f"a chat of {sizes['turns']} turns over {sizes['window']:,} tokens, "
+            f"{plain['different_replies']} different replies"
+        ),
         "",
         "turns",
         "time to first token, s",
         "stock's by it",
-        "processor time, stock's by it",
+        "processor time",
         "tokens reused",
         "computed inside",
         "replies identical",
         "tokens before they differ",
+        "perplexity",
     )
     for name, parts in plain["summary"].items():
         for part, row in parts.items():
@@ -475,11 +482,12 @@ def chat_table(found: reuse_chat.Result) -> Table:
                     str(row["turns"]),
                     _spread(row["ttft_s"], ".3f"),
                     _spread(row["ttft_ratio"], ".2f", "x"),
-                    _spread(row["processor_ratio"], ".2f", "x"),
+                    f"{row['processor_ratio']['median']:.2f}x",
                     f"{row['reused_share']:.0%}",
                     f"{row['computed_share']:.0%}",
                     f"{row['identical']:.0%}",
                     f"{row['tokens_share']:.0%}",
+                    f"{row['perplexity']:.2f}",
                 )
     return table
 

@@ -2,14 +2,18 @@
 
 The system prompt stays, so stock finds it in its prefix cache and computes everything behind it
 again at every turn that drops one. kvplug turns the keys of the stored turns to where they now
-stand. Both engines are asked the same prompt in turn; the history goes on with what stock answered,
-so that both read the same text.
+stand. User and assistant speak a play in turns. Each turn is asked twice of every engine: freely,
+for the time to first token and the greedy reply, and with the reply made to be the play's own next
+lines, for their perplexity. The chat goes on with the play, so all engines read the same text, and
+no reply is a copy of the one before it.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +36,8 @@ if TYPE_CHECKING:
     from kvplug.hosts.vllm.trial import Answer
 
 SYSTEM = (
-    "<|im_start|>system\nYou are a helpful assistant who talks with a reader about old plays and "
-    "answers in a few plain words. Stay with what the reader quotes.<|im_end|>\n"
+    "<|im_start|>system\nYou and the reader speak an old play together. The reader says some of it, "
+    "and you go on with the words that follow.<|im_end|>\n"
 )
 USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
 
@@ -45,9 +49,9 @@ class Sizes:
     Attributes:
         turns: Turns of the chat.
         window: Tokens of a prompt and its answer at most: the client drops the oldest turns beyond.
-        said: Tokens of what the user quotes in a turn.
+        said: Tokens of the play that the user says in a turn.
         reply: Tokens of a reply.
-        seed: Seed of what is quoted.
+        seed: Seed of where in the plays the chat begins.
     """
 
     turns: int = 30
@@ -105,14 +109,15 @@ class Turn:
         number: From 1.
         dropped: Turns no longer sent.
         prompt: Tokens of the prompt.
-        reused: Tokens of it not prefilled, by its own and the engine's cache together.
-        computed: Tokens of them computed anew inside a reused run.
+        reused: Tokens of it that were not computed, by kvplug and the engine's cache together.
+        computed: Tokens of it computed anew inside a reused run.
         ttft: Seconds to the first token.
         ratio: Stock's seconds by its own.
         busy: Processor seconds to the first token.
         busy_ratio: Stock's processor seconds by its own.
         before: Tokens of the reply before it differs from stock's.
         reply: Tokens of the reply.
+        nll: Mean negative log-likelihood of the play's own words, nats a token.
         approximate: Whether the answer says that reuse was approximate.
     """
 
@@ -127,13 +132,21 @@ class Turn:
     busy_ratio: float
     before: int
     reply: int
+    nll: float
     approximate: bool
 
     @classmethod
     def of(
-        cls, number: int, dropped: int, answer: Answer, stock: Answer, busy: tuple[float, float]
+        cls,
+        number: int,
+        dropped: int,
+        answer: Answer,
+        stock: Answer,
+        busy: tuple[float, float],
+        forced: Answer,
     ) -> Turn:
-        """Of an answer and stock's answer to the same prompt, with both processor seconds."""
+        """Of an answer and stock's answer to the same prompt, with both processor seconds, and
+        the answer that was made to be the play's."""
         assert answer.ttft is not None and stock.ttft is not None
         same = Agreement()
         same.add(answer.token_ids, stock.token_ids)
@@ -142,7 +155,7 @@ class Turn:
             number,
             dropped,
             answer.prompt_tokens,
-            answer.cached_tokens,
+            answer.cached_tokens - told.computed,
             told.computed,
             answer.ttft,
             stock.ttft / answer.ttft,
@@ -150,6 +163,7 @@ class Turn:
             busy[1] / busy[0],
             same.before[0],
             len(stock.token_ids),
+            -statistics.fmean(forced.logprobs or [math.nan]),
             told.approximate,
         )
 
@@ -171,6 +185,7 @@ def summary(served: Sequence[Turn]) -> dict[str, dict[str, Any]]:
             "processor_ratio": asdict(Spread.of([t.busy_ratio for t in own])),
             "reused_share": sum(t.reused for t in own) / prompt if prompt else 0.0,
             "computed_share": sum(t.computed for t in own) / prompt if prompt else 0.0,
+            "perplexity": math.exp(statistics.fmean(t.nll for t in own)) if own else math.nan,
             "approximate_turns": sum(t.approximate for t in own),
             **same.plain(),
         }
@@ -184,12 +199,14 @@ class Result:
     Attributes:
         sizes: How much was measured.
         turns: Per engine, stock among them, every turn.
+        replies: What stock replied.
         counters: Per variant, kvplug's own counters of reuse.
     """
 
     sizes: Sizes
     turns: dict[str, list[Turn]]
     counters: dict[str, dict[str, float]]
+    replies: list[str] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
         """As JSON can hold it."""
@@ -198,15 +215,20 @@ class Result:
             "summary": {name: summary(own) for name, own in self.turns.items()},
             "turns": {name: [asdict(t) for t in own] for name, own in self.turns.items()},
             "counters": self.counters,
+            "replies": self.replies,
+            "different_replies": len(set(self.replies)),
         }
 
 
-def users(encode: Encode, text: str, sizes: Sizes) -> list[list[int]]:
-    """What the user says in each turn: a quotation and the beginning of the reply's frame."""
-    asks = list(encode("\n\nWhat do you make of this?"))
+def speeches(encode: Encode, text: str, sizes: Sizes) -> list[tuple[list[int], list[int]]]:
+    """What the user says in each turn, framed, and the play's own words after it."""
     opens, closes = list(encode(USER)), list(encode(END + ASSISTANT))
-    quoted = stretches(encode, text, sizes.turns, sizes.said, sizes.seed)
-    return [[*opens, *tokens, *asks, *closes] for tokens, _ in quoted]
+    turn = sizes.said + sizes.reply
+    ((play, _),) = stretches(encode, text, 1, sizes.turns * turn, sizes.seed)
+    return [
+        ([*opens, *play[at : at + sizes.said], *closes], play[at + sizes.said : at + turn])
+        for at in range(0, sizes.turns * turn, turn)
+    ]
 
 
 def measure(
@@ -221,7 +243,7 @@ def measure(
 
     Args:
         model: Model directory.
-        text: Long plain text that the user quotes from.
+        text: Long plain text, the play.
         sizes: How much.
         variants: Ways to reuse, each an engine of its own that lives beside the others.
         logs: Folder for the engines' logs.
@@ -230,7 +252,7 @@ def measure(
     from kvplug.hosts.vllm.trial import TrialRequest
 
     encode, _ = encoder(model)
-    asked = users(encode, text, sizes)
+    asked = speeches(encode, text, sizes)
     end = list(encode(END))
     history = History(list(encode(SYSTEM)), sizes.window)
     length = -(-(sizes.window + 1) // BLOCK) * BLOCK
@@ -243,19 +265,28 @@ def measure(
     }
     sections = {STOCK: None} | {v.name: v.section for v in variants}
     served: dict[str, list[Turn]] = {name: [] for name in sections}
+    replies: list[str] = []
     with engines(model, sections, logs, say, **arguments) as living:
         for engine in living.values():
-            engine.ask([TrialRequest(list(history.system), 2)])
-        for number, user in enumerate(asked, 1):
+            # The first forced answer of an engine's life sets up log-probabilities.
+            engine.ask([TrialRequest(list(history.system), 2, force=[0, 0])])
+        for number, (user, follows) in enumerate(asked, 1):
             prompt, lengths = history.prompt(user, sizes.reply)
             wish = {"reuse": "approximate", "segments": lengths, "session_id": "chat"}
             request = TrialRequest(prompt, sizes.reply, kvplug=wish)
-            answers = {name: living[name].ask([request])[0] for name in turns([*living], number)}
-            stock, base = answers[STOCK], living[STOCK].processor[0]
+            told = replace(request, force=follows)
+            answers, busy, forced = {}, {}, {}
+            for name in turns([*living], number):
+                (answers[name],) = living[name].ask([request])
+                (busy[name],) = living[name].processor
+                (forced[name],) = living[name].ask([told])
+            stock = answers[STOCK]
             for name, answer in answers.items():
-                busy = living[name].processor[0], base
-                served[name].append(Turn.of(number, history.first, answer, stock, busy))
-            history.add([*user, *answers[STOCK].token_ids, *end])
+                both = busy[name], busy[STOCK]
+                turn = Turn.of(number, history.first, answer, stock, both, forced[name])
+                served[name].append(turn)
+            replies.append(stock.text)
+            history.add([*user, *follows, *end])
             say(
                 f"turn {number} of {sizes.turns}, {len(prompt)} tokens, {history.first} dropped: "
                 + ", ".join(f"{n} {own[-1].ttft:.2f} s" for n, own in served.items())
@@ -263,4 +294,4 @@ def measure(
         for engine in living.values():
             engine.finish()
         counters = {name: engine.counters for name, engine in living.items() if name != STOCK}
-    return Result(sizes, served, counters)
+    return Result(sizes, served, counters, replies)

@@ -256,7 +256,7 @@ class Measured:
         ratio: Stock's seconds by its own, per request.
         busy: Processor seconds to the first token, per request.
         busy_ratio: Stock's processor seconds by its own, per request.
-        reused: Tokens of prompts not prefilled, by its own and the engine's cache together.
+        reused: Tokens of prompts that were not computed, by kvplug and the engine's cache together.
         computed: Tokens of them that were computed anew inside a reused run.
         prompt: Tokens of prompts.
         approximate: Requests whose answer says that reuse was approximate.
@@ -290,8 +290,8 @@ class Measured:
         self.busy.append(busy[0])
         self.busy_ratio.append(busy[1] / busy[0])
         self.prompt += answer.prompt_tokens
-        self.reused += answer.cached_tokens
         told = said(answer)
+        self.reused += answer.cached_tokens - told.computed
         self.computed += told.computed
         self.approximate += told.approximate
         if asked.kind == "continuation":
@@ -315,7 +315,7 @@ class Measured:
             "ttft_ratio_of_sums": sum(r * t for r, t in zip(self.ratio, self.ttft, strict=True))
             / (sum(self.ttft) or 1.0),
             "reused_share": self.reused / self.prompt if self.prompt else 0.0,
-            "computed_in_runs": self.computed,
+            "computed_share": self.computed / self.prompt if self.prompt else 0.0,
             "approximate_requests": self.approximate,
             "greedy": self.greedy.plain(),
             "passkey_agreement": self.keys.plain(),

@@ -717,7 +717,7 @@ class Catalog:
             self._memory_bytes += sign * segment.bytes
         if self._charged(segment):
             self._disk_bytes += sign * segment.bytes
-        if segment.state is State.DISK and not segment.cause:
+        if segment.state is State.DISK and segment.on_disk and not segment.cause:
             self._asleep += sign
 
     def _change(

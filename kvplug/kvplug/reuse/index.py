@@ -205,8 +205,8 @@ class _Near:
     """Near-equal texts of one tenant.
 
     All hashes are compared: what one looks for lies alone among texts that are all equally far, and
-    there a graph of neighbours (HNSW) that is as fast up to 100,000 segments misses a part of them
-    and takes forty times as long to add one.
+    there a graph of neighbours (HNSW) misses up to half of it and takes several times as long to
+    add one (`kvplug.eval.reuse_index --graph`).
     """
 
     def __init__(self, simhash: SimHash) -> None:

@@ -245,7 +245,8 @@ def _plugged_backend(
 
     stock_builder, stock_impl = stock.get_builder_cls(), stock.get_impl_cls()
     inner, outer = plug.builders() if plug is not None else (None, None)
-    builders = (outer, shortening.builder if shortening else None, inner, stock_builder)
+    first = reused.builders() if reused is not None else ()
+    builders = (*first, outer, shortening.builder if shortening else None, inner, stock_builder)
     impls = (
         shortening.impl if shortening else None,
         *(reused.impls() if reused is not None else ()),

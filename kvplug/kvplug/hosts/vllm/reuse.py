@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -114,6 +115,8 @@ class _Known:
     spans: list[tuple[int, int]]
     plan: Plan | None = None
     taken: Plan | None = None
+    lane: int | None = None
+    approximate_from: int | None = None
     ancestry: int = 0
     next_span: int = 0
     asked_at: float | None = None
@@ -186,6 +189,7 @@ class ReuseScheduler:
             engine.token_bytes(view, stored) * self._world,
             near=self.settings.near,
             least=self._least,
+            world=self._world,
         )
         self._splitter = Splitter(self.settings.segments, engine.tokenizer(vllm_config))
         self._planner = Planner(
@@ -198,7 +202,8 @@ class ReuseScheduler:
         self._loads: list[LoadOrder] = []
         self._left: list[SaveOrder] = []
         self._ranks: Counter[str] = Counter()
-        self._lanes: dict[str, int] = {}
+        # Never the same twice: a worker's memory of a lane is one request's.
+        self._lanes = itertools.count()
         if self.settings.store.directory:
             self.refused.update(self.catalog.scan(self.settings.store.directory))
 
@@ -225,6 +230,8 @@ class ReuseScheduler:
             lora,
             self._splitter.split(tokens, wishes.lengths),
         )
+        if wishes.approximate and self.settings.memo is not None:
+            known.lane = next(self._lanes)
         self._known[request.request_id] = known
         if self.guard is not None:
             known.families = tuple(
@@ -234,7 +241,7 @@ class ReuseScheduler:
             if known.guarded:
                 compat.mark_request(request, request.request_id)
         if self.settings.near and wishes.approximate:
-            self.catalog.prefetch(tokens, known.tenant)
+            self.catalog.prefetch(tokens, known.tenant, known.spans)
 
     def matched(self, request: Any, num_local: int) -> int | None:
         """Tokens after the engine's own hit that need not be prefilled; None to be asked again."""
@@ -245,16 +252,22 @@ class ReuseScheduler:
         plan = self._plan(request, known, num_local)
         self.counters.plans += 1
         self.counters.plan_us += 1e6 * (time.perf_counter() - before)
-        if plan.waiting and self._waits(known):
-            for name in plan.waiting:
-                self.catalog.want(name)
+        if self._waits(known, plan):
             self.counters.waited += 1
             return None
         known.plan = plan
-        self._set_limit(request.request_id, plan.approximate_from if plan.length else None)
+        self._set_limit(request, known, plan)
         return plan.length
 
-    def _waits(self, known: _Known) -> bool:
+    def _waits(self, known: _Known, plan: Plan) -> bool:
+        """Whether a request is better asked again: something it can take is on its way."""
+        coming = [
+            segment.flying or self.catalog.want(name)
+            for name in plan.waiting
+            if (segment := self.catalog.get(name)) is not None
+        ]
+        if not any(coming):
+            return False
         now = time.monotonic()
         known.asked_at = known.asked_at or now
         return now - known.asked_at < PATIENCE
@@ -288,12 +301,17 @@ class ReuseScheduler:
             request.num_tokens, num_local, self.catalog.match(tokens, known.tenant), judge
         )
 
-    def _set_limit(self, request_id: str, first: int | None) -> None:
+    def _set_limit(self, request: Any, known: _Known, plan: Plan | None) -> None:
+        """From which token on the prefix cache must not hold a request's blocks."""
+        first = plan.approximate_from if plan is not None else None
+        if known.lane is not None:
+            first = min(request.num_prompt_tokens, first or request.num_prompt_tokens)
+        known.approximate_from = first
         for manager in self._managers:
             if first is None:
-                manager.approximate_from.pop(request_id, None)
+                manager.approximate_from.pop(request.request_id, None)
             else:
-                manager.approximate_from[request_id] = first
+                manager.approximate_from[request.request_id] = first
 
     def _fingerprint(
         self, request: Any, known: _Known, tokens: npt.NDArray[np.int32], start: int, end: int
@@ -318,11 +336,12 @@ class ReuseScheduler:
         if known is None:
             return
         plan, known.plan = known.plan, None
-        known.next_span, known.ancestry, known.taken = 0, 0, None
+        known.next_span, known.taken = 0, None
+        known.ancestry = 1 if known.lane is not None else 0
         if plan is not None:
             self._count_checks(known, plan)
         if plan is None or not num_external:
-            self._set_limit(request.request_id, None)
+            self._set_limit(request, known, None)
             self._watch(request, known)
             return
         assert num_external == plan.length, "vLLM takes a run whole or not at all"
@@ -399,10 +418,9 @@ class ReuseScheduler:
                 known.next_span = len(known.spans)
                 self.counters.errors += 1
                 logger.error("reuse cannot store a segment of a request", exc_info=error)
-            if request_id in self._lanes:
-                orders.lanes[self._blocks(request_id)[(end - 1) // self._size]] = self._lanes[
-                    request_id
-                ]
+            if known.lane is not None:
+                tail = self._blocks(request_id)[(end - 1) // self._size]
+                orders.lanes[tail] = known.lane
         self.catalog.expire()
         told = self.catalog.take_orders()
         orders.drop, orders.fetch, orders.delete = told.drop, told.fetch, told.delete
@@ -438,7 +456,7 @@ class ReuseScheduler:
             for p in taken.pieces
         ):
             return None
-        first = taken.approximate_from if taken is not None else None
+        first = known.approximate_from
         approximate = first is not None and end > first
         if approximate and not self.settings.approximate:
             return None
@@ -464,10 +482,11 @@ class ReuseScheduler:
     def finished(self, request: Any, blocks: Sequence[int]) -> dict[str, Any] | None:
         """A request ended; returns what its output says of reuse, or None for nothing."""
         known = self._known.pop(request.request_id, None)
-        self._set_limit(request.request_id, None)
+        for manager in self._managers:
+            manager.approximate_from.pop(request.request_id, None)
         if known is None:
             return None
-        lane = self._lanes.pop(request.request_id, None)
+        lane = known.lane
         self._leave(known, blocks)
         drift = self._judged(known)
         plan = known.taken
@@ -609,10 +628,11 @@ class ReuseScheduler:
         for request_id in news.unloaded:
             known = self._known.get(request_id)
             if known is not None and known.taken is not None:
-                known.taken, known.ancestry = None, 0
+                known.taken = None
+                known.ancestry = 1 if known.lane is not None else 0
                 known.refused["load failed"] += 1
                 self.refused["load failed"] += 1
-                self._set_limit(request_id, None)
+                self._set_limit(known.request, known, None)
         counters = self.counters
         counters.computed += news.computed
         counters.errors += news.errors

@@ -216,6 +216,14 @@ class ReusePlug:
         self.settings: ReuseSettings = deployment.reuse
         self.state = worker_state(vllm_config)
 
+    def builders(self) -> tuple[type[Any], ...]:
+        """The mixins before every other builder."""
+        if self.settings.memo is None:
+            return ()
+        from kvplug.hosts.vllm.memo import memo_builder
+
+        return (memo_builder(self.settings.memo),)
+
     def impls(self) -> tuple[type[Any], ...]:
         """The mixins next to the stock implementation, outermost first."""
         own = {"kvplug_reuse_state": self.state}
@@ -340,7 +348,9 @@ class ReuseWorker:
 
     def load(self, orders: ReuseOrders) -> None:
         """Write stored runs into pages, and compute what is to be computed in them."""
+        # Neither is for the forwards in between.
         watched, self.watched = self.watched, {}
+        lanes, self.state.memo_lanes = self.state.memo_lanes, {}
         for order in orders.loads:
             try:
                 self._load(order)
@@ -353,6 +363,7 @@ class ReuseWorker:
                 )
                 self._unloaded.update(order.blocks[first // self.block_size :].tolist())
         self.watched, self._rows, self._held = watched, None, {}
+        self.state.memo_lanes = lanes
 
     def after(self, orders: ReuseOrders) -> None:
         """After the forward."""
