@@ -37,8 +37,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvplug.contract import EngineView
-from kvplug.contract.reuse import Candidate, ReuseRequest
+from kvplug.contract import Candidate, EngineView, ReuseRequest
 
 Floats = npt.NDArray[np.float32]
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from kvplug.hosts.vllm.trial import Answer
 
 SYSTEM = (
-    "<|im_start|>system\nYou and the reader speak an old play together. The reader says some of it, "
-    "and you go on with the words that follow.<|im_end|>\n"
+    "<|im_start|>system\nYou and the reader speak an old play together. The reader says some of "
+    "it, and you go on with the words that follow.<|im_end|>\n"
 )
 USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
 

@@ -15,8 +15,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvplug.contract import EngineView, Feature, LayerView, PolicyOptions, Rope
-from kvplug.contract.reuse import Candidate, Placement, ReuseCheck, ReuseRequest, Verdict
+from kvplug.contract import (
+    Candidate,
+    EngineView,
+    Feature,
+    LayerView,
+    Placement,
+    PolicyOptions,
+    ReuseCheck,
+    ReuseRequest,
+    Rope,
+    Verdict,
+)
 from kvplug_kernels.rerotate import rerotate
 from kvplug_policies.reuse_calibration import DECAYS, ReuseCalibration, calibration_for
 

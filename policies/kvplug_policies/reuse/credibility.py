@@ -13,8 +13,14 @@ from typing import cast
 import numpy as np
 from pydantic import Field
 
-from kvplug.contract import EngineView, PolicyOptions
-from kvplug.contract.reuse import Candidate, ReuseCheck, ReuseRequest, Verdict
+from kvplug.contract import (
+    Candidate,
+    EngineView,
+    PolicyOptions,
+    ReuseCheck,
+    ReuseRequest,
+    Verdict,
+)
 from kvplug_policies.reuse_calibration import Estimator, calibration_for, features, is_exact
 
 BINS = 10
