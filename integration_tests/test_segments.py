@@ -1,0 +1,135 @@
+"""Segments out of pages and into others, on real cache-write operations and no engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvplug.contract import EngineView, FormatPolicy, Kind, LayerView, WriteBatch
+from kvplug.deployment import load_deployment
+from kvplug.hosts.vllm.segments import LayerPages, ReuseNews, ReuseOrders, stacked
+
+SIZE, BLOCKS = 32, 12
+VIEW = LayerView(0, 1, num_kv_heads=2, num_heads=4, head_size=64, dtype="float32")
+
+
+class Impl:
+    """Stores tokens as the plain layout does: keys, then values."""
+
+    scale = 0.125
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor
+    ) -> None:
+        blocks, at = slots // SIZE, slots % SIZE
+        cache[blocks, :, at] = torch.cat([key, value], -1)
+
+
+def native() -> tuple[LayerPages, Tensor]:
+    cache = torch.full((BLOCKS, 2, SIZE, 128), float("nan"))
+    return LayerPages(SimpleNamespace(impl=Impl()), cache, VIEW, None), cache
+
+
+def coded(name: str) -> tuple[LayerPages, Tensor, FormatPolicy]:
+    choice = load_deployment({"format": name}).choice(Kind.FORMAT)
+    assert choice is not None
+    policy = choice.build(EngineView(block_size=SIZE, layers=(VIEW,)))
+    assert isinstance(policy, FormatPolicy)
+    width = policy.layout(VIEW).bytes_per_token_head
+    cache = torch.randint(0, 256, (BLOCKS, 2, SIZE, width), dtype=torch.uint8)
+    return LayerPages(SimpleNamespace(impl=Impl()), cache, VIEW, policy), cache, policy
+
+
+def some(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    key, value = (torch.randn(n, 2, 64, generator=generator) for _ in range(2))
+    return key, value
+
+
+def slots_of(blocks: Tensor, start: int, n: int) -> Tensor:
+    at = torch.arange(start, start + n)
+    return blocks[at // SIZE] * SIZE + at % SIZE
+
+
+def test_what_was_written_is_read_wherever_it_begins() -> None:
+    pages, cache = native()
+    blocks = torch.tensor([7, 2, 9, 4])
+    key, value = some(100)
+    pages.write(slots_of(blocks, 5, 100), key, value)
+    for start, end in ((5, 105), (31, 33), (32, 64), (40, 41), (104, 105)):
+        k, v = pages.read(blocks, start, end)
+        assert torch.equal(k, key[start - 5 : end - 5])
+        assert torch.equal(v, value[start - 5 : end - 5])
+    k, v = pages.read(blocks, 8, 8)
+    assert k.shape == v.shape == (0, 2, 64)
+    stored = pages.stored(blocks, 20, 90)
+    elsewhere = torch.tensor([1, 3, 5])
+    pages.put(slots_of(elsewhere, 11, 70), stored)
+    assert torch.equal(pages.read(elsewhere, 11, 81)[0], key[15:85])
+    untouched = torch.ones(BLOCKS, dtype=torch.bool)
+    untouched[torch.cat([blocks, elsewhere])] = False
+    assert cache[untouched].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8", "hack", "rotated", "plain"])
+def test_bytes_of_a_format_move_as_they_are(name: str) -> None:
+    pages, cache, policy = coded(name)
+    blocks = torch.tensor([7, 2, 9, 4])
+    key, value = some(100)
+    policy.write(VIEW, WriteBatch(key, value, slots_of(blocks, 5, 100)), cache)
+    stored = pages.stored(blocks, 20, 90)
+    assert stored["cells"].shape[:2] == (70, 2)
+    before = cache.clone()
+    elsewhere = torch.tensor([1, 3, 5])
+    slots = slots_of(elsewhere, 11, 70)
+    pages.put(slots, stored)
+    for which in (0, 1):
+        moved = pages.read(elsewhere, 11, 81)[which]
+        assert torch.equal(moved, pages.read(blocks, 20, 90)[which])
+    others = torch.ones(BLOCKS, dtype=torch.bool)
+    others[elsewhere] = False
+    assert torch.equal(cache[others], before[others])
+    again = pages.stored(elsewhere, 11, 81)
+    assert torch.equal(again["cells"], stored["cells"])
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
+def test_a_corrected_run_is_decoded_and_coded_anew(name: str) -> None:
+    pages, cache, policy = coded(name)
+    blocks, elsewhere = torch.tensor([7, 2]), torch.tensor([1, 3])
+    policy.write(VIEW, WriteBatch(*some(40), slots_of(blocks, 0, 40)), cache)
+    slots = slots_of(elsewhere, 9, 40)
+    key, value = pages.given(slots, pages.stored(blocks, 0, 40))
+    assert torch.equal(key, pages.read(blocks, 0, 40)[0])
+    pages.write(slots, -key, value)
+    scratch = torch.zeros_like(cache)
+    policy.write(VIEW, WriteBatch(-key, value, torch.arange(40)), scratch)
+    expected = policy.read(VIEW, scratch, torch.tensor([0, 1]))[0].transpose(1, 2).flatten(0, 1)
+    assert torch.equal(pages.read(elsewhere, 9, 49)[0], expected[:40])
+
+
+def test_layers_of_other_bytes_are_filled_up() -> None:
+    one, other = torch.ones(3, 2, 4, dtype=torch.uint8), torch.ones(3, 1, 6, dtype=torch.uint8)
+    made = stacked([one, other])
+    assert made.shape == (2, 3, 2, 6)
+    assert torch.equal(made[0, :, :, :4], one)
+    assert torch.equal(made[1, :, :1, :6], other)
+    assert int(made.sum()) == one.numel() + other.numel()
+
+
+def test_ranks_are_merged_into_what_all_of_them_did() -> None:
+    one = ReuseNews(saved={"a": {"x": 1.0}}, counts={"a": 1}, computed=5, loaded=(7, 3))
+    other = ReuseNews(saved={"a": {"x": 3.0}, "b": {}}, counts={"a": 1, "b": 1}, computed=5)
+    other.failed["c"] = "bad checksum"
+    one.merge(other)
+    assert one.saved == {"a": {"x": 2.0}, "b": {}}
+    assert one.counts == {"a": 2, "b": 1}
+    assert (one.computed, one.loaded) == (5, (7, 3))
+    assert one.failed == {"c": "bad checksum"}
+    assert one
+    assert not ReuseNews()
+    assert not ReuseOrders()
