@@ -15,10 +15,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, MambaConfig
 
+from kvplug.contract import EngineView
 from kvplug.deployment import load_deployment
 from kvplug.errors import DeploymentError, Refusal
 from kvplug.hosts.vllm import engine
 from kvplug.hosts.vllm.engine import SECTION
+from kvplug.hosts.vllm.flags import EXTENSION, GUARD, RUNS
 from kvplug.hosts.vllm.trial import (
     TrialFailed,
     TrialRequest,
@@ -297,3 +299,64 @@ def test_a_refusal_survives_the_way_between_processes() -> None:
     )
     assert back.refusals == error.refusals
     assert back.source == "deploy.yaml"
+
+
+class TestReuse:
+    """What reuse needs of the engine, one sentence each."""
+
+    CHAIN = ("structure", "position")
+
+    def refusals(self, section: dict[str, Any], **flags: Any) -> list[Refusal]:
+        deployment = load_deployment(section, key=SECTION)
+        config = SimpleNamespace(
+            kv_transfer_config=SimpleNamespace(
+                kv_load_failure_policy=flags.get("policy", "recompute")
+            ),
+            parallel_config=SimpleNamespace(worker_extension_cls=flags.get("extension", "")),
+            model_config=SimpleNamespace(logits_processors=None, uses_mrope=flags.get("mrope")),
+            lora_config=flags.get("lora"),
+            use_v2_model_runner=flags.get("v2", False),
+        )
+        return engine._reuse_refusals(deployment, config)
+
+    def section(self, **keys: Any) -> dict[str, Any]:
+        return {"reuse": {"use": list(self.CHAIN)} | keys}
+
+    def test_nothing_more_is_needed_for_exact_reuse(self) -> None:
+        assert self.refusals(self.section()) == []
+
+    def test_a_failed_load_must_be_computed(self) -> None:
+        (found,) = self.refusals(self.section(), policy="fail")
+        assert found.key == f"{SECTION}.reuse"
+        assert found.fix == "set kv_load_failure_policy: recompute in kv-transfer-config."
+
+    def test_computing_inside_a_run_needs_the_model(self) -> None:
+        (found,) = self.refusals(self.section(recompute={"boundary": 8}))
+        assert found.key == f"{SECTION}.reuse.recompute"
+        assert EXTENSION in found.fix
+        assert self.refusals(self.section(recompute={"boundary": 8}), extension=EXTENSION) == []
+        assert self.refusals(self.section(recompute={"gaps": 0})) == []
+
+    @pytest.mark.parametrize("flag", ["lora", "v2", "mrope"])
+    def test_computing_inside_a_run_is_refused_where_it_cannot_work(self, flag: str) -> None:
+        section = self.section(recompute={"share": 0.2})
+        (found,) = self.refusals(section, extension=EXTENSION, **{flag: True})
+        assert found.fix == "remove the recompute section."
+
+    def test_the_guard_needs_its_logits_processor(self) -> None:
+        (found,) = self.refusals(self.section() | {"guard": {}})
+        assert found.key == f"{SECTION}.guard"
+        assert GUARD in found.fix
+
+    def test_a_chain_without_its_first_checks_is_refused(self) -> None:
+        deployment = load_deployment({"reuse": {"use": ["mask", "structure"]}})
+        view = EngineView(block_size=16)
+        (found,) = deployment.incompatible(view, runs=RUNS, host="vllm")
+        assert found.problem.startswith("a chain of checks begins with structure and position")
+        assert found.fix == "write `use: [structure, position, mask]`."
+
+    def test_reuse_and_a_sequence_policy_exclude_each_other(self) -> None:
+        deployment = load_deployment(self.section() | WINDOW)
+        view = EngineView(block_size=16, max_model_len=512)
+        found = deployment.incompatible(view, runs=RUNS, host="vllm")
+        assert found and all("cannot live with sequence policy" in r.problem for r in found)

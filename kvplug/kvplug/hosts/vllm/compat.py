@@ -7,6 +7,8 @@ Checked on vLLM 0.32.0. The attributes touched here, and nowhere else:
 * ``Request.cache_salt`` and ``Request.block_hashes``: a new request's block hashes are made anew
   with a longer salt, before it is looked up (`salt_request`).
 * ``SamplingParams.extra_args``: a new request's gets one key more (`mark_request`).
+* ``Worker.model_runner``: vLLM's worker assigns it, and a property of the class that vLLM itself
+  mixes in for ``--worker-extension-cls`` hears of that (`extension.WorkerExtension`).
 * ``Attention.attn_backend``: set per layer so that ``customize_spec`` knows which layer it is
   asked about (`set_layer_backend`).
 
@@ -41,9 +43,12 @@ EXTENSION_POINTS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "query_start_loc_cpu",
             "seq_lens",
             "num_reqs",
+            "num_actual_tokens",
             "max_query_len",
             "max_seq_len",
             "block_table_tensor",
+            "slot_mapping",
+            "causal",
             "seq_lens_cpu_upper_bound",
         ),
     ),
@@ -89,6 +94,38 @@ EXTENSION_POINTS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "vllm.distributed.kv_transfer.kv_connector.v1.base:"
         "KVConnectorBase_V1.bind_kv_cache_manager",
         ("kv_cache_manager",),
+    ),
+    (
+        "vllm.distributed.kv_transfer.kv_connector.v1.base:"
+        "KVConnectorBase_V1.get_num_new_matched_tokens",
+        ("request", "num_computed_tokens"),
+    ),
+    (
+        "vllm.distributed.kv_transfer.kv_connector.v1.base:"
+        "KVConnectorBase_V1.update_state_after_alloc",
+        ("request", "blocks", "num_external_tokens"),
+    ),
+    (
+        "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.start_load_kv",
+        ("forward_context",),
+    ),
+    (
+        "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.register_kv_caches",
+        ("kv_caches",),
+    ),
+    (
+        "vllm.distributed.kv_transfer.kv_connector.v1.base:"
+        "KVConnectorBase_V1.get_block_ids_with_load_errors",
+        (),
+    ),
+    (
+        "vllm.forward_context:set_forward_context",
+        ("attn_metadata", "vllm_config", "num_tokens", "slot_mapping"),
+    ),
+    ("vllm.v1.worker.utils:AttentionGroup.get_metadata_builder", ()),
+    (
+        "vllm.v1.sample.logits_processor:AdapterLogitsProcessor.new_req_logits_processor",
+        ("params",),
     ),
     (
         "vllm.distributed.kv_transfer.kv_connector.v1.base:KVConnectorBase_V1.handle_preemptions",

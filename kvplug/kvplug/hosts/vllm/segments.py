@@ -28,6 +28,7 @@ from kvplug.contract import (
     WriteBatch,
 )
 from kvplug.deployment import Deployment
+from kvplug.errors import KVPlugError
 from kvplug.hosts.vllm.pages import Pages, order_of
 from kvplug.hosts.vllm.recompute import Recomputer, UnlikeStored, chosen
 from kvplug.hosts.vllm.worker import WorkerState, worker_state
@@ -313,7 +314,16 @@ class ReuseWorker:
         self.recomputer = Recomputer(vllm_config, self.state)
 
     def register(self, caches: dict[str, Tensor]) -> None:
-        """Take in the layers' caches, by layer name."""
+        """Take in the layers' caches, by layer name.
+
+        Raises:
+            KVPlugError: Tokens are to be computed inside runs, and the model is not at hand.
+        """
+        if self.settings.recompute.needed and not self.recomputer.ready:
+            raise KVPlugError(
+                "vLLM's worker gave its extension no model runner, so nothing can be computed "
+                "inside a reused run: remove reuse.recompute; see `kvplug doctor`"
+            )
         from vllm.model_executor.models.utils import extract_layer_index
 
         context = self.vllm_config.compilation_config.static_forward_context
