@@ -158,7 +158,7 @@ class ReuseScheduler:
         deployment: The deployment; it has a reuse section.
         vllm_config: The engine's config.
         view: The engine as policies see it.
-        tell: Called with a sentence and a count when something worth an event happened.
+        tell: Called with what happened, as `EventType` names it, a count and a detail.
     """
 
     def __init__(
@@ -246,7 +246,10 @@ class ReuseScheduler:
     def matched(self, request: Any, num_local: int) -> int | None:
         """Tokens after the engine's own hit that need not be prefilled; None to be asked again."""
         known = self._known.get(request.request_id)
-        if known is None or known.wishes.off or len(self.catalog) == 0:
+        # vLLM computes all of a prompt whose log-probabilities are wanted.
+        if known is None or known.wishes.off or request.skip_reading_prefix_cache:
+            return 0
+        if len(self.catalog) == 0:
             return 0
         before = time.perf_counter()
         plan = self._plan(request, known, num_local)
@@ -406,25 +409,24 @@ class ReuseScheduler:
         """
         orders = ReuseOrders(loads=self._loads, left=self._left)
         self._loads, self._left = [], []
-        for request_id, start in starts.items():
-            known = self._known.get(request_id)
-            if known is None:
-                continue
-            end = start + scheduled[request_id]
-            try:
-                orders.saves += self._completed(request_id, known, end)
-            except Exception as error:
-                # Loads were promised: they are ordered whatever happens to what is stored.
-                known.next_span = len(known.spans)
-                self.counters.errors += 1
-                logger.error("reuse cannot store a segment of a request", exc_info=error)
-            if known.lane is not None:
-                tail = self._blocks(request_id)[(end - 1) // self._size]
-                orders.lanes[tail] = known.lane
-        self.catalog.expire()
-        told = self.catalog.take_orders()
-        orders.drop, orders.fetch, orders.delete = told.drop, told.fetch, told.delete
+        try:
+            for request_id, start in starts.items():
+                known = self._known.get(request_id)
+                if known is not None:
+                    self._order(orders, known, request_id, start + scheduled[request_id])
+            self.catalog.expire()
+            told = self.catalog.take_orders()
+            orders.drop, orders.fetch, orders.delete = told.drop, told.fetch, told.delete
+        except Exception as error:
+            # Loads were promised: they are ordered whatever happens to what is stored.
+            self.counters.errors += 1
+            logger.error("reuse cannot order a step's segments", exc_info=error)
         return orders if orders else None
+
+    def _order(self, orders: ReuseOrders, known: _Known, request_id: str, end: int) -> None:
+        orders.saves += self._completed(request_id, known, end)
+        if known.lane is not None:
+            orders.lanes[self._blocks(request_id)[(end - 1) // self._size]] = known.lane
 
     def _blocks(self, request_id: str) -> list[int]:
         return [b.block_id for b in self._managers[0].req_to_blocks.get(request_id, ())]
@@ -622,6 +624,8 @@ class ReuseScheduler:
                     del self._ranks[f"{kind} {name}"]
                     call(name)
         for name, cause in news.failed.items():
+            for kind in ("written", "fetched"):
+                self._ranks.pop(f"{kind} {name}", None)
             self.catalog.failed(name, cause)
             self.refused[cause] += 1
             self._tell("refused", 1, cause)
