@@ -37,11 +37,12 @@ def test_documents_in_any_order_are_reused(tmp_path: Path, smollm2: Path) -> Non
     assert rows["nothing"]["computed_share"] == 0 < rows["gaps+boundary=8"]["computed_share"]
     assert rows["nothing"]["greedy"]["answers"] == 2
     assert found["counters"]["nothing"]["shifted_tokens"] > 0
-    assert "CacheBlend, as published" in shown
+    assert "CacheBlend" in shown and "2.2x to 3.3x" in shown
 
 
 def test_a_chat_over_its_window_reuses_what_is_left(tmp_path: Path, smollm2: Path) -> None:
-    found, _ = reuse(tmp_path, smollm2, "chat", "--variants", "gaps")
+    # In bfloat16 a tie may fall otherwise where a batch has another shape.
+    found, _ = reuse(tmp_path, smollm2, "chat", "--variants", "gaps", "--dtype", "float32")
     turns = found["turns"]
     assert [t["dropped"] for t in turns["gaps"]] == [0, 0, 0, 0, 1, 2]
     within, over = (turns["gaps"][:4], turns["gaps"][4:])

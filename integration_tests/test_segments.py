@@ -133,3 +133,34 @@ def test_ranks_are_merged_into_what_all_of_them_did() -> None:
     assert one
     assert not ReuseNews()
     assert not ReuseOrders()
+
+
+def test_each_segment_of_a_step_is_measured_by_its_own_last_queries() -> None:
+    """A row of 90 tokens after 30: two segments end in it, and a row of another request."""
+    from kvplug.hosts.vllm.segments import ReuseWorker, SaveOrder
+
+    class Worker(ReuseWorker):
+        def __init__(self) -> None:
+            self.block_size, self._rows, self._queries, self.watched = SIZE, None, {}, {}
+
+    def save(name: str, start: int, length: int, tail: int) -> SaveOrder:
+        print_ = SimpleNamespace(start=start, length=length)
+        empty = torch.zeros(0).numpy()
+        return SaveOrder(name, print_, empty, empty, empty, tail)  # type: ignore[arg-type]
+
+    worker = Worker()
+    worker.watched = {5: [save("a", 20, 40, 5), save("b", 60, 60, 5), save("c", 0, 30, 5)]}
+    metadata = SimpleNamespace(
+        query_start_loc=torch.tensor([0, 7, 97]),
+        seq_lens=torch.tensor([40, 120]),
+        block_table=torch.tensor([[1, 2, 0, 0], [8, 7, 6, 5]]),
+    )
+    query = torch.arange(97.0)[:, None, None].expand(97, 4, 64)
+    worker.watch("layer", query, metadata)
+    worker.watch("next", query + 1, metadata)
+    first = {key: value[:, 0, 0].tolist() for key, value in worker._queries.items()}
+    # Token 59 of the request is query 7 + 29 of the step; token 119 is the last.
+    assert first["a", "layer"] == [float(i) for i in range(21, 37)]
+    assert first["b", "layer"] == [float(i) for i in range(81, 97)]
+    assert first["b", "next"] == [float(i) for i in range(82, 98)]
+    assert ("c", "layer") not in first, "it was computed before"

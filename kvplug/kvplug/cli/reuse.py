@@ -46,6 +46,9 @@ Model = Annotated[
 ]
 Json = Annotated[Path | None, typer.Option(help="Write the figures as JSON.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of texts, orders and keys.")]
+Dtype = Annotated[
+    str, typer.Option(help="Of the model; in bfloat16, ties fall as batches happen to be rounded.")
+]
 Quick = Annotated[bool, typer.Option("--quick", help="A small run that tells no figures.")]
 File = Annotated[
     Path | None,
@@ -78,6 +81,7 @@ def rag(
     requests: Annotated[int, typer.Option(min=3, help="Requests, of three kinds in turn.")] = 30,
     documents: Annotated[int, typer.Option(min=2, help="Documents read once.")] = 20,
     taken: Annotated[int, typer.Option(min=1, help="Documents a request takes.")] = 4,
+    dtype: Dtype = "bfloat16",
     seed: Seed = 0,
     quick: Quick = False,
     model: Model = None,
@@ -97,7 +101,9 @@ def rag(
         sizes = replace(reuse_rag.QUICK, seed=seed)
     with _running(model, json) as run:
         chosen = _variants(variants, deployment, credibility, compensate, run.console)
-        found = reuse_rag.measure(run.model, run.text, sizes, chosen, run.logs, run.say)
+        found = reuse_rag.measure(
+            run.model, run.text, sizes, chosen, run.logs, run.say, dtype=dtype
+        )
         run.tell(rag_tables(found), {"command": "rag", **found.plain()}, chosen)
 
 
@@ -118,6 +124,7 @@ def chat(
     ] = None,
     turns: Annotated[int, typer.Option(min=2, help="Turns of the chat.")] = 30,
     window: Annotated[int, typer.Option(min=128, help="Tokens that the client keeps.")] = 1024,
+    dtype: Dtype = "bfloat16",
     seed: Seed = 0,
     quick: Quick = False,
     model: Model = None,
@@ -133,7 +140,9 @@ def chat(
         chosen = _variants(
             variants, deployment, credibility, compensate, run.console, checks=CHAT_CHECKS
         )
-        found = reuse_chat.measure(run.model, run.text, sizes, chosen, run.logs, run.say)
+        found = reuse_chat.measure(
+            run.model, run.text, sizes, chosen, run.logs, run.say, dtype=dtype
+        )
         run.tell([chat_table(found)], {"command": "chat", **found.plain()}, chosen)
 
 
@@ -153,10 +162,7 @@ def mixed(
     requests: Annotated[int, typer.Option(min=1, help="Mixed requests.")] = 1000,
     exact: Annotated[int, typer.Option(min=1, help="Exact requests that follow.")] = 50,
     at_once: Annotated[int, typer.Option(min=1, help="Mixed requests at a time.")] = 8,
-    dtype: Annotated[
-        str,
-        typer.Option(help="Of the model; in bfloat16, ties fall as batches happen to be rounded."),
-    ] = "float32",
+    dtype: Dtype = "float32",
     control: Annotated[
         bool, typer.Option("--control", help="Serve the mixed requests on stock, too.")
     ] = False,

@@ -238,6 +238,8 @@ def measure(
     variants: Sequence[Variant],
     logs: Path,
     say: Callable[[str], None],
+    *,
+    dtype: str = "bfloat16",
 ) -> Result:
     """Hold the chat with stock and with every variant in turn.
 
@@ -248,6 +250,7 @@ def measure(
         variants: Ways to reuse, each an engine of its own that lives beside the others.
         logs: Folder for the engines' logs.
         say: Told what happens.
+        dtype: Of the model.
     """
     from kvplug.hosts.vllm.trial import TrialRequest
 
@@ -258,6 +261,7 @@ def measure(
     length = -(-(sizes.window + 1) // BLOCK) * BLOCK
     arguments = {
         "block_size": BLOCK,
+        "dtype": dtype,
         "max_model_len": length,
         "max_num_batched_tokens": max(length, 2048),
         "enable_prefix_caching": True,

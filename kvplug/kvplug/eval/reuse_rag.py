@@ -395,6 +395,8 @@ def measure(
     variants: Sequence[Variant],
     logs: Path,
     say: Callable[[str], None],
+    *,
+    dtype: str = "bfloat16",
 ) -> Result:
     """Ask stock and every variant the same requests in turn.
 
@@ -405,6 +407,7 @@ def measure(
         variants: Ways to reuse, each an engine of its own that lives beside the others.
         logs: Folder for the engines' logs.
         say: Told what happens.
+        dtype: Of the model.
     """
     encode, bos = encoder(model)
     work = workload(encode, bos, text, sizes)
@@ -413,6 +416,7 @@ def measure(
     held = sum(len(a.prompt) + a.max_tokens for a in [*work.warm, *work.plain, *work.headed])
     arguments = {
         "block_size": BLOCK,
+        "dtype": dtype,
         "max_model_len": length,
         "max_num_batched_tokens": max(length, 2048),
         "enable_prefix_caching": True,

@@ -302,10 +302,10 @@ class ReuseWorker:
         self.block_size = int(vllm_config.cache_config.block_size)
         self.layers: dict[str, LayerPages] = {}
         self.news = ReuseNews()
-        self.watched: dict[int, tuple[int, int]] = {}
+        self.watched: dict[int, list[SaveOrder]] = {}
         self.compared: Compared | None = None
-        self._queries: dict[tuple[int, str], Tensor] = {}
-        self._rows: tuple[int, list[tuple[int, int, int]]] | None = None
+        self._queries: dict[tuple[str, str], Tensor] = {}
+        self._rows: tuple[int, list[tuple[str, int, int]]] | None = None
         self._running = RunningScale()
         self._unloaded: set[int] = set()
         self._held: dict[str, StoredSegment] = {}
@@ -342,11 +342,9 @@ class ReuseWorker:
         """Before anything of the step is written."""
         self._rows = None
         self._queries.clear()
-        self.watched = {
-            save.tail: (save.fingerprint.start, save.fingerprint.length)
-            for save in orders.saves
-            if save.tail >= 0
-        }
+        self.watched = {}
+        for save in orders.saves:
+            self.watched.setdefault(save.tail, []).append(save)
         # A segment may be loaded, given up and stored anew in one step.
         wanted = {piece.segment for order in orders.loads for piece in order.pieces}
         self._held = {name: self.memory.get(name) for name in wanted if name in self.memory}
@@ -500,11 +498,11 @@ class ReuseWorker:
         """Remember the last queries of segments the step completes, of one layer."""
         if self._rows is None or self._rows[0] != id(metadata):
             self._rows = (id(metadata), self._observed(metadata))
-        for tail, first, last in self._rows[1]:
-            self._queries[tail, name] = query[first:last].detach().clone()
+        for segment, first, last in self._rows[1]:
+            self._queries[segment, name] = query[first:last].detach().clone()
 
-    def _observed(self, metadata: Any) -> list[tuple[int, int, int]]:
-        """Rows of queries to remember: the block that names the request, first and last query."""
+    def _observed(self, metadata: Any) -> list[tuple[str, int, int]]:
+        """Queries to remember: a segment, its first and last query among the step's."""
         starts = metadata.query_start_loc.tolist()
         lens = metadata.seq_lens.tolist()
         found = []
@@ -512,14 +510,14 @@ class ReuseWorker:
             if length < 1:
                 continue
             tail = int(metadata.block_table[row, (length - 1) // self.block_size])
-            if tail not in self.watched:
-                continue
-            start, size = self.watched[tail]
             begun = length - (starts[row + 1] - starts[row])
-            last = min(start + size, length)
-            first = max(last - QUERIES, begun, start)
-            if first < last:
-                found.append((tail, starts[row] + first - begun, starts[row] + last - begun))
+            for save in self.watched.get(tail, ()):
+                start = save.fingerprint.start
+                last = min(start + save.fingerprint.length, length)
+                first = max(last - QUERIES, begun, start)
+                if first < last:
+                    at = starts[row] - begun
+                    found.append((save.segment, at + first, at + last))
         return found
 
     def _save(self, order: SaveOrder) -> None:
@@ -529,9 +527,10 @@ class ReuseWorker:
         planes: dict[str, list[Tensor]] = {}
         measured = []
         for name, pages in self.layers.items():
-            for plane, tensor in pages.stored(blocks, start, end).items():
+            read = pages.read(blocks, start, end)
+            for plane, tensor in pages.stored(blocks, start, end, read).items():
                 planes.setdefault(plane, []).append(tensor.cpu())
-            measured.append(self._measure(name, pages, order, blocks))
+            measured.append(self._measure(name, pages, order, blocks, read))
         stats = torch.stack(measured)
         found = measures(stats, self._running)
         self._running.add(stats)
@@ -550,14 +549,20 @@ class ReuseWorker:
         self.news.saved[order.segment] = found
         self.news.counts[order.segment] = 1
 
-    def _measure(self, name: str, pages: LayerPages, order: SaveOrder, blocks: Tensor) -> Tensor:
+    def _measure(
+        self,
+        name: str,
+        pages: LayerPages,
+        order: SaveOrder,
+        blocks: Tensor,
+        read: tuple[Tensor, Tensor],
+    ) -> Tensor:
         """Statistics of one layer of a segment, float32 ``[kv_heads, 5]``."""
         start = order.fingerprint.start
-        key, value = pages.read(blocks, start, start + order.fingerprint.length)
-        query, before = self._queries.get((order.tail, name)), None
+        query, before = self._queries.get((order.segment, name)), None
         if query is not None:
-            before, _ = pages.read(blocks, max(0, start - LOOKED_BACK), start)
-        return segment_stats(key, value, query, before, pages.scale).cpu()
+            before = pages.keys(blocks, max(0, start - LOOKED_BACK), start)
+        return segment_stats(*read, query, before, pages.scale).cpu()
 
 
 def _comparing(name: str, stale: Sequence[Tensor], into: Tensor) -> Compared:
@@ -604,35 +609,51 @@ class LayerPages:
             start: First position.
             end: Position after the last.
         """
+        key, value = self._taken((0, 1), blocks, start, end)
+        return key, value
+
+    def keys(self, blocks: Tensor, start: int, end: int) -> Tensor:
+        """The keys of what `read` gives."""
+        return self._taken((0,), blocks, start, end)[0]
+
+    def _taken(
+        self, which: tuple[int, ...], blocks: Tensor, start: int, end: int
+    ) -> tuple[Tensor, ...]:
         if start >= end:
             shape = (0, self.view.num_kv_heads, self.view.head_size)
             empty = torch.zeros(shape, dtype=self._dtype, device=self._cache.device)
-            return empty, empty
+            return tuple(empty for _ in which)
         first = start // self._size
         own = blocks[first : -(-end // self._size)].to(self._cache.device)
-        skipped = start - first * self._size
+        run = slice(start - first * self._size, end - first * self._size)
         if self._format is not None:
             found = self._format.read(self.view, self._cache, own)
-            key, value = (t.transpose(1, 2).flatten(0, 1).to(self._dtype) for t in found)
-        else:
-            if self._pages is None:
-                self._pages = Pages(
-                    self._cache, order_of(self._layer.impl, self._layer, self._cache)
-                )
-            key, value = (
-                self._pages.gather(which, own[None])[0].transpose(0, 1) for which in (0, 1)
-            )
-        n = end - start
-        return key[skipped : skipped + n], value[skipped : skipped + n]
+            return tuple(found[i].transpose(1, 2).flatten(0, 1).to(self._dtype)[run] for i in which)
+        if self._pages is None:
+            self._pages = Pages(self._cache, order_of(self._layer.impl, self._layer, self._cache))
+        pages = self._pages
+        return tuple(pages.gather(i, own[None])[0].transpose(0, 1)[run] for i in which)
 
-    def stored(self, blocks: Tensor, start: int, end: int) -> dict[str, Tensor]:
+    def stored(
+        self,
+        blocks: Tensor,
+        start: int,
+        end: int,
+        read: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """What is kept of the tokens at ``[start, end)``: the page's own bytes.
+
+        Args:
+            blocks: Ids of the request's blocks, ``[m]`` int64.
+            start: First position.
+            end: Position after the last.
+            read: What `read` gave of them, if it was asked.
 
         Returns:
             ``key`` and ``value`` as `read` gives them, or ``cells``, uint8 ``[n, heads, bytes]``.
         """
         if self._format is None:
-            key, value = self.read(blocks, start, end)
+            key, value = read or self.read(blocks, start, end)
             return {"key": key.contiguous(), "value": value.contiguous()}
         at = torch.arange(start, end)
         own, slots = blocks[at // self._size], at % self._size
