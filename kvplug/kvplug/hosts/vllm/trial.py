@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,14 +215,15 @@ def pool_tokens(log: str) -> int:
 
 
 def connector_flags(section: Any) -> dict[str, Any]:
-    """The ``kv_transfer_config`` that turns kvplug on with a section."""
+    """The ``kv_transfer_config`` that turns kvplug on with a section; a segment that cannot be
+    loaded is computed."""
+    reuses = isinstance(section, Mapping) and "reuse" in section
     return {
         "kv_connector": CONNECTOR,
         "kv_connector_module_path": MODULE,
         "kv_role": "kv_both",
-        "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {"kvplug": section},
-    }
+    } | ({"kv_load_failure_policy": "recompute"} if reuses else {})
 
 
 class _Watch:
