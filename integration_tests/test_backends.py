@@ -15,13 +15,15 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
-from kvplug.contract import EngineView, LayerView, Window
+from kvplug.contract import EngineView, Kind, LayerView, Window
 from kvplug.errors import DeploymentError
 from kvplug.hosts.vllm import backend, engine
 from kvplug.hosts.vllm.compaction import CompactingBuilder
 from kvplug.hosts.vllm.plugin import BACKENDS
+from kvplug.hosts.vllm.segments import ReusedImpl
 from kvplug.hosts.vllm.spec import WindowedSpec
 from kvplug.hosts.vllm.worker import drop_worker_state, worker_state
+from kvplug.reuse.settings import ReuseSettings
 from kvplug_policies.format.int4 import Int4
 from kvplug_policies.sequence.sink_window import SinkWindow
 
@@ -323,7 +325,12 @@ def test_a_name_is_stock_unless_the_engine_runs_a_policy_of_layers(
     stored: Any = None
     monkeypatch.setattr(backend, "STOCK", {name: AttentionBackendEnum[name].value})
     monkeypatch.setattr(vllm.config, "get_current_vllm_config_or_none", lambda: current)
-    chosen = SimpleNamespace(source="x.yaml", choice=lambda kind: SimpleNamespace(key="sequence"))
+    reuse: Any = None
+    chosen = SimpleNamespace(
+        source="x.yaml",
+        choice=lambda kind: reuse if kind is Kind.REUSE else SimpleNamespace(key="sequence"),
+        reuse=ReuseSettings(),
+    )
     monkeypatch.setattr(engine, "deployment_of", lambda vllm_config: chosen)
     monkeypatch.setattr(engine, "sequence_policy", lambda deployment, vllm_config: policy)
     monkeypatch.setattr(engine, "format_policy", lambda deployment, vllm_config: stored)
@@ -349,6 +356,10 @@ def test_a_name_is_stock_unless_the_engine_runs_a_policy_of_layers(
     assert coded.full_cls_name() == both.full_cls_name()
     stored = None
     assert getattr(backend, name) is stock, "kvplug without a policy of layers"
+    reuse = SimpleNamespace(key="reuse")
+    reused = getattr(backend, name)
+    assert reused is not stock and issubclass(reused, stock)
+    assert issubclass(reused.get_impl_cls(), ReusedImpl)
 
 
 def test_a_format_says_what_a_layers_pages_take() -> None:

@@ -422,7 +422,8 @@ ARGUMENTS = [
 
 
 def run(*arguments: object) -> Any:
-    return CliRunner().invoke(app, ["calibrate", "reuse", *map(str, arguments)])
+    wide = CliRunner(env={"COLUMNS": "200"})
+    return wide.invoke(app, ["calibrate", "reuse", *map(str, arguments)])
 
 
 def test_the_command_writes_the_file_and_prints_its_figures(

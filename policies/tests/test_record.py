@@ -219,7 +219,8 @@ def test_it_is_written_while_requests_end_and_is_always_whole(tmp_path: Path) ->
     for n in range(3000):
         policy.on_finished(request(n), keys("a", f"{n // 2}"), 1)
         if n % 500 == 499:
-            eventually(path.exists)
+            # On a busy machine a writer may come to its turn once in all of this.
+            eventually(lambda n=n: policy.counters()["trace_writes"] > n // 1500)  # type: ignore[misc]
             trace = load(path)
             requests_so_far = requests(trace)
             assert len(requests_so_far) == len(trace["t"])

@@ -304,14 +304,12 @@ def _running(model: Path | None, json: Path | None) -> Iterator[_Run]:
     from kvplug import models, texts
     from kvplug.errors import DeploymentError, KVPlugError
 
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     console = Console(soft_wrap=True)
     if not console.is_terminal:
         console = Console(width=WIDTH, soft_wrap=True)
     try:
         directory = model or models.smollm2(progress=lambda line: console.print(line, markup=False))
-        with tempfile.TemporaryDirectory(prefix="kvplug-reuse-") as logs:
+        with _quiet(), tempfile.TemporaryDirectory(prefix="kvplug-reuse-") as logs:
             yield _Run(console, directory, texts.shakespeare(), Path(logs), json)
     except DeploymentError as error:
         print(error, file=sys.stderr)
@@ -319,6 +317,19 @@ def _running(model: Path | None, json: Path | None) -> Iterator[_Run]:
     except KVPlugError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Engines started within say only what goes wrong."""
+    ours = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    added = [name for name in ours if name not in os.environ]
+    os.environ.update({name: ours[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _own(deployment: Path) -> Variant:

@@ -59,7 +59,7 @@ def __getattr__(name: str) -> Any:
     if stored is not None:
         plug = FormatPlug(stored, _origin(deployment, Kind.FORMAT), config)
     reused = None
-    if deployment.choices.get(Kind.REUSE):
+    if deployment.choice(Kind.REUSE) is not None:
         from kvplug.hosts.vllm.segments import ReusePlug
 
         reused = ReusePlug(deployment, config)

@@ -113,7 +113,7 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self._worker = worker_state(vllm_config)
             self._worker.groups = len(kv_cache_config.kv_cache_groups) if kv_cache_config else 1
-            if self.deployment.choices.get(Kind.REUSE):
+            if self.deployment.choice(Kind.REUSE) is not None:
                 self._worker.reuse = engine.reuse_worker(self.deployment, vllm_config)
 
     @property

@@ -294,7 +294,7 @@ def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
         found = _sequence_refusals(deployment, vllm_config)
     if not found and deployment.choice(Kind.FORMAT) is not None:
         found = _format_refusals(deployment, vllm_config)
-    if not found and deployment.choices.get(Kind.REUSE):
+    if not found and deployment.choice(Kind.REUSE) is not None:
         found = _reuse_refusals(deployment, vllm_config)
     return found
 

@@ -132,7 +132,7 @@ class SchedulerHalf:
         if self.format_policy is not None:
             self._set_format(self.format_policy)
         self.reuse: ReuseScheduler | None = None
-        if deployment.choices.get(Kind.REUSE):
+        if deployment.choice(Kind.REUSE) is not None:
             self.reuse = ReuseScheduler(deployment, vllm_config, self.engine, self._on_reuse)
         self._reuse_failed: str | None = None
         self._sequence_failed: str | None = None
