@@ -115,7 +115,8 @@ def test_reuse_answers_what_the_oracle_answers(
     assert again.kvplug is None or again.kvplug["exact"]
     report = result.reports[0]
     assert report["errors"] == 0
-    assert report["counters"]["shifted_tokens"] == 160
+    assert report["counters"]["shifted_tokens"] == report["counters"]["corrected"] == 160
+    assert report["counters"]["loaded"] == 168
     assert report["counters"]["approximate_requests"] == 1
 
 

@@ -47,6 +47,8 @@ class ReuseCounters:
         tokens: Tokens taken, not counting what was computed anew among them.
         exact_tokens: Those of them that were exact.
         shifted_tokens: Those of them whose keys were rotated.
+        loaded: Tokens that workers wrote into pages.
+        corrected: Those of them that a check corrected on the way.
         computed: Tokens computed anew within runs.
         waited: Times a request waited for the folder.
         drifted: Answers the guard found unlike exact ones.
@@ -64,6 +66,8 @@ class ReuseCounters:
     tokens: int = 0
     exact_tokens: int = 0
     shifted_tokens: int = 0
+    loaded: int = 0
+    corrected: int = 0
     computed: int = 0
     waited: int = 0
     drifted: int = 0
@@ -638,6 +642,8 @@ class ReuseScheduler:
                 self.refused["load failed"] += 1
                 self._set_limit(known.request, known, None)
         counters = self.counters
+        counters.loaded += news.loaded[0]
+        counters.corrected += news.loaded[1]
         counters.computed += news.computed
         counters.errors += news.errors
         counters.memo_rows += news.memo[0]
