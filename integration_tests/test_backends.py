@@ -17,12 +17,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, Slid
 
 from kvplug.contract import EngineView, Kind, LayerView, Window
 from kvplug.errors import DeploymentError
-from kvplug.hosts.vllm import backend, engine
-from kvplug.hosts.vllm.compaction import CompactingBuilder
+from kvplug.hosts.vllm import engine
 from kvplug.hosts.vllm.plugin import BACKENDS
-from kvplug.hosts.vllm.segments import ReusedImpl
 from kvplug.hosts.vllm.spec import WindowedSpec
-from kvplug.hosts.vllm.worker import drop_worker_state, worker_state
+from kvplug.hosts.vllm.worker import backend
+from kvplug.hosts.vllm.worker.reuse import ReusedImpl
+from kvplug.hosts.vllm.worker.state import drop_worker_state, worker_state
+from kvplug.hosts.vllm.worker.window import CompactingBuilder
 from kvplug.reuse.settings import ReuseSettings
 from kvplug_policies.format.int4 import Int4
 from kvplug_policies.sequence.sink_window import SinkWindow

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kvplug.hosts.vllm.blocks import BlockTracker
+from kvplug.hosts.vllm.scheduler.blocks import BlockTracker
 
 Groups = tuple[list[int], ...]
 

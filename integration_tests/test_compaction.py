@@ -19,9 +19,9 @@ import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from kvplug.hosts.vllm.compaction import CompactingBuilder, Compactor
 from kvplug.hosts.vllm.spec import WindowedSpec
-from kvplug.hosts.vllm.worker import drop_worker_state, worker_state
+from kvplug.hosts.vllm.worker.state import drop_worker_state, worker_state
+from kvplug.hosts.vllm.worker.window import CompactingBuilder, Compactor
 
 Visible = list[int]
 CPU = torch.device("cpu")

@@ -17,7 +17,8 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 
-from kvplug.hosts.vllm import backend, compat, plugin
+from kvplug.hosts.vllm import compat, plugin
+from kvplug.hosts.vllm.worker import backend
 
 FOREIGN = "vllm.v1.attention.backends.flex_attention.FlexAttentionBackend"
 """Stands for the backend of another plugin."""
@@ -118,7 +119,7 @@ def test_registering_changes_no_class_while_kvplug_is_not_configured() -> None:
     plugin.register()
     for name, cls in stock.items():
         member = AttentionBackendEnum[name]
-        assert member.get_path() == backend.path(name) == f"kvplug.hosts.vllm.backend.{name}"
+        assert member.get_path() == backend.path(name) == f"kvplug.hosts.vllm.worker.backend.{name}"
         assert member.get_class() is cls
 
 
@@ -170,8 +171,8 @@ def test_a_name_that_is_no_backend_is_no_attribute() -> None:
 
 
 def test_what_a_sequence_policy_counts_itself_is_reported() -> None:
-    from kvplug.deployment import load_deployment
-    from kvplug.hosts.vllm.scheduler import SchedulerHalf, SequenceCounters
+    from kvplug.hosts.vllm.scheduler.half import SchedulerHalf, SequenceCounters
+    from kvplug.parser import load_deployment
 
     half = object.__new__(SchedulerHalf)
     half.deployment = load_deployment({"sequence": "sink_window"})
@@ -197,7 +198,7 @@ def test_what_a_sequence_policy_counts_itself_is_reported() -> None:
 )
 def test_sliding_window_layers_are_a_feature(text_config: dict[str, Any], sliding: bool) -> None:
     from kvplug.contract import Feature
-    from kvplug.hosts.vllm.engine import features_of
+    from kvplug.hosts.vllm.view import features_of
 
     hf = SimpleNamespace(**text_config)
     config = SimpleNamespace(

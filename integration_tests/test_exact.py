@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
+from kvplug_lab.engine.trial import TrialRequest, TrialResult
 
 Run = Callable[..., TrialResult]
 

@@ -9,8 +9,8 @@ import torch
 from format_oracle import FormatOracle
 from torch import Tensor
 
-from kvplug.hosts.vllm.trial import TrialRequest, TrialSpec, run_fresh
-from kvplug.models import tiny_llama
+from kvplug_lab.engine.trial import TrialRequest, TrialSpec, run_fresh
+from kvplug_lab.models import tiny_llama
 
 LEVELS = torch.tensor(
     [

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult, TrialSpec, run_fresh
-from kvplug.models import tiny_llama
+from kvplug_lab.engine.trial import TrialRequest, TrialResult, TrialSpec, run_fresh
+from kvplug_lab.models import tiny_llama
 
 BLOCK = 32
 ROUNDS, PROMPTS = 3, 4

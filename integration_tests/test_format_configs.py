@@ -13,7 +13,7 @@ import pytest
 
 from kvplug.contract import Kind
 from kvplug.hosts.vllm.flags import read_config
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult, pool_tokens
+from kvplug_lab.engine.trial import TrialRequest, TrialResult, pool_tokens
 from kvplug_policies.builtin import BUILTIN
 
 Run = Callable[..., TrialResult]

@@ -10,8 +10,8 @@ from vllm.v1.request import Request
 
 from kvplug.contract import EngineView, LayerView
 from kvplug.hosts.vllm import compat
-from kvplug.hosts.vllm.lanes import LaneScheduler
-from kvplug.hosts.vllm.worker import WorkerState
+from kvplug.hosts.vllm.scheduler.lanes import LaneScheduler
+from kvplug.hosts.vllm.worker.state import WorkerState
 from kvplug_policies.format.int4 import Int4
 from kvplug_policies.format.int8 import Int8
 

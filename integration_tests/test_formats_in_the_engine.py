@@ -18,8 +18,8 @@ from format_oracle import FormatOracle, in_chunks, per_channel, per_token
 from oracle import visible
 from pruned_oracle import PrunedOracle, Rule, keydiff
 
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult, pool_tokens
-from kvplug.models import tiny_llama
+from kvplug_lab.engine.trial import TrialRequest, TrialResult, pool_tokens
+from kvplug_lab.models import tiny_llama
 
 Run = Callable[..., TrialResult]
 

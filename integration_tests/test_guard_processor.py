@@ -20,7 +20,7 @@ from vllm.v1.sample.logits_processor import (
 
 from kvplug.hosts.vllm import guard
 from kvplug.hosts.vllm.guard import MARK, GuardProcessor, entropy_and_logprob
-from kvplug.hosts.vllm.worker import drop_worker_state, worker_state
+from kvplug.hosts.vllm.worker.state import drop_worker_state, worker_state
 
 VOCAB = 50
 CONFIG = SimpleNamespace(kv_transfer_config=SimpleNamespace(engine_id="guard-test"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from oracle import Oracle
 
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
+from kvplug_lab.engine.trial import TrialRequest, TrialResult
 
 Run = Callable[..., TrialResult]
 
@@ -112,7 +112,7 @@ def test_a_second_engine_in_one_process_never_inherits_windows(tiny: Path) -> No
     """vLLM caches attention backends per process; the second engine is refused, not windowed."""
     code = f"""
 from vllm import LLM
-from kvplug.hosts.vllm.trial import connector_flags
+from kvplug_lab.engine.trial import connector_flags
 
 def start(section):
     return LLM({str(tiny)!r}, max_model_len=512, enforce_eager=True, block_size=32,

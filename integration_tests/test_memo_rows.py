@@ -13,9 +13,9 @@ from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
 
-from kvplug.hosts.vllm.memo import LANES, LaneOwners, LayerMemo, memo_builder, memo_impl
-from kvplug.hosts.vllm.worker import drop_worker_state, worker_state
+from kvplug.hosts.vllm.worker.state import drop_worker_state, worker_state
 from kvplug.reuse.settings import Memo
+from kvplug_attention_memo.vllm_attic import LANES, LaneOwners, LayerMemo, memo_builder, memo_impl
 
 BLOCK, HEADS, KV_HEADS, SIZE = 32, 4, 2, 64
 NEAR = 32

@@ -11,8 +11,8 @@ import torch
 from oracle import Oracle
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
-from kvplug.models import tiny_llama
+from kvplug_lab.engine.trial import TrialRequest, TrialResult
+from kvplug_lab.models import tiny_llama
 
 Run = Callable[..., TrialResult]
 

@@ -12,7 +12,7 @@ from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
 
 from kvplug.errors import KVPlugError
-from kvplug.hosts.vllm.pages import PageOrder, Pages, Write, order_of
+from kvplug.hosts.vllm.worker.pages import PageOrder, Pages, Write, order_of
 
 CPU = torch.device("cpu")
 BLOCKS, HEADS = 5, 2

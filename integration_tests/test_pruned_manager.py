@@ -23,15 +23,10 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvplug.contract import EngineView, HeldView, LayerView, ScoringPolicy
 from kvplug.hosts.pruning import Cut, Limits, Plan, layout
-from kvplug.hosts.vllm.cuts import SIZES_TOLD, CutScheduler
+from kvplug.hosts.vllm.messages import RowPlan, merge_measured, pack_plans, unpack_plans
+from kvplug.hosts.vllm.scheduler.sequence import SIZES_TOLD, CutScheduler
 from kvplug.hosts.vllm.spec import PrunedManager, PrunedSpec, WindowedSpec
-from kvplug.hosts.vllm.worker import (
-    RowPlan,
-    WorkerState,
-    merge_measured,
-    pack_plans,
-    unpack_plans,
-)
+from kvplug.hosts.vllm.worker.state import WorkerState
 
 BLOCK = 16
 LIMITS = Limits(BLOCK, budget=64, share=1.0, always=20, interval=2, shared=2)
@@ -729,7 +724,9 @@ def test_an_exception_while_resizing_leaves_budgets_as_they_are_and_is_said_once
     own = policy()
     cuts, m = cut_scheduler(own)
     said: list[Any] = []
-    monkeypatch.setattr("kvplug.hosts.vllm.cuts.logger.error", lambda *a, **k: said.append(a))
+    monkeypatch.setattr(
+        "kvplug.hosts.vllm.scheduler.sequence.logger.error", lambda *a, **k: said.append(a)
+    )
     cuts.add("r", 200)
     step(cuts, [m], "r", 0, 200)
     cuts.take(measured((0, 0, 1, 7.0)))

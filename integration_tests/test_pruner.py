@@ -22,17 +22,16 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_at
 from kvplug.contract import EngineView, HeldView, LayerView, ScoringPolicy
 from kvplug.hosts.pruning import Cut, Limits, Plan
 from kvplug.hosts.spans import SpanStore
-from kvplug.hosts.vllm.pruner import (
-    FLUSH,
+from kvplug.hosts.vllm.messages import RowPlan
+from kvplug.hosts.vllm.spec import PrunedSpec
+from kvplug.hosts.vllm.worker.phases import FLUSH, Segment, StepPlanner
+from kvplug.hosts.vllm.worker.sequence import (
     LayerCuts,
     PruningBuilder,
     PruningImpl,
-    Segment,
-    StepPlanner,
     ring_size,
 )
-from kvplug.hosts.vllm.spec import PrunedSpec
-from kvplug.hosts.vllm.worker import RowPlan, WorkerState, drop_worker_state, worker_state
+from kvplug.hosts.vllm.worker.state import WorkerState, drop_worker_state, worker_state
 
 CPU = torch.device("cpu")
 BLOCK = 32
@@ -691,7 +690,9 @@ def test_a_policy_that_fails_is_retired_and_the_latest_survive(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[Any] = []
-    monkeypatch.setattr("kvplug.hosts.vllm.pruner.logger.error", lambda *a, **k: said.append(a))
+    monkeypatch.setattr(
+        "kvplug.hosts.vllm.worker.sequence.logger.error", lambda *a, **k: said.append(a)
+    )
     policy = watcher(Fails)
     layer = Layer(policy, [200], 330)
     (truth, _), (plan,) = layer.truths, layer.plans

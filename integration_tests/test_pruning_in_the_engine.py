@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from pruned_oracle import PrunedOracle, Rule, Score, heavy, keydiff, newest, tova
 
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
-from kvplug.models import tiny_llama
+from kvplug_lab.engine.trial import TrialRequest, TrialResult
+from kvplug_lab.models import tiny_llama
 
 Run = Callable[..., TrialResult]
 

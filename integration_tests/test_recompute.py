@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvplug.hosts.vllm.recompute import batches, chosen
+from kvplug.hosts.vllm.worker.recompute import batches, chosen
 
 
 def test_a_long_span_is_cut_and_short_ones_share_a_forward() -> None:

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
-from kvplug import models
 from kvplug.contract import BlockFact, EngineView, PolicyOptions, RequestView
 from kvplug.hosts.trace import traces
-from kvplug.hosts.vllm import queue as queue_module
-from kvplug.hosts.vllm import replay
-from kvplug.hosts.vllm.blocks import computed_keys
-from kvplug.hosts.vllm.queue import PolicyQueue
-from kvplug.hosts.vllm.scheduler import SchedulerHalf
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
+from kvplug.hosts.vllm.scheduler import prefix_cache as queue_module
+from kvplug.hosts.vllm.scheduler.blocks import computed_keys
+from kvplug.hosts.vllm.scheduler.half import SchedulerHalf
+from kvplug.hosts.vllm.scheduler.prefix_cache import PolicyQueue
+from kvplug_lab import models
+from kvplug_lab.engine import replay
+from kvplug_lab.engine.trial import TrialRequest, TrialResult
 from kvplug_policies.prefix_cache.lru import Lru
 
 # -- the end of a request --------------------------------------------------------------------------

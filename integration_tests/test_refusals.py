@@ -16,18 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, MambaConfig
 
 from kvplug.contract import EngineView
-from kvplug.deployment import load_deployment
 from kvplug.errors import DeploymentError, Refusal
 from kvplug.hosts.vllm import engine
-from kvplug.hosts.vllm.engine import SECTION
+from kvplug.hosts.vllm.admission import SECTION
 from kvplug.hosts.vllm.flags import EXTENSION, GUARD, RUNS
-from kvplug.hosts.vllm.trial import (
-    TrialFailed,
-    TrialRequest,
-    TrialSpec,
-    connector_flags,
-    run_fresh,
-)
+from kvplug.parser import load_deployment
+from kvplug_lab.engine.trial import TrialFailed, TrialRequest, TrialSpec, connector_flags, run_fresh
 
 PLUGINS = Path(__file__).parent / "plugins"
 WINDOW = {"sequence": {"use": "sink_window", "sink": 32, "window": 64}}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kvplug.hosts.vllm.flags import read_config
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
+from kvplug_lab.engine.trial import TrialRequest, TrialResult
 
 Run = Callable[..., TrialResult]
 

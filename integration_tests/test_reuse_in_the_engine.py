@@ -12,9 +12,9 @@ import pytest
 import torch
 from reuse_oracle import ReuseOracle
 
-from kvplug import models
 from kvplug.hosts.vllm.flags import EXTENSION
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
+from kvplug_lab import models
+from kvplug_lab.engine.trial import TrialRequest, TrialResult
 
 Run = Callable[..., TrialResult]
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from reuse_oracle import ReuseOracle
 
-from kvplug import models
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
+from kvplug_lab import models
+from kvplug_lab.engine.trial import TrialRequest, TrialResult
 
 Run = Callable[..., TrialResult]
 

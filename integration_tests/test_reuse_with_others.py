@@ -11,10 +11,10 @@ import test_reuse_in_the_engine as case
 from reuse_oracle import ReuseOracle
 from typer.testing import CliRunner
 
-from kvplug import models
 from kvplug.cli import app
 from kvplug.hosts.vllm.flags import GUARD
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
+from kvplug_lab import models
+from kvplug_lab.engine.trial import TrialRequest, TrialResult
 
 Run = Callable[..., TrialResult]
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kvplug.contract import EngineView, FormatPolicy, Kind, LayerView, WriteBatch
-from kvplug.deployment import load_deployment
-from kvplug.hosts.vllm.segments import LayerPages, ReuseNews, ReuseOrders, stacked
+from kvplug.hosts.vllm.messages import ReuseNews, ReuseOrders
+from kvplug.hosts.vllm.worker.segments import LayerPages, stacked
+from kvplug.parser import load_deployment
 
 SIZE, BLOCKS = 32, 12
 VIEW = LayerView(0, 1, num_kv_heads=2, num_heads=4, head_size=64, dtype="float32")
@@ -137,7 +138,8 @@ def test_ranks_are_merged_into_what_all_of_them_did() -> None:
 
 def test_each_segment_of_a_step_is_measured_by_its_own_last_queries() -> None:
     """A row of 90 tokens after 30: two segments end in it, and a row of another request."""
-    from kvplug.hosts.vllm.segments import ReuseWorker, SaveOrder
+    from kvplug.hosts.vllm.messages import SaveOrder
+    from kvplug.hosts.vllm.worker.reuse import ReuseWorker
 
     class Worker(ReuseWorker):
         def __init__(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 from kvplug.contract import EngineView, Released
-from kvplug.hosts.trace.scale import PolicyCache, measure_named
-from kvplug.hosts.vllm.stock import StockQueue
+from kvplug_lab.engine.scale import PolicyCache, measure_named
+from kvplug_lab.engine.stock import StockQueue
 from kvplug_policies.prefix_cache.lru import Lru
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from oracle import Oracle
 
-from kvplug.hosts.vllm.trial import TrialRequest, TrialResult
+from kvplug_lab.engine.trial import TrialRequest, TrialResult
 
 Run = Callable[..., TrialResult]
 

@@ -62,8 +62,9 @@ if ! torch_imports; then
 fi
 
 pip_install --no-build-isolation -e .
-for example in docs/examples/*/pyproject.toml; do
-    if [ -e "$example" ]; then
-        pip_install --no-build-isolation -e "$(dirname "$example")"
+for package in kvplug/kvplug_lab/pyproject.toml policies/*/pyproject.toml \
+    docs/examples/*/pyproject.toml; do
+    if [ -e "$package" ]; then
+        pip_install --no-build-isolation -e "$(dirname "$package")"
     fi
 done

@@ -15,24 +15,24 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from kvplug import models
-from kvplug.calibrate.candidates import Candidate, candidates, mixed, section
-from kvplug.calibrate.solve import assign
 from kvplug.cli import app
 from kvplug.contract import EngineView, FormatPolicy
-from kvplug.deployment import load_deployment
 from kvplug.errors import DeploymentError, KVPlugError
-from kvplug.models import model_fingerprint
+from kvplug.fingerprint import model_fingerprint
+from kvplug.parser import load_deployment
+from kvplug_lab import models
+from kvplug_lab.calibrate.candidates import Candidate, candidates, mixed, section
+from kvplug_lab.calibrate.solve import assign
 from kvplug_policies.calibration import load
 
 transformers = pytest.importorskip("transformers")
 
-from kvplug.calibrate.attention import How, attached  # noqa: E402
-from kvplug.calibrate.collect import collect  # noqa: E402
-from kvplug.calibrate.run import plan, windows  # noqa: E402
-from kvplug.calibrate.sensitivity import Meter, stored  # noqa: E402
-from kvplug.calibrate.statistics import Collector, Source, calibration, received  # noqa: E402
 from kvplug.hosts.transformers import Host  # noqa: E402
+from kvplug_lab.calibrate.attention import How, attached  # noqa: E402
+from kvplug_lab.calibrate.collect import collect  # noqa: E402
+from kvplug_lab.calibrate.run import plan, windows  # noqa: E402
+from kvplug_lab.calibrate.sensitivity import Meter, stored  # noqa: E402
+from kvplug_lab.calibrate.statistics import Collector, Source, calibration, received  # noqa: E402
 
 RUN = CliRunner()
 

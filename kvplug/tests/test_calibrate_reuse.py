@@ -15,7 +15,26 @@ from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
 
-from kvplug.calibrate.reuse import (
+from kvplug.cli import app
+from kvplug.errors import KVPlugError
+from kvplug.reuse.deviation import deviation, most_deviating, spans
+from kvplug.reuse.measures import RunningScale, measures
+from kvplug_lab.models import tiny_llama
+from kvplug_lab.reuse.replay import Piece, capture
+from kvplug_reuse_learned.calibration import FEATURES, ReuseCalibration, load
+from kvplug_reuse_learned.fit import (
+    Bounds,
+    Explained,
+    Residuals,
+    auc,
+    built,
+    choose,
+    correcting,
+    fit,
+    report,
+    scale,
+)
+from kvplug_reuse_learned.fit_data import (
     SOURCES,
     Compared,
     Document,
@@ -29,26 +48,7 @@ from kvplug.calibrate.reuse import (
     stored_elsewhere,
     trials,
 )
-from kvplug.calibrate.reuse_fit import (
-    Bounds,
-    Explained,
-    Residuals,
-    auc,
-    built,
-    choose,
-    correcting,
-    fit,
-    report,
-    scale,
-)
-from kvplug.calibrate.reuse_run import Settings, learn
-from kvplug.cli import app
-from kvplug.errors import KVPlugError
-from kvplug.models import tiny_llama
-from kvplug.reuse.deviation import deviation, most_deviating, spans
-from kvplug.reuse.measures import RunningScale, measures
-from kvplug.reuse.replay import Piece, capture
-from kvplug_policies.reuse_calibration import FEATURES, ReuseCalibration, load
+from kvplug_reuse_learned.fit_run import Settings, learn
 
 SMALL = Sizes(prompts=4, held_out=2, documents=2, least=30, most=60, placements=2, follow=8)
 
@@ -309,7 +309,7 @@ def test_a_correction_learns_a_linear_residual(lab: Lab, tmp_path: Path) -> None
     table = lab.frequencies
 
     def pair(n: int, at: int) -> tuple[Stored, Piece, Piece]:
-        from kvplug.reuse.replay import rotated
+        from kvplug_lab.reuse.replay import rotated
 
         place = torch.arange(at, at + n)
         keys, values, true_keys, true_values = [], [], [], []

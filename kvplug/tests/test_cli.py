@@ -16,10 +16,11 @@ import pytest
 from pydantic import Field
 from typer.testing import CliRunner
 
-from kvplug import __version__, models
+from kvplug import __version__
 from kvplug.cli import app
 from kvplug.contract import ALL_FEATURES, Feature, Kind, PolicyOptions, TransferCodec
 from kvplug.registry import plugins
+from kvplug_lab import models
 
 doctor_module = sys.modules["kvplug.cli.doctor"]
 serve_module = sys.modules["kvplug.cli.serve"]

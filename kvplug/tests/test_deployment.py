@@ -27,9 +27,10 @@ from kvplug.contract import (
     Verdict,
     Window,
 )
-from kvplug.deployment import Deployment, load_deployment, read_yaml
+from kvplug.deployment import Deployment
 from kvplug.errors import DeploymentError
 from kvplug.hosts.vllm.flags import RUNS, read_config
+from kvplug.parser import load_deployment, read_yaml
 from kvplug.registry import Plugins
 
 Load = Callable[[str], Deployment]

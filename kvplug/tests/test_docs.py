@@ -362,7 +362,7 @@ def test_the_first_page_lists_every_command() -> None:
 
 
 def test_the_run_under_load_is_the_one_the_command_makes() -> None:
-    gain = importlib.import_module("kvplug.cli.gain")
+    gain = importlib.import_module("kvplug_lab.cli.gain")
 
     section = text(DOCS / "performance.md").split("## Sequence policies under load\n")[1]
     default = {n: p.default for n, p in inspect.signature(gain.gain).parameters.items()}

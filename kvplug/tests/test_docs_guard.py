@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from kvplug.cli.explain import explain
 from kvplug.contract.policy import PolicyOptions
 from kvplug.reuse import guard
 from kvplug.reuse.guard import State
 from kvplug.reuse.settings import Breaker, GuardSettings
+from kvplug_lab.cli.explain import explain
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "guard.md").read_text(encoding="utf-8")
 

@@ -14,17 +14,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kvplug import models
 from kvplug.cli import app
 from kvplug.contract import FormatPolicy, Kind, LayerView, PageLayout
 from kvplug.errors import DeploymentError, KVPlugError
-from kvplug.eval import compare, report, variants
-from kvplug.eval.peer_formats import PEERS
-from kvplug.eval.records import FULL, BadRecords, Record, Run
-from kvplug.eval.run import FormatVariant, Variant, bytes_per_token, run, run_formats, steps
-from kvplug.eval.tasks import KEYS, TASKS, BadText, Prompt, Sizes, build
 from kvplug.hosts.transformers import Host
 from kvplug.registry import plugins
+from kvplug_lab import models
+from kvplug_lab.fidelity import compare, report, variants
+from kvplug_lab.fidelity.peer_formats import PEERS
+from kvplug_lab.fidelity.records import FULL, BadRecords, Record, Run
+from kvplug_lab.fidelity.run import FormatVariant, Variant, bytes_per_token, run, run_formats, steps
+from kvplug_lab.fidelity.tasks import KEYS, TASKS, BadText, Prompt, Sizes, build
 
 transformers = pytest.importorskip("transformers")
 
@@ -597,7 +597,7 @@ def test_prompts_can_be_given_to_another_program(directory: Path, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_real_model_retrieves_and_policies_differ() -> None:
-    from kvplug import texts
+    from kvplug_lab import texts
 
     path = models.smollm2()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)

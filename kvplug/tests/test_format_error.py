@@ -5,8 +5,8 @@ import torch
 
 from kvplug.contract import LayerView
 from kvplug.errors import KVPlugError
-from kvplug.eval import format_error
-from kvplug.eval.format_error import Read, _recent, build, errors, exact, main, relative
+from kvplug_lab.fidelity import format_error
+from kvplug_lab.fidelity.format_error import Read, _recent, build, errors, exact, main, relative
 
 
 def layers(n: int = 100) -> list[Read]:

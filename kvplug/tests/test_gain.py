@@ -8,11 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from kvplug.cli import app
-from kvplug.cli.gain import BLOCK, _block_bytes, _groups, _work, section_of
-from kvplug.deployment import load_deployment
 from kvplug.errors import KVPlugError
-from kvplug.hosts.vllm.trial import pool_tokens
-from kvplug.models import tiny_llama
+from kvplug.parser import load_deployment
+from kvplug_lab.cli.gain import BLOCK, _block_bytes, _groups, _work, section_of
+from kvplug_lab.engine.trial import pool_tokens
+from kvplug_lab.models import tiny_llama
 
 
 def test_an_unknown_policy_is_refused_before_anything_runs() -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvplug.reuse.memo import AttentionMemo, Gather, Memoized, attend_part
 from kvplug.reuse.settings import Memo
+from kvplug_attention_memo.memory import AttentionMemo, Gather, Memoized, attend_part
 
 HEADS, KV_HEADS, SIZE = 6, 2, 16
 SCALE = SIZE**-0.5

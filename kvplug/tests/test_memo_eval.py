@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvplug.eval import memo
-from kvplug.eval.memo import Decoder, Passage, main, measure, read
-from kvplug.models import tiny_llama
 from kvplug.reuse.settings import Memo
+from kvplug_attention_memo import measure as memo
+from kvplug_attention_memo.measure import Decoder, Passage, main, measure, read
+from kvplug_lab.models import tiny_llama
 
 
 @pytest.fixture(scope="module")

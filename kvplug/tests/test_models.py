@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from kvplug import models
 from kvplug.errors import KVPlugError
+from kvplug_lab import models
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"

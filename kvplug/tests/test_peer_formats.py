@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvplug.contract import AttendBatch, EngineView, FormatPolicy, LayerView
-from kvplug.eval import peer_formats
-from kvplug.eval.peer_formats import PEERS, PeerFormat
+from kvplug_lab.fidelity import peer_formats
+from kvplug_lab.fidelity.peer_formats import PEERS, PeerFormat
 
 LAYERS = tuple(LayerView(i, 8, 2, 4, 64, "bfloat16") for i in range(8))
 PTH = ("vllm_int8", "vllm_fp8", "vllm_int4")

@@ -9,15 +9,8 @@ import pytest
 import torch
 
 from kvplug.errors import KVPlugError
-from kvplug.models import tiny_llama
-from kvplug.reuse.replay import (
-    Piece,
-    capture,
-    forward_reused,
-    frequencies,
-    greedy,
-    rotated,
-)
+from kvplug_lab.models import tiny_llama
+from kvplug_lab.reuse.replay import Piece, capture, forward_reused, frequencies, greedy, rotated
 
 TEXT = torch.randint(64, 320, (60,), generator=torch.Generator().manual_seed(1)).tolist()
 

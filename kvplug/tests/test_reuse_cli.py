@@ -13,10 +13,15 @@ import pytest
 from typer.testing import CliRunner
 
 from kvplug.cli import app
-from kvplug.deployment import load_deployment
-from kvplug.eval import reuse_chat, reuse_mixed, reuse_rag
-from kvplug.eval.reuse_checks import MATCH, Result
-from kvplug.eval.reuse_runs import (
+from kvplug.hosts.vllm.flags import EXTENSION
+from kvplug.parser import load_deployment
+from kvplug.reuse.settings import Recompute
+from kvplug_lab.engine.trial import Answer, TrialResult
+from kvplug_lab.reuse import chat as reuse_chat
+from kvplug_lab.reuse import mixed as reuse_mixed
+from kvplug_lab.reuse import rag as reuse_rag
+from kvplug_lab.reuse.checks import MATCH, Result
+from kvplug_lab.reuse.runs import (
     CHECKS,
     STOCK,
     Agreement,
@@ -31,11 +36,8 @@ from kvplug.eval.reuse_runs import (
     without_file,
     worker_extension,
 )
-from kvplug.hosts.vllm.flags import EXTENSION
-from kvplug.hosts.vllm.trial import Answer, TrialResult
-from kvplug.reuse.settings import Recompute
 
-cli: Any = importlib.import_module("kvplug.cli.reuse")
+cli: Any = importlib.import_module("kvplug_lab.cli.reuse")
 
 TEXT = "\n".join(f"line {i} has words, and number {i * 7919 % 1000}." for i in range(4000))
 

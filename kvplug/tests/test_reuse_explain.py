@@ -17,14 +17,15 @@ from kvplug.cli import app
 from kvplug.contract import LayerView
 from kvplug.contract.reuse import Fingerprint, Placement, Verdict
 from kvplug.errors import KVPlugError
+from kvplug.fingerprint import model_fingerprint
 from kvplug.hosts.transformers import Host
-from kvplug.models import model_fingerprint, tiny_llama
 from kvplug.reuse import record as record_module
-from kvplug.reuse.explain import Explanation, adapting_checks, explain
 from kvplug.reuse.guard import Guard
 from kvplug.reuse.record import BadRecord, FamilyRecord, PieceRecord, ReuseRecord
-from kvplug.reuse.replay import Piece, forward_reused, frequencies, rotated
 from kvplug.reuse.settings import GuardSettings
+from kvplug_lab.models import tiny_llama
+from kvplug_lab.reuse.explain import Explanation, adapting_checks, explain
+from kvplug_lab.reuse.replay import Piece, forward_reused, frequencies, rotated
 
 Run = Callable[..., Result]
 SECTION: dict[str, Any] = {"reuse": {"use": ["structure", "position", "mask"], "approximate": True}}

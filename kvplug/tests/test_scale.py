@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from kvplug.contract import BlockFact, Kind, Released
-from kvplug.hosts.trace.scale import KEY_BYTES, REQUEST, measure, measure_named
 from kvplug.registry import plugins
+from kvplug_lab.engine.scale import KEY_BYTES, REQUEST, measure, measure_named
 
 BLOCKS, OPERATIONS = 320, 6400
 
@@ -75,7 +75,7 @@ def test_every_policy_can_be_measured(name: str) -> None:
 
 def test_each_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     out = tmp_path / "scale.json"
-    command = [sys.executable, "-m", "kvplug.hosts.trace.scale", "--policy", "lru,none"]
+    command = [sys.executable, "-m", "kvplug_lab.engine.scale", "--policy", "lru,none"]
     command += ["--blocks", "640", "--operations", "6400", "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -81,9 +81,9 @@ def test_the_figures_of_the_index_are_its_own() -> None:
 
 
 def test_the_measurement_runs_and_counts_what_it_finds() -> None:
-    reuse_index = pytest.importorskip("kvplug.eval.reuse_index")
-    from kvplug.models import ModelUnavailable
-    from kvplug.texts import TextUnavailable
+    reuse_index = pytest.importorskip("kvplug_lab.reuse.index")
+    from kvplug_lab.models import ModelUnavailable
+    from kvplug_lab.texts import TextUnavailable
 
     sizes: dict[str, int] = dict(tokens=700, length=64, repeats=4, queries=6, seed=3)
     try:

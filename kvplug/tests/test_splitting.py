@@ -178,8 +178,8 @@ def test_runs_cover_the_text_and_stay_as_it_grows(
 
 
 def test_paragraphs_of_a_real_text() -> None:
-    from kvplug.models import ModelUnavailable, smollm2
-    from kvplug.texts import TextUnavailable, shakespeare
+    from kvplug_lab.models import ModelUnavailable, smollm2
+    from kvplug_lab.texts import TextUnavailable, shakespeare
 
     try:
         model, text = smollm2(), shakespeare()[:40_000]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvplug import texts
+from kvplug_lab import texts
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvplug import models
 from kvplug.contract import (
     AttendBatch,
     FormatPolicy,
@@ -26,6 +25,7 @@ from kvplug.contract import (
 from kvplug.errors import KVPlugError
 from kvplug.hosts.transformers import Host, Text, UnsupportedModel, Watched, generate, watched_by
 from kvplug.registry import plugins
+from kvplug_lab import models
 
 transformers = pytest.importorskip("transformers")
 

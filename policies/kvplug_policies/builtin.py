@@ -29,8 +29,6 @@ from kvplug_policies.prefix_cache.sieve import Sieve
 from kvplug_policies.prefix_cache.slru import Slru
 from kvplug_policies.prefix_cache.tinylfu import TinyLfu
 from kvplug_policies.prefix_cache.tree import Tree
-from kvplug_policies.reuse.compensate import Compensate
-from kvplug_policies.reuse.credibility import Credibility
 from kvplug_policies.reuse.mask import Mask
 from kvplug_policies.reuse.position import Position
 from kvplug_policies.reuse.structure import Structure
@@ -90,8 +88,6 @@ BUILTIN = (
     Structure,
     Position,
     Mask,
-    Credibility,
-    Compensate,
 )
 
 

@@ -84,7 +84,7 @@ class Calibration:
 
     Attributes:
         path: Where it lies, for messages.
-        fingerprint: `kvplug.models.model_fingerprint` of the model; empty where it had none.
+        fingerprint: `kvplug.fingerprint.model_fingerprint` of the model; empty where it had none.
         model: Name of the model, for messages.
         text_sha256: SHA-256 of the text, hexadecimal.
         tokens: Tokens read.

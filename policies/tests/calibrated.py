@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvplug.calibrate.statistics import Collector, Source, calibration
 from kvplug.contract import AttendBatch, EngineView, FormatPolicy, LayerView, WriteBatch
-from kvplug.contract.dense import attend_dense
+from kvplug.hosts.dense import attend_dense
+from kvplug_lab.calibrate.statistics import Collector, Source, calibration
 
 MODEL = "0123456789abcdef" * 2
 

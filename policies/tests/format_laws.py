@@ -23,7 +23,7 @@ from kvplug.contract import (
     WriteBatch,
 )
 from kvplug.registry import plugins
-from kvplug_policies.formats import CodedFormat
+from kvplug_policies.coded import CodedFormat
 
 NUM_LAYERS = 4
 

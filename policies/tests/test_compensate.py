@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kvplug.contract import EngineView, Feature, LayerView, Rope
 from kvplug.contract.reuse import Candidate, Fingerprint, Placement, ReuseRequest, Verdict
-from kvplug_policies.reuse.compensate import Compensate
-from kvplug_policies.reuse_calibration import DECAYS, FEATURES, ReuseCalibration
+from kvplug_reuse_learned.calibration import DECAYS, FEATURES, ReuseCalibration
+from kvplug_reuse_learned.compensate import Compensate
 
 H, D, RANK = 2, 8, 6
 WIDTH = 2 * H * D

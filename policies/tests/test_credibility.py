@@ -15,14 +15,8 @@ from safetensors.numpy import save_file
 
 from kvplug.contract import EngineView, LayerView
 from kvplug.contract.reuse import Candidate, Fingerprint, ReuseRequest
-from kvplug_policies.reuse.credibility import Credibility
-from kvplug_policies.reuse_calibration import (
-    FEATURES,
-    Estimator,
-    ReuseCalibration,
-    features,
-    load,
-)
+from kvplug_reuse_learned.calibration import FEATURES, Estimator, ReuseCalibration, features, load
+from kvplug_reuse_learned.credibility import Credibility
 
 F = len(FEATURES)
 PRINT = Fingerprint(
@@ -260,7 +254,7 @@ def test_tensors_that_do_not_fit_are_refused(
         broken.save(path)
     # A file whose checksum is right and whose tensors are not was made to deceive.
     with monkeypatch.context() as patch:
-        patch.setattr("kvplug_policies.reuse_calibration._check_tensors", lambda *a: None)
+        patch.setattr("kvplug_reuse_learned.calibration._check_tensors", lambda *a: None)
         broken.save(path)
     with pytest.raises(ValueError, match=said):
         load(path)

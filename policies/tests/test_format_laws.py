@@ -22,8 +22,8 @@ from format_laws import (
 )
 
 from kvplug.contract import WriteBatch
-from kvplug.contract.dense import attend_dense
-from kvplug_policies.formats import LayerOptions
+from kvplug.hosts.dense import attend_dense
+from kvplug_policies.coded import LayerOptions
 
 CASES = list(cases())
 PAIRS = list(pairs())

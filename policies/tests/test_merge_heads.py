@@ -18,8 +18,8 @@ from calibrated import (
 )
 from torch import Tensor
 
-from kvplug.calibrate.statistics import received
 from kvplug.contract import EngineView
+from kvplug_lab.calibrate.statistics import received
 from kvplug_policies.calibration import load
 from kvplug_policies.format.merge_heads import MergeHeads
 

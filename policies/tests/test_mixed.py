@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from kvplug.contract import FormatPolicy, LayerView, PageLayout
-from kvplug.deployment import load_deployment
+from kvplug.parser import load_deployment
 from kvplug.registry import plugins
 from kvplug_policies.format.int4 import Int4
 from kvplug_policies.format.int8 import Int8

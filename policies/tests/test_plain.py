@@ -7,7 +7,7 @@ import torch
 from calibrated import activations, attends_as_it_reads, build, through, view
 
 from kvplug.contract import AttendBatch, EngineView, LayerView, WriteBatch
-from kvplug.contract.dense import attend_dense
+from kvplug.hosts.dense import attend_dense
 from kvplug_policies.format.plain import Plain
 
 

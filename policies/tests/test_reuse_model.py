@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from kvplug_policies.reuse_model import ReuseModel
+from kvplug_policies.next_use import ReuseModel
 
 
 def live(model: ReuseModel, thing: int, reuse_at: float | None, until: float) -> None:

@@ -9,8 +9,8 @@ from scoring_laws import build, permuted, view
 from torch import Tensor
 from torch.nn import functional
 
-from kvplug.deployment import load_deployment
 from kvplug.errors import DeploymentError
+from kvplug.parser import load_deployment
 from kvplug_policies.sequence.snapkv import SnapKV
 
 

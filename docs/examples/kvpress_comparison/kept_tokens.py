@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from kvplug import models
 from kvplug.hosts.transformers import Host, Watched
+from kvplug_lab import models
 
 SNAPKV = {"pooling": "mean", "sink": 0, "recent": 0}
 ALONE = {"sink": 0, "recent": 0}

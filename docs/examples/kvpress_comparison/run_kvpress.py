@@ -14,7 +14,7 @@ with hooks on a fresh prefill, and stops unless keys and values come out bit for
 `kept_tokens.py` compares that with kvplug's choice, token by token.
 
 The output of a run is of the form that `kvplug eval --json` writes; `python -m
-kvplug.eval.compare` reads both.
+kvplug_lab.fidelity.compare` reads both.
 """
 
 from __future__ import annotations

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 import transformers
 
-from kvplug import models, texts
 from kvplug.hosts.transformers import Host
-from kvplug.reuse.explain import adapting_checks, explain, stored_pieces
 from kvplug.reuse.guard import Guard
 from kvplug.reuse.record import FamilyRecord, PieceRecord, ReuseRecord
-from kvplug.reuse.replay import greedy
 from kvplug.reuse.settings import GuardSettings
+from kvplug_lab import models, texts
+from kvplug_lab.reuse.explain import adapting_checks, explain, stored_pieces
+from kvplug_lab.reuse.replay import greedy
 
 SECTION = {
     "reuse": {"use": ["structure", "position", "mask"], "approximate": True},

@@ -99,8 +99,8 @@ def recorded(config: ConfigFile, out: Path, every: int | None = None) -> dict[st
         DeploymentError: The trace cannot be written there, or nothing can be recorded.
     """
     from kvplug.contract import EngineView, Feature, Kind
-    from kvplug.deployment import load_deployment
     from kvplug.hosts.vllm.flags import RUNS, engine_from_flags
+    from kvplug.parser import load_deployment
 
     own = config.deployment
     wrapped: dict[str, Any] = {"use": RECORD, "of": STOCK}

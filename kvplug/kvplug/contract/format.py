@@ -308,7 +308,7 @@ class FormatPolicy(Policy):
             cache: As in `write`; this step's tokens are stored already.
             out: ``[num_tokens, num_heads, head_size]``, the dtype of the query.
         """
-        from kvplug.contract.dense import attend_dense
+        from kvplug.hosts.dense import attend_dense
 
         attend_dense(self, layer, batch, cache, out)
 

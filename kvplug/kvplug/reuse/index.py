@@ -206,7 +206,7 @@ class _Near:
 
     All hashes are compared: what one looks for lies alone among texts that are all equally far, and
     there a graph of neighbours (HNSW) misses up to half of it and takes several times as long to
-    add one (`kvplug.eval.reuse_index --graph`).
+    add one (`kvplug_lab.reuse.index --graph`).
     """
 
     def __init__(self, simhash: SimHash) -> None:

@@ -165,7 +165,7 @@ class ReuseRecord(_Part):
         version: Of this layout.
         created: Seconds since the epoch.
         model: Directory or name the engine had its model from.
-        fingerprint: The model's, as `kvplug.models.model_fingerprint` makes it.
+        fingerprint: The model's, as `kvplug.fingerprint.model_fingerprint` makes it.
         dtype: Name of the dtype of K and V, e.g. ``bfloat16``.
         block_size: Tokens per block of the engine.
         kvplug: The deployment's section.

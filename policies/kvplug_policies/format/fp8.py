@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from kvplug.contract import FormatOptions, LayerView
 from kvplug_kernels.coding import CodedPage, Coding
-from kvplug_policies.formats import CodedFormat
+from kvplug_policies.coded import CodedFormat
 
 
 class Fp8(CodedFormat):

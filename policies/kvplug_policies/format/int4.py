@@ -14,7 +14,7 @@ from pydantic import Field
 
 from kvplug.contract import EngineView, LayerView, PolicyOptions
 from kvplug_kernels.coding import CodedPage, Coding
-from kvplug_policies.formats import FIT, LAYERS, CodedFormat, LayerOptions, check_group, layer_bits
+from kvplug_policies.coded import FIT, LAYERS, CodedFormat, LayerOptions, check_group, layer_bits
 
 
 class Int4(CodedFormat):

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from kvplug.contract import EngineView, FormatOptions, LayerView, PolicyOptions
 from kvplug_kernels.coding import CodedPage, Coding
-from kvplug_policies.formats import CodedFormat, check_group
+from kvplug_policies.coded import CodedFormat, check_group
 
 
 class Int8(CodedFormat):

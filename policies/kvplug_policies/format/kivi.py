@@ -27,14 +27,7 @@ from pydantic import Field, model_validator
 
 from kvplug.contract import EngineView, LayerView, PolicyOptions
 from kvplug_kernels.coding import CodedPage, Coding
-from kvplug_policies.formats import (
-    FIT,
-    LAYERS,
-    CodedFormat,
-    LayerOptions,
-    check_group,
-    layer_bits,
-)
+from kvplug_policies.coded import FIT, LAYERS, CodedFormat, LayerOptions, check_group, layer_bits
 
 
 class Kivi(CodedFormat):

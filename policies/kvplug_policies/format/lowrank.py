@@ -33,8 +33,8 @@ from kvplug_policies.calibration import (
     calibration_for,
     whole_model,
 )
+from kvplug_policies.coded import FIT, CodedFormat
 from kvplug_policies.format.plain import plain_bits
-from kvplug_policies.formats import FIT, CodedFormat
 
 STEP = 8
 """Ranks are multiples of it, so that codes of any bits fill whole bytes."""

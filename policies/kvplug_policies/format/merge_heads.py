@@ -38,8 +38,8 @@ from kvplug_policies.calibration import (
     calibration_for,
     whole_model,
 )
+from kvplug_policies.coded import CodedFormat
 from kvplug_policies.format.plain import plain_bits
-from kvplug_policies.formats import CodedFormat
 
 
 @dataclass(frozen=True)

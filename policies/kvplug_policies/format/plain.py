@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvplug.contract import LayerView
 from kvplug_kernels.coding import CodedPage, Coding
-from kvplug_policies.formats import CodedFormat
+from kvplug_policies.coded import CodedFormat
 
 
 def plain_bits(dtype: str) -> int:

@@ -47,7 +47,7 @@ from kvplug_policies.calibration import (
     by_kv_head,
     calibration_for,
 )
-from kvplug_policies.formats import CodedFormat, Levels
+from kvplug_policies.coded import CodedFormat, Levels
 from kvplug_policies.inner import build_inner, inner_format
 
 RIDGE = 1e-2

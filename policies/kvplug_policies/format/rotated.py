@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kvplug.contract import EngineView, LayerView, PolicyOptions
 from kvplug_kernels.coding import CodedPage, Coding
-from kvplug_policies.formats import FIT, LAYERS, CodedFormat, LayerOptions, Levels, layer_bits
+from kvplug_policies.coded import FIT, LAYERS, CodedFormat, LayerOptions, Levels, layer_bits
 from kvplug_policies.rotation import Rotation, hadamard_matrix
 
 Bits = Literal[2, 3, 4]

@@ -46,7 +46,7 @@ from kvplug.contract import (
     Released,
     RequestView,
 )
-from kvplug_policies.reuse_model import ReuseModel
+from kvplug_policies.next_use import ReuseModel
 
 _SIZES = (8, 12, 19, 4, 40, 30, 89, 26, 13, 9)
 """Values of each feature of a run, in the order `Foresight._read` gives them."""

@@ -33,11 +33,11 @@ from kvplug.contract import (
     Window,
 )
 from kvplug.errors import KVPlugError
+from kvplug.fingerprint import model_fingerprint
 from kvplug.hosts.pruning import Cut, Limits, Plan, choose
 from kvplug.hosts.transformers.attention import Step, attached
 from kvplug.hosts.transformers.coded import LayerCoded
 from kvplug.hosts.transformers.held import LayerHeld, Watched
-from kvplug.models import model_fingerprint
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

@@ -7,11 +7,8 @@ step's directives to the metadata builders and to reuse, and returns what they d
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -21,80 +18,18 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvplug.contract import Kind
-from kvplug.hosts.vllm import engine
-from kvplug.hosts.vllm.metrics import PolicyPromMetrics, PolicyStats
-from kvplug.hosts.vllm.scheduler import SchedulerHalf
-from kvplug.hosts.vllm.segments import ReuseNews, ReuseOrders
-from kvplug.hosts.vllm.worker import (
+from kvplug.hosts.vllm import admission
+from kvplug.hosts.vllm.messages import (
+    ReuseOrders,
+    StepDirectives,
+    StepReport,
     WorkerCounters,
-    drop_worker_state,
-    merge_measured,
     unpack_plans,
-    worker_state,
 )
-
-
-@dataclass
-class StepDirectives(KVConnectorMetadata):
-    """What the scheduler tells the workers for one step.
-
-    Attributes:
-        exempt_tails: Ids of the blocks that requests which keep everything write in this step,
-            ``[n]`` int32, or None when there are none.
-        plans: Rows of a scoring policy and their cuts, as `pack_plans` packs them, or None.
-        lanes: The block each scheduled request writes last, its lane and its assignment, ``[n, 3]``
-            int32, for a format that treats requests apart; None else.
-        reuse: What reuse is to do in the step, or None.
-    """
-
-    exempt_tails: npt.NDArray[np.int32] | None = None
-    plans: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None = None
-    lanes: npt.NDArray[np.int32] | None = None
-    reuse: ReuseOrders | None = None
-
-
-@dataclass
-class StepReport(KVConnectorWorkerMetadata):
-    """What a worker did in one step. Ranks do the same work, so counts are merged by maximum;
-    what they measured differs by head and layer, and is summed.
-
-    Attributes:
-        counters: What it counted.
-        measured: What a scoring policy measured, as `WorkerState.take_measured` gives it.
-        failed: Why the scoring policy was retired there, or None.
-        format_failed: Why the format policy failed first there, or None.
-        format_counters: What the format policy counted itself since it was built.
-        signals: What the format policy measured, added up over ranks.
-        reuse: What reuse did, or None.
-    """
-
-    counters: WorkerCounters
-    measured: npt.NDArray[np.float64] | None = None
-    failed: str | None = None
-    format_failed: str | None = None
-    format_counters: dict[str, float] = field(default_factory=dict)
-    signals: list[float] | None = None
-    reuse: ReuseNews | None = None
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        assert isinstance(other, StepReport)
-        mine = asdict(self.counters)
-        self.counters = WorkerCounters(
-            **{k: max(mine[k], v) for k, v in asdict(other.counters).items()}
-        )
-        self.measured = merge_measured(self.measured, other.measured)
-        self.failed = self.failed or other.failed
-        self.format_failed = self.format_failed or other.format_failed
-        for name, value in other.format_counters.items():
-            self.format_counters[name] = max(self.format_counters.get(name, value), value)
-        if self.signals is None or other.signals is None:
-            self.signals = other.signals if self.signals is None else self.signals
-        else:
-            self.signals = [a + b for a, b in zip(self.signals, other.signals, strict=True)]
-        if self.reuse is not None and other.reuse is not None:
-            self.reuse.merge(other.reuse)
-        self.reuse = self.reuse or other.reuse
-        return self
+from kvplug.hosts.vllm.metrics import PolicyPromMetrics, PolicyStats
+from kvplug.hosts.vllm.scheduler.half import SchedulerHalf
+from kvplug.hosts.vllm.worker.reuse import reuse_worker
+from kvplug.hosts.vllm.worker.state import drop_worker_state, worker_state
 
 
 class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
@@ -106,7 +41,7 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None):
         super().__init__(vllm_config, role, kv_cache_config)
-        self.deployment = engine.deployment_of(vllm_config)
+        self.deployment = admission.deployment_of(vllm_config)
         self.scheduler: SchedulerHalf | None = None
         if role is KVConnectorRole.SCHEDULER:
             self.scheduler = SchedulerHalf(self.deployment, vllm_config, kv_cache_config)
@@ -114,7 +49,7 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker = worker_state(vllm_config)
             self._worker.groups = len(kv_cache_config.kv_cache_groups) if kv_cache_config else 1
             if self.deployment.choice(Kind.REUSE) is not None:
-                self._worker.reuse = engine.reuse_worker(self.deployment, vllm_config)
+                self._worker.reuse = reuse_worker(self.deployment, vllm_config)
 
     @property
     def requires_kv_delivery(self) -> bool:

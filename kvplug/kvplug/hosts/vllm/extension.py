@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from kvplug.hosts.vllm import engine
-from kvplug.hosts.vllm.worker import worker_state
+from kvplug.hosts.vllm.worker.state import worker_state
 
 PATH = f"{__name__}.WorkerExtension"
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kvplug.contract import EngineView, Feature, Kind
-from kvplug.deployment import Deployment, load_deployment, read_yaml
+from kvplug.deployment import Deployment
 from kvplug.errors import DeploymentError, Refusal
+from kvplug.parser import load_deployment, read_yaml
 
 CONNECTOR = "KVPlugConnector"
 MODULE = "kvplug.hosts.vllm.connector"

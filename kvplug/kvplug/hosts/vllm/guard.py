@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as SlotLogitsProcessor,
 )
 
-from kvplug.hosts.vllm.worker import WorkerState, worker_state
+from kvplug.hosts.vllm.worker.state import WorkerState, worker_state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -18,7 +18,8 @@ def register() -> None:
     """Register backends and the KV-cache spec. Idempotent."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
-    from kvplug.hosts.vllm import backend, compat
+    from kvplug.hosts.vllm import compat
+    from kvplug.hosts.vllm.worker import backend
 
     if not compat.is_tested(compat.version()):
         logger.warning(

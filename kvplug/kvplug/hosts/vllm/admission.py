@@ -1,0 +1,247 @@
+"""Reads the deployment a vLLM config carries and refuses what cannot run on that engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvplug.contract import (
+    Kind,
+    ScoringPolicy,
+)
+from kvplug.deployment import Choice, Deployment
+from kvplug.errors import DeploymentError, Refusal
+from kvplug.hosts.vllm import compat
+from kvplug.hosts.vllm.flags import EXTENSION, GUARD, RUNS
+from kvplug.hosts.vllm.view import engine_view
+from kvplug.parser import load_deployment
+
+if TYPE_CHECKING:
+    pass
+from kvplug.hosts.vllm.engine import (
+    format_policy,
+    layer_limits,
+    layer_rules,
+    plain_defaults,
+    sequence_policy,
+)
+
+SECTION = "kv_transfer_config.kv_connector_extra_config.kvplug"
+
+
+@plain_defaults()
+def deployment_of(vllm_config: Any) -> Deployment:
+    """The deployment a vLLM config carries, checked against the engine it configures.
+
+    Raises:
+        DeploymentError: The section is missing or wrong, or cannot run on this engine.
+    """
+    transfer = vllm_config.kv_transfer_config
+    section = transfer.kv_connector_extra_config.get("kvplug")
+    if section is None:
+        raise DeploymentError(
+            "inline",
+            [Refusal(SECTION, "is missing.", "add `kvplug: {}` or a section with policies.")],
+        )
+    view = engine_view(vllm_config)
+    deployment = load_deployment(section, key=SECTION, engine=view)
+    installed = compat.version()
+    if not compat.is_tested(installed):
+        raise DeploymentError(
+            deployment.source,
+            [
+                Refusal(
+                    "vllm",
+                    f"version {installed} was never tested with kvplug.",
+                    f"install vLLM {' or '.join(compat.TESTED)}; see `kvplug doctor`.",
+                )
+            ],
+        )
+    deployment.require_compatible(view, runs=RUNS, host="vllm")
+    if refusals := _layer_refusals(deployment, vllm_config):
+        raise DeploymentError(deployment.source, refusals)
+    return deployment
+
+
+def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    found = []
+    for kind in (Kind.SEQUENCE, Kind.FORMAT, Kind.REUSE):
+        choice = deployment.choice(kind)
+        if choice is not None:
+            found += _model_refusals(choice, vllm_config)
+    if not found and deployment.choice(Kind.SEQUENCE) is not None:
+        found = _sequence_refusals(deployment, vllm_config)
+    if not found and deployment.choice(Kind.FORMAT) is not None:
+        found = _format_refusals(deployment, vllm_config)
+    if not found and deployment.choice(Kind.REUSE) is not None:
+        found = _reuse_refusals(deployment, vllm_config)
+    return found
+
+
+def _reuse_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    key = deployment.choices[Kind.REUSE][0].key.split(".use")[0]
+    found = []
+
+    def refuse(below: str, problem: str, fix: str) -> None:
+        found.append(Refusal(f"{key}{below}", problem, fix))
+
+    if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+        refuse(
+            "",
+            "a segment that cannot be loaded would fail its request.",
+            "set kv_load_failure_policy: recompute in kv-transfer-config.",
+        )
+    recompute = deployment.reuse.recompute
+    if recompute.needed:
+        parallel = vllm_config.parallel_config
+        if parallel.worker_extension_cls != EXTENSION:
+            refuse(
+                ".recompute",
+                "computing inside a run needs the model, and nothing gives it to kvplug.",
+                f"set --worker-extension-cls {EXTENSION}, or recompute: {{gaps: 0}}.",
+            )
+        for on, what in (
+            (vllm_config.lora_config is not None, "LoRA"),
+            (vllm_config.use_v2_model_runner, "vLLM's second model runner"),
+            (vllm_config.model_config.uses_mrope, "multi-axis rotary positions"),
+        ):
+            if on:
+                refuse(
+                    ".recompute",
+                    f"nothing can be computed inside a run with {what}.",
+                    "remove the recompute section.",
+                )
+    if deployment.guard is not None and not any(
+        GUARD in str(p) for p in vllm_config.model_config.logits_processors or ()
+    ):
+        above = key.rsplit(".", 1)[0] if "." in key else ""
+        found.append(
+            Refusal(
+                f"{above}.guard".lstrip("."),
+                "watches answers through a logits processor that is not on.",
+                f"set --logits-processors {GUARD}.",
+            )
+        )
+    policy = format_policy(deployment, vllm_config)
+    if policy is not None:
+        apart = any(policy.recent(layer) for layer in policy.engine.layers)
+        if apart or len(policy.assignments()) > 1:
+            refuse(
+                "",
+                f"format {policy.name} treats requests apart, so its bytes mean nothing in "
+                "another.",
+                "choose another format or remove reuse.",
+            )
+    return found
+
+
+def _model_refusals(choice: Choice, vllm_config: Any) -> list[Refusal]:
+    model = vllm_config.model_config
+    found = []
+    for on, what in (
+        (model.use_mla, "multi-head latent attention (MLA)"),
+        (model.is_attention_free, "no attention layers (Mamba)"),
+        (model.is_hybrid, "state-space layers beside attention (hybrid)"),
+        (model.is_encoder_decoder, "an encoder and a decoder"),
+    ):
+        if on:
+            found.append(
+                Refusal(
+                    choice.key,
+                    f"{choice.policy.name} cannot run on a model with {what}.",
+                    f"remove the {choice.policy.kind!s} section for this model.",
+                )
+            )
+    return found
+
+
+def _format_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    choice = deployment.choice(Kind.FORMAT)
+    policy = format_policy(deployment, vllm_config)
+    assert choice is not None and policy is not None
+    key, name = choice.key.removesuffix(".use"), policy.name
+    size = policy.engine.block_size
+    try:
+        for layer in policy.engine.layers:
+            layout, recent = policy.layout(layer), policy.recent(layer)
+            if recent and size % recent:
+                return [
+                    Refusal(
+                        choice.key,
+                        f"{name} keeps {recent} recent tokens of layer {layer.index}, and blocks "
+                        f"of {size} tokens are no multiple of that.",
+                        f"set --block-size {-(-size // recent) * recent}.",
+                    )
+                ]
+            if recent and vllm_config.use_v2_model_runner:
+                return [
+                    Refusal(
+                        choice.key,
+                        f"{name} keeps recent tokens by request, which vLLM's second model runner "
+                        "gives no way to.",
+                        "set VLLM_USE_V2_MODEL_RUNNER=0.",
+                    )
+                ]
+            if layout.heads is not None and layout.heads > layer.num_kv_heads:
+                raise ValueError(f"layer {layer.index}: more stored heads than KV heads")
+    except Exception as error:
+        return [Refusal(key, f"{name}: {error}.", "change the option named.")]
+    other = deployment.choice(Kind.SEQUENCE)
+    scoring = other is not None and issubclass(other.policy, ScoringPolicy)
+    merged = any(policy.layout(layer).heads is not None for layer in policy.engine.layers)
+    if scoring and (not policy.moves_tokens or merged):
+        assert other is not None
+        why = "heads share one stored head" if merged else "tokens share scales"
+        return [
+            Refusal(
+                choice.key,
+                f"{name} cannot live with sequence policy {other.policy.name}, which moves single "
+                f"tokens of single heads: {why} there.",
+                "choose another format, or a positional sequence policy such as sink_window.",
+            )
+        ]
+    return []
+
+
+def _sequence_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    choice = deployment.choice(Kind.SEQUENCE)
+    policy = sequence_policy(deployment, vllm_config)
+    assert choice is not None and policy is not None
+    key = choice.key.removesuffix(".use")
+    try:
+        rules = layer_rules(policy)
+    except Exception as error:
+        return [Refusal(key, f"{policy.name}: {error}.", "change the option named.")]
+    if isinstance(policy, ScoringPolicy):
+        return _scoring_refusals(policy, choice.key, vllm_config)
+    if None in rules:
+        return [
+            Refusal(
+                choice.key,
+                f"{policy.name} gives no window, and is no ScoringPolicy.",
+                "return a Window for every layer, or derive it from ScoringPolicy.",
+            )
+        ]
+    return []
+
+
+def _scoring_refusals(policy: ScoringPolicy, key: str, vllm_config: Any) -> list[Refusal]:
+    if vllm_config.use_v2_model_runner:
+        return [
+            Refusal(
+                key,
+                f"{policy.name} decides while a step runs, which vLLM's second model runner gives "
+                "no way to.",
+                "set VLLM_USE_V2_MODEL_RUNNER=0.",
+            )
+        ]
+    least = min(layer_limits(policy, layer).kept(0) for layer in policy.engine.layers)
+    if policy.observation > least * policy.engine.block_size:
+        return [
+            Refusal(
+                key,
+                f"{policy.name} observes {policy.observation} queries and may keep as few as "
+                f"{least * policy.engine.block_size} tokens.",
+                "raise budget or recent, or lower the number of observed queries.",
+            )
+        ]
+    return []

@@ -1,0 +1,1 @@
+"""Policies in the scheduler process, one file a kind."""

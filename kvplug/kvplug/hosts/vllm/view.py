@@ -1,0 +1,171 @@
+"""The engine as policies see it: views made from a vLLM config."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kvplug.contract import (
+    EngineView,
+    Feature,
+    FormatPolicy,
+    LayerView,
+    Rope,
+)
+from kvplug.fingerprint import model_fingerprint
+from kvplug.hosts.vllm import compat
+
+if TYPE_CHECKING:
+    pass
+
+
+def features_of(vllm_config: Any) -> frozenset[Feature]:
+    """The engine features a vLLM config has on."""
+    parallel = vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    scheduler = vllm_config.scheduler_config
+    speculative = vllm_config.speculative_config
+    graphs = vllm_config.compilation_config.cudagraph_mode
+    model = vllm_config.model_config
+    tests = {
+        Feature.PREEMPTION: True,
+        Feature.PREFIX_CACHING: bool(cache.enable_prefix_caching),
+        Feature.CHUNKED_PREFILL: bool(scheduler.enable_chunked_prefill),
+        Feature.ASYNC_SCHEDULING: bool(scheduler.async_scheduling),
+        Feature.SPECULATIVE_DECODING: speculative is not None,
+        Feature.DRAFT_MODEL: speculative is not None and speculative.method != "ngram",
+        Feature.CUDA_GRAPHS: graphs is not None and bool(graphs.value),
+        Feature.TENSOR_PARALLEL: parallel.tensor_parallel_size > 1,
+        Feature.PIPELINE_PARALLEL: parallel.pipeline_parallel_size > 1,
+        Feature.DATA_PARALLEL: parallel.data_parallel_size > 1,
+        Feature.CONTEXT_PARALLEL: parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
+        Feature.LORA: vllm_config.lora_config is not None,
+        Feature.QUANTIZED_KV_CACHE: cache.cache_dtype not in {"auto", "bfloat16", "float16"},
+        Feature.SLIDING_WINDOW_LAYERS: model.get_sliding_window() is not None
+        or any("sliding" in t for t in getattr(model.hf_text_config, "layer_types", None) or ()),
+        Feature.MULTIMODAL: bool(model.is_multimodal_model),
+        Feature.KV_SHARING: bool(cache.kv_sharing_fast_prefill),
+        Feature.DISAGGREGATED_PREFILL: vllm_config.kv_transfer_config.kv_role != "kv_both",
+    }
+    return frozenset(feature for feature, on in tests.items() if on)
+
+
+def engine_view(vllm_config: Any, num_blocks: int = 0) -> EngineView:
+    """The engine as policies see it; ``num_blocks`` once the pool is known."""
+    model = vllm_config.model_config
+    parallel = vllm_config.parallel_config
+    total = int(model.get_total_num_hidden_layers())
+    rope = rope_of(model.hf_text_config)
+    layers = tuple(
+        LayerView(
+            index=i,
+            num_layers=total,
+            num_kv_heads=model.get_num_kv_heads(parallel),
+            num_heads=model.get_num_attention_heads(parallel),
+            head_size=model.get_head_size(),
+            dtype=str(model.dtype).removeprefix("torch."),
+            rope=rope,
+        )
+        for i in range(total)
+    )
+    return EngineView(
+        block_size=int(vllm_config.cache_config.block_size),
+        num_blocks=num_blocks,
+        max_model_len=int(model.max_model_len),
+        max_in_flight_tokens=int(vllm_config.max_in_flight_tokens),
+        features=features_of(vllm_config),
+        layers=layers,
+        host="vllm",
+        host_version=compat.version(),
+        model=_fingerprint(str(model.model)),
+    )
+
+
+_fingerprint = functools.cache(model_fingerprint)
+
+
+INTERLEAVED = frozenset({"cohere", "cohere2", "glm", "glm4", "gptj", "ernie4_5", "helium"})
+"""Model types whose rotary pairs are neighbours, not halves."""
+
+
+def rope_of(config: Any) -> Rope | None:
+    """The rotary embedding a Hugging Face text config states, or None where it states none that
+    is the same at every length and in every layer."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    stated = getattr(config, "rope_parameters", None)
+    if not isinstance(stated, dict) or "rope_theta" not in stated:
+        return None
+    kind = stated.get("rope_type", "default")
+    if kind == "default":
+        head_size = getattr(config, "head_dim", None)
+        head_size = head_size or config.hidden_size // config.num_attention_heads
+        turned = int(head_size * stated.get("partial_rotary_factor", 1.0))
+        theta = float(stated["rope_theta"])
+        frequencies = tuple(theta ** (-2 * i / turned) for i in range(turned // 2))
+    elif kind in ("linear", "llama3", "yarn"):
+        found, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
+        frequencies = tuple(float(f) for f in found)
+    else:
+        return None
+    return Rope(frequencies, getattr(config, "model_type", "") in INTERLEAVED)
+
+
+ALIBI = frozenset({"bloom", "mpt"})
+
+
+LEARNED = frozenset({"gpt2", "gpt_bigcode", "gpt_neo", "opt", "xglm"})
+
+
+def position_scheme(config: Any) -> str:
+    """How a Hugging Face text config's model knows positions, as `Fingerprint.position` says it."""
+    rope = rope_of(config)
+    if rope is not None:
+        table = np.array(rope.frequencies, dtype="<f8").tobytes()
+        digest = hashlib.blake2b(table, digest_size=8).hexdigest()
+        return f"rope/{'gptj' if rope.interleaved else 'neox'}/{digest}"
+    kind = getattr(config, "model_type", "")
+    if isinstance(getattr(config, "rope_parameters", None), dict):
+        return "rope-by-length"
+    if kind in ALIBI or getattr(config, "alibi", False):
+        return "alibi"
+    return "learned" if kind in LEARNED else "unknown"
+
+
+def identity(vllm_config: Any, view: EngineView, stored: FormatPolicy | None) -> dict[str, Any]:
+    """What every segment computed on an engine has in common: fields of `Fingerprint`."""
+    model = vllm_config.model_config
+    return {
+        "model": view.model,
+        "tokenizer": f"{model.tokenizer}@{model.tokenizer_revision or ''}",
+        "dtype": view.layers[0].dtype,
+        "format": stored.fingerprint() if stored is not None else "",
+        "position": position_scheme(model.hf_text_config),
+        "geometry": (
+            len(view.layers),
+            int(model.get_total_num_kv_heads()),
+            int(model.get_head_size()),
+        ),
+    }
+
+
+def token_bytes(view: EngineView, stored: FormatPolicy | None) -> int:
+    """Bytes of one token's KV in all layers, on one rank."""
+    if stored is not None:
+        return sum(stored.layout(layer).token_bytes(layer) for layer in view.layers)
+    element = getattr(torch, view.layers[0].dtype).itemsize
+    return sum(2 * layer.num_kv_heads * layer.head_size * element for layer in view.layers)
+
+
+def tokenizer(vllm_config: Any) -> Any:
+    """The engine's tokenizer, or None for one that starts without."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    if vllm_config.model_config.skip_tokenizer_init:
+        return None
+    return cached_tokenizer_from_config(vllm_config.model_config)

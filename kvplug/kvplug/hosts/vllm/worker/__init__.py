@@ -1,0 +1,1 @@
+"""Policies in a worker process, one file a kind."""

@@ -1,0 +1,174 @@
+"""Reads and writes stored segments in the pages of one layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvplug.contract import (
+    FormatPolicy,
+    LayerView,
+)
+
+if TYPE_CHECKING:
+    pass
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kvplug.contract import (
+    WriteBatch,
+)
+from kvplug.hosts.vllm.worker.pages import Pages, order_of
+
+if TYPE_CHECKING:
+    pass
+
+
+class LayerPages:
+    """One layer's pages as segments are read from them and written to them.
+
+    Args:
+        layer: vLLM's attention layer.
+        cache: Its cache.
+        view: The layer as policies see it.
+        stored: The format its pages are in; None for the backend's own.
+    """
+
+    def __init__(self, layer: Any, cache: Tensor, view: LayerView, stored: FormatPolicy | None):
+        self.view = view
+        self.scale = float(layer.impl.scale)
+        self._layer = layer
+        self._cache = cache
+        self._format = stored
+        self._size = int(cache.shape[2])
+        self._dtype = getattr(torch, view.dtype)
+        self._pages: Pages | None = None
+        if stored is not None:
+            self._layout = stored.layout(view)
+            self._planes = self._layout.planes(cache)
+
+    def read(self, blocks: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """K and V at positions ``[start, end)`` of a request, each ``[n, kv_heads, head_size]``.
+
+        Args:
+            blocks: Ids of its blocks, ``[m]`` int64.
+            start: First position.
+            end: Position after the last.
+        """
+        key, value = self._taken((0, 1), blocks, start, end)
+        return key, value
+
+    def keys(self, blocks: Tensor, start: int, end: int) -> Tensor:
+        """The keys of what `read` gives."""
+        return self._taken((0,), blocks, start, end)[0]
+
+    def _taken(
+        self, which: tuple[int, ...], blocks: Tensor, start: int, end: int
+    ) -> tuple[Tensor, ...]:
+        if start >= end:
+            shape = (0, self.view.num_kv_heads, self.view.head_size)
+            empty = torch.zeros(shape, dtype=self._dtype, device=self._cache.device)
+            return tuple(empty for _ in which)
+        first = start // self._size
+        own = blocks[first : -(-end // self._size)].to(self._cache.device)
+        run = slice(start - first * self._size, end - first * self._size)
+        if self._format is not None:
+            found = self._format.read(self.view, self._cache, own)
+            return tuple(found[i].transpose(1, 2).flatten(0, 1).to(self._dtype)[run] for i in which)
+        if self._pages is None:
+            self._pages = Pages(self._cache, order_of(self._layer.impl, self._layer, self._cache))
+        pages = self._pages
+        return tuple(pages.gather(i, own[None])[0].transpose(0, 1)[run] for i in which)
+
+    def stored(
+        self,
+        blocks: Tensor,
+        start: int,
+        end: int,
+        read: tuple[Tensor, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """What is kept of the tokens at ``[start, end)``: the page's own bytes.
+
+        Args:
+            blocks: Ids of the request's blocks, ``[m]`` int64.
+            start: First position.
+            end: Position after the last.
+            read: What `read` gave of them, if it was asked.
+
+        Returns:
+            ``key`` and ``value`` as `read` gives them, or ``cells``, uint8 ``[n, heads, bytes]``.
+        """
+        if self._format is None:
+            key, value = read or self.read(blocks, start, end)
+            return {"key": key.contiguous(), "value": value.contiguous()}
+        at = torch.arange(start, end)
+        own, slots = blocks[at // self._size], at % self._size
+        heads, width = self._cache.shape[1], self._layout.bytes_per_token_head
+        cells = self._cache.new_zeros((end - start, heads, width))
+        for f, plane in zip(self._layout.fields, self._planes, strict=True):
+            cells[..., f.offset : f.offset + f.size] = plane[own, :, slots]
+        return {"cells": cells}
+
+    def put(self, slots: Tensor, planes: dict[str, Tensor]) -> None:
+        """Write what `stored` gave to other slots, as it is.
+
+        Args:
+            slots: ``[n]`` int64.
+            planes: What `stored` gave.
+        """
+        if self._format is None:
+            self.write(slots, planes["key"], planes["value"])
+            return
+        heads, width = self._cache.shape[1], self._layout.bytes_per_token_head
+        cells = planes["cells"][:, :heads, :width].to(self._cache.device)
+        blocks, offsets = slots // self._size, slots % self._size
+        for f, plane in zip(self._layout.fields, self._planes, strict=True):
+            plane[blocks, :, offsets] = cells[..., f.offset : f.offset + f.size]
+
+    def given(self, slots: Tensor, planes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """K and V of what `stored` gave, ``[n, kv_heads, head_size]`` in the model's dtype.
+
+        Args:
+            slots: Where they go, ``[n]`` int64.
+            planes: What `stored` gave.
+        """
+        device, dtype = self._cache.device, self._dtype
+        if self._format is None:
+            return planes["key"].to(device), planes["value"].to(device)
+        # A format reads whole blocks of pages, so its bytes go where they will be written over.
+        self.put(slots, planes)
+        blocks, index = torch.unique(slots // self._size, return_inverse=True)
+        found = self._format.read(self.view, self._cache, blocks)
+        key, value = (t[index, :, slots % self._size].to(dtype) for t in found)
+        return key, value
+
+    def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store K and V of some tokens.
+
+        Args:
+            slots: ``[n]`` int64.
+            key: ``[n, kv_heads, head_size]``.
+            value: The same shape.
+        """
+        device = self._cache.device
+        where = slots.to(device)
+        k, v = key.to(device).contiguous(), value.to(device).contiguous()
+        if self._format is not None:
+            self._format.write(self.view, WriteBatch(k, v, where), self._cache)
+        else:
+            self._layer.impl.do_kv_cache_update(self._layer, k, v, self._cache, where)
+
+
+def stacked(layers: Sequence[Tensor]) -> Tensor:
+    """Layers' planes as one, ``[layers, tokens, ...]``; a format may give layers different bytes,
+    and the narrower are filled up with zeros."""
+    if all(t.shape == layers[0].shape for t in layers):
+        return torch.stack(list(layers))
+    shape = [max(sizes) for sizes in zip(*(t.shape for t in layers), strict=True)]
+    found = layers[0].new_zeros((len(layers), *shape))
+    for one, tensor in zip(found, layers, strict=True):
+        one[: tensor.shape[0], : tensor.shape[1], : tensor.shape[2]] = tensor
+    return found

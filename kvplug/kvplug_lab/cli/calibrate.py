@@ -1,0 +1,356 @@
+"""``kvplug calibrate``: what a model's K and V are like, and which format each layer can bear.
+
+``kvplug calibrate reuse`` is a command of its own; everything else after ``calibrate`` goes to
+``formats``, whose name may be left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json as json_module
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from kvplug.contract import EngineView
+    from kvplug_lab.calibrate.run import Choice, Plan
+    from kvplug_policies.calibration import Calibration
+
+WIDTH = 150
+"""Columns where there is no terminal to ask."""
+
+ERRORS = (0.01, 0.05, 0.1)
+"""Errors for which ranks are shown."""
+
+
+class _Commands(TyperGroup):
+    """A group whose first command may go unnamed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            args = ["formats", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    add_completion=False,
+    help="Learn a model from text: for formats, or for reuse.",
+)
+
+
+@app.command("formats")
+def calibrate(
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Model directory; SmolLM2-135M-Instruct by default.", show_default=False
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The calibration file to write.")] = Path(
+        "calibration.safetensors"
+    ),
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="KVPLUG_TEXTS", help="Plain text to read from; Shakespeare by default."
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens to learn from.")] = 8192,
+    window: Annotated[int, typer.Option(min=16, help="Tokens read at a time.")] = 512,
+    bytes_per_token: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Bytes of K and V per token, all layers; a format is chosen for each layer. "
+            "0: only write the calibration.",
+        ),
+    ] = 0,
+    candidates: Annotated[
+        str,
+        typer.Option(metavar="NAME[:OPTION=VALUE...],...", help="Formats to choose from."),
+    ] = "plain,int8,int4,kivi:bits=4,kivi:bits=2",
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="WHAT",
+            help="What an assignment is chosen by: divergence (of the next token's distribution), "
+            "perplexity, or error (of attention outputs; the quickest).",
+        ),
+    ] = "divergence",
+    held_out: Annotated[int, typer.Option(min=16, help="Tokens to measure candidates on.")] = 512,
+    section: Annotated[
+        Path | None,
+        typer.Option(help="Write the chosen section as YAML; printed by default."),
+    ] = None,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens per block.")] = 32,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for torch's choice.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Learn a model's keys, values and queries from text, and choose a format for each layer.
+
+    The file it writes is what the formats lowrank, merge_heads and residual ask for. With
+    --bytes-per-token every candidate is measured in every layer, one layer at a time, and the best
+    assignment within the budget is solved for, measured as a whole, and written as a section.
+
+    Reuse of stored KV is calibrated by kvplug calibrate reuse.
+    """
+    from kvplug.errors import DeploymentError, KVPlugError
+
+    terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if terminal else WIDTH)
+    try:
+        _check(output, section, json, by)
+        _run(
+            console, model, output, text, tokens, window, bytes_per_token, candidates, by, held_out,
+            section, block_size, threads, json,
+        )  # fmt: skip
+    except DeploymentError as error:
+        for refusal in error.refusals:
+            typer.echo(" ".join(refusal.text(error.source).splitlines()), err=True)
+        raise typer.Exit(error.exit_code) from None
+    except KVPlugError as error:
+        typer.echo(" ".join(str(error).splitlines()), err=True)
+        raise typer.Exit(2) from None
+
+
+def _check(output: Path, section: Path | None, json: Path | None, by: str) -> None:
+    """Refuse what cannot work before minutes are spent."""
+    from kvplug.errors import KVPlugError
+    from kvplug_lab.calibrate.run import WAYS
+
+    for option, path in (("--output", output), ("--section", section), ("--json", json)):
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise KVPlugError(f"{option}: {path} cannot be written: its folder must exist")
+    if by not in WAYS:
+        raise KVPlugError(f"--by {by!r}: use one of {', '.join(WAYS)}")
+    if importlib.util.find_spec("transformers") is None:
+        raise KVPlugError("kvplug calibrate needs transformers: pip install 'kvplug[demo]'")
+
+
+def _run(
+    console: Console,
+    model: Path | None,
+    output: Path,
+    text: Path | None,
+    tokens: int,
+    window: int,
+    budget: int,
+    asked: str,
+    by: str,
+    held_out: int,
+    section: Path | None,
+    block_size: int,
+    threads: int,
+    json: Path | None,
+) -> None:
+    import hashlib
+
+    import torch
+    import transformers
+
+    from kvplug_lab import models
+    from kvplug_lab.calibrate import candidates as known
+    from kvplug_lab.calibrate.collect import collect
+    from kvplug_lab.calibrate.run import plan, windows
+    from kvplug_lab.calibrate.statistics import Source, calibration
+    from kvplug_lab.cli.eval import _bos, _shown
+
+    wanted = known.candidates(asked, str(output)) if budget else []
+    if model is None:
+        directory = models.smollm2(progress=lambda line: console.print(line, markup=False))
+    else:
+        directory = _directory(model)
+    words = _text(text)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
+    learn, measure = windows(
+        ids, _bos(directory, tokenizer), tokens, held_out if budget else 0, window
+    )
+    if threads:
+        torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    loaded = loaded.eval()
+    fingerprint = models.model_fingerprint(directory)
+    with _shown(len(learn)) as progress:
+        seen = collect(loaded, learn, progress)
+    source = Source(fingerprint, directory.name, hashlib.sha256(words.encode()).hexdigest())
+    made = calibration(seen, source, str(output))
+    made.save(output)
+    _print_calibration(console, made)
+    line = f"calibration: {output} ({output.stat().st_size / 1e6:.1f} MB)"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if not budget:
+        if json is not None:
+            _write_json(json, made, None)
+        return
+    engine = _engine(loaded, directory, block_size, fingerprint)
+    runs = len(measure) * (len(wanted) * (len(engine.layers) if by != "error" else 0))
+    uniform = len(measure) * (1 + len(wanted))
+    with _shown(runs + uniform) as progress:
+        found = plan(loaded, engine, measure, wanted, budget, by, progress)
+    _print_plan(console, found)
+    about = [
+        f"Written by kvplug calibrate {directory.name} --bytes-per-token {budget}",
+        f"{found.choices[0].bytes_per_token} bytes per token, all layers; chosen by {by}",
+    ]
+    yaml = known.section([wanted[c] for c in found.chosen], about)
+    if section is None:
+        console.print(yaml, markup=False, highlight=False, soft_wrap=True)
+    else:
+        section.write_text(yaml, encoding="utf-8")
+        console.print(f"section: {section}", markup=False, highlight=False, soft_wrap=True)
+    if json is not None:
+        _write_json(json, made, found)
+
+
+# -- what is asked for -----------------------------------------------------------------------------
+
+
+def _directory(model: Path) -> Path:
+    from kvplug.errors import KVPlugError
+
+    if not (model / "config.json").is_file():
+        raise KVPlugError(f"MODEL: {model} is no model directory: it has no config.json")
+    return model
+
+
+def _text(text: Path | None) -> str:
+    from kvplug.errors import KVPlugError
+    from kvplug_lab import texts
+
+    if text is None:
+        return texts.shakespeare()
+    try:
+        return text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise KVPlugError(f"--text: {text} cannot be read: {reason}") from error
+
+
+def _engine(loaded: Any, directory: Path, block_size: int, fingerprint: str) -> EngineView:
+    """The engine that will serve the model: K and V in the type its config names."""
+    from dataclasses import replace
+
+    from kvplug.hosts.transformers import Host
+
+    config = json_module.loads((directory / "config.json").read_text(encoding="utf-8"))
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    host = Host(loaded, block_size)
+    layers = tuple(replace(layer, dtype=dtype) for layer in host.layers)
+    return replace(host.engine, layers=layers, model=fingerprint)
+
+
+# -- what is shown ---------------------------------------------------------------------------------
+
+
+def _print_calibration(console: Console, made: Calibration) -> None:
+    from kvplug_policies.format.lowrank import smallest_rank
+
+    table = Table(
+        title=f"{made.model}: {made.tokens:,} tokens; smallest rank of keys / values by the energy "
+        "that may be lost, and the least energy lost by merging two KV heads",
+        title_justify="left",
+    )
+    table.add_column("layer", justify="right")
+    for error in ERRORS:
+        table.add_column(f"rank at {error:.0%}", justify="right")
+    table.add_column("merge, linear", justify="right")
+    table.add_column("merge, gain", justify="right")
+    for index, geometry in made.geometry.items():
+        ranks = [
+            " / ".join(
+                str(smallest_rank(made.of(index, f"{side}_energy"), error))
+                for side in ("key", "value")
+            )
+            for error in ERRORS
+        ]
+        merges = ["", ""]
+        if geometry.num_kv_heads > 1:
+            merges = [
+                f"{float(made.of(index, f'merge_{fit}.errors')[0]):.1%}"
+                for fit in ("linear", "gain")
+            ]
+        table.add_row(str(index), *ranks, *merges)
+    console.print(table)
+
+
+def _print_plan(console: Console, found: Plan) -> None:
+    shown = not all(math.isnan(loss.divergence) for row in found.losses for loss in row)
+    table = Table(
+        title="relative attention-output error"
+        + (" and divergence (10⁻³ nats)" if shown else "")
+        + ", one layer at a time; * chosen",
+        title_justify="left",
+    )
+    table.add_column("layer", justify="right")
+    for candidate in found.candidates:
+        table.add_column(candidate.label, justify="right", overflow="fold")
+    for row, losses in enumerate(found.losses):
+        cells = []
+        for c, loss in enumerate(losses):
+            kl = f"  {loss.divergence * 1e3:.2f}" if shown else ""
+            mark = " *" if found.chosen[row] == c else "  "
+            cells.append(f"{loss.error:.1%}{kl}{mark}")
+        table.add_row(str(row), *cells)
+    console.print(table)
+    base = math.exp(found.nll)
+    table = Table(
+        title=f"all layers together; perplexity of the full cache: {base:.3f}",
+        title_justify="left",
+    )
+    heads = ("bytes per token", "mean output error", "predicted", "perplexity", "divergence")
+    table.add_column("formats")
+    for head in heads:
+        table.add_column(head, justify="right")
+    best = found.uniform
+    for choice in found.choices:
+        name = "chosen by layer" if choice is found.choices[0] else f"{choice.label} in all"
+        table.add_row(
+            f"{name}{' (best of these)' if choice is best else ''}", *_cells(choice, found)
+        )
+    console.print(table)
+
+
+def _cells(choice: Choice, found: Plan) -> Sequence[str]:
+    base = math.exp(found.nll)
+
+    def change(nll: float) -> str:
+        return "" if math.isnan(nll) else f"{base * math.expm1(nll):+.3f}"
+
+    return (
+        f"{choice.bytes_per_token:,}",
+        f"{choice.predicted.error:.2%}",
+        change(choice.predicted.nll),
+        change(choice.measured.nll),
+        f"{choice.measured.divergence:.4f}",
+    )
+
+
+def _write_json(path: Path, made: Calibration, found: Plan | None) -> None:
+    import dataclasses
+
+    plain: dict[str, Any] = {
+        "model": made.model,
+        "fingerprint": made.fingerprint,
+        "text_sha256": made.text_sha256,
+        "tokens": made.tokens,
+    }
+    if found is not None:
+        plain["candidates"] = [c.label for c in found.candidates]
+        plain["bytes"] = found.sizes
+        plain["losses"] = [[dataclasses.asdict(loss) for loss in row] for row in found.losses]
+        plain["chosen"] = found.chosen
+        plain["choices"] = [dataclasses.asdict(choice) for choice in found.choices]
+        plain["nll"] = found.nll
+    path.write_text(json_module.dumps(plain, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Runs requests on real engines and measures them."""

@@ -1,0 +1,1 @@
+"""Measures what policies cost in answers."""

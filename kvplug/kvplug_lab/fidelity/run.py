@@ -1,0 +1,337 @@
+"""Runs prompts through a model under many policies and budgets, or formats.
+
+A prompt is read once for all sequence policies that act behind it. Under formats its first chunk is
+read once for all: its tokens see each other as computed. What follows is read under each format, in
+chunks, through its own ``write`` and ``attend``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvplug.contract import FormatPolicy, LayerView, SequencePolicy
+from kvplug.errors import KVPlugError
+from kvplug.hosts.transformers import Host, Text, Watched, watched_by
+from kvplug_lab.fidelity.peer_formats import PeerFormat
+from kvplug_lab.fidelity.records import FULL, Record
+from kvplug_lab.fidelity.tasks import Prompt
+
+if TYPE_CHECKING:
+    from kvplug.contract import Policy
+
+PIECE = 1
+"""Scored tokens of one pass under a format, as in decoding: the latest tokens get much attention,
+and taking more of them as computed makes every format look several times better than it is."""
+
+AT_ONCE = 48
+"""Texts that generate together: a pass over the weights serves them all."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A policy at a budget.
+
+    Attributes:
+        label: The policy with the options asked for.
+        budget: Part of the context to keep.
+        policy: Its class.
+        options: Its knobs, without the budget.
+    """
+
+    label: str
+    budget: float
+    policy: type[Policy]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, host: Host, context: int) -> SequencePolicy:
+        """The policy for contexts of this many tokens.
+
+        Raises:
+            KVPlugError: The policy has no knob that a budget could set, or refuses it.
+        """
+        knobs = self.policy.Options.model_fields
+        options = dict(self.options)
+        if "budget" in knobs:
+            options["budget"] = self.budget
+        elif {"sink", "window"} <= set(knobs):
+            size = host.block_size
+            sink = int(options.get("sink", knobs["sink"].get_default()))
+            blocks = -(-round(self.budget * context) // size) - -(-sink // size)
+            options["window"] = max(0, blocks) * size + 1
+        else:
+            raise KVPlugError(
+                f"{self.policy.name} has no budget to set (options: {', '.join(knobs) or 'none'})"
+            )
+        try:
+            built = host.policy(self.policy, **options)
+        except ValueError as error:
+            raise KVPlugError(
+                f"{self.label} at budget {self.budget:g}: {' '.join(str(error).split())}"
+            ) from error
+        assert isinstance(built, SequencePolicy)
+        return built
+
+
+@dataclass(frozen=True)
+class FormatVariant:
+    """A format.
+
+    Attributes:
+        label: What was asked for.
+        policy: Its class.
+        options: Its knobs.
+    """
+
+    label: str
+    policy: type[Policy]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, host: Host) -> FormatPolicy:
+        """The format for a model.
+
+        Raises:
+            KVPlugError: The format refuses the model or the block size.
+        """
+        try:
+            built = host.policy(self.policy, **self.options)
+        except ValueError as error:
+            raise KVPlugError(f"{self.label}: {' '.join(str(error).split())}") from error
+        assert isinstance(built, FormatPolicy)
+        for layer in built.engine.layers:
+            kept = built.recent(layer)
+            if kept and host.block_size % kept:
+                raise KVPlugError(
+                    f"{self.label}: it keeps {kept} recent tokens, which do not divide blocks of "
+                    f"{host.block_size}: use --block-size {kept}"
+                )
+        return built
+
+
+def bytes_per_token(policy: FormatPolicy | None, layers: Sequence[LayerView]) -> int:
+    """Bytes of K and V of one token in all layers given; bfloat16's without a format.
+
+    A peer's are those that vLLM counts.
+    """
+    total = 0
+    for layer in layers:
+        if policy is None:
+            total += 4 * layer.head_size * layer.num_kv_heads
+        elif isinstance(policy, PeerFormat):
+            total += policy.published_bytes(layer) * layer.num_kv_heads
+        else:
+            total += policy.layout(layer).token_bytes(layer)
+    return total
+
+
+def run(
+    host: Host,
+    prompts: Sequence[Prompt],
+    variants: Sequence[Variant],
+    progress: Callable[[str], None] = lambda line: None,
+) -> Iterator[Record]:
+    """Run every prompt under the full cache and every variant.
+
+    Prompts of one context share its reading; so do all policies that act after it.
+
+    Args:
+        host: The model.
+        prompts: The prompts; those of one context stand together.
+        variants: The policies and budgets.
+        progress: Told what runs next; one call per prompt and variant, as many as `steps` says.
+
+    Raises:
+        KVPlugError: A variant cannot be built.
+    """
+    for batch in _by_context(prompts):
+        yield from _context(host, batch, variants, progress)
+
+
+def run_formats(
+    host: Host,
+    prompts: Sequence[Prompt],
+    variants: Sequence[FormatVariant],
+    progress: Callable[[str], None] = lambda line: None,
+    piece: int = PIECE,
+) -> Iterator[Record]:
+    """Run every prompt under the full cache and every format.
+
+    A record's budget is the format's part of the bytes that bfloat16 takes.
+
+    Args:
+        host: The model; its ``chunk`` is what a prompt is read in.
+        prompts: The prompts; those of one context stand together.
+        variants: The formats.
+        progress: As in `run`.
+        piece: Scored tokens of one pass.
+
+    Raises:
+        KVPlugError: A variant cannot be built.
+    """
+    formats = [variant.build(host) for variant in variants]
+    whole = bytes_per_token(None, host.engine.layers)
+    said: list[tuple[str, float, int]] = [(FULL, 1.0, whole)]
+    for variant, format in zip(variants, formats, strict=True):
+        size = bytes_per_token(format, host.engine.layers)
+        said.append((variant.label, round(size / whole, 4), size))
+    for batch in _by_context(prompts):
+        yield from _stored(host, batch, formats, said, progress, piece)
+
+
+def steps(prompts: Sequence[Prompt], variants: Sequence[Variant | FormatVariant]) -> int:
+    """How often `run` and `run_formats` call their progress."""
+    return len(prompts) * (len(variants) + 1)
+
+
+def _by_context(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    batches: list[list[Prompt]] = []
+    for prompt in prompts:
+        if batches and batches[-1][0].context == prompt.context:
+            batches[-1].append(prompt)
+        else:
+            batches.append([prompt])
+    return batches
+
+
+def _context(
+    host: Host,
+    prompts: Sequence[Prompt],
+    variants: Sequence[Variant],
+    progress: Callable[[str], None],
+) -> Iterator[Record]:
+    """The records of prompts that share a context."""
+    device = next(host.model.parameters()).device
+    context = torch.tensor(prompts[0].context, device=device)
+    policies = [variant.build(host, len(context)) for variant in variants]
+    needs = [watched_by(policy) for policy in policies]
+    watched = Watched(
+        max((need.observation for need in needs), default=0), any(need.totals for need in needs)
+    )
+    full, last = host.read(context, watched=watched)
+
+    def start(which: int) -> Text:
+        policy = None if which < 0 else policies[which]
+        if full.can_branch(policy):
+            return full.branch(policy)
+        return host.read(context, policy)[0]
+
+    def said(which: int) -> tuple[str, float]:
+        return (FULL, 1.0) if which < 0 else (variants[which].label, variants[which].budget)
+
+    everyone = range(-1, len(variants))
+    reference: dict[str, Tensor] = {}
+    generate = [prompt for prompt in prompts if prompt.new_tokens]
+    for which in everyone:
+        begun = start(which)
+        for i, prompt in enumerate(p for p in prompts if not p.new_tokens):
+            progress(f"{prompt.name} {said(which)[0]}")
+            # The text is fed on, so each prompt needs one of its own.
+            text = begun if i == 0 else start(which)
+            held = text.held
+            logits = _scored(host, text, prompt, device)
+            yield _record(*said(which), prompt, held, logits, reference)
+    for prompt in generate:
+        for at in range(0, len(everyone), AT_ONCE):
+            chosen = everyone[at : at + AT_ONCE]
+            texts = [start(which) for which in chosen]
+            helds = [text.held for text in texts]
+            written = _generate(host, texts, int(last.argmax()), prompt.new_tokens - 1, device)
+            for which, held, ids in zip(chosen, helds, written, strict=True):
+                progress(f"{prompt.name} {said(which)[0]}")
+                yield Record(*said(which), prompt.task, prompt.name, held, ids=ids)
+
+
+def _stored(
+    host: Host,
+    prompts: Sequence[Prompt],
+    formats: Sequence[FormatPolicy],
+    said: Sequence[tuple[str, float, int]],
+    progress: Callable[[str], None],
+    piece: int,
+) -> Iterator[Record]:
+    """The records of prompts that share a context, under formats; the first of ``said`` is the full
+    cache."""
+    device = next(host.model.parameters()).device
+    context = torch.tensor(prompts[0].context, device=device)
+    begun = host.open(len(context))
+    lead = host.feed(begun, context[: host.chunk], 1)
+    rest = context[host.chunk :]
+    reference: dict[str, Tensor] = {}
+    first = 0
+    generate: list[tuple[Text, str, float, int]] = []
+    for (label, budget, size), format in zip(said, (None, *formats), strict=True):
+        if begun.can_branch(format):
+            text, last = begun.branch(format), lead
+            if len(rest):
+                last = host.feed(text, rest, 1)
+        else:
+            text, logits = host.read(context, format)
+            last = logits[None]
+        if format is None:
+            first = int(last[0].argmax())
+        scored = [prompt for prompt in prompts if not prompt.new_tokens]
+        for prompt in scored:
+            progress(f"{prompt.name} {label}")
+            logs = _scored(host, text.branch(format), prompt, device, piece)
+            yield _record(label, budget, prompt, text.held, logs, reference, size)
+        generate.append((text, label, budget, size))
+    for prompt in (p for p in prompts if p.new_tokens):
+        for at in range(0, len(generate), AT_ONCE):
+            some = generate[at : at + AT_ONCE]
+            texts = [text.branch(text.policy) for text, *_ in some]
+            written = _generate(host, texts, first, prompt.new_tokens - 1, device)
+            for (text, label, budget, size), ids in zip(some, written, strict=True):
+                progress(f"{prompt.name} {label}")
+                held = text.held
+                yield Record(label, budget, prompt.task, prompt.name, held, ids=ids, bytes=size)
+
+
+def _scored(
+    host: Host, text: Text, prompt: Prompt, device: torch.device, piece: int | None = None
+) -> Tensor:
+    """Log-probabilities at each scored token, ``[n, vocabulary]``."""
+    fed = torch.tensor([*prompt.then, *prompt.answer[:-1]], device=device)
+    return host.feed(text, fed, len(prompt.answer), piece).float().log_softmax(-1)
+
+
+def _record(
+    label: str,
+    budget: float,
+    prompt: Prompt,
+    held: float,
+    logs: Tensor,
+    reference: dict[str, Tensor],
+    size: int | None = None,
+) -> Record:
+    """The record of scored tokens; the first variant of a prompt is the reference."""
+    wanted = torch.tensor(prompt.answer, device=logs.device)
+    full = reference.setdefault(prompt.name, logs)
+    top = logs.argmax(-1)
+    return Record(
+        label,
+        budget,
+        prompt.task,
+        prompt.name,
+        held,
+        nll=[round(-x, 5) for x in logs.gather(-1, wanted[:, None])[:, 0].tolist()],
+        top=top.tolist(),
+        right=(top == wanted).tolist(),
+        kl=round(float((full.exp() * (full - logs)).sum(-1).mean()), 6),
+        bytes=size,
+    )
+
+
+def _generate(
+    host: Host, texts: Sequence[Text], first: int, count: int, device: torch.device
+) -> list[list[int]]:
+    """Greedy continuations after the first token, all texts in step."""
+    ids = torch.full((len(texts),), first, device=device)
+    written = []
+    for _ in range(count):
+        ids = host.step(texts, ids).argmax(-1)
+        written.append(ids.tolist())
+    return [list(row) for row in zip(*written, strict=True)]

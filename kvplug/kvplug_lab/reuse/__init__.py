@@ -1,0 +1,1 @@
+"""Measures reuse: scenarios, checks and explanations."""

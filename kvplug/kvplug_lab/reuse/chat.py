@@ -1,0 +1,301 @@
+"""A chat over its window: the client drops the oldest turns, and what is left moves to the front.
+
+The system prompt stays, so stock finds it in its prefix cache and computes everything behind it
+again at every turn that drops one. kvplug turns the keys of the stored turns to where they now
+stand. User and assistant speak a play in turns. Each turn is asked twice of every engine: freely,
+for the time to first token and the greedy reply, and with the reply made to be the play's own next
+lines, for their perplexity. The chat goes on with the play, so all engines read the same text, and
+no reply is a copy of the one before it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvplug_lab.reuse.runs import (
+    BLOCK,
+    STOCK,
+    Agreement,
+    Encode,
+    Spread,
+    TooFew,
+    Variant,
+    encoder,
+    engines,
+    said,
+    stretches,
+    turns,
+)
+
+if TYPE_CHECKING:
+    from kvplug_lab.engine.trial import Answer
+
+SYSTEM = (
+    "<|im_start|>system\nYou and the reader speak an old play together. The reader says some of "
+    "it, and you go on with the words that follow.<|im_end|>\n"
+)
+USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>\n"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of what.
+
+    Attributes:
+        turns: Turns of the chat.
+        window: Tokens of a prompt and its answer at most: the client drops the oldest turns beyond.
+        said: Tokens of the play that the user says in a turn.
+        reply: Tokens of a reply.
+        seed: Seed of where in the plays the chat begins.
+    """
+
+    turns: int = 30
+    window: int = 1024
+    said: int = 64
+    reply: int = 24
+    seed: int = 0
+
+
+QUICK = Sizes(turns=6, window=256, said=32, reply=4)
+
+
+@dataclass
+class History:
+    """The turns of a chat in tokens, and what of them is still sent.
+
+    Attributes:
+        system: Tokens of the system prompt.
+        window: Tokens of a prompt and its answer at most.
+        past: Tokens of each past turn: what the user said, and the reply.
+        first: The oldest turn still sent.
+    """
+
+    system: Sequence[int]
+    window: int
+    past: list[list[int]] = field(default_factory=list)
+    first: int = 0
+
+    def prompt(self, user: Sequence[int], reply: int) -> tuple[list[int], list[int]]:
+        """The prompt of the next turn and the lengths of its segments: the system prompt and each
+        past turn; the oldest turns are dropped until prompt and reply fit the window.
+
+        Raises:
+            TooFew: The window does not hold even the new turn.
+        """
+        new = len(self.system) + len(user) + reply
+        if new > self.window:
+            raise TooFew(f"a turn takes {new} tokens; the window has {self.window}")
+        while new + sum(map(len, self.past[self.first :])) > self.window:
+            self.first += 1
+        kept = self.past[self.first :]
+        prompt = [*self.system, *(t for turn in kept for t in turn), *user]
+        return prompt, [len(self.system), *map(len, kept)]
+
+    def add(self, turn: Sequence[int]) -> None:
+        """Note a turn: what the user said and the reply."""
+        self.past.append(list(turn))
+
+
+@dataclass
+class Turn:
+    """One turn as one engine served it.
+
+    Attributes:
+        number: From 1.
+        dropped: Turns no longer sent.
+        prompt: Tokens of the prompt.
+        reused: Tokens of it that were not computed, by kvplug and the engine's cache together.
+        computed: Tokens of it computed anew inside a reused run.
+        ttft: Seconds to the first token.
+        ratio: Stock's seconds by its own.
+        busy: Processor seconds to the first token.
+        busy_ratio: Stock's processor seconds by its own.
+        before: Tokens of the reply before it differs from stock's.
+        reply: Tokens of the reply.
+        nll: Mean negative log-likelihood of the play's own words, nats a token.
+        approximate: Whether the answer says that reuse was approximate.
+    """
+
+    number: int
+    dropped: int
+    prompt: int
+    reused: int
+    computed: int
+    ttft: float
+    ratio: float
+    busy: float
+    busy_ratio: float
+    before: int
+    reply: int
+    nll: float
+    approximate: bool
+
+    @classmethod
+    def of(
+        cls,
+        number: int,
+        dropped: int,
+        answer: Answer,
+        stock: Answer,
+        busy: tuple[float, float],
+        forced: Answer,
+    ) -> Turn:
+        """Of an answer and stock's answer to the same prompt, with both processor seconds, and
+        the answer that was made to be the play's."""
+        assert answer.ttft is not None and stock.ttft is not None
+        same = Agreement()
+        same.add(answer.token_ids, stock.token_ids)
+        told = said(answer)
+        return cls(
+            number,
+            dropped,
+            answer.prompt_tokens,
+            answer.cached_tokens - told.computed,
+            told.computed,
+            answer.ttft,
+            stock.ttft / answer.ttft,
+            busy[0],
+            busy[1] / busy[0],
+            same.before[0],
+            len(stock.token_ids),
+            -statistics.fmean(forced.logprobs or [math.nan]),
+            told.approximate,
+        )
+
+
+def summary(served: Sequence[Turn]) -> dict[str, dict[str, Any]]:
+    """Turns that fit the window, and turns after the first was dropped, each summed up."""
+    found = {}
+    parts = {
+        "within the window": [t for t in served if not t.dropped],
+        "over the window": [t for t in served if t.dropped],
+    }
+    for name, own in parts.items():
+        same = Agreement([t.before for t in own], [t.reply for t in own])
+        prompt = sum(t.prompt for t in own)
+        found[name] = {
+            "turns": len(own),
+            "ttft_s": asdict(Spread.of([t.ttft for t in own])),
+            "ttft_ratio": asdict(Spread.of([t.ratio for t in own])),
+            "processor_ratio": asdict(Spread.of([t.busy_ratio for t in own])),
+            "reused_share": sum(t.reused for t in own) / prompt if prompt else 0.0,
+            "computed_share": sum(t.computed for t in own) / prompt if prompt else 0.0,
+            "perplexity": math.exp(statistics.fmean(t.nll for t in own)) if own else math.nan,
+            "approximate_turns": sum(t.approximate for t in own),
+            **same.plain(),
+        }
+    return found
+
+
+@dataclass
+class Result:
+    """What the chat showed.
+
+    Attributes:
+        sizes: How much was measured.
+        turns: Per engine, stock among them, every turn.
+        replies: What stock replied.
+        counters: Per variant, kvplug's own counters of reuse.
+    """
+
+    sizes: Sizes
+    turns: dict[str, list[Turn]]
+    counters: dict[str, dict[str, float]]
+    replies: list[str] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {
+            "sizes": asdict(self.sizes),
+            "summary": {name: summary(own) for name, own in self.turns.items()},
+            "turns": {name: [asdict(t) for t in own] for name, own in self.turns.items()},
+            "counters": self.counters,
+            "replies": self.replies,
+            "different_replies": len(set(self.replies)),
+        }
+
+
+def speeches(encode: Encode, text: str, sizes: Sizes) -> list[tuple[list[int], list[int]]]:
+    """What the user says in each turn, framed, and the play's own words after it."""
+    opens, closes = list(encode(USER)), list(encode(END + ASSISTANT))
+    turn = sizes.said + sizes.reply
+    ((play, _),) = stretches(encode, text, 1, sizes.turns * turn, sizes.seed)
+    return [
+        ([*opens, *play[at : at + sizes.said], *closes], play[at + sizes.said : at + turn])
+        for at in range(0, sizes.turns * turn, turn)
+    ]
+
+
+def measure(
+    model: Path,
+    text: str,
+    sizes: Sizes,
+    variants: Sequence[Variant],
+    logs: Path,
+    say: Callable[[str], None],
+    *,
+    dtype: str = "bfloat16",
+) -> Result:
+    """Hold the chat with stock and with every variant in turn.
+
+    Args:
+        model: Model directory.
+        text: Long plain text, the play.
+        sizes: How much.
+        variants: Ways to reuse, each an engine of its own that lives beside the others.
+        logs: Folder for the engines' logs.
+        say: Told what happens.
+        dtype: Of the model.
+    """
+    from kvplug_lab.engine.trial import TrialRequest
+
+    encode, _ = encoder(model)
+    asked = speeches(encode, text, sizes)
+    end = list(encode(END))
+    history = History(list(encode(SYSTEM)), sizes.window)
+    length = -(-(sizes.window + 1) // BLOCK) * BLOCK
+    arguments = {
+        "block_size": BLOCK,
+        "dtype": dtype,
+        "max_model_len": length,
+        "max_num_batched_tokens": max(length, 2048),
+        "enable_prefix_caching": True,
+        "num_gpu_blocks_override": min(sizes.turns * length // BLOCK + 64, 1600),
+    }
+    sections = {STOCK: None} | {v.name: v.section for v in variants}
+    served: dict[str, list[Turn]] = {name: [] for name in sections}
+    replies: list[str] = []
+    with engines(model, sections, logs, say, **arguments) as living:
+        for engine in living.values():
+            # The first forced answer of an engine's life sets up log-probabilities.
+            engine.ask([TrialRequest(list(history.system), 2, force=[0, 0])])
+        for number, (user, follows) in enumerate(asked, 1):
+            prompt, lengths = history.prompt(user, sizes.reply)
+            wish = {"reuse": "approximate", "segments": lengths, "session_id": "chat"}
+            request = TrialRequest(prompt, sizes.reply, kvplug=wish)
+            told = replace(request, force=follows)
+            answers, busy, forced = {}, {}, {}
+            for name in turns([*living], number):
+                (answers[name],) = living[name].ask([request])
+                (busy[name],) = living[name].processor
+                (forced[name],) = living[name].ask([told])
+            stock = answers[STOCK]
+            for name, answer in answers.items():
+                both = busy[name], busy[STOCK]
+                turn = Turn.of(number, history.first, answer, stock, both, forced[name])
+                served[name].append(turn)
+            replies.append(stock.text)
+            history.add([*user, *follows, *end])
+            say(
+                f"turn {number} of {sizes.turns}, {len(prompt)} tokens, {history.first} dropped: "
+                + ", ".join(f"{n} {own[-1].ttft:.2f} s" for n, own in served.items())
+            )
+        for engine in living.values():
+            engine.finish()
+        counters = {name: engine.counters for name, engine in living.items() if name != STOCK}
+    return Result(sizes, served, counters, replies)

@@ -1,0 +1,1 @@
+"""Attention memory: decode rows that reuse the far part of their attention."""

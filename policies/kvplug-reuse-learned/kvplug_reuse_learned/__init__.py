@@ -1,0 +1,1 @@
+"""Learned checks of reuse, and the command that fits them."""
