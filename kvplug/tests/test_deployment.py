@@ -11,7 +11,7 @@ import pytest
 from pydantic import Field
 
 import kvplug
-from kvplug import deployment as deployment_module
+from kvplug import parser as parser_module
 from kvplug.contract import (
     EngineView,
     Feature,
@@ -106,7 +106,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Plugins:
     """The tiny policies above are all that is installed."""
     found = Plugins(entry_points=False)
     found.register(TinyPlugin(), "tiny")
-    monkeypatch.setattr(deployment_module, "plugins", lambda: found)
+    monkeypatch.setattr(parser_module, "plugins", lambda: found)
     return found
 
 

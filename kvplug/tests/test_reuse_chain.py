@@ -41,7 +41,7 @@ def test_all_agree_and_all_are_timed() -> None:
     chain = [says("a", Verdict(True)), says("b", Verdict(True))]
     result = run_chain(chain, CANDIDATE, asked(False))
     verdict = result.verdict
-    assert verdict.ok and verdict.exact and not verdict.shift and verdict.credibility is None
+    assert verdict.ok and verdict.exact and not verdict.shift and verdict.confidence is None
     assert list(result.costs_us) == ["a", "b"] and min(result.costs_us.values()) > 0
     assert verdict.cost_us == sum(result.costs_us.values())
     assert not result.refused_by and not result.error
@@ -51,11 +51,11 @@ def test_what_each_said_is_put_together() -> None:
     chain = [
         says("a", Verdict(True, exact=False)),
         says("b", Verdict(True, exact=False, shift=-5)),
-        says("c", Verdict(True, credibility=0.9)),
-        says("d", Verdict(True, credibility=0.7)),
+        says("c", Verdict(True, confidence=0.9)),
+        says("d", Verdict(True, confidence=0.7)),
     ]
     verdict = run_chain(chain, CANDIDATE, asked()).verdict
-    assert (verdict.ok, verdict.exact, verdict.shift, verdict.credibility) == (
+    assert (verdict.ok, verdict.exact, verdict.shift, verdict.confidence) == (
         True,
         False,
         -5,
@@ -91,8 +91,8 @@ def test_approximate_reuse_is_refused_where_it_is_not_wanted() -> None:
         RuntimeError("no"),
         None,
         True,
-        Verdict(True, credibility=float("nan")),
-        Verdict(True, credibility=1.5),
+        Verdict(True, confidence=float("nan")),
+        Verdict(True, confidence=1.5),
     ],
 )
 def test_a_check_that_fails_refuses_and_is_logged_once(

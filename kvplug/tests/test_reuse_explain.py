@@ -58,7 +58,7 @@ def recorded(directory: Path, **changes: Any) -> ReuseRecord:
         "start": len(BEFORE),
         "shift": len(BEFORE) - len(OTHER),
         "exact": False,
-        "credibility": 0.75,
+        "confidence": 0.75,
         "context_ids": OTHER,
         "token_ids": DOCUMENT,
     }
@@ -132,7 +132,7 @@ def test_a_write_that_fails_leaves_nothing(
         ({"piece": {"start": -1}}, "pieces.0.start: Input should be greater than or equal to 0"),
         ({"piece": {"shift": 3}}, "pieces.0: the shift does not lead from where it was computed"),
         ({"piece": {"token_ids": [0] * 40}}, "record: pieces.0 has other tokens than the text"),
-        ({"piece": {"credibility": 1.5}}, "pieces.0.credibility: Input should be less than"),
+        ({"piece": {"confidence": 1.5}}, "pieces.0.confidence: Input should be less than"),
         ({"piece": {"extra": 1}}, "pieces.0.extra: Extra inputs are not permitted"),
         ({"prompt_ids": []}, "prompt_ids: List should have at least 1 item"),
         ({"prompt_ids": [-1]}, "prompt_ids.0: Input should be greater than or equal to 0"),

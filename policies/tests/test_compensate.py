@@ -184,7 +184,7 @@ def test_exact_placements_are_left_alone(policy: Callable[..., Compensate]) -> N
 
 def test_it_is_blended_by_credibility_and_strength(policy: Callable[..., Compensate]) -> None:
     def alpha(credibility: float | None, **more: Any) -> float:
-        verdict = Verdict(True, exact=False, credibility=credibility)
+        verdict = Verdict(True, exact=False, confidence=credibility)
         return policy(made(credibility=0.6), **more).alpha(placement(verdict=verdict))
 
     assert alpha(None) == 1.0 and alpha(None, strength=0.3) == 0.3
@@ -192,10 +192,10 @@ def test_it_is_blended_by_credibility_and_strength(policy: Callable[..., Compens
     assert alpha(0.8) == pytest.approx(0.5)
     assert alpha(1.0) == 0.0
     assert alpha(0.8, strength=0.5) == pytest.approx(0.25)
-    sure = placement(verdict=Verdict(True, exact=False, credibility=1.0))
+    sure = placement(verdict=Verdict(True, exact=False, confidence=1.0))
     assert not policy().adapts(sure)
     key, value = kv()
-    half = Verdict(True, exact=False, credibility=0.75)
+    half = Verdict(True, exact=False, confidence=0.75)
     found = policy().adapt(layer(rope=None), placement(verdict=half, position="none"), key, value)
     keys, values = expected(key, value, 0, RANK, 0, 0.5)
     torch.testing.assert_close(found[0].double(), keys, atol=1e-4, rtol=1e-4)

@@ -80,7 +80,7 @@ def test_exact_candidates_are_credible_whatever_the_model_says(
 ) -> None:
     never = check(logistic(bias=-20))
     verdict = never.check(stored(), asked())
-    assert (verdict.ok, verdict.exact, verdict.credibility) == (True, True, 1.0)
+    assert (verdict.ok, verdict.exact, verdict.confidence) == (True, True, 1.0)
     for candidate, request in (
         (stored(ancestry=1), asked()),
         (stored(), asked(context=b"b" * 16)),
@@ -88,7 +88,7 @@ def test_exact_candidates_are_credible_whatever_the_model_says(
     ):
         verdict = never.check(candidate, request)
         assert (verdict.ok, verdict.exact, verdict.reason) == (False, False, "not credible")
-        assert verdict.credibility == pytest.approx(1 / (1 + math.exp(20)))
+        assert verdict.confidence == pytest.approx(1 / (1 + math.exp(20)))
 
 
 def test_the_threshold_is_the_least_probability(check: Callable[..., Credibility]) -> None:
@@ -97,10 +97,10 @@ def test_the_threshold_is_the_least_probability(check: Callable[..., Credibility
     candidate, request = stored(), asked(start=50, context=b"b" * 16)
     below = check(made, threshold=chance - 1e-3).check(candidate, request)
     assert below.ok and not below.exact
-    assert below.credibility == pytest.approx(chance)
+    assert below.confidence == pytest.approx(chance)
     above = check(made, threshold=chance + 1e-3).check(candidate, request)
     assert (above.ok, above.reason) == (False, "not credible")
-    assert above.credibility == pytest.approx(chance)
+    assert above.confidence == pytest.approx(chance)
 
 
 def test_what_it_gave_is_counted(check: Callable[..., Credibility]) -> None:
@@ -178,7 +178,7 @@ def test_a_perceptron_is_what_its_weights_say(check: Callable[..., Credibility])
     expected = 1 / (1 + math.exp(-(logit + t["output.bias"][0])))
     assert made.estimator.probability(x) == pytest.approx(expected, rel=1e-5)
     verdict = check(made, threshold=0).check(stored(measures={"outgoing": 0.1}), asked(start=30))
-    assert verdict.credibility == pytest.approx(expected, rel=1e-5)
+    assert verdict.confidence == pytest.approx(expected, rel=1e-5)
 
 
 # -- the file --------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def test_another_model_is_refused(check: Callable[..., Credibility], tmp_path: P
 def test_the_file_need_not_be_there_before_an_engine_is(tmp_path: Path) -> None:
     options = Credibility.Options.model_validate({"model": str(tmp_path / "later.safetensors")})
     early = Credibility(options, EngineView(16))
-    assert early.check(stored(), asked()).credibility == 1.0
+    assert early.check(stored(), asked()).confidence == 1.0
     verdict = early.check(stored(), asked(start=30))
     assert (verdict.ok, verdict.reason) == (False, "not calibrated")
     with pytest.raises(ValueError, match="cannot be read"):

@@ -15,7 +15,7 @@ CHECK = build(Structure)
 
 def test_the_same_text_after_the_same_text_is_exact() -> None:
     verdict = CHECK.check(candidate(), request(approximate=False))
-    assert verdict.ok and verdict.exact and not verdict.shift and verdict.credibility is None
+    assert verdict.ok and verdict.exact and not verdict.shift and verdict.confidence is None
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ class Verdict:
         reason: Cause, a short stable phrase: refusals are counted by it.
         exact: Whether reuse would equal recomputation bit for bit in exact arithmetic.
         shift: Positions the keys must be rotated by before use.
-        credibility: Probability that reuse keeps the answer, when estimated.
+        confidence: Probability that reuse keeps the answer, when estimated.
         cost_us: Microseconds the check took; filled in by the host.
     """
 
@@ -118,7 +118,7 @@ class Verdict:
     reason: str = ""
     exact: bool = True
     shift: int = 0
-    credibility: float | None = None
+    confidence: float | None = None
     cost_us: float = 0.0
 
 
@@ -132,7 +132,7 @@ class Placement:
         length: Tokens used.
         start: Position in the request of the first of them.
         verdict: What the whole chain found: exact if every check said so, ``shift`` and
-            ``credibility`` of the checks that gave them.
+            ``confidence`` of the checks that gave them.
     """
 
     fingerprint: Fingerprint

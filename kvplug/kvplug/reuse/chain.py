@@ -28,7 +28,7 @@ class ChainResult:
 
     Attributes:
         verdict: Of the whole chain: exact if every check said so, the sum of their shifts, the
-            least credibility that was given, and the microseconds of all.
+            least confidence that was given, and the microseconds of all.
         costs_us: Microseconds by name of check, of those that ran, in order.
         refused_by: Name of the check that refused; empty where none did.
         error: What the check that failed raised, ``Type: message``; empty where none failed.
@@ -55,7 +55,7 @@ def run_chain(
         request: Where it would be used.
     """
     costs: dict[str, float] = {}
-    exact, shift, credibility = True, 0, None
+    exact, shift, confidence = True, 0, None
     reason, refused_by, error = "", "", ""
     for check in checks:
         started = perf_counter_ns()
@@ -74,9 +74,9 @@ def run_chain(
         costs[check.name] = costs.get(check.name, 0.0) + cost
         exact &= verdict.exact
         shift += verdict.shift
-        if verdict.credibility is not None:
-            given = verdict.credibility
-            credibility = given if credibility is None else min(credibility, given)
+        if verdict.confidence is not None:
+            given = verdict.confidence
+            confidence = given if confidence is None else min(confidence, given)
         if not verdict.ok:
             reason, refused_by = verdict.reason or "refused", check.name
             break
@@ -86,15 +86,15 @@ def run_chain(
     if not checks:
         reason, refused_by = "nothing checked", "chain"
     ok = not refused_by
-    whole = Verdict(ok, reason, exact and ok, shift, credibility, sum(costs.values()))
+    whole = Verdict(ok, reason, exact and ok, shift, confidence, sum(costs.values()))
     return ChainResult(whole, costs, refused_by, error)
 
 
 def _require_verdict(verdict: object) -> None:
     if not isinstance(verdict, Verdict):
         raise TypeError(f"gave back {type(verdict).__name__}, no Verdict")
-    if verdict.credibility is not None and not 0 <= verdict.credibility <= 1:
-        raise ValueError(f"gave a credibility of {verdict.credibility}")
+    if verdict.confidence is not None and not 0 <= verdict.confidence <= 1:
+        raise ValueError(f"gave a confidence of {verdict.confidence}")
 
 
 @dataclass

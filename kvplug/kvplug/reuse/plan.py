@@ -236,7 +236,7 @@ class _Walk:
             if verdict.exact:
                 return piece
             found.append(piece)
-        return max(found, key=lambda p: (p.length, p.verdict.credibility or 0.0), default=None)
+        return max(found, key=lambda p: (p.length, p.verdict.confidence or 0.0), default=None)
 
     def _verdict(self, segment: Segment, match: Match) -> Verdict | None:
         key = (segment.id, match.start)

@@ -53,7 +53,7 @@ class PieceRecord(_Part):
         start: Position in the request of the first of them.
         shift: Positions the keys were rotated by.
         exact: Whether the checks found it exact.
-        credibility: What the checks estimated, or None.
+        confidence: What the checks estimated, or None.
         context_ids: The text before the segment when it was computed.
         token_ids: The whole segment.
         ancestry: Approximate reuses behind the segment's own computation, which a replay computes
@@ -67,7 +67,7 @@ class PieceRecord(_Part):
     start: Position
     shift: int = 0
     exact: bool
-    credibility: Annotated[float | None, Field(ge=0, le=1)] = None
+    confidence: Annotated[float | None, Field(ge=0, le=1)] = None
     context_ids: list[Token]
     token_ids: list[Token]
     ancestry: Position = 0
@@ -90,7 +90,7 @@ class PieceRecord(_Part):
             start=placement.start,
             shift=verdict.shift,
             exact=verdict.exact,
-            credibility=verdict.credibility,
+            confidence=verdict.confidence,
             context_ids=[int(t) for t in context_ids],
             token_ids=[int(t) for t in token_ids],
             ancestry=fingerprint.ancestry,

@@ -195,7 +195,7 @@ def _runs_table(runs: tuple[Parted, ...]) -> Table:
             str(run.computed),
             f"{run.shift:+d}" if run.shift else "",
             _says(run),
-            "" if run.credibility is None else f"{run.credibility:.2f}",
+            "" if run.confidence is None else f"{run.confidence:.2f}",
             _percent(sum(run.key) / len(run.key)),
             _percent(sum(run.value) / len(run.value)),
             str(worst),

@@ -34,7 +34,7 @@ class Parted:
         end: Position after its last.
         exact: Whether the checks had found it exact; None for what was computed.
         shift: Positions its keys were rotated by.
-        credibility: What the checks estimated, or None.
+        confidence: What the checks estimated, or None.
         computed: Tokens of it that were computed anew.
         key: Relative error of the keys per layer: Frobenius norm of the difference over that of
             the right ones.
@@ -46,7 +46,7 @@ class Parted:
     end: int
     exact: bool | None
     shift: int
-    credibility: float | None
+    confidence: float | None
     computed: int
     key: tuple[float, ...]
     value: tuple[float, ...]
@@ -275,7 +275,7 @@ def _placement(record: ReuseRecord, piece: PieceRecord, layer: LayerView) -> Pla
         ancestry=piece.ancestry,
         measures=piece.measures,
     )
-    verdict = Verdict(True, exact=piece.exact, shift=piece.shift, credibility=piece.credibility)
+    verdict = Verdict(True, exact=piece.exact, shift=piece.shift, confidence=piece.confidence)
     return Placement(fingerprint, piece.offset, piece.length, piece.start, verdict)
 
 
@@ -308,7 +308,7 @@ def _errors(
         int(where[-1]) + 1,
         piece.exact if piece is not None else None,
         piece.shift if piece is not None else 0,
-        piece.credibility if piece is not None else None,
+        piece.confidence if piece is not None else None,
         computed,
         relative(reused.keys, right.keys),
         relative(reused.values, right.values),

@@ -151,7 +151,7 @@ class Compensate(ReuseCheck):
         """Share of the correction: less where reuse is more credible than it mostly was."""
         if self.calibration is None:
             return 0.0
-        credibility = placement.verdict.credibility
+        credibility = placement.verdict.confidence
         if credibility is None:
             return self.strength
         usual = max(1 - self.calibration.credibility_mean, 0.05)

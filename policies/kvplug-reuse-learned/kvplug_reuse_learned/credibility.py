@@ -58,14 +58,14 @@ class Credibility(ReuseCheck):
 
     def check(self, candidate: Candidate, request: ReuseRequest) -> Verdict:
         if is_exact(candidate, request):
-            return Verdict(True, credibility=1.0)
+            return Verdict(True, confidence=1.0)
         if self.estimator is None:
             return Verdict(False, "not calibrated", exact=False)
         chance = float(self.estimator.probability(features(candidate, request)))
         self._seen[min(int(chance * BINS), BINS - 1)] += 1
         if chance < self.threshold:
-            return Verdict(False, "not credible", exact=False, credibility=chance)
-        return Verdict(True, exact=False, credibility=chance)
+            return Verdict(False, "not credible", exact=False, confidence=chance)
+        return Verdict(True, exact=False, confidence=chance)
 
     def counters(self) -> dict[str, float]:
         return {

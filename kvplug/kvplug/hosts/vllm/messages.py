@@ -174,7 +174,7 @@ class PieceOrder:
         start: Position in the request of the first of them.
         exact: Whether every check called it exact.
         shift: Positions its keys are rotated by.
-        credibility: What a check estimated, or None.
+        confidence: What a check estimated, or None.
     """
 
     segment: str
@@ -183,7 +183,7 @@ class PieceOrder:
     start: int
     exact: bool
     shift: int
-    credibility: float | None
+    confidence: float | None
 
 
 @dataclass(frozen=True)

@@ -368,7 +368,7 @@ class ReuseScheduler:
                         p.start,
                         p.verdict.exact,
                         p.verdict.shift,
-                        p.verdict.credibility,
+                        p.verdict.confidence,
                     )
                     for p in pieces
                 ),

@@ -316,7 +316,7 @@ class ReuseWorker:
         slots = blocks[positions // self.block_size] * self.block_size
         slots += positions % self.block_size
         run = slice(piece.offset, piece.offset + piece.length)
-        verdict = Verdict(True, "", piece.exact, piece.shift, piece.credibility)
+        verdict = Verdict(True, "", piece.exact, piece.shift, piece.confidence)
         placement = Placement(header.fingerprint, piece.offset, piece.length, piece.start, verdict)
         adapting = [c for c in self.checks if c.adapts(placement)]
         for index, pages in enumerate(self.layers.values()):
