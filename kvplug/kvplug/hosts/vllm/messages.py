@@ -1,8 +1,14 @@
-"""What travels between the scheduler and the workers: directives with a step, reports after it."""
+"""Messages between the scheduler and the workers: directives with a step, reports after it.
+
+Each kind has its own part of either message, named as in the ``kvplug`` section; a kind that has
+nothing to say leaves its part None. Ranks do the same work on their own heads and layers, so their
+reports are merged part by part before the scheduler sees them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,152 +21,74 @@ from kvplug.contract import Fingerprint
 from kvplug.hosts.pruning import Cut
 
 
-@dataclass
-class StepDirectives(KVConnectorMetadata):
-    """What the scheduler tells the workers for one step.
-
-    Attributes:
-        exempt_tails: Ids of the blocks that requests which keep everything write in this step,
-            ``[n]`` int32, or None when there are none.
-        plans: Rows of a scoring policy and their cuts, as `pack_plans` packs them, or None.
-        lanes: The block each scheduled request writes last, its lane and its assignment, ``[n, 3]``
-            int32, for a format that treats requests apart; None else.
-        reuse: What reuse is to do in the step, or None.
-    """
-
-    exempt_tails: npt.NDArray[np.int32] | None = None
-    plans: tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]] | None = None
-    lanes: npt.NDArray[np.int32] | None = None
-    reuse: ReuseOrders | None = None
-
-
-@dataclass
-class StepReport(KVConnectorWorkerMetadata):
-    """What a worker did in one step. Ranks do the same work, so counts are merged by maximum;
-    what they measured differs by head and layer, and is summed.
-
-    Attributes:
-        counters: What it counted.
-        measured: What a scoring policy measured, as `WorkerState.take_measured` gives it.
-        failed: Why the scoring policy was retired there, or None.
-        format_failed: Why the format policy failed first there, or None.
-        format_counters: What the format policy counted itself since it was built.
-        signals: What the format policy measured, added up over ranks.
-        reuse: What reuse did, or None.
-    """
-
-    counters: WorkerCounters
-    measured: npt.NDArray[np.float64] | None = None
-    failed: str | None = None
-    format_failed: str | None = None
-    format_counters: dict[str, float] = field(default_factory=dict)
-    signals: list[float] | None = None
-    reuse: ReuseNews | None = None
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        assert isinstance(other, StepReport)
-        mine = asdict(self.counters)
-        self.counters = WorkerCounters(
-            **{k: max(mine[k], v) for k, v in asdict(other.counters).items()}
-        )
-        self.measured = merge_measured(self.measured, other.measured)
-        self.failed = self.failed or other.failed
-        self.format_failed = self.format_failed or other.format_failed
-        for name, value in other.format_counters.items():
-            self.format_counters[name] = max(self.format_counters.get(name, value), value)
-        if self.signals is None or other.signals is None:
-            self.signals = other.signals if self.signals is None else self.signals
-        else:
-            self.signals = [a + b for a, b in zip(self.signals, other.signals, strict=True)]
-        if self.reuse is not None and other.reuse is not None:
-            self.reuse.merge(other.reuse)
-        self.reuse = self.reuse or other.reuse
-        return self
-
-
-@dataclass
-class WorkerCounters:
-    """What the worker did since it was last asked.
-
-    Attributes:
-        rows: Attention rows compacted.
-        split_rows: Rows added by splitting prefill chunks.
-        cuts: Requests cut by score, counted once per KV-cache group.
-        fallbacks: Decisions made by position, per layer, because the policy had failed.
-        fetched_tokens: Dropped tokens that came back from host memory, per layer and KV head.
-        on_demand_us: Microseconds spent on decisions with dropped tokens kept in host memory.
-        format_tokens: Tokens written in a format, once per layer.
-        format_errors: Times a format failed to write, attend or read.
-    """
-
-    rows: int = 0
-    split_rows: int = 0
-    cuts: int = 0
-    fallbacks: int = 0
-    fetched_tokens: int = 0
-    on_demand_us: int = 0
-    format_tokens: int = 0
-    format_errors: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class RowPlan:
-    """The scheduler's plan for one row of one step.
+    """The scheduler's plan for one request in one KV-cache group and one step.
 
     Attributes:
-        lane: Small number of its own per request, for what the worker remembers of it.
         prompt: Tokens of its prompt.
-        state: The cut in force when the step starts, or None.
-        cuts: Cuts to make in the step.
+        state: The eviction in force when the step starts, or None.
+        evictions: Evictions to make in the step.
     """
 
-    lane: int
     prompt: int
     state: Cut | None
-    cuts: tuple[Cut, ...]
+    evictions: tuple[Cut, ...]
 
 
-def pack_plans(plans: dict[int, RowPlan]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Plans by tail block as two arrays, for the way to the workers.
+Plans = dict[tuple[int, int], RowPlan]
+"""Plans by KV-cache group of the policy (index of its share) and slot."""
 
-    Returns:
-        Rows ``[n, 8]``: tail block, lane, prompt, number of cuts, then at, end, kept and tail of
-        the cut in force (end 0 for none); and the cuts, ``[m, 4]``, in the order of the rows.
+
+@dataclass
+class SequenceDirectives:
+    """What a sequence policy does in a step.
+
+    Attributes:
+        exempt: Slots of requests that keep everything, ``[n]`` int32, or None for none.
+        rows: Plans of a scoring policy, ``[n, 8]`` int32: group, slot, prompt, number of
+            evictions, then at, end, kept and tail of the eviction in force (end 0 for none).
+        evictions: Their evictions in the order of the rows, ``[m, 4]`` int32.
     """
-    rows, cuts = [], []
-    for tail, plan in plans.items():
-        state = plan.state
-        held = (state.at, state.end, state.kept, state.tail) if state is not None else (0, 0, 0, 0)
-        rows.append((tail, plan.lane, plan.prompt, len(plan.cuts), *held))
-        cuts += [(c.at, c.end, c.kept, c.tail) for c in plan.cuts]
-    return (
-        np.array(rows, dtype=np.int32).reshape(-1, 8),
-        np.array(cuts, dtype=np.int32).reshape(-1, 4),
-    )
+
+    exempt: npt.NDArray[np.int32] | None = None
+    rows: npt.NDArray[np.int32] | None = None
+    evictions: npt.NDArray[np.int32] | None = None
+
+    def set_plans(self, plans: Plans) -> None:
+        """Pack plans as arrays: pickling them costs a tenth of dataclasses."""
+        rows, evictions = [], []
+        for (group, slot), plan in plans.items():
+            s = plan.state
+            state = (s.at, s.end, s.kept, s.tail) if s is not None else (0, 0, 0, 0)
+            rows.append((group, slot, plan.prompt, len(plan.evictions), *state))
+            evictions += [(c.at, c.end, c.kept, c.tail) for c in plan.evictions]
+        self.rows = np.array(rows, dtype=np.int32).reshape(-1, 8)
+        self.evictions = np.array(evictions, dtype=np.int32).reshape(-1, 4)
+
+    def plans(self) -> Plans:
+        """The plans that were packed."""
+        if self.rows is None or self.evictions is None:
+            return {}
+        made = [Cut(*c) for c in self.evictions.tolist()]
+        found: Plans = {}
+        taken = 0
+        for group, slot, prompt, n, at, end, kept, last in self.rows.tolist():
+            state = Cut(at, end, kept, last) if end else None
+            found[group, slot] = RowPlan(prompt, state, tuple(made[taken : taken + n]))
+            taken += n
+        return found
 
 
-def unpack_plans(rows: npt.NDArray[np.int32], cuts: npt.NDArray[np.int32]) -> dict[int, RowPlan]:
-    """What `pack_plans` packed."""
-    made = [Cut(*c) for c in cuts.tolist()]
-    plans, taken = {}, 0
-    for tail, lane, prompt, n, at, end, kept, last in rows.tolist():
-        state = Cut(at, end, kept, last) if end else None
-        plans[tail] = RowPlan(lane, prompt, state, tuple(made[taken : taken + n]))
-        taken += n
-    return plans
+@dataclass
+class FormatDirectives:
+    """What a format that treats requests apart is told of a step.
 
+    Attributes:
+        assignments: Slot and assignment of each scheduled request, ``[n, 2]`` int32.
+    """
 
-def merge_measured(
-    one: npt.NDArray[np.float64] | None, other: npt.NDArray[np.float64] | None
-) -> npt.NDArray[np.float64] | None:
-    """What two ranks measured, as one: their layers and sums added up, by lane and group."""
-    if one is None or other is None:
-        return one if other is None else other
-    rows = np.concatenate([one, other])
-    keys, index = np.unique(rows[:, :2], axis=0, return_inverse=True)
-    sums = np.zeros((len(keys), rows.shape[1] - 2))
-    np.add.at(sums, index.reshape(-1), rows[:, 2:])
-    return np.concatenate([keys, sums], axis=1)
+    assignments: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -194,8 +122,8 @@ class LoadOrder:
         request: Its id.
         blocks: Ids of its blocks, ``[n]`` int64.
         tokens: Its token ids up to the end of the run, ``[end]`` int32.
-        pieces: What is loaded.
-        spans: What is computed anew.
+        pieces: Runs to load.
+        spans: Spans to recompute.
     """
 
     request: str
@@ -211,11 +139,11 @@ class SaveOrder:
 
     Attributes:
         segment: Its id.
-        fingerprint: What its KV depends on; measures and checksum not known yet.
+        fingerprint: Everything its KV depends on; measures and checksum not known yet.
         tokens: Its token ids, ``[length]`` int32.
         context: The text before it, ``[start]`` int32.
         blocks: Ids of the request's blocks up to the segment's last token, ``[n]`` int64.
-        tail: The block the request writes last in the step, or -1: the request ended.
+        slot: The request's slot, or -1: the request ended.
         session: Session that keeps it, or the empty string.
     """
 
@@ -224,13 +152,13 @@ class SaveOrder:
     tokens: npt.NDArray[np.int32]
     context: npt.NDArray[np.int32]
     blocks: npt.NDArray[np.int64]
-    tail: int = -1
+    slot: int = -1
     session: str = ""
 
 
 @dataclass
-class ReuseOrders:
-    """What the scheduler tells the workers of one step.
+class ReuseDirectives:
+    """What reuse does in a step.
 
     Attributes:
         loads: Runs to write before the forward.
@@ -239,7 +167,6 @@ class ReuseOrders:
         drop: Segments to forget; runs that the step loads still find theirs.
         delete: Segments whose files go too.
         fetch: Segments to bring back from the folder.
-        lanes: Lane of each request that may memoize attention, by the block it writes last.
     """
 
     loads: list[LoadOrder] = field(default_factory=list)
@@ -248,25 +175,151 @@ class ReuseOrders:
     drop: list[str] = field(default_factory=list)
     delete: list[str] = field(default_factory=list)
     fetch: list[str] = field(default_factory=list)
-    lanes: dict[int, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return any(vars(self).values())
 
 
 @dataclass
-class ReuseNews:
-    """What a worker did since last asked. Ranks are merged: a segment is there once all have it.
+class AttentionDirectives:
+    """What an attention policy is told of a step.
+
+    Attributes:
+        slots: Slots of scheduled requests that it may serve, ``[n]`` int32.
+    """
+
+    slots: npt.NDArray[np.int32]
+
+
+@dataclass
+class StepDirectives(KVConnectorMetadata):
+    """Directives of one step.
+
+    Attributes:
+        rows: Names the rows of attention metadata: the block each scheduled request writes last,
+            in each KV-cache group, and the request's slot, ``[n, 2]`` int32. A block that is being
+            written belongs to one request alone. None where no kind asks whose a row is.
+        sequence: Part of the sequence kind.
+        format: Part of the format kind.
+        reuse: Part of the reuse kind.
+        attention: Part of the attention kind.
+    """
+
+    rows: npt.NDArray[np.int32] | None = None
+    sequence: SequenceDirectives | None = None
+    format: FormatDirectives | None = None
+    reuse: ReuseDirectives | None = None
+    attention: AttentionDirectives | None = None
+
+
+class Part(Protocol):
+    """One kind's part of a report."""
+
+    def merge(self, other: Self) -> None:
+        """Add the same part of another rank's report of the same step."""
+
+
+@dataclass
+class SequenceReport:
+    """What a sequence policy did on a worker.
+
+    Attributes:
+        rows: Attention rows compacted.
+        split_rows: Rows added by splitting prefill chunks.
+        evictions: Requests evicted from by score, counted once per KV-cache group.
+        fallbacks: Decisions made by position, per layer, because the policy had failed.
+        recalled_tokens: Evicted tokens that came back from host memory, per layer and KV head.
+        recall_us: Microseconds spent on decisions with evicted tokens kept in host memory.
+        measured: Measurements of a scoring policy, ``[requests, 3 + n]`` float64: slot, group,
+            layers, sums over layers; or None.
+        failed: Cause the scoring policy was retired for, or None.
+    """
+
+    rows: int = 0
+    split_rows: int = 0
+    evictions: int = 0
+    fallbacks: int = 0
+    recalled_tokens: int = 0
+    recall_us: int = 0
+    measured: npt.NDArray[np.float64] | None = None
+    failed: str | None = None
+
+    def merge(self, other: SequenceReport) -> None:
+        """Take the larger count of each, and add up measurements."""
+        for name in COUNTS:
+            setattr(self, name, max(getattr(self, name), getattr(other, name)))
+        self.measured = merge_measured(self.measured, other.measured)
+        self.failed = self.failed or other.failed
+
+
+COUNTS = ("rows", "split_rows", "evictions", "fallbacks", "recalled_tokens", "recall_us")
+
+
+@dataclass
+class FormatReport:
+    """What a format did on a worker.
+
+    Attributes:
+        tokens: Tokens written, once per layer.
+        errors: Failures to write, attend or read.
+        failed: Cause of the first of them, or None.
+        counters: The policy's own counters since it was built.
+        signals: The policy's measurements, added up over ranks, or None.
+    """
+
+    tokens: int = 0
+    errors: int = 0
+    failed: str | None = None
+    counters: dict[str, float] = field(default_factory=dict)
+    signals: list[float] | None = None
+
+    def merge(self, other: FormatReport) -> None:
+        """Take the larger count of each, and add up signals."""
+        self.tokens = max(self.tokens, other.tokens)
+        self.errors = max(self.errors, other.errors)
+        self.failed = self.failed or other.failed
+        for name, value in other.counters.items():
+            self.counters[name] = max(self.counters.get(name, value), value)
+        if self.signals is None or other.signals is None:
+            self.signals = other.signals if self.signals is None else self.signals
+        else:
+            self.signals = [a + b for a, b in zip(self.signals, other.signals, strict=True)]
+
+
+@dataclass
+class AttentionReport:
+    """What an attention policy did on a worker.
+
+    Attributes:
+        rows: Decode rows it attended, once per layer.
+        failed: Cause it was retired for, or None.
+        counters: The policy's own counters since it was built.
+    """
+
+    rows: int = 0
+    failed: str | None = None
+    counters: dict[str, float] = field(default_factory=dict)
+
+    def merge(self, other: AttentionReport) -> None:
+        """Take the larger count of each."""
+        self.rows = max(self.rows, other.rows)
+        self.failed = self.failed or other.failed
+        for name, value in other.counters.items():
+            self.counters[name] = max(self.counters.get(name, value), value)
+
+
+@dataclass
+class ReuseReport:
+    """What reuse did on a worker. A segment is stored once all ranks have stored it.
 
     Attributes:
         saved: Measures of each segment stored.
         written: Segments whose file is complete.
         fetched: Segments that came back from the folder.
         failed: Segments that are not there, with the cause.
-        computed: Tokens computed anew.
+        computed: Tokens recomputed.
         loaded: Tokens loaded, and those of them that were corrected on the way.
         guard: ``(request, entropy, log-probability)`` of watched answers.
-        memo: Decode rows that far attention was asked for, and those that reused it.
         unloaded: Requests whose run could not be loaded; vLLM computes it.
         errors: Exceptions on the way.
         error: The first of them.
@@ -280,7 +333,6 @@ class ReuseNews:
     computed: int = 0
     loaded: tuple[int, int] = (0, 0)
     guard: list[tuple[str, float, float]] = field(default_factory=list)
-    memo: tuple[int, int] = (0, 0)
     unloaded: list[str] = field(default_factory=list)
     errors: int = 0
     error: str = ""
@@ -295,12 +347,11 @@ class ReuseNews:
             or self.computed
             or self.loaded[0]
             or self.guard
-            or self.memo[0]
             or self.errors
         )
 
-    def merge(self, other: ReuseNews) -> None:
-        """Add what another rank said of the same step."""
+    def merge(self, other: ReuseReport) -> None:
+        """Add another rank's report of the same step."""
         for name, values in other.saved.items():
             own = self.saved.get(name, values)
             self.saved[name] = {k: (v + own.get(k, v)) / 2 for k, v in values.items()}
@@ -313,7 +364,50 @@ class ReuseNews:
         self.computed = max(self.computed, other.computed)
         self.loaded = max(self.loaded, other.loaded)
         self.guard = self.guard or other.guard
-        self.memo = max(self.memo, other.memo)
         self.unloaded += other.unloaded
         self.errors += other.errors
         self.error = self.error or other.error
+
+
+def merge_measured(
+    one: npt.NDArray[np.float64] | None, other: npt.NDArray[np.float64] | None
+) -> npt.NDArray[np.float64] | None:
+    """Merge two ranks' measurements: layers and sums added up, by slot and group."""
+    if one is None or other is None:
+        return one if other is None else other
+    rows = np.concatenate([one, other])
+    keys, index = np.unique(rows[:, :2], axis=0, return_inverse=True)
+    sums = np.zeros((len(keys), rows.shape[1] - 2))
+    np.add.at(sums, index.reshape(-1), rows[:, 2:])
+    return np.concatenate([keys, sums], axis=1)
+
+
+@dataclass
+class StepReport(KVConnectorWorkerMetadata):
+    """Report of one step, by kind.
+
+    Attributes:
+        sequence: Part of the sequence kind.
+        format: Part of the format kind.
+        reuse: Part of the reuse kind.
+        attention: Part of the attention kind.
+    """
+
+    sequence: SequenceReport | None = None
+    format: FormatReport | None = None
+    reuse: ReuseReport | None = None
+    attention: AttentionReport | None = None
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, f.name) is not None for f in fields(self))
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, StepReport)
+        for f in fields(self):
+            mine: Any = getattr(self, f.name)
+            theirs: Any = getattr(other, f.name)
+            if mine is None:
+                setattr(self, f.name, theirs)
+            elif theirs is not None:
+                mine.merge(theirs)
+        return self
