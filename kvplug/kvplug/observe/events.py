@@ -9,7 +9,7 @@ from kvplug.contract import Kind
 
 
 class EventType(StrEnum):
-    """What can happen."""
+    """Types of events."""
 
     EVICTED = "evicted"
     FREED = "freed"
@@ -22,19 +22,19 @@ class EventType(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something a policy did or had done to it.
+    """Something that happened to a policy or a request.
 
     Attributes:
         type: What happened.
-        kind: The kind of the policy.
-        policy: Its name.
+        kind: The kind of the policy; None where no kind is concerned.
+        policy: Its name, or the empty string.
         step: Scheduler step.
         count: Blocks, tokens or requests concerned.
         detail: Cause, for refusals and fallbacks; what was decided, for adjustments.
     """
 
     type: EventType
-    kind: Kind
+    kind: Kind | None
     policy: str
     step: int
     count: int = 1

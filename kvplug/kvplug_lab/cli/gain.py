@@ -29,7 +29,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "output_tokens_per_second": ("output tokens/s", ".1f"),
     "ratio": ("of stock", ".2f"),
     "greedy_agreement": ("as the full cache", ".0%"),
-    "decisions": ("cuts", ",.0f"),
+    "decisions": ("evictions", ",.0f"),
 }
 """Figure to its heading and format, in the order shown."""
 
@@ -197,7 +197,7 @@ def _measure(
         own["pool_ratio"] = pool / pools[0]
         own["ratio"] = own["output_tokens_per_second"] / base
         counters = result.reports[0]["counters"] if result.reports else {}
-        own["decisions"] = counters.get("cuts", 0) / groups
+        own["decisions"] = counters.get("evictions", 0) / groups
         rows.append({"policy": name, **own, "counters": counters})
     return rows
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvplug.contract import Fingerprint
+from kvplug.request_options import RequestOptions
 from kvplug_lab.engine.trial import connector_flags
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ class LoneScheduler:
 
         from kvplug.hosts.vllm.admission import deployment_of
         from kvplug.hosts.vllm.engine import format_policy
+        from kvplug.hosts.vllm.scheduler.events import Events
+        from kvplug.hosts.vllm.scheduler.kind import SchedulerContext
         from kvplug.hosts.vllm.scheduler.reuse import ReuseScheduler
+        from kvplug.hosts.vllm.scheduler.slots import Slots
         from kvplug.hosts.vllm.view import engine_view, identity
 
         config = EngineArgs(
@@ -47,7 +51,7 @@ class LoneScheduler:
         deployment = deployment_of(config)
         view = engine_view(config, num_blocks=1024)
         self.reuse: ReuseScheduler = ReuseScheduler(
-            deployment, config, view, lambda what, count, detail: None
+            SchedulerContext(deployment, config, view, Events(deployment), Slots())
         )
         self._identity = identity(config, view, format_policy(deployment, config))
         self._count = 0
@@ -107,7 +111,8 @@ class LoneScheduler:
             None,
         )
         before = time.perf_counter()
-        self.reuse.on_new_request(request)
+        parsed = RequestOptions.parse(request.kv_transfer_params, num_prompt_tokens=len(tokens))
+        self.reuse.on_new_request(request, parsed.options)
         return request, 1e6 * (time.perf_counter() - before)
 
     def plan(self, request: Any, num_local: int) -> tuple[Plan, float]:
@@ -120,6 +125,6 @@ class LoneScheduler:
         before = time.perf_counter()
         self.reuse.matched(request, num_local)
         spent = 1e6 * (time.perf_counter() - before)
-        plan = self.reuse._known[request.request_id].plan
+        plan = self.reuse.requests[request.request_id].plan
         assert plan is not None, "a request found nothing of what is stored"
         return plan, spent

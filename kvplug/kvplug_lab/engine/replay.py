@@ -265,7 +265,7 @@ def _in_waves(
         wave.append(session)
         after = last.get(session)
         lengths.append((lengths[after] if after is not None else 0) + len(new) + output_tokens)
-        wishes = {"session": f"s{session}"} if session >= 0 else None
+        wishes = {"session_id": f"s{session}"} if session >= 0 else None
         if session >= 0:
             last[session] = len(found)
         found.append(TrialRequest(new, output_tokens, number, wishes, after))

@@ -101,13 +101,15 @@ def time_requests(
         before = time.perf_counter()
         reuse.catalog.match(tokens, "")
         costs[MATCH].append(1e6 * (time.perf_counter() - before))
-        calls = dict(reuse.asked)
+        calls = dict(reuse.matcher.asked)
         plan, spent = scheduler.plan(request, local)
         costs[PLAN].append(spent)
         for name in scheduler.checks:
-            costs[name].append(plan.costs_us[name] / (reuse.asked[name] - calls.get(name, 0)))
+            costs[name].append(
+                plan.costs_us[name] / (reuse.matcher.asked[name] - calls.get(name, 0))
+            )
         first = scheduler.checks[0]
-        judged += reuse.asked[first] - calls.get(first, 0)
+        judged += reuse.matcher.asked[first] - calls.get(first, 0)
     return costs, judged
 
 

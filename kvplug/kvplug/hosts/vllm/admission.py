@@ -1,36 +1,33 @@
-"""Reads the deployment a vLLM config carries and refuses what cannot run on that engine."""
+"""Reads the deployment of a vLLM config and refuses what cannot run on that engine."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-from kvplug.contract import (
-    Kind,
-    ScoringPolicy,
-)
+from kvplug.contract import Kind, ScoringPolicy
 from kvplug.deployment import Choice, Deployment
 from kvplug.errors import DeploymentError, Refusal
 from kvplug.hosts.vllm import compat
-from kvplug.hosts.vllm.flags import EXTENSION, GUARD, RUNS
-from kvplug.hosts.vllm.view import engine_view
-from kvplug.parser import load_deployment
-
-if TYPE_CHECKING:
-    pass
 from kvplug.hosts.vllm.engine import (
     format_policy,
     layer_limits,
     layer_rules,
     plain_defaults,
+    rule_of,
     sequence_policy,
 )
+from kvplug.hosts.vllm.flags import EXTENSION, GUARD, RUNS
+from kvplug.hosts.vllm.spec import ShorteningSpec
+from kvplug.hosts.vllm.view import engine_view
+from kvplug.parser import load_deployment
 
 SECTION = "kv_transfer_config.kv_connector_extra_config.kvplug"
 
 
 @plain_defaults()
 def deployment_of(vllm_config: Any) -> Deployment:
-    """The deployment a vLLM config carries, checked against the engine it configures.
+    """Read a vLLM config's deployment and check it against the engine.
 
     Raises:
         DeploymentError: The section is missing or wrong, or cannot run on this engine.
@@ -62,18 +59,58 @@ def deployment_of(vllm_config: Any) -> Deployment:
     return deployment
 
 
+def require_groups(deployment: Deployment, vllm_config: Any, kv_cache_config: Any) -> None:
+    """Check that the engine's KV-cache groups are what the sequence policy needs.
+
+    Raises:
+        DeploymentError: No group can give blocks back, or some have rules of another deployment.
+    """
+    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+
+    choice = deployment.choice(Kind.SEQUENCE)
+    specs = [
+        layer
+        for group in kv_cache_config.kv_cache_groups
+        for layer in (
+            group.kv_cache_spec.kv_cache_specs.values()
+            if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs)
+            else (group.kv_cache_spec,)
+        )
+    ]
+    shortened = [spec for spec in specs if isinstance(spec, ShorteningSpec)]
+    # vLLM caches the choice of attention backend per process, whatever the section says.
+    rules = layer_rules(sequence_policy(deployment, vllm_config))
+    if {rule_of(spec) for spec in shortened} - rules:
+        refusal = Refusal(
+            choice.key if choice is not None else "kvplug.sequence",
+            "an engine with another sequence section ran in this process before, and vLLM still "
+            "uses its budgets.",
+            "start each engine in a process of its own.",
+        )
+        raise DeploymentError(deployment.source, [refusal])
+    if choice is not None and not shortened:
+        names = ", ".join(sorted({type(s).__name__ for s in specs})) or "none"
+        refusal = Refusal(
+            choice.key,
+            f"{choice.policy.name} cannot run on this model: its KV-cache groups are {names}, and "
+            "only full-attention layers on CPU_ATTN, FLASH_ATTN or TRITON_ATTN, in groups of their "
+            "own, can give blocks back.",
+            "remove the sequence section, or set --attention-backend and leave "
+            "--disable-hybrid-kv-cache-manager out.",
+        )
+        raise DeploymentError(deployment.source, [refusal])
+
+
 def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    chosen = [kind for kind in REFUSALS if deployment.choice(kind) is not None]
     found = []
-    for kind in (Kind.SEQUENCE, Kind.FORMAT, Kind.REUSE):
+    for kind in chosen:
         choice = deployment.choice(kind)
-        if choice is not None:
-            found += _model_refusals(choice, vllm_config)
-    if not found and deployment.choice(Kind.SEQUENCE) is not None:
-        found = _sequence_refusals(deployment, vllm_config)
-    if not found and deployment.choice(Kind.FORMAT) is not None:
-        found = _format_refusals(deployment, vllm_config)
-    if not found and deployment.choice(Kind.REUSE) is not None:
-        found = _reuse_refusals(deployment, vllm_config)
+        assert choice is not None
+        found += _model_refusals(choice, vllm_config)
+    for kind in chosen:
+        if not found:
+            found = REFUSALS[kind](deployment, vllm_config)
     return found
 
 
@@ -96,7 +133,7 @@ def _reuse_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
         if parallel.worker_extension_cls != EXTENSION:
             refuse(
                 ".recompute",
-                "computing inside a run needs the model, and nothing gives it to kvplug.",
+                "recomputing inside a run needs access to the model.",
                 f"set --worker-extension-cls {EXTENSION}, or recompute: {{gaps: 0}}.",
             )
         for on, what in (
@@ -107,7 +144,7 @@ def _reuse_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
             if on:
                 refuse(
                     ".recompute",
-                    f"nothing can be computed inside a run with {what}.",
+                    f"does not support {what}.",
                     "remove the recompute section.",
                 )
     if deployment.guard is not None and not any(
@@ -117,7 +154,7 @@ def _reuse_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
         found.append(
             Refusal(
                 f"{above}.guard".lstrip("."),
-                "watches answers through a logits processor that is not on.",
+                "needs a logits processor that is not enabled.",
                 f"set --logits-processors {GUARD}.",
             )
         )
@@ -127,8 +164,8 @@ def _reuse_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
         if apart or len(policy.assignments()) > 1:
             refuse(
                 "",
-                f"format {policy.name} treats requests apart, so its bytes mean nothing in "
-                "another.",
+                f"format {policy.name} stores each request in its own way, so one request cannot "
+                "read the bytes of another.",
                 "choose another format or remove reuse.",
             )
     return found
@@ -167,8 +204,8 @@ def _format_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
                 return [
                     Refusal(
                         choice.key,
-                        f"{name} keeps {recent} recent tokens of layer {layer.index}, and blocks "
-                        f"of {size} tokens are no multiple of that.",
+                        f"{name} keeps {recent} recent tokens of layer {layer.index}, which does "
+                        f"not divide the block size of {size} tokens.",
                         f"set --block-size {-(-size // recent) * recent}.",
                     )
                 ]
@@ -177,12 +214,12 @@ def _format_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
                     Refusal(
                         choice.key,
                         f"{name} keeps recent tokens by request, which vLLM's second model runner "
-                        "gives no way to.",
+                        "does not support.",
                         "set VLLM_USE_V2_MODEL_RUNNER=0.",
                     )
                 ]
             if layout.heads is not None and layout.heads > layer.num_kv_heads:
-                raise ValueError(f"layer {layer.index}: more stored heads than KV heads")
+                raise ValueError(f"layer {layer.index} has more stored heads than KV heads")
     except Exception as error:
         return [Refusal(key, f"{name}: {error}.", "change the option named.")]
     other = deployment.choice(Kind.SEQUENCE)
@@ -190,12 +227,12 @@ def _format_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
     merged = any(policy.layout(layer).heads is not None for layer in policy.engine.layers)
     if scoring and (not policy.moves_tokens or merged):
         assert other is not None
-        why = "heads share one stored head" if merged else "tokens share scales"
+        why = "its heads share one stored head" if merged else "its tokens share scales"
         return [
             Refusal(
                 choice.key,
-                f"{name} cannot live with sequence policy {other.policy.name}, which moves single "
-                f"tokens of single heads: {why} there.",
+                f"{name} does not support sequence policy {other.policy.name}, which moves single "
+                f"tokens of single heads: {why}.",
                 "choose another format, or a positional sequence policy such as sink_window.",
             )
         ]
@@ -245,3 +282,11 @@ def _scoring_refusals(policy: ScoringPolicy, key: str, vllm_config: Any) -> list
             )
         ]
     return []
+
+
+REFUSALS: dict[Kind, Callable[[Deployment, Any], list[Refusal]]] = {
+    Kind.SEQUENCE: _sequence_refusals,
+    Kind.FORMAT: _format_refusals,
+    Kind.REUSE: _reuse_refusals,
+}
+"""Refusals by kind, of kinds that touch attention layers; in this order, until one refuses."""

@@ -1,10 +1,10 @@
-"""What a vLLM config says, as the views policies receive, and the deployment it carries."""
+"""Builds a deployment's policies for an engine, and reads the rules they give layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,14 +23,11 @@ from kvplug.hosts.pruning import Limits
 from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
 from kvplug.hosts.vllm.view import engine_view
 
-if TYPE_CHECKING:
-    pass
-
 
 @contextmanager
 def plain_defaults() -> Iterator[None]:
-    """torch's own default dtype within: vLLM loads models, and asks for backends, under the
-    model's, in which a policy's tables would come out rounded."""
+    """Restore torch's own default dtype within. vLLM loads models, and asks for backends, under
+    the model's dtype, in which a policy's tables would be rounded."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -40,7 +37,7 @@ def plain_defaults() -> Iterator[None]:
 
 
 def is_kvplug(vllm_config: Any) -> bool:
-    """Whether a vLLM config turns kvplug on."""
+    """True if a vLLM config enables kvplug."""
     transfer = getattr(vllm_config, "kv_transfer_config", None)
     return transfer is not None and (
         transfer.kv_connector == CONNECTOR and transfer.kv_connector_module_path == MODULE
@@ -49,7 +46,7 @@ def is_kvplug(vllm_config: Any) -> bool:
 
 @plain_defaults()
 def reuse_checks(deployment: Deployment, view: EngineView) -> list[ReuseCheck]:
-    """The deployment's chain of checks, built for an engine."""
+    """Build the deployment's chain of checks for an engine."""
     found = []
     for choice in deployment.choices.get(Kind.REUSE, ()):
         check = choice.build(view)
@@ -60,7 +57,7 @@ def reuse_checks(deployment: Deployment, view: EngineView) -> list[ReuseCheck]:
 
 @plain_defaults()
 def sequence_policy(deployment: Deployment, vllm_config: Any) -> SequencePolicy | None:
-    """The deployment's sequence policy, built for the engine, or None."""
+    """Build the deployment's sequence policy for the engine, or None."""
     choice = deployment.choice(Kind.SEQUENCE)
     if choice is None:
         return None
@@ -71,7 +68,7 @@ def sequence_policy(deployment: Deployment, vllm_config: Any) -> SequencePolicy 
 
 @plain_defaults()
 def format_policy(deployment: Deployment, vllm_config: Any) -> FormatPolicy | None:
-    """The deployment's format policy, built for the engine, or None."""
+    """Build the deployment's format policy for the engine, or None."""
     choice = deployment.choice(Kind.FORMAT)
     if choice is None:
         return None
@@ -81,17 +78,17 @@ def format_policy(deployment: Deployment, vllm_config: Any) -> FormatPolicy | No
 
 
 def layer_limits(policy: ScoringPolicy, layer: LayerView) -> Limits:
-    """What a scoring policy keeps of a layer. Raises ValueError where that cannot work."""
+    """Limits that a scoring policy sets for a layer. Raises ValueError if they cannot work."""
     return Limits.of(policy, layer, policy.engine.block_size)
 
 
 def share_groups(policy: ScoringPolicy) -> list[float]:
-    """The distinct shares of a policy's layers, ascending: one KV-cache group each."""
+    """Distinct shares of a policy's layers, ascending: one KV-cache group each."""
     return sorted({policy.share(layer) for layer in policy.engine.layers})
 
 
 def layer_rules(policy: SequencePolicy | None) -> set[Window | Limits | None]:
-    """The distinct rules of a policy's layers; empty without one.
+    """Distinct rules of a policy's layers; empty without a policy.
 
     Raises:
         ValueError: A layer's rule cannot work.
@@ -105,6 +102,6 @@ def layer_rules(policy: SequencePolicy | None) -> set[Window | Limits | None]:
 
 
 def rule_of(spec: Any) -> Window | Limits:
-    """The rule a KV-cache spec of kvplug's carries."""
+    """The rule of one of kvplug's KV-cache specs."""
     found: Window | Limits = spec.limits if hasattr(spec, "limits") else spec.window
     return found

@@ -46,7 +46,7 @@ class PolicyPromMetrics(KVConnectorPromMetrics):
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counter = self._counter_cls(
             name="vllm:kvplug_policy",
-            documentation="What each kvplug policy did, by counter.",
+            documentation="Counters of each kvplug policy.",
             labelnames=[*labelnames, "kind", "policy", "counter"],
         )
         self._children: dict[tuple[int, str], Any] = {}

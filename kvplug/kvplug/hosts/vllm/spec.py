@@ -1,9 +1,9 @@
-"""The KV-cache specs and managers of layers that a policy treats unlike vLLM.
+"""KV-cache specs and managers of layers whose blocks a policy manages.
 
 Every full-attention layer of a deployment with a sequence policy gets a `WindowedSpec` or a
-`PrunedSpec`. Their managers free what no query can see any more (the freed entry becomes the null
-block; the table stays positional), let admission count on it, and keep approximate KV out of the
-prefix cache. Under reuse a layer gets a `ReusedSpec`, whose manager does the last of these alone.
+`PrunedSpec`. Their managers free blocks that no query can see any more (the freed entry becomes
+the null block; the table stays positional), let admission count on that, and keep approximate KV
+out of the prefix cache. Under reuse a layer gets a `ReusedSpec`, whose manager only does the last.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 from kvplug.contract import Window
 from kvplug.hosts.pruning import Cut, Limits, Plan, layout
 
-# A registry that is not empty never registers vLLM's own specs, so those go first.
+# vLLM registers its own specs only into an empty registry, so they must go first.
 KVCacheSpecRegistry.check_kv_cache_spec_registry({})
 
 STOCK_FIELDS = tuple(f.name for f in fields(FullAttentionSpec))
@@ -29,20 +29,20 @@ STOCK_FIELDS = tuple(f.name for f in fields(FullAttentionSpec))
 class ShorteningManager(FullAttentionManager):
     """Full attention whose running requests give blocks back.
 
-    A block is freed on the settled-token basis vLLM passes in: any step still in flight started
-    at or after those tokens, and its queries do not see the block either. So nothing has to be
-    announced or acknowledged, with async scheduling and pipeline batches too.
+    A block is freed by the computed and acknowledged tokens that vLLM passes in: any step still in
+    flight started at or after those tokens, and its queries do not see the block either. So no
+    further handshake is needed, with async scheduling and pipeline batches too.
     """
 
     def __init__(self, kv_cache_spec: ShorteningSpec, **kwargs: Any):
         super().__init__(kv_cache_spec, **kwargs)
         # Exempt requests are admitted by the cap too: they are rare, fit the pool alone, and vLLM
-        # preempts where that was too hopeful.
+        # preempts where that was too optimistic.
         self.max_admission_blocks_per_request = kv_cache_spec.cap_blocks
         self.exempt: set[str] = set()
         self.on_freed: Callable[[int, str, int], None] | None = None
 
-    def give_back(self, request_id: str, blocks: list[Any], indices: Iterable[int]) -> None:
+    def release(self, request_id: str, blocks: list[Any], indices: Iterable[int]) -> None:
         """Free the blocks at some indices of a request's table."""
         freed = []
         for i in indices:
@@ -61,7 +61,7 @@ class ShorteningManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Hash only blocks whose tokens saw everything before them: those are exact."""
+        """Hash only blocks whose tokens saw everything before them; the others are not exact."""
         exact = self.kv_cache_spec.exact_tokens
         cached = self.num_cached_block.get(request.request_id, 0)
         if cached * self.block_size >= exact:
@@ -98,7 +98,7 @@ class WindowedManager(ShorteningManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        # Called for every running request in every step, and nearly always in vain.
+        # Called for every running request in every step; nearly always there is nothing to free.
         end = processed_computed_tokens // self.block_size - self.window.window_blocks
         start = self._freed_to.get(request_id, self.window.sink_blocks)
         if end <= start or request_id in self.exempt:
@@ -110,7 +110,7 @@ class WindowedManager(ShorteningManager):
         if end <= start:
             return
         self._freed_to[request_id] = end
-        self.give_back(request_id, blocks, range(end - 1, start - 1, -1))
+        self.release(request_id, blocks, range(end - 1, start - 1, -1))
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         self._freed_to.pop(request_id, None)
@@ -118,11 +118,12 @@ class WindowedManager(ShorteningManager):
 
 
 class PrunedManager(ShorteningManager):
-    """Full attention under a scoring policy: frees what each `Cut` of a request leaves behind.
+    """Full attention under a scoring policy: frees the blocks that each eviction empties.
 
     Attributes:
-        prompt_tokens: Tokens of the prompt of each request that is to be cut.
-        resize: Blocks to keep at the n-th such cut of a request, given what it kept last; or None.
+        prompt_tokens: Tokens of the prompt of each request that is evicted from.
+        resize: Blocks to keep at the n-th resizable eviction of a request, given what it kept
+            last; or None.
     """
 
     def __init__(self, kv_cache_spec: PrunedSpec, **kwargs: Any):
@@ -133,17 +134,17 @@ class PrunedManager(ShorteningManager):
         self._plans: dict[str, Plan] = {}
         self._made: dict[str, int] = {}
 
-    def hold_at_most(self, blocks: int) -> None:
-        """Set what a prompt may hold before it is cut, where the policy's options say nothing."""
+    def limit_prefill(self, blocks: int) -> None:
+        """Limit the blocks of a prompt before its first eviction where the options set none."""
         spec = self.kv_cache_spec
         self.limits = spec.limits.holding(spec.limits.hold or blocks)
         least = self.limits.most(spec.max_tokens)
         whole = -(-spec.max_tokens // self.block_size)
-        held = min(max(self.limits.hold + 1, least), whole)
-        self.max_admission_blocks_per_request = min(held + spec.in_flight_blocks, whole)
+        resident = min(max(self.limits.hold + 1, least), whole)
+        self.max_admission_blocks_per_request = min(resident + spec.in_flight_blocks, whole)
 
     def plan(self, request_id: str) -> Plan | None:
-        """The cuts of a request, or None for one that keeps everything."""
+        """Evictions of a request, or None for one that keeps every token."""
         plan = self._plans.get(request_id)
         if plan is None:
             prompt = self.prompt_tokens.get(request_id)
@@ -168,13 +169,13 @@ class PrunedManager(ShorteningManager):
         if plan is None:
             return
         made = self._made.get(request_id, 0)
-        # What is settled was scheduled, so its cuts have been found.
+        # Acknowledged tokens were scheduled, so their evictions have been found.
         while made < len(plan.cuts) and plan.cuts[made].at <= processed_computed_tokens:
             last: Cut | None = plan.cuts[made - 1] if made else None
             left = layout(last, plan.cuts[made], self.limits.shared, self.block_size)
             made += 1
             self._made[request_id] = made
-            self.give_back(
+            self.release(
                 request_id,
                 self.req_to_blocks[request_id],
                 reversed(left.blocks[left.survivors : left.candidates]),
@@ -193,7 +194,7 @@ class ShorteningSpec(FullAttentionSpec):
     Attributes:
         exact_tokens: Leading tokens that see everything before them in every layer of the model,
             and whose blocks are never written again.
-        in_flight_tokens: Tokens that can be scheduled and not settled at once.
+        in_flight_tokens: Most tokens scheduled and not yet computed and acknowledged.
         max_tokens: Longest sequence.
     """
 
@@ -203,18 +204,20 @@ class ShorteningSpec(FullAttentionSpec):
 
     @property
     def in_flight_blocks(self) -> int:
-        """Blocks that can be scheduled and not settled at once."""
+        """Most blocks of tokens that are not yet computed and acknowledged."""
         return -(-self.in_flight_tokens // self.block_size) + 1
 
     @property
-    def held_blocks(self) -> int:
-        """Most blocks a request holds at once, what is in flight not counted."""
+    def resident_blocks(self) -> int:
+        """Most blocks of a request at once, not counting what is in flight."""
         raise NotImplementedError
 
     @property
     def cap_blocks(self) -> int:
-        """Most blocks a request holds at once."""
-        return min(self.held_blocks + self.in_flight_blocks, -(-self.max_tokens // self.block_size))
+        """Most blocks of a request at once."""
+        return min(
+            self.resident_blocks + self.in_flight_blocks, -(-self.max_tokens // self.block_size)
+        )
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         return min(
@@ -222,12 +225,12 @@ class ShorteningSpec(FullAttentionSpec):
         )
 
     def rule(self) -> tuple[Any, ...]:
-        """What layers of one KV-cache group must have in common."""
+        """Values that layers of one KV-cache group must have in common."""
         return tuple(getattr(self, f.name) for f in fields(self) if f.name not in STOCK_FIELDS)
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """One spec for layers with one rule; refuses (AssertionError, as vLLM expects) else."""
+        """Merge layers with one rule. Raises AssertionError otherwise, as vLLM expects."""
         assert all(isinstance(s, cls) for s in specs), (
             "layers with and without a sequence policy cannot share a KV-cache group"
         )
@@ -248,7 +251,7 @@ class ShorteningSpec(FullAttentionSpec):
 @register_kv_cache_spec(manager_class=WindowedManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class WindowedSpec(ShorteningSpec):
-    """A full-attention layer whose requests hold a sink and a window.
+    """A full-attention layer whose requests keep a sink and a window.
 
     Attributes:
         sink_tokens: Tokens kept from the start; a multiple of the block size.
@@ -265,28 +268,28 @@ class WindowedSpec(ShorteningSpec):
         return Window(self.sink_tokens // self.block_size, self.window_tokens // self.block_size)
 
     @property
-    def held_blocks(self) -> int:
+    def resident_blocks(self) -> int:
         return self.window.exact_blocks
 
 
 @register_kv_cache_spec(manager_class=PrunedManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class PrunedSpec(ShorteningSpec):
-    """A full-attention layer whose requests are cut to what a policy scores highest.
+    """A full-attention layer whose requests keep what a policy scores highest.
 
     Attributes:
-        limits: What is kept, and when.
+        limits: How much is kept, and when tokens are evicted.
     """
 
     limits: Limits
 
     @property
-    def held_blocks(self) -> int:
+    def resident_blocks(self) -> int:
         return max(self.limits.hold + 1, self.limits.most(self.max_tokens))
 
 
 class ReusedManager(FullAttentionManager):
-    """Full attention whose requests may hold KV that stands for other KV.
+    """Full attention whose requests may hold reused KV.
 
     Attributes:
         approximate_from: First token of a request whose KV is not exactly what its text gives;

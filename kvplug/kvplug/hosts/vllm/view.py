@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +19,9 @@ from kvplug.contract import (
 from kvplug.fingerprint import model_fingerprint
 from kvplug.hosts.vllm import compat
 
-if TYPE_CHECKING:
-    pass
-
 
 def features_of(vllm_config: Any) -> frozenset[Feature]:
-    """The engine features a vLLM config has on."""
+    """Features that a vLLM config enables."""
     parallel = vllm_config.parallel_config
     cache = vllm_config.cache_config
     scheduler = vllm_config.scheduler_config
@@ -56,7 +53,7 @@ def features_of(vllm_config: Any) -> frozenset[Feature]:
 
 
 def engine_view(vllm_config: Any, num_blocks: int = 0) -> EngineView:
-    """The engine as policies see it; ``num_blocks`` once the pool is known."""
+    """Describe an engine for policies; ``num_blocks`` once the pool is known."""
     model = vllm_config.model_config
     parallel = vllm_config.parallel_config
     total = int(model.get_total_num_hidden_layers())
@@ -90,12 +87,12 @@ _fingerprint = functools.cache(model_fingerprint)
 
 
 INTERLEAVED = frozenset({"cohere", "cohere2", "glm", "glm4", "gptj", "ernie4_5", "helium"})
-"""Model types whose rotary pairs are neighbours, not halves."""
+"""Model types that rotate neighbouring channels as pairs, not halves."""
 
 
 def rope_of(config: Any) -> Rope | None:
-    """The rotary embedding a Hugging Face text config states, or None where it states none that
-    is the same at every length and in every layer."""
+    """Rotary embedding of a Hugging Face text config; None unless it has one that is the same at
+    every length and in every layer."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     stated = getattr(config, "rope_parameters", None)
@@ -105,9 +102,9 @@ def rope_of(config: Any) -> Rope | None:
     if kind == "default":
         head_size = getattr(config, "head_dim", None)
         head_size = head_size or config.hidden_size // config.num_attention_heads
-        turned = int(head_size * stated.get("partial_rotary_factor", 1.0))
+        rotated = int(head_size * stated.get("partial_rotary_factor", 1.0))
         theta = float(stated["rope_theta"])
-        frequencies = tuple(theta ** (-2 * i / turned) for i in range(turned // 2))
+        frequencies = tuple(theta ** (-2 * i / rotated) for i in range(rotated // 2))
     elif kind in ("linear", "llama3", "yarn"):
         found, _ = ROPE_INIT_FUNCTIONS[kind](config, "cpu")
         frequencies = tuple(float(f) for f in found)
@@ -123,7 +120,7 @@ LEARNED = frozenset({"gpt2", "gpt_bigcode", "gpt_neo", "opt", "xglm"})
 
 
 def position_scheme(config: Any) -> str:
-    """How a Hugging Face text config's model knows positions, as `Fingerprint.position` says it."""
+    """Position scheme of a Hugging Face text config's model, as in `Fingerprint.position`."""
     rope = rope_of(config)
     if rope is not None:
         table = np.array(rope.frequencies, dtype="<f8").tobytes()
@@ -138,7 +135,7 @@ def position_scheme(config: Any) -> str:
 
 
 def identity(vllm_config: Any, view: EngineView, stored: FormatPolicy | None) -> dict[str, Any]:
-    """What every segment computed on an engine has in common: fields of `Fingerprint`."""
+    """Fields of `Fingerprint` that all segments computed on an engine have in common."""
     model = vllm_config.model_config
     return {
         "model": view.model,

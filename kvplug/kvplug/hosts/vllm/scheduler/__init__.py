@@ -1,1 +1,1 @@
-"""Policies in the scheduler process, one file a kind."""
+"""The scheduler process: one object per kind, and what they share."""

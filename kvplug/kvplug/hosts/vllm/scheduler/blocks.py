@@ -1,4 +1,4 @@
-"""Which request computed a block, where it stands in it and after what, for policies that ask."""
+"""Facts about blocks for policies that ask: the request, the position in it, and the parent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvplug.contract import RequestView
 
 
 class BlockTracker:
-    """Owner, index and parent of each block, kept from what the scheduler sends each step.
+    """Owner, index and parent of each block, as of what the scheduler sends each step.
 
     A block that several requests share belongs to the latest one that was given it.
     """
@@ -21,7 +21,7 @@ class BlockTracker:
         self._parent = np.full(num_blocks, -1, dtype=np.int32)
         self._owner: list[RequestView | None] = [None] * num_blocks
         self._lengths: dict[str, list[int]] = {}
-        self._tails: dict[str, list[int]] = {}
+        self._last: dict[str, list[int]] = {}
         self._requests: dict[str, RequestView] = {}
 
     def positions(self, ids: Sequence[int]) -> list[int]:
@@ -36,9 +36,9 @@ class BlockTracker:
         """The latest request that was given the block."""
         return self._owner[block]
 
-    def add(self, request: Any) -> None:
-        """A vLLM ``Request`` arrived."""
-        self._requests[request.request_id] = request_view(request)
+    def add(self, request: RequestView) -> None:
+        """Add a request that arrived."""
+        self._requests[request.request_id] = request
 
     def update(self, output: Any) -> None:
         """Take in one ``SchedulerOutput``."""
@@ -54,38 +54,43 @@ class BlockTracker:
             self._extend(request_id, block_ids)
         for request_id in output.finished_req_ids:
             self._lengths.pop(request_id, None)
-            self._tails.pop(request_id, None)
+            self._last.pop(request_id, None)
             self._requests.pop(request_id, None)
 
     def _start(self, request_id: str, groups: int) -> None:
         self._lengths[request_id] = [0] * groups
-        self._tails[request_id] = [-1] * groups
+        self._last[request_id] = [-1] * groups
 
     def _extend(self, request_id: str, groups: Sequence[Sequence[int]]) -> None:
         lengths = self._lengths.get(request_id)
         if lengths is None:
             return
         request = self._requests.get(request_id)
-        tails = self._tails[request_id]
+        last = self._last[request_id]
         for group, ids in enumerate(groups):
             if not ids:
                 continue
-            held = lengths[group]
-            self._position[list(ids)] = np.arange(held, held + len(ids), dtype=np.int32)
-            self._parent[list(ids)] = [tails[group], *ids[:-1]]
+            known = lengths[group]
+            self._position[list(ids)] = np.arange(known, known + len(ids), dtype=np.int32)
+            self._parent[list(ids)] = [last[group], *ids[:-1]]
             for block in ids:
                 self._owner[block] = request
             lengths[group] += len(ids)
-            tails[group] = ids[-1]
+            last[group] = ids[-1]
 
 
-def request_view(request: Any) -> RequestView:
-    """A vLLM ``Request`` as policies see it."""
+def request_view(request: Any, session_id: str | None) -> RequestView:
+    """Describe a vLLM ``Request`` for policies.
+
+    Args:
+        request: The request.
+        session_id: Conversation it belongs to, or None.
+    """
     return RequestView(
         request_id=request.request_id,
         num_prompt_tokens=request.num_prompt_tokens,
         priority=request.priority,
-        session_id=_session(request),
+        session_id=session_id,
         arrival=request.arrival_time,
     )
 
@@ -103,12 +108,3 @@ def computed_keys(request: Any, hash_block_size: int, block_size: int) -> list[b
     # Each hash covers all before it, so a block's last one stands for the block.
     ends = request.block_hashes[per_block - 1 :: per_block]
     return [bytes(key) for key in ends[: max(0, computed) // block_size]]
-
-
-def _session(request: Any) -> str | None:
-    """The conversation a request names: ``kv_transfer_params: {kvplug: {session: NAME}}``."""
-    wishes = (getattr(request, "kv_transfer_params", None) or {}).get("kvplug")
-    session = wishes.get("session") if isinstance(wishes, dict) else None
-    if not isinstance(session, str):
-        session = getattr(request, "session_id", None)
-    return session if isinstance(session, str) else None

@@ -1,281 +1,118 @@
-"""vLLM's queue of free blocks with a prefix-cache policy inside.
-
-The queue stays what it was: a linked list in vLLM's own order, always complete. Blocks without
-cached content are handed out first, as in stock vLLM. Where stock would then take the front of the
-list, the policy names the victims instead. So if the policy fails, the list is simply used as it
-is, from that moment on, and nothing else changes.
-"""
+"""The prefix_cache kind in the scheduler process: a policy's order for vLLM's free blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
-from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
-from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
+from kvplug.contract import BlockFact, Kind, PolicyReport, PrefixCachePolicy, RequestView
+from kvplug.hosts.vllm import compat
+from kvplug.hosts.vllm.messages import StepDirectives
+from kvplug.hosts.vllm.scheduler.blocks import BlockTracker, computed_keys, request_view
+from kvplug.hosts.vllm.scheduler.kind import (
+    Answer,
+    KindScheduler,
+    SchedulerContext,
+    SchedulerStep,
+)
+from kvplug.hosts.vllm.scheduler.queue import HitCollector, PolicyQueue
+from kvplug.observe.events import EventType
+from kvplug.request_options import RequestOptions
 
-from kvplug.contract import BlockFact, PrefixCachePolicy, Released, RequestView
-from kvplug.hosts.vllm.scheduler.blocks import BlockTracker
-
-logger = init_logger("vllm.kvplug")
+TRACKED = frozenset({BlockFact.POSITION, BlockFact.REQUEST, BlockFact.PARENT})
+"""Facts that a `BlockTracker` knows."""
 
 
-@dataclass
-class QueueCounters:
-    """What the policy decided.
+class PrefixCacheScheduler(KindScheduler):
+    """Puts a policy into the block pool's free queue, and tells it what it asks for.
 
     Attributes:
-        evicted: Cached blocks given up at the policy's word.
-        reordered: Those that stock vLLM would not have given up at that moment.
-        hits: Cached blocks matched by requests.
-        errors: Exceptions and wrong answers of the policy; the first one retires it.
-    """
-
-    evicted: int = 0
-    reordered: int = 0
-    hits: int = 0
-    errors: int = 0
-
-
-class PolicyQueue(FreeKVCacheBlockQueue):
-    """A free block queue whose cached blocks leave in a policy's order.
-
-    Args:
-        stock: The pool's own queue; its free blocks are taken over, in order.
         policy: The policy.
-        tracker: Knows owners and positions of blocks; needed if the policy asks for them.
-        on_failure: Called once with the cause when the policy is retired.
-
-    Attributes:
-        counters: What the policy decided.
-        told: Ended requests it was told of.
+        queue: The pool's free queue; None before `bind`.
     """
 
-    def __init__(
-        self,
-        stock: FreeKVCacheBlockQueue,
-        policy: PrefixCachePolicy,
-        tracker: BlockTracker | None = None,
-        on_failure: Callable[[BaseException], None] | None = None,
-    ):
-        super().__init__(stock.get_all_free_blocks())
-        self.policy: PrefixCachePolicy | None = policy
-        self._built = policy
-        self.counters = QueueCounters()
-        self.told = 0
-        self._facts = policy.needs
-        self._tracker = tracker
-        self._on_failure = on_failure
-        self._candidates: dict[int, KVCacheBlock] = {}
-        self._hits: list[int] = []
-        cached = [b for b in self.get_all_free_blocks() if b.block_hash is not None]
-        if cached:
-            self._release(cached)
+    kind = Kind.PREFIX_CACHE
 
-    # -- what the pool calls -------------------------------------------------------------------
+    def __init__(self, context: SchedulerContext):
+        super().__init__(context)
+        choice = context.deployment.choice(Kind.PREFIX_CACHE)
+        assert choice is not None
+        policy = choice.build(context.engine)
+        assert isinstance(policy, PrefixCachePolicy)
+        self.policy = policy
+        self.queue: PolicyQueue | None = None
+        self._tracker: BlockTracker | None = None
+        self._hash_size = 0
+        self._views: dict[str, RequestView] = {}
+        self._evicted = 0
 
-    def popleft(self) -> KVCacheBlock:
-        if self.num_free_blocks == 0:
-            raise ValueError("No free blocks available")
-        return self.popleft_n(1)[0]
+    def bind(self, manager: Any) -> None:
+        """Replace the pool's free queue."""
+        pool = manager.block_pool
+        if self.policy.needs & TRACKED:
+            self._tracker = BlockTracker(pool.num_gpu_blocks)
+        self._hash_size = pool.hash_block_size
+        self.queue = PolicyQueue(
+            pool.free_block_queue, self.policy, self._tracker, self._on_failure
+        )
+        compat.install_queue(pool, self.queue, HitCollector(self.queue, pool.metrics_collector))
 
-    def popleft_n(self, n: int) -> list[KVCacheBlock]:
-        if self.policy is None or not self._candidates:
-            return super().popleft_n(n)
-        assert self.num_free_blocks >= n
-        plain = min(n, self.num_free_blocks - len(self._candidates))
-        taken = self._pop_plain(plain) if plain else []
-        if n > plain:
-            victims = self._ask(n - plain)
-            if victims is None:
-                return taken + super().popleft_n(n - plain)
-            taken += victims
-        return taken
+    def on_new_request(self, request: Any, options: RequestOptions) -> None:
+        """Remember the request where the policy asks about requests."""
+        if self._tracker is None and BlockFact.FINISHED not in self.policy.needs:
+            return
+        view = request_view(request, options.session_id)
+        self._views[request.request_id] = view
+        if self._tracker is not None:
+            self._tracker.add(view)
 
-    def remove(self, block: KVCacheBlock) -> None:
-        super().remove(block)
-        self._candidates.pop(block.block_id, None)
+    def step(self, step: SchedulerStep, into: StepDirectives) -> None:
+        """Follow which blocks requests were given."""
+        if self._tracker is not None:
+            self._tracker.update(step.output)
+        self._count_evictions()
 
-    def append(self, block: KVCacheBlock) -> None:
-        self.append_n([block])
+    def finished(self, request: Any, blocks: list[int], answer: Answer) -> None:
+        """Pass the end on to a policy that asks for it."""
+        view = self._views.pop(request.request_id, None)
+        if view is None or self.queue is None or BlockFact.FINISHED not in self.policy.needs:
+            return
+        keys = computed_keys(request, self._hash_size, self.context.engine.block_size)
+        self.queue.finished(view, keys, request.num_output_tokens)
 
-    def append_n(self, blocks: list[KVCacheBlock]) -> None:
-        super().append_n(blocks)
-        if self.policy is not None and blocks:
-            cached = [b for b in blocks if b.block_hash is not None]
-            if cached:
-                self._release(cached)
+    def reports(self) -> list[PolicyReport]:
+        """The policy's report; evictions and ended requests count as decisions."""
+        report = PolicyReport(str(self.kind), self.policy.name, self.policy.exact)
+        if self.queue is not None:
+            counters = asdict(self.queue.counters)
+            report.errors = int(counters.pop("errors"))
+            report.acted = self.queue.counters.evicted + self.queue.finishes
+            # A retired policy is not asked any more.
+            own = self.own_counters(self.policy) if self.queue.policy is not None else {}
+            report.counters = counters | own
+        return [report]
 
-    # -- what the metrics collector reports ----------------------------------------------------
-
-    def hit(self, block: KVCacheBlock) -> None:
-        """A request matched a cached block."""
-        if self.policy is None:
-            self.counters.hits += 1
-        else:
-            self._hits.append(block.block_id)
-
-    def content_gone(self, block: KVCacheBlock) -> None:
-        """A block lost its content without being handed out."""
-        if self._candidates.pop(block.block_id, None) is not None:
-            super().remove(block)
-            self.prepend_n([block])
-        if self.policy is not None:
-            self._flush_hits()
-            self._tell(self.policy.on_remove, [block.block_id])
-
-    def all_content_gone(self) -> None:
-        """The prefix cache was reset."""
-        gone = list(self._candidates)
-        self._candidates.clear()
-        self._hits.clear()
-        if self.policy is not None and gone:
-            self._tell(self.policy.on_remove, gone)
-
-    # -- what the scheduler half passes on -----------------------------------------------------
-
-    def finished(self, request: RequestView, keys: list[bytes], num_output_tokens: int) -> None:
-        """A request ended; its blocks are released next."""
-        if self.policy is not None:
-            self.told += 1
-            self._tell(self.policy.on_finished, request, keys, num_output_tokens)
+    def mark(self) -> object:
+        """Evictions, hits and errors."""
+        if self.queue is None:
+            return None
+        counters = self.queue.counters
+        return counters.evicted, counters.hits, counters.errors
 
     def stop(self) -> None:
-        """The engine stops."""
-        try:
-            self._built.on_stop()
-        except Exception:
-            self.counters.errors += 1
-            logger.exception("prefix_cache policy %r failed in on_stop()", self._built.name)
+        """Let the policy finish its work."""
+        if self.queue is not None:
+            self.queue.stop()
+            self._count_evictions()
 
-    # -- the policy ----------------------------------------------------------------------------
-
-    def _release(self, blocks: list[KVCacheBlock]) -> None:
-        self._flush_hits()
-        policy = self.policy
-        if policy is None:
+    def _count_evictions(self) -> None:
+        if self.queue is None:
             return
-        ids = [b.block_id for b in blocks]
-        if not self._facts:
-            released = Released(ids)
-        else:
-            facts, tracker = self._facts, self._tracker
-            released = Released(
-                ids,
-                tracker.positions(ids) if tracker and BlockFact.POSITION in facts else None,
-                [bytes(b.block_hash) for b in blocks] if BlockFact.KEY in facts else None,
-                tracker.owner(ids[0]) if tracker and BlockFact.REQUEST in facts else None,
-                tracker.parents(ids) if tracker and BlockFact.PARENT in facts else None,
-            )
-        self._candidates.update(zip(ids, blocks, strict=True))
-        self._tell(policy.on_release, released)
+        new = self.queue.counters.evicted - self._evicted
+        if new:
+            self._evicted += new
+            self.context.events.add(EventType.EVICTED, self.kind, new)
 
-    def _flush_hits(self) -> None:
-        if self._hits:
-            hits, self._hits = self._hits, []
-            self.counters.hits += len(hits)
-            if self.policy is not None:
-                self._tell(self.policy.on_hit, hits)
-
-    def _pop_plain(self, n: int) -> list[KVCacheBlock]:
-        """Take ``n`` blocks without content from the front; they stand first but for rarities."""
-        taken: list[KVCacheBlock] = []
-        block = self.fake_free_list_head.next_free_block
-        while len(taken) < n:
-            assert block is not None
-            following = block.next_free_block
-            if block.block_id not in self._candidates:
-                super().remove(block)
-                taken.append(block)
-            block = following
-        return taken
-
-    def _ask(self, n: int) -> list[KVCacheBlock] | None:
-        self._flush_hits()
-        policy = self.policy
-        if policy is None:
-            return None
-        try:
-            ids = list(policy.victims(n))
-            if len(ids) != n or len(set(ids)) != n:
-                raise ValueError(f"victims({n}) returned {len(ids)} ids, {len(set(ids))} distinct")
-            blocks = [self._candidates[i] for i in ids]
-        except Exception as error:
-            self._retire(error)
-            return None
-        front = set()
-        block = self.fake_free_list_head.next_free_block
-        for _ in range(n):
-            assert block is not None
-            front.add(block.block_id)
-            block = block.next_free_block
-        for victim in blocks:
-            super().remove(victim)
-            del self._candidates[victim.block_id]
-        self.counters.evicted += n
-        self.counters.reordered += sum(i not in front for i in ids)
-        self._tell(policy.on_remove, ids)
-        return blocks
-
-    def _tell(self, verb: Callable[..., None], *what: Any) -> None:
-        try:
-            verb(*what)
-        except Exception as error:
-            self._retire(error)
-
-    def _retire(self, error: Exception) -> None:
-        self.counters.errors += 1
-        policy, self.policy = self.policy, None
-        self._candidates.clear()
-        self._hits.clear()
-        if policy is not None:
-            logger.error(
-                "prefix_cache policy %r failed and is retired; vLLM's own order takes over: %s: %s",
-                policy.name,
-                type(error).__name__,
-                error,
-                exc_info=error,
-            )
-            if self._on_failure is not None:
-                self._on_failure(error)
-
-
-class HitCollector(KVCacheMetricsCollector):
-    """Tells a `PolicyQueue` what the pool tells its metrics collector, and passes it on.
-
-    Args:
-        queue: The queue.
-        inner: The collector of ``--kv-cache-metrics``, or None when that is off.
-    """
-
-    def __init__(self, queue: PolicyQueue, inner: KVCacheMetricsCollector | None):
-        super().__init__(sample_rate=1.0)
-        self._queue = queue
-        self._inner = inner
-
-    def on_block_allocated(self, block: KVCacheBlock) -> None:
-        if self._inner is not None:
-            self._inner.on_block_allocated(block)
-
-    def on_block_accessed(self, block: KVCacheBlock) -> None:
-        if block.block_hash is not None:
-            self._queue.hit(block)
-        if self._inner is not None:
-            self._inner.on_block_accessed(block)
-
-    def on_block_evicted(self, block: KVCacheBlock) -> None:
-        # Handing a block out evicts it too, after it left the queue; the policy knows that already.
-        if block.block_hash is not None and (block.prev_free_block is not None or block.ref_cnt):
-            self._queue.content_gone(block)
-        if self._inner is not None:
-            self._inner.on_block_evicted(block)
-
-    def reset(self) -> None:
-        self._queue.all_content_gone()
-        if self._inner is not None:
-            self._inner.reset()
-
-    def drain_events(self) -> list[Any]:
-        return self._inner.drain_events() if self._inner is not None else []
+    def _on_failure(self, error: BaseException) -> None:
+        detail = f"{type(error).__name__}: {error}"
+        self.context.events.add(EventType.FALLEN_BACK, self.kind, detail=detail)

@@ -1,662 +1,313 @@
-"""The scheduler half of reuse: what requests may take of what is stored, and what is stored."""
+"""The reuse kind in the scheduler process: what requests take of stored KV, and leave."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from vllm.logger import init_logger
 
-from kvplug.contract import EngineView, Fingerprint, Placement, ReuseCheck, ReuseRequest
-from kvplug.deployment import Deployment
-from kvplug.hosts.vllm import compat, engine
-from kvplug.hosts.vllm.messages import LoadOrder, PieceOrder, ReuseNews, ReuseOrders, SaveOrder
+from kvplug.contract import Kind, PolicyReport, ReuseCheck
+from kvplug.hosts.vllm import engine
+from kvplug.hosts.vllm.messages import (
+    LoadOrder,
+    ReuseDirectives,
+    ReuseReport,
+    SaveOrder,
+    StepDirectives,
+    StepReport,
+)
+from kvplug.hosts.vllm.scheduler.kind import (
+    Answer,
+    KindScheduler,
+    SchedulerContext,
+    SchedulerStep,
+)
+from kvplug.hosts.vllm.scheduler.reuse_counters import ReuseCounters
+from kvplug.hosts.vllm.scheduler.reuse_drift import DriftWatch
+from kvplug.hosts.vllm.scheduler.reuse_loading import take_run
+from kvplug.hosts.vllm.scheduler.reuse_matching import RunMatcher
+from kvplug.hosts.vllm.scheduler.reuse_requests import ReusingRequest
+from kvplug.hosts.vllm.scheduler.reuse_saving import SegmentSaver
 from kvplug.hosts.vllm.spec import ReusedManager
 from kvplug.hosts.vllm.view import identity, token_bytes, tokenizer
-from kvplug.reuse.catalog import Catalog, Segment
-from kvplug.reuse.chain import ChainResult, run_chain
-from kvplug.reuse.guard import Drift, Guard
-from kvplug.reuse.index import Match
+from kvplug.observe.events import EventType
+from kvplug.request_options import RequestOptions
+from kvplug.reuse.catalog import Catalog
 from kvplug.reuse.plan import Plan, Planner
-from kvplug.reuse.record import FamilyRecord, PieceRecord, ReuseRecord
 from kvplug.reuse.splitting import Splitter
 
 logger = init_logger("vllm.kvplug")
 
-FAMILIES = 16
-"""Most families of segments a request is watched for."""
 
-PATIENCE = 5.0
-"""Seconds a request waits for a segment to come back from the folder."""
-
-
-@dataclass
-class ReuseCounters:
-    """What reuse did.
+class ReuseScheduler(KindScheduler):
+    """Matches requests with stored segments, and orders what workers load and store.
 
     Attributes:
-        segments: Segments stored.
-        requests: Requests that took stored tokens.
-        approximate_requests: Those of them that are not exact.
-        tokens: Tokens taken, not counting what was computed anew among them.
-        exact_tokens: Those of them that were exact.
-        shifted_tokens: Those of them whose keys were rotated.
-        loaded: Tokens that workers wrote into pages.
-        corrected: Those of them that a check corrected on the way.
-        computed: Tokens computed anew within runs.
-        waited: Times a request waited for the folder.
-        drifted: Answers the guard found unlike exact ones.
-        plans: Plans made.
-        plan_us: Microseconds they took in all, matching and checks included.
-        check_us: Those of them in checks.
-        memo_rows: Decode rows whose far attention might be reused.
-        memo_skipped: Those whose was.
-        errors: Exceptions on the way.
+        counters: Counters of reuse.
+        refused: Candidates and requests not served, by cause.
+        checks: The chain of checks.
+        catalog: Stored segments.
+        matcher: Finds runs.
+        requests: Requests under way.
     """
 
-    segments: int = 0
-    requests: int = 0
-    approximate_requests: int = 0
-    tokens: int = 0
-    exact_tokens: int = 0
-    shifted_tokens: int = 0
-    loaded: int = 0
-    corrected: int = 0
-    computed: int = 0
-    waited: int = 0
-    drifted: int = 0
-    plans: int = 0
-    plan_us: float = 0.0
-    check_us: float = 0.0
-    memo_rows: int = 0
-    memo_skipped: int = 0
-    errors: int = 0
+    kind = Kind.REUSE
 
-
-@dataclass
-class _Wishes:
-    """What a request asks of reuse."""
-
-    off: bool = False
-    approximate: bool = False
-    lengths: list[int] | None = None
-    session: str = ""
-    bad: str = ""
-
-    @classmethod
-    def of(cls, request: Any, allowed: bool) -> _Wishes:
-        asked = (request.kv_transfer_params or {}).get("kvplug")
-        asked = asked if isinstance(asked, dict) else {}
-        how, lengths = asked.get("reuse", "exact"), asked.get("segments")
-        session = asked.get("session_id", getattr(request, "session_id", None) or "")
-        if how not in ("exact", "approximate", "off", False):
-            return cls(bad=f"reuse is {how!r}, not exact, approximate or off")
-        if lengths is not None and not (
-            isinstance(lengths, list)
-            and all(type(n) is int and n > 0 for n in lengths)
-            and sum(lengths) <= request.num_prompt_tokens
-        ):
-            return cls(bad="segments are not lengths that fit the prompt")
-        if not isinstance(session, str) or len(session) > 256:
-            return cls(bad="session_id is no text of at most 256 characters")
-        return cls(how in ("off", False), how == "approximate" and allowed, lengths, session)
-
-
-@dataclass
-class _Known:
-    """A request under way."""
-
-    request: Any
-    wishes: _Wishes
-    tenant: str
-    lora: str
-    spans: list[tuple[int, int]]
-    plan: Plan | None = None
-    taken: Plan | None = None
-    lane: int | None = None
-    approximate_from: int | None = None
-    ancestry: int = 0
-    next_span: int = 0
-    asked_at: float | None = None
-    contexts: _Contexts = field(default_factory=lambda: _Contexts())
-    families: tuple[str, ...] = ()
-    guarded: bool = False
-    refused: Counter[str] = field(default_factory=Counter)
-
-
-class _Contexts:
-    """Digests of the text before a position, each made once."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
-        self._at = 0
-        self._known: dict[int, bytes] = {0: self._hash.digest()}
-
-    def at(self, tokens: npt.NDArray[np.int32], position: int) -> bytes:
-        found = self._known.get(position)
-        if found is None:
-            if position < self._at:
-                found = _digest(tokens[:position])
-            else:
-                self._hash.update(tokens[self._at : position].tobytes())
-                self._at = position
-                found = self._hash.digest()
-            self._known[position] = found
-        return found
-
-
-def _digest(tokens: npt.NDArray[np.int32]) -> bytes:
-    return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
-
-
-class ReuseScheduler:
-    """Matches requests with what is stored, and orders what the workers do.
-
-    Args:
-        deployment: The deployment; it has a reuse section.
-        vllm_config: The engine's config.
-        view: The engine as policies see it.
-        tell: Called with what happened, as `EventType` names it, a count and a detail.
-    """
-
-    def __init__(
-        self,
-        deployment: Deployment,
-        vllm_config: Any,
-        view: EngineView,
-        tell: Callable[[str, int, str], None],
-    ):
+    def __init__(self, context: SchedulerContext):
+        super().__init__(context)
+        deployment, vllm_config, view = context.deployment, context.vllm_config, context.engine
         self.settings = deployment.reuse
         self.counters = ReuseCounters()
         self.refused: Counter[str] = Counter()
-        self.costs_us: Counter[str] = Counter()
-        self.asked: Counter[str] = Counter()
-        self.refusals: Counter[str] = Counter()
         self.checks: list[ReuseCheck] = engine.reuse_checks(deployment, view)
-        self.view = view
-        self._deployment = deployment
-        self._tell = tell
-        self._size = view.block_size
+        self.requests: dict[str, ReusingRequest] = {}
         stored = engine.format_policy(deployment, vllm_config)
-        self._world = int(vllm_config.parallel_config.world_size)
-        self._identity = identity(vllm_config, view, stored)
-        self._model = str(vllm_config.model_config.model)
-        self._least = self.settings.segments.least
+        parallel = vllm_config.parallel_config
+        world = int(parallel.world_size)
         self.catalog = Catalog(
             self.settings.store,
-            token_bytes(view, stored) * self._world,
+            token_bytes(view, stored) * world,
             near=self.settings.near,
-            least=self._least,
-            world=self._world,
+            least=self.settings.segments.least,
+            world=world,
         )
+        common = identity(vllm_config, view, stored)
+        planner = Planner(self.settings.recompute, bool(parallel.worker_extension_cls))
+        guard = deployment.guard
+        self._drift = DriftWatch(guard, context) if guard is not None else None
+        self.matcher = RunMatcher(
+            self.catalog,
+            planner,
+            self.checks,
+            self._drift.guard if self._drift is not None else None,
+            common,
+        )
+        self._saver = SegmentSaver(self.catalog, self.settings, common, view.block_size, world)
         self._splitter = Splitter(self.settings.segments, tokenizer(vllm_config))
-        self._planner = Planner(
-            self.settings.recompute, bool(vllm_config.parallel_config.worker_extension_cls)
-        )
-        self.guard = Guard(deployment.guard) if deployment.guard is not None else None
-        self._guarding = deployment.guard
+        self._costs_us: Counter[str] = Counter()
         self._managers: list[ReusedManager] = []
-        self._known: dict[str, _Known] = {}
         self._loads: list[LoadOrder] = []
         self._left: list[SaveOrder] = []
-        self._ranks: Counter[str] = Counter()
-        # Never the same twice: a worker's memory of a lane is one request's.
-        self._lanes = itertools.count()
+        self._failed: str | None = None
         if self.settings.store.directory:
             self.refused.update(self.catalog.scan(self.settings.store.directory))
 
-    def bind(self, managers: Sequence[Any]) -> None:
-        """Take in the KV-cache managers, before the first allocation."""
+    def bind(self, manager: Any) -> None:
+        """Bind to the managers of groups whose requests may reuse KV."""
+        managers = manager.coordinator.single_type_managers
         self._managers = [m for m in managers if isinstance(m, ReusedManager)]
 
     # -- requests ------------------------------------------------------------------------------
 
-    def on_new_request(self, request: Any) -> None:
+    def on_new_request(self, request: Any, options: RequestOptions) -> None:
         """Take in a request; its cache salt is still the user's own."""
-        if request.prompt_token_ids is None or request.mm_features or request.pooling_params:
+        self._guarded("on_new_request", None, self._take_in, request, options)
+
+    def _take_in(self, request: Any, options: RequestOptions) -> None:
+        reusing = ReusingRequest.of(request, options, self._splitter, self.settings.approximate)
+        if reusing is None:
             self.refused["not plain text"] += 1
             return
-        wishes = _Wishes.of(request, self.settings.approximate)
-        if wishes.bad:
-            self.refused["bad request parameter"] += 1
-        lora = request.lora_request.lora_name if request.lora_request is not None else ""
-        tokens = _tokens(request)
-        known = _Known(
-            request,
-            wishes,
-            request.cache_salt or "",
-            lora,
-            self._splitter.split(tokens, wishes.lengths),
-        )
-        if wishes.approximate and self.settings.memo is not None:
-            known.lane = next(self._lanes)
-        self._known[request.request_id] = known
-        if self.guard is not None:
-            known.families = tuple(
-                f"{known.tenant}\0{_digest(tokens[a:b]).hex()}" for a, b in known.spans[1:]
-            )[:FAMILIES]
-            known.guarded = bool(known.families)
-            if known.guarded:
-                compat.mark_request(request, request.request_id)
-        if self.settings.near and wishes.approximate:
-            self.catalog.prefetch(tokens, known.tenant, known.spans)
+        self.requests[request.request_id] = reusing
+        if self._drift is not None:
+            self._drift.on_new_request(reusing)
+        if self.settings.near and reusing.approximate:
+            self.catalog.prefetch(reusing.tokens, reusing.tenant, reusing.spans)
 
     def matched(self, request: Any, num_local: int) -> int | None:
-        """Tokens after the engine's own hit that need not be prefilled; None to be asked again."""
-        known = self._known.get(request.request_id)
-        # vLLM computes all of a prompt whose log-probabilities are wanted.
-        if known is None or known.wishes.off or request.skip_reading_prefix_cache:
-            return 0
-        if len(self.catalog) == 0:
+        """Tokens after the engine's own hit that are stored; None to be asked again."""
+        found: int | None = self._guarded("matched", 0, self._match, request, num_local)
+        return found
+
+    def _match(self, request: Any, num_local: int) -> int | None:
+        reusing = self.requests.get(request.request_id)
+        # vLLM computes all of a prompt whose log-probabilities are requested.
+        if (
+            reusing is None
+            or reusing.options.reuse == "off"
+            or request.skip_reading_prefix_cache
+            or len(self.catalog) == 0
+        ):
             return 0
         before = time.perf_counter()
-        plan = self._plan(request, known, num_local)
+        plan = self.matcher.plan(reusing, num_local)
         self.counters.plans += 1
         self.counters.plan_us += 1e6 * (time.perf_counter() - before)
-        if self._waits(known, plan):
+        if self.matcher.waits(reusing, plan):
             self.counters.waited += 1
             return None
-        known.plan = plan
-        self._set_limit(request, known, plan)
+        reusing.plan = plan
+        self._set_limit(reusing, plan.approximate_from)
         return plan.length
 
-    def _waits(self, known: _Known, plan: Plan) -> bool:
-        """Whether a request is better asked again: something it can take is on its way."""
-        coming = [
-            segment.flying or self.catalog.want(name)
-            for name in plan.waiting
-            if (segment := self.catalog.get(name)) is not None
-        ]
-        if not any(coming):
-            return False
-        now = time.monotonic()
-        known.asked_at = known.asked_at or now
-        return now - known.asked_at < PATIENCE
-
-    def _plan(self, request: Any, known: _Known, num_local: int) -> Plan:
-        tokens = _tokens(request)
-        allowed = known.wishes.approximate
-        approximate = allowed and (
-            self.guard is None or all(self.guard.allows(f) for f in known.families)
-        )
-
-        def judge(segment: Segment, match: Match) -> ChainResult:
-            end = match.start + match.length
-            would = self._fingerprint(request, known, tokens, match.start, end)
-            asked = ReuseRequest(
-                would, request.request_id, num_local, request.num_tokens, approximate
-            )
-            result = run_chain(self.checks, segment.candidate, asked)
-            self.asked.update(result.costs_us.keys())
-            if result.refused_by:
-                self.refusals[result.refused_by] += 1
-            if not result.verdict.ok and allowed and not approximate:
-                again = run_chain(
-                    self.checks, segment.candidate, replace(asked, approximate_allowed=True)
-                )
-                if again.verdict.ok:
-                    return replace(result, verdict=replace(result.verdict, reason="breaker open"))
-            return result
-
-        return self._planner.plan(
-            request.num_tokens, num_local, self.catalog.match(tokens, known.tenant), judge
-        )
-
-    def _set_limit(self, request: Any, known: _Known, plan: Plan | None) -> None:
-        """From which token on the prefix cache must not hold a request's blocks."""
-        first = plan.approximate_from if plan is not None else None
-        if known.lane is not None:
-            first = min(request.num_prompt_tokens, first or request.num_prompt_tokens)
-        known.approximate_from = first
+    def _set_limit(self, reusing: ReusingRequest, first: int | None) -> None:
+        """Keep a request's blocks out of the prefix cache from a token on; None for no limit."""
+        reusing.approximate_from = first
+        request_id = reusing.request.request_id
         for manager in self._managers:
             if first is None:
-                manager.approximate_from.pop(request.request_id, None)
+                manager.approximate_from.pop(request_id, None)
             else:
-                manager.approximate_from[request.request_id] = first
-
-    def _fingerprint(
-        self, request: Any, known: _Known, tokens: npt.NDArray[np.int32], start: int, end: int
-    ) -> Fingerprint:
-        return Fingerprint(
-            **self._identity,
-            lora=known.lora,
-            tenant=known.tenant,
-            mask="causal",
-            start=start,
-            length=end - start,
-            context=known.contexts.at(tokens, start),
-            tokens=_digest(tokens[start:end]),
-            created=time.time(),
-            request_id=request.request_id,
-            ancestry=known.ancestry,
-        )
+                manager.approximate_from[request_id] = first
 
     def allocated(self, request: Any, blocks: Any, num_external: int) -> None:
-        """A request was given its blocks, and counts on some tokens being loaded into them."""
-        known = self._known.get(request.request_id)
-        if known is None:
+        """Order the load of a run into a request's blocks.
+
+        Nothing is caught here: a load that was promised to vLLM has to be ordered.
+        """
+        reusing = self.requests.get(request.request_id)
+        if reusing is None:
             return
-        plan, known.plan = known.plan, None
-        known.next_span, known.taken = 0, None
-        known.ancestry = 1 if known.lane is not None else 0
+        plan, reusing.plan = reusing.plan, None
+        reusing.next_span, reusing.taken, reusing.ancestry = 0, None, 0
         if plan is not None:
-            self._count_checks(known, plan)
+            self._count_checks(reusing, plan)
         if plan is None or not num_external:
-            self._set_limit(request, known, None)
-            self._watch(request, known)
-            return
-        assert num_external == plan.length, "vLLM takes a run whole or not at all"
-        known.taken = plan
-        pieces = plan.pieces
-        self._loads.append(
-            LoadOrder(
-                request.request_id,
-                np.array(blocks.get_block_ids()[0], dtype=np.int64),
-                _tokens(request)[: plan.end].copy(),
-                tuple(
-                    PieceOrder(
-                        p.segment.id,
-                        p.offset,
-                        p.length,
-                        p.start,
-                        p.verdict.exact,
-                        p.verdict.shift,
-                        p.verdict.confidence,
-                    )
-                    for p in pieces
-                ),
-                tuple(plan.spans),
-            )
-        )
-        self.catalog.touch([p.segment.id for p in pieces])
-        loose = [p for p in pieces if not p.verdict.exact]
-        if loose:
-            known.ancestry = 1 + max(p.segment.fingerprint.ancestry for p in loose)
-        self._count(plan)
-        self._watch(request, known)
+            self._set_limit(reusing, None)
+        else:
+            assert num_external == plan.length, "vLLM takes a run whole or not at all"
+            self._loads.append(take_run(reusing, plan, blocks))
+            self.catalog.touch([p.segment.id for p in plan.pieces])
+            self.counters.count_run(plan)
+            self.context.events.add(EventType.REUSED, self.kind, plan.length - plan.computed)
+        if self._drift is not None:
+            self._drift.started(reusing)
 
-    def _count(self, plan: Plan) -> None:
-        counters = self.counters
-        counters.requests += 1
-        counters.approximate_requests += plan.approximate_from is not None
-        counters.tokens += plan.length - plan.computed
-        counters.exact_tokens += sum(p.length for p in plan.pieces if p.verdict.exact)
-        counters.shifted_tokens += sum(p.length for p in plan.pieces if p.verdict.shift)
-        self._tell("reused", plan.length - plan.computed, "")
-
-    def _count_checks(self, known: _Known, plan: Plan) -> None:
-        known.refused = plan.refused
+    def _count_checks(self, reusing: ReusingRequest, plan: Plan) -> None:
+        reusing.refused = plan.refused
         self.refused.update(plan.refused)
-        self.costs_us.update(plan.costs_us)
+        self._costs_us.update(plan.costs_us)
         self.counters.check_us += sum(plan.costs_us.values())
         for cause, count in plan.refused.items():
-            self._tell("refused", count, cause)
+            self.context.events.add(EventType.REFUSED, self.kind, count, cause)
 
-    def _watch(self, request: Any, known: _Known) -> None:
-        if self.guard is not None and known.guarded:
-            self.guard.started(request.request_id, known.families, known.ancestry > 0)
+    def finished(self, request: Any, blocks: list[int], answer: Answer) -> None:
+        """Order what the request leaves to be stored, and state what it reused."""
+        reusing = self.requests.pop(request.request_id, None)
+        for manager in self._managers:
+            manager.approximate_from.pop(request.request_id, None)
+        if reusing is not None:
+            self._guarded("finished", None, self._finish, reusing, blocks, answer)
+
+    def _finish(self, reusing: ReusingRequest, blocks: list[int], answer: Answer) -> None:
+        reusing.describe(answer)
+        self._left += self._saver.left(reusing, blocks)
+        drift = self._drift.finished(reusing) if self._drift is not None else None
+        if drift is None:
+            return
+        worst = drift.families[0]
+        self.counters.drifted += 1
+        detail = f"entropy by {worst.entropy:.2f}, {worst.logprob:.2f} nats"
+        self.context.events.add(EventType.DRIFTED, self.kind, detail=detail)
+        if reusing.taken is not None or reusing.refused:
+            answer.fields["drift"] = {"entropy": worst.entropy, "logprob": worst.logprob}
 
     # -- steps ---------------------------------------------------------------------------------
 
-    def step(self, starts: dict[str, int], scheduled: dict[str, int]) -> ReuseOrders | None:
-        """What the workers are to do in a step.
-
-        Args:
-            starts: Computed tokens of each scheduled request before the step.
-            scheduled: Tokens of each that the step computes.
-        """
-        orders = ReuseOrders(loads=self._loads, left=self._left)
+    def step(self, step: SchedulerStep, into: StepDirectives) -> None:
+        """Send loads that were promised, segments to store, and what the catalog wants."""
+        directives = ReuseDirectives(loads=self._loads, left=self._left)
         self._loads, self._left = [], []
         try:
-            for request_id, start in starts.items():
-                known = self._known.get(request_id)
-                if known is not None:
-                    self._order(orders, known, request_id, start + scheduled[request_id])
+            for request_id, start in step.starts.items():
+                reusing = self.requests.get(request_id)
+                end = start + step.scheduled[request_id]
+                if reusing is not None and self._saver.completes(reusing, end):
+                    blocks = [b.block_id for b in self._managers[0].req_to_blocks[request_id]]
+                    slot = step.slots[request_id]
+                    directives.saves += self._saver.completed(reusing, end, blocks, slot)
             self.catalog.expire()
-            told = self.catalog.take_orders()
-            orders.drop, orders.fetch, orders.delete = told.drop, told.fetch, told.delete
+            orders = self.catalog.take_orders()
+            directives.drop, directives.fetch = orders.drop, orders.fetch
+            directives.delete = orders.delete
         except Exception as error:
-            # Loads were promised: they are ordered whatever happens to what is stored.
+            # Loads were promised: they are sent whatever happens to what is stored.
             self.counters.errors += 1
             logger.error("reuse cannot order a step's segments", exc_info=error)
-        return orders if orders else None
+        if directives:
+            into.reuse = directives
 
-    def _order(self, orders: ReuseOrders, known: _Known, request_id: str, end: int) -> None:
-        orders.saves += self._completed(request_id, known, end)
-        if known.lane is not None:
-            orders.lanes[self._blocks(request_id)[(end - 1) // self._size]] = known.lane
+    def on_report(self, report: StepReport) -> None:
+        """Take in what workers stored, loaded and failed to."""
+        part = report.reuse
+        if part is None:
+            return
+        if part.error:
+            self._fall_back(part.error)
+        self._guarded("on_report", None, self._take_report, part)
 
-    def _blocks(self, request_id: str) -> list[int]:
-        return [b.block_id for b in self._managers[0].req_to_blocks.get(request_id, ())]
+    def _take_report(self, report: ReuseReport) -> None:
+        self.counters.segments += self._saver.saved(report)
+        for cause, count in Counter(report.failed.values()).items():
+            self.refused[cause] += count
+            self.context.events.add(EventType.REFUSED, self.kind, count, cause)
+        for request_id in report.unloaded:
+            self._not_loaded(request_id)
+        self.counters.count_report(report)
+        if self._drift is not None and report.guard:
+            self._drift.on_report(report.guard)
 
-    def _completed(self, request_id: str, known: _Known, end: int) -> list[SaveOrder]:
-        """Orders to store the segments that a step completes."""
+    def _not_loaded(self, request_id: str) -> None:
+        """Take note that vLLM computes a run which could not be loaded."""
+        reusing = self.requests.get(request_id)
+        if reusing is not None and reusing.taken is not None:
+            reusing.taken, reusing.ancestry = None, 0
+            reusing.refused["load failed"] += 1
+            self.refused["load failed"] += 1
+            self._set_limit(reusing, None)
+
+    # -- reports -------------------------------------------------------------------------------
+
+    def reports(self) -> list[PolicyReport]:
+        """One report per check; the first one has the counters of reuse as a whole."""
         found = []
-        last = len(known.spans) - (1 if self.settings.store.outputs else 0)
-        while known.next_span < last and known.spans[known.next_span][1] <= end:
-            span = known.spans[known.next_span]
-            known.next_span += 1
-            blocks = self._blocks(request_id)
-            tail = blocks[(end - 1) // self._size]
-            order = self._save(known, span, blocks, tail)
-            if order is not None:
-                found.append(order)
+        for check in self.checks:
+            counters: dict[str, float] = {
+                "asked": self.matcher.asked[check.name],
+                "refusals": self.matcher.refusals[check.name],
+                "us": round(self._costs_us[check.name]),
+                **self.own_counters(check),
+            }
+            if check is self.checks[0]:
+                counters |= self.counters.table() | self.catalog.counters()
+                counters |= {f"refused {c}": n for c, n in sorted(self.refused.items())}
+                if self._drift is not None:
+                    counters |= self._drift.guard.counters()
+            found.append(
+                PolicyReport(
+                    str(self.kind),
+                    check.name,
+                    check.exact,
+                    acted=self.matcher.asked[check.name],
+                    errors=self.counters.errors,
+                    counters=counters,
+                )
+            )
         return found
 
-    def _save(
-        self, known: _Known, span: tuple[int, int], blocks: Sequence[int], tail: int
-    ) -> SaveOrder | None:
-        start, end = span
-        request = known.request
-        taken = known.taken
-        if known.wishes.off or end - start < self._least:
-            return None
-        if taken is not None and any(
-            p.start <= start and end <= p.end and p.offset + start - p.start == 0
-            for p in taken.pieces
-        ):
-            return None
-        first = known.approximate_from
-        approximate = first is not None and end > first
-        if approximate and not self.settings.approximate:
-            return None
-        tokens = _tokens(request)
-        print_ = self._fingerprint(request, known, tokens, start, end)
-        if not approximate:
-            print_ = replace(print_, ancestry=0)
-        segment = self.catalog.plan_save(
-            print_, tokens[start:end].copy(), tokens[:start].copy(), known.wishes.session
-        )
-        if segment is None:
-            return None
-        return SaveOrder(
-            segment.id,
-            print_,
-            segment.token_ids,
-            segment.context_ids,
-            np.array(blocks[: -(-end // self._size)], dtype=np.int64),
-            tail,
-            known.wishes.session,
-        )
+    def mark(self) -> object:
+        """Segments, plans, recomputed tokens and refusals."""
+        counters = self.counters
+        return counters.segments, counters.plans, counters.computed, self.refused.total()
 
-    def finished(self, request: Any, blocks: Sequence[int]) -> dict[str, Any] | None:
-        """A request ended; returns what its output says of reuse, or None for nothing."""
-        known = self._known.pop(request.request_id, None)
-        for manager in self._managers:
-            manager.approximate_from.pop(request.request_id, None)
-        if known is None:
-            return None
-        lane = known.lane
-        self._leave(known, blocks)
-        drift = self._judged(known)
-        plan = known.taken
-        if plan is None and lane is None and not known.wishes.bad and not known.refused:
-            return None
-        said: dict[str, Any] = {
-            "exact": lane is None and (plan is None or plan.approximate_from is None)
-        }
-        if plan is not None:
-            said["reused"] = plan.length - plan.computed
-            said["recomputed"] = plan.computed
-            said["segments"] = len(plan.pieces)
-            said["shifted"] = sum(p.length for p in plan.pieces if p.verdict.shift)
-        if known.refused:
-            said["not_reused"] = dict(known.refused)
-        if known.wishes.bad:
-            said["refused"] = known.wishes.bad
-        if drift is not None:
-            said["drift"] = drift
-        return said
+    # -- failures ------------------------------------------------------------------------------
 
-    def _leave(self, known: _Known, blocks: Sequence[int]) -> None:
-        """Order what an ended request leaves to be stored, before its blocks are written again."""
-        request = known.request
-        computed = min(request.num_computed_tokens, request.num_tokens - 1)
-        if not blocks or known.next_span >= len(known.spans) or not self.settings.store.outputs:
-            return
-        start = known.spans[known.next_span][0]
-        for span in known.spans[known.next_span :]:
-            start = span[0]
-            if span is known.spans[-1] or span[1] > computed:
-                break
-        most = self.settings.segments.most
-        while start < computed:
-            end = min(start + most, computed)
-            if -(-end // self._size) > len(blocks):
-                break
-            order = self._save(known, (start, end), blocks, -1)
-            if order is not None:
-                self._left.append(order)
-            start = end
-
-    def _judged(self, known: _Known) -> dict[str, float] | None:
-        """What the guard makes of an answer; a drift is counted, told and recorded."""
-        if self.guard is None or not known.guarded:
-            return None
-        drift = self.guard.finished(known.request.request_id)
-        if drift is None:
-            return None
-        self.counters.drifted += 1
-        worst = drift.families[0]
-        if self._guarding is not None and self._guarding.records:
-            self._record(known, drift, self._guarding.records)
-        self._tell("drifted", 1, f"entropy by {worst.entropy:.2f}, {worst.logprob:.2f} nats")
-        return {"entropy": worst.entropy, "logprob": worst.logprob}
-
-    def _record(self, known: _Known, drift: Drift, folder: str) -> None:
-        """Write down what happened, for ``kvplug explain``."""
-        request, plan = known.request, known.taken
-        if plan is None:
-            return
-        text = request.all_token_ids
-        record = ReuseRecord(
-            model=self._model,
-            fingerprint=self.view.model,
-            dtype=self.view.layers[0].dtype,
-            block_size=self._size,
-            kvplug=dict(self._deployment.section),
-            request_id=request.request_id,
-            prompt_ids=list(text[: request.num_prompt_tokens]),
-            output_ids=list(text[request.num_prompt_tokens :]),
-            pieces=[
-                PieceRecord.of(
-                    p.segment.id,
-                    Placement(p.segment.fingerprint, p.offset, p.length, p.start, p.verdict),
-                    p.segment.context_ids,
-                    p.segment.token_ids,
-                )
-                for p in plan.pieces
-            ],
-            computed=list(plan.spans),
-            entropies=list(drift.entropies),
-            logprobs=list(drift.logprobs),
-            families=FamilyRecord.of(drift),
-        )
+    def _guarded(self, hook: str, instead: Any, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a part of reuse; if it fails, the engine goes on without."""
         try:
-            path = record.write(folder)
-            logger.warning("kvplug: an answer drifted after reuse: kvplug explain %s", path)
-        except OSError as error:
-            logger.error("kvplug: no record of a drift could be written: %s", error)
+            return call(*arguments)
+        except Exception as error:
+            self.counters.errors += 1
+            cause = f"{hook}: {type(error).__name__}: {error}"
+            if self._failed is None:
+                logger.error("reuse failed in %s", cause, exc_info=error)
+            self._fall_back(cause)
+            return instead
 
-    # -- telling -------------------------------------------------------------------------------
-
-    @property
-    def mark(self) -> tuple[float, ...]:
-        """Changes whenever there is something new to tell."""
-        counters = self.counters
-        return (counters.segments, counters.plans, counters.computed, sum(self.refused.values()))
-
-    def told(self, name: str) -> tuple[int, dict[str, float]]:
-        """How often a check was asked, and its counters; the first check's are those of all."""
-        found: dict[str, float] = {
-            "asked": self.asked[name],
-            "refusals": self.refusals[name],
-            "us": round(self.costs_us[name]),
-        }
-        for check in self.checks:
-            if check.name == name:
-                found |= check.counters()
-        if self.checks[0].name == name:
-            found |= {k: round(v) for k, v in asdict(self.counters).items() if k != "errors"}
-            found |= {f"refused {cause}": count for cause, count in sorted(self.refused.items())}
-            found |= self.catalog.counters()
-            if self.guard is not None:
-                found |= self.guard.counters()
-        return self.asked[name], found
-
-    def report(self, news: ReuseNews) -> None:
-        """Take in what the workers did."""
-        for name, measures in news.saved.items():
-            if news.counts.get(name, 0) == self._world:
-                self.catalog.saved(name, measures)
-                self.counters.segments += 1
-            else:
-                self.catalog.failed(name, "could not be stored")
-        for kind, names, call in (
-            ("written", news.written, self.catalog.written),
-            ("fetched", news.fetched, self.catalog.fetched),
-        ):
-            for name in names:
-                self._ranks[f"{kind} {name}"] += 1
-                if self._ranks[f"{kind} {name}"] == self._world:
-                    del self._ranks[f"{kind} {name}"]
-                    call(name)
-        for name, cause in news.failed.items():
-            for kind in ("written", "fetched"):
-                self._ranks.pop(f"{kind} {name}", None)
-            self.catalog.failed(name, cause)
-            self.refused[cause] += 1
-            self._tell("refused", 1, cause)
-        for request_id in news.unloaded:
-            known = self._known.get(request_id)
-            if known is not None and known.taken is not None:
-                known.taken = None
-                known.ancestry = 1 if known.lane is not None else 0
-                known.refused["load failed"] += 1
-                self.refused["load failed"] += 1
-                self._set_limit(known.request, known, None)
-        counters = self.counters
-        counters.loaded += news.loaded[0]
-        counters.corrected += news.loaded[1]
-        counters.computed += news.computed
-        counters.errors += news.errors
-        counters.memo_rows += news.memo[0]
-        counters.memo_skipped += news.memo[1]
-        if self.guard is not None and news.guard:
-            heard: dict[str, list[tuple[float, float]]] = {}
-            for request_id, entropy, logprob in news.guard:
-                heard.setdefault(request_id, []).append((entropy, logprob))
-            for request_id, values in heard.items():
-                table = np.array(values, dtype=np.float32)
-                self.guard.heard(request_id, table[:, 0], table[:, 1])
-
-
-def _tokens(request: Any) -> npt.NDArray[np.int32]:
-    return np.array(request.all_token_ids, dtype=np.int32)
+    def _fall_back(self, cause: str) -> None:
+        if self._failed is None:
+            self._failed = cause
+            self.context.events.add(EventType.FALLEN_BACK, self.kind, detail=cause)

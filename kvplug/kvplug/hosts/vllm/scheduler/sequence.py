@@ -1,149 +1,218 @@
-"""The scheduler half of a scoring policy: who is cut when, told to the workers step by step."""
+"""The sequence kind in the scheduler process: running requests that give blocks back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from vllm.logger import init_logger
 
-from kvplug.contract import ScoringPolicy
-from kvplug.hosts.vllm.messages import RowPlan
-from kvplug.hosts.vllm.scheduler.lanes import Lanes
-from kvplug.hosts.vllm.spec import PrunedManager
-
-logger = init_logger("vllm.kvplug")
-
-SIZES_TOLD = 64
-"""Latest cuts of a request that its output lists."""
+from kvplug.contract import Kind, PolicyReport, ScoringPolicy
+from kvplug.hosts.vllm import engine
+from kvplug.hosts.vllm.messages import SequenceDirectives, StepDirectives, StepReport
+from kvplug.hosts.vllm.scheduler.evictions import EvictionPlanner
+from kvplug.hosts.vllm.scheduler.kind import (
+    Answer,
+    KindScheduler,
+    SchedulerContext,
+    SchedulerStep,
+)
+from kvplug.hosts.vllm.spec import PrunedManager, ShorteningManager
+from kvplug.observe.events import EventType
+from kvplug.request_options import RequestOptions
 
 
 @dataclass
-class CutRequest:
-    """A running request that may be cut.
+class SequenceCounters:
+    """Counters of a sequence policy.
 
     Attributes:
-        lane: Small number of its own, reused once it has ended.
-        num_tokens: Tokens of its text scheduled so far.
-        measured: Latest measurement per group, averaged over layers and ranks.
-        sizes: Tokens kept at each of its latest cuts, by tokens computed.
-        resized: Blocks decided at each cut so far, per group: a request that starts over after a
-            preemption is cut as it was before.
+        freed: Blocks given back by running requests.
+        freed_bytes: The same in bytes of KV, all layers.
+        requests: Requests that gave back at least one block.
+        rows: Attention rows compacted on a worker.
+        split_rows: Rows added by splitting prefill chunks.
+        exempt: Requests that asked to keep every token and do.
+        exempt_refused: Requests that asked and could not.
     """
 
-    lane: int
-    num_tokens: int = 0
-    measured: dict[int, list[float]] = field(default_factory=dict)
-    sizes: dict[int, int] = field(default_factory=dict)
-    resized: dict[int, list[int]] = field(default_factory=dict)
+    freed: int = 0
+    freed_bytes: int = 0
+    requests: int = 0
+    rows: int = 0
+    split_rows: int = 0
+    exempt: int = 0
+    exempt_refused: int = 0
 
 
-class CutScheduler:
-    """Plans the cuts of running requests and follows what workers measured.
+@dataclass
+class EvictionCounters:
+    """Further counters of a scoring policy.
 
-    Args:
-        policy: The scoring policy.
-        managers: The KV-cache groups it applies to.
-        groups: Group number of each manager: the index of its share among the policy's.
+    Attributes:
+        evictions: Evictions by score, once per request, eviction and KV-cache group.
+        fallbacks: Decisions of a layer made by position because the policy had failed.
+        recalled_tokens: Evicted tokens recalled from host memory, per layer and KV head.
+        recall_us: Microseconds spent on decisions with evicted tokens kept in host memory.
     """
 
-    def __init__(self, policy: ScoringPolicy, managers: list[PrunedManager], groups: list[int]):
+    evictions: int = 0
+    fallbacks: int = 0
+    recalled_tokens: int = 0
+    recall_us: int = 0
+
+
+class SequenceScheduler(KindScheduler):
+    """Follows blocks that requests give back, exempts requests, and plans evictions by score.
+
+    Attributes:
+        policy: The sequence policy.
+        managers: KV-cache managers of the groups it applies to.
+        planner: Plans evictions; None for a policy that decides by position.
+        counters: Counters of any sequence policy.
+        eviction_counters: Counters of a scoring policy.
+    """
+
+    kind = Kind.SEQUENCE
+
+    def __init__(self, context: SchedulerContext):
+        super().__init__(context)
+        policy = engine.sequence_policy(context.deployment, context.vllm_config)
+        assert policy is not None
         self.policy = policy
-        self.managers = managers
-        self.groups = groups
-        self.resize_error: str | None = None
-        self._prompts: dict[str, int] = {}
-        self._requests: dict[str, CutRequest] = {}
-        self._lanes: dict[int, str] = {}
-        self._numbers = Lanes()
-        for manager, group in zip(managers, groups, strict=True):
-            manager.prompt_tokens = self._prompts
-            if policy.resizes:
-                manager.resize = self._resizer(manager.block_size, manager.limits.share, group)
+        self.managers: list[ShorteningManager] = []
+        self.planner: EvictionPlanner | None = None
+        self.counters = SequenceCounters()
+        self.eviction_counters = EvictionCounters()
+        self._freed: dict[str, int] = {}
+        self._exempt: set[str] = set()
+        self._refused: dict[str, str] = {}
+        self._failed: str | None = None
 
-    def add(self, request_id: str, num_prompt_tokens: int) -> None:
-        """A request arrived that may be cut."""
-        self._prompts[request_id] = num_prompt_tokens
-        lane = self._numbers.take()
-        self._requests[request_id] = CutRequest(lane)
-        self._lanes[lane] = request_id
+    def bind(self, manager: Any) -> None:
+        """Bind to the managers of shortened groups."""
+        self.managers = [
+            m for m in manager.coordinator.single_type_managers if isinstance(m, ShorteningManager)
+        ]
+        for shortening in self.managers:
+            shortening.exempt = self._exempt
+            shortening.on_freed = self._on_freed
+        pruned = [m for m in self.managers if isinstance(m, PrunedManager)]
+        if pruned and isinstance(self.policy, ScoringPolicy):
+            shares = engine.share_groups(self.policy)
+            for one in pruned:
+                one.limit_prefill(self.context.engine.num_blocks // (2 * len(pruned)))
+            groups = [shares.index(m.limits.share) for m in pruned]
+            self.planner = EvictionPlanner(self.policy, pruned, groups, self.context.slots)
 
-    def finish(self, request_id: str) -> list[tuple[int, int]]:
-        """A request ended; returns ``(tokens computed, tokens kept)`` of its latest cuts."""
-        self._prompts.pop(request_id, None)
-        request = self._requests.pop(request_id, None)
-        if request is None:
-            return []
-        del self._lanes[request.lane]
-        self._numbers.give_back(request.lane)
-        return list(request.sizes.items())
+    def started(self) -> list[str]:
+        """Most blocks of a request, per group."""
+        return [
+            f"group {m.kv_cache_group_id}: a request holds at most "
+            f"{m.max_admission_blocks_per_request} blocks of {m.block_size} tokens; the first "
+            f"{m.kv_cache_spec.exact_tokens} tokens are exact"
+            for m in self.managers
+        ]
 
-    def step(self, starts: dict[str, int], scheduled: dict[str, int]) -> dict[int, RowPlan]:
-        """The plans of one step's rows, by the block each writes last.
+    def on_new_request(self, request: Any, options: RequestOptions) -> None:
+        """Exempt the request if it asks for that and fits; plan its evictions otherwise."""
+        if options.sequence == "off":
+            cause = self._cannot_exempt(request)
+            if cause is None:
+                self._exempt.add(request.request_id)
+                self.counters.exempt += 1
+                return
+            self._refused[request.request_id] = cause
+            self.counters.exempt_refused += 1
+            self.context.events.add(EventType.REFUSED, self.kind, detail=cause)
+        if self.planner is not None:
+            self.planner.add(request.request_id, request.num_prompt_tokens)
 
-        Args:
-            starts: Tokens computed before the step, by request.
-            scheduled: Tokens scheduled in it, by request.
-        """
-        plans: dict[int, RowPlan] = {}
-        for request_id, start in starts.items():
-            request = self._requests.get(request_id)
-            if request is None:
-                continue
-            end = start + scheduled[request_id]
-            request.num_tokens = end
-            prompt = self._prompts[request_id]
-            for nth, manager in enumerate(self.managers):
-                plan = manager.plan(request_id)
-                if plan is None:
-                    continue
-                state, cuts = plan.between(start, end)
-                tail = manager.req_to_blocks[request_id][(end - 1) // manager.block_size]
-                plans[tail.block_id] = RowPlan(request.lane, prompt, state, tuple(cuts))
-                if cuts and nth == 0:
-                    size = manager.block_size
-                    # A request that starts over after a preemption comes to old cuts again.
-                    sizes = request.sizes | {c.at: c.blocks * size for c in cuts}
-                    request.sizes = dict(sorted(sizes.items())[-SIZES_TOLD:])
-        return plans
+    def step(self, step: SchedulerStep, into: StepDirectives) -> None:
+        """Send the plans of a scoring policy, or which requests are exempt from a window."""
+        if self.planner is not None:
+            plans = self.planner.step(step)
+            if plans:
+                into.sequence = SequenceDirectives()
+                into.sequence.set_plans(plans)
+        elif self._exempt:
+            exempt = [step.slots[name] for name in self._exempt & step.starts.keys()]
+            if exempt:
+                into.sequence = SequenceDirectives(exempt=np.array(exempt, dtype=np.int32))
 
-    def take(self, measured: npt.NDArray[np.float64]) -> None:
-        """Take in what workers measured: rows of lane, group, layers and sums."""
-        for lane, group, layers, *sums in measured.tolist():
-            request = self._requests.get(self._lanes.get(int(lane), ""))
-            if request is not None and layers:
-                request.measured[int(group)] = [total / layers for total in sums]
+    def on_report(self, report: StepReport) -> None:
+        """Count what workers did, and take in measurements."""
+        part = report.sequence
+        if part is None:
+            return
+        self.counters.rows += part.rows
+        self.counters.split_rows += part.split_rows
+        counters = self.eviction_counters
+        counters.evictions += part.evictions
+        counters.fallbacks += part.fallbacks
+        counters.recalled_tokens += part.recalled_tokens
+        counters.recall_us += part.recall_us
+        if part.measured is not None and self.planner is not None:
+            self.planner.take(part.measured)
+        if part.failed is not None and self._failed is None:
+            self._failed = part.failed
+            self.context.events.add(EventType.FALLEN_BACK, self.kind, detail=part.failed)
 
-    def _resizer(self, block_size: int, share: float, group: int) -> Any:
-        def resize(request_id: str, nth: int, blocks: int) -> int:
-            request = self._requests.get(request_id)
-            if request is None:
-                return blocks
-            decided = request.resized.setdefault(group, [])
-            if nth == len(decided):
-                decided.append(self._ask(request, blocks, block_size, share, group))
-            return decided[nth]
+    def finished(self, request: Any, blocks: list[int], answer: Answer) -> None:
+        """State what the request gave back and lost, if anything, or if it asked to keep all."""
+        request_id = request.request_id
+        freed = self._freed.pop(request_id, 0)
+        cause = self._refused.pop(request_id, None)
+        asked = request_id in self._exempt or cause is not None
+        self._exempt.discard(request_id)
+        sizes = self.planner.finish(request_id) if self.planner is not None else []
+        # Evicted blocks are freed once computed and acknowledged: maybe after the last step.
+        evicted = any(at < request.num_computed_tokens for at, _ in sizes)
+        if not freed and not evicted and not asked:
+            return
+        answer.exact &= not freed and not evicted
+        answer.fields["blocks_freed"] = freed
+        if sizes:
+            answer.fields["evictions"] = [list(size) for size in sizes]
+        if cause is not None:
+            answer.refused["sequence"] = cause
 
-        return resize
-
-    def _ask(
-        self, request: CutRequest, blocks: int, block_size: int, share: float, group: int
-    ) -> int:
-        measured = request.measured.get(group)
-        if measured is None or self.resize_error is not None:
-            return blocks
-        budget = round(blocks * block_size / share)
-        try:
-            tokens = self.policy.resize(measured, budget, request.num_tokens)
-            return -(-round(tokens * share) // block_size)
-        except Exception as error:
-            self.resize_error = f"{type(error).__name__}: {error}"
-            logger.error(
-                "sequence policy %r failed in resize(); budgets stay as they are: %s",
+    def reports(self) -> list[PolicyReport]:
+        """The policy's report; blocks given back count as decisions."""
+        planner = self.planner
+        scored = asdict(self.eviction_counters) if planner is not None else {}
+        resize_failed = planner is not None and planner.resize_error is not None
+        return [
+            PolicyReport(
+                str(self.kind),
                 self.policy.name,
-                self.resize_error,
-                exc_info=error,
+                self.policy.exact,
+                acted=self.counters.freed,
+                errors=int(self._failed is not None) + int(resize_failed),
+                counters=asdict(self.counters) | scored | self.own_counters(self.policy),
             )
-            return blocks
+        ]
+
+    def mark(self) -> object:
+        """Blocks given back and exemptions refused."""
+        return self.counters.freed, self.counters.exempt_refused
+
+    def _cannot_exempt(self, request: Any) -> str | None:
+        view = self.context.engine
+        if self.context.vllm_config.use_v2_model_runner:
+            return "not supported by vLLM's second model runner, which learns of it one step late"
+        limit = min(request.num_prompt_tokens + request.max_tokens, view.max_model_len)
+        need = sum(-(-limit // m.block_size) for m in self.managers)
+        if need > view.num_blocks:
+            return f"the request may need {need} blocks, but the pool has {view.num_blocks}"
+        return None
+
+    def _on_freed(self, group: int, request_id: str, count: int) -> None:
+        counters = self.counters
+        if request_id not in self._freed:
+            counters.requests += 1
+            self._freed[request_id] = 0
+        self._freed[request_id] += count
+        counters.freed += count
+        counters.freed_bytes += count * self.context.block_bytes
+        self.context.events.add(EventType.FREED, self.kind, count)

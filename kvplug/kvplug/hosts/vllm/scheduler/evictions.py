@@ -1,0 +1,148 @@
+"""Plans the evictions of a scoring policy, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from vllm.logger import init_logger
+
+from kvplug.contract import ScoringPolicy
+from kvplug.hosts.vllm.messages import Plans, RowPlan
+from kvplug.hosts.vllm.scheduler.kind import SchedulerStep
+from kvplug.hosts.vllm.scheduler.slots import Slots
+from kvplug.hosts.vllm.spec import PrunedManager
+
+logger = init_logger("vllm.kvplug")
+
+SIZES_REPORTED = 64
+"""Latest evictions of a request that its output lists."""
+
+
+@dataclass
+class PlannedRequest:
+    """A request under way that may be evicted from.
+
+    Attributes:
+        num_prompt_tokens: Tokens of its prompt.
+        num_tokens: Tokens of its text scheduled so far.
+        measured: Latest measurement per group, averaged over layers and ranks.
+        sizes: Tokens kept at each of its latest evictions, by tokens computed.
+        resized: Blocks decided at each eviction so far, per group: a request that starts over
+            after a preemption is evicted from as it was before.
+    """
+
+    num_prompt_tokens: int
+    num_tokens: int = 0
+    measured: dict[int, list[float]] = field(default_factory=dict)
+    sizes: dict[int, int] = field(default_factory=dict)
+    resized: dict[int, list[int]] = field(default_factory=dict)
+
+
+class EvictionPlanner:
+    """Plans evictions of running requests and follows what workers measured.
+
+    Args:
+        policy: The scoring policy.
+        managers: The KV-cache groups it applies to.
+        groups: Group number of each manager: the index of its share among the policy's.
+        slots: Slots of requests.
+
+    Attributes:
+        resize_error: Cause the policy's ``resize`` is not called any more for, or None.
+    """
+
+    def __init__(
+        self,
+        policy: ScoringPolicy,
+        managers: list[PrunedManager],
+        groups: list[int],
+        slots: Slots,
+    ):
+        self.policy = policy
+        self.managers = managers
+        self.groups = groups
+        self.resize_error: str | None = None
+        self._slots = slots
+        self._prompts: dict[str, int] = {}
+        self._requests: dict[str, PlannedRequest] = {}
+        for manager, group in zip(managers, groups, strict=True):
+            manager.prompt_tokens = self._prompts
+            if policy.resizes:
+                manager.resize = self._resizer(manager.block_size, manager.limits.share, group)
+
+    def add(self, request_id: str, num_prompt_tokens: int) -> None:
+        """Add a request that may be evicted from."""
+        self._prompts[request_id] = num_prompt_tokens
+        self._requests[request_id] = PlannedRequest(num_prompt_tokens)
+
+    def finish(self, request_id: str) -> list[tuple[int, int]]:
+        """Forget a request; returns ``(tokens computed, tokens kept)`` of its latest evictions."""
+        self._prompts.pop(request_id, None)
+        request = self._requests.pop(request_id, None)
+        return list(request.sizes.items()) if request is not None else []
+
+    def step(self, step: SchedulerStep) -> Plans:
+        """Plans of the requests of one step."""
+        plans: Plans = {}
+        for request_id, start in step.starts.items():
+            request = self._requests.get(request_id)
+            if request is None:
+                continue
+            end = start + step.scheduled[request_id]
+            request.num_tokens = end
+            for nth, (manager, group) in enumerate(zip(self.managers, self.groups, strict=True)):
+                plan = manager.plan(request_id)
+                if plan is None:
+                    continue
+                state, evictions = plan.between(start, end)
+                plans[group, step.slots[request_id]] = RowPlan(
+                    request.num_prompt_tokens, state, tuple(evictions)
+                )
+                if evictions and nth == 0:
+                    size = manager.block_size
+                    # A request that starts over after a preemption comes to old ones again.
+                    sizes = request.sizes | {e.at: e.blocks * size for e in evictions}
+                    request.sizes = dict(sorted(sizes.items())[-SIZES_REPORTED:])
+        return plans
+
+    def take(self, measured: npt.NDArray[np.float64]) -> None:
+        """Take in measurements: rows of slot, group, layers and sums over layers."""
+        for slot, group, layers, *sums in measured.tolist():
+            request = self._requests.get(self._slots.request(int(slot)) or "")
+            if request is not None and layers:
+                request.measured[int(group)] = [total / layers for total in sums]
+
+    def _resizer(self, block_size: int, share: float, group: int) -> Callable[[str, int, int], int]:
+        def resize(request_id: str, nth: int, blocks: int) -> int:
+            request = self._requests.get(request_id)
+            if request is None:
+                return blocks
+            decided = request.resized.setdefault(group, [])
+            if nth == len(decided):
+                decided.append(self._ask(request, blocks, block_size, share, group))
+            return decided[nth]
+
+        return resize
+
+    def _ask(
+        self, request: PlannedRequest, blocks: int, block_size: int, share: float, group: int
+    ) -> int:
+        measured = request.measured.get(group)
+        if measured is None or self.resize_error is not None:
+            return blocks
+        budget = round(blocks * block_size / share)
+        try:
+            tokens = self.policy.resize(measured, budget, request.num_tokens)
+            return -(-round(tokens * share) // block_size)
+        except Exception as error:
+            self.resize_error = f"{type(error).__name__}: {error}"
+            logger.error(
+                "sequence policy %r failed in resize(); budgets stay as they are: %s",
+                self.policy.name,
+                self.resize_error,
+                exc_info=error,
+            )
+            return blocks

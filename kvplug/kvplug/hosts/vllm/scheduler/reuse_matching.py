@@ -1,0 +1,94 @@
+"""Matches requests with stored segments: which run of its tokens a request may take."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from kvplug.contract import ReuseCheck, ReuseRequest
+from kvplug.hosts.vllm.scheduler.reuse_requests import ReusingRequest
+from kvplug.reuse.catalog import Catalog, Segment
+from kvplug.reuse.chain import ChainResult, run_chain
+from kvplug.reuse.guard import Guard
+from kvplug.reuse.index import Match
+from kvplug.reuse.plan import Plan, Planner
+
+MAX_WAIT = 5.0
+"""Seconds a request waits for a segment to come back from the folder."""
+
+
+class RunMatcher:
+    """Finds the run of a request's tokens that is stored and passes every check.
+
+    Args:
+        catalog: Stored segments.
+        planner: Joins segments to runs.
+        checks: The chain of checks.
+        guard: Stops approximate reuse of families whose answers drift, or None.
+        identity: Fingerprint fields that all segments of the engine have in common.
+
+    Attributes:
+        asked: Candidates judged, by check.
+        refusals: Candidates refused, by check.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        planner: Planner,
+        checks: Sequence[ReuseCheck],
+        guard: Guard | None,
+        identity: Mapping[str, Any],
+    ):
+        self.asked: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()
+        self._catalog = catalog
+        self._planner = planner
+        self._checks = checks
+        self._guard = guard
+        self._identity = identity
+
+    def plan(self, reusing: ReusingRequest, num_local: int) -> Plan:
+        """Plan the run that follows the engine's own hit of ``num_local`` tokens."""
+        request, tokens = reusing.request, reusing.tokens
+        allowed = reusing.approximate
+        approximate = allowed and (
+            self._guard is None or all(self._guard.allows(f) for f in reusing.families)
+        )
+
+        def judge(segment: Segment, match: Match) -> ChainResult:
+            end = match.start + match.length
+            would = reusing.fingerprint(self._identity, tokens, match.start, end)
+            asked = ReuseRequest(
+                would, request.request_id, num_local, request.num_tokens, approximate
+            )
+            result = run_chain(self._checks, segment.candidate, asked)
+            self.asked.update(result.costs_us.keys())
+            if result.refused_by:
+                self.refusals[result.refused_by] += 1
+            if not result.verdict.ok and allowed and not approximate:
+                again = run_chain(
+                    self._checks, segment.candidate, replace(asked, approximate_allowed=True)
+                )
+                if again.verdict.ok:
+                    return replace(result, verdict=replace(result.verdict, reason="breaker open"))
+            return result
+
+        matches = self._catalog.match(tokens, reusing.tenant)
+        return self._planner.plan(request.num_tokens, num_local, matches, judge)
+
+    def waits(self, reusing: ReusingRequest, plan: Plan) -> bool:
+        """True while a segment that the request can take is on its way, for `MAX_WAIT`."""
+        coming = [
+            segment.flying or self._catalog.want(name)
+            for name in plan.waiting
+            if (segment := self._catalog.get(name)) is not None
+        ]
+        if not any(coming):
+            return False
+        now = time.monotonic()
+        reusing.waiting_since = reusing.waiting_since or now
+        return now - reusing.waiting_since < MAX_WAIT
