@@ -17,13 +17,27 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, Slid
 
 from kvplug.contract import EngineView, Kind, LayerView, Window
 from kvplug.errors import DeploymentError
-from kvplug.hosts.vllm import engine
+from kvplug.hosts.vllm import admission, engine
+from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
+from kvplug.hosts.vllm.messages import StepReport
 from kvplug.hosts.vllm.plugin import BACKENDS
-from kvplug.hosts.vllm.spec import WindowedSpec
+from kvplug.hosts.vllm.spec import ReusedSpec, WindowedSpec
 from kvplug.hosts.vllm.worker import backend
-from kvplug.hosts.vllm.worker.reuse import ReusedImpl
+from kvplug.hosts.vllm.worker.format import FormatLog, FormatRows, FormatTokens, FormatWorker
+from kvplug.hosts.vllm.worker.kind import KindWorker
+from kvplug.hosts.vllm.worker.kinds import METADATA_STEPS
+from kvplug.hosts.vllm.worker.reuse import ReuseWorker
+from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.state import drop_worker_state, worker_state
-from kvplug.hosts.vllm.worker.window import CompactingBuilder
+from kvplug.hosts.vllm.worker.steps import (
+    AttendCall,
+    AttentionStep,
+    Build,
+    BuildCall,
+    MetadataStep,
+    WriteCall,
+)
+from kvplug.hosts.vllm.worker.window import Compaction, WindowWorker
 from kvplug.reuse.settings import ReuseSettings
 from kvplug_policies.format.int4 import Int4
 from kvplug_policies.sequence.sink_window import SinkWindow
@@ -45,6 +59,16 @@ def sink_window(**options: Any) -> SinkWindow:
 def int4(**options: Any) -> Int4:
     layers = tuple(LayerView(i, 4, 1, 2, 64, "float32") for i in range(4))
     return Int4(Int4.Options(**options), EngineView(block_size=BLOCK, layers=layers))
+
+
+def windowed_backend(
+    stock: type[Any], policy: SinkWindow, *more: KindWorker, origin: Any = ("inline", "sequence")
+) -> type[Any]:
+    return backend.plugged_backend(stock, (WindowWorker(policy, origin), *more), StepRows())
+
+
+def coded_kind(policy: Int4) -> FormatWorker:
+    return FormatWorker(policy, ("x.yaml", "kvplug.format"), StepRows())
 
 
 def stock_class(name: str) -> type[Any]:
@@ -108,7 +132,7 @@ def layers_of(windowed: type[Any], names: list[str], **impl: Any) -> dict[str, A
     for name in names:
         made = object.__new__(windowed.get_impl_cls())
         made.alibi_slopes = None
-        made.__dict__.update(impl, _static_forward_context=context)
+        made.__dict__.update(impl, _kvplug_layers=context)
         context[name] = SimpleNamespace(impl=made, attn_backend=windowed)
     for layer in list(context.values()):
         layer.impl.process_weights_after_loading(torch.float32)
@@ -122,7 +146,7 @@ NAMES = [f"model.layers.{i}.self_attn.attn" for i in range(4)]
 
 
 def test_the_subclass_answers_as_its_parent(stock: type[Any]) -> None:
-    windowed = backend.windowed_backend(stock, sink_window())
+    windowed = windowed_backend(stock, sink_window())
     assert issubclass(windowed, stock)
     assert windowed.get_name() == stock.get_name()
     assert issubclass(windowed.get_impl_cls(), stock.get_impl_cls())
@@ -132,7 +156,7 @@ def test_the_subclass_answers_as_its_parent(stock: type[Any]) -> None:
 
 def test_layers_with_different_windows_are_one_backend_to_vllm(stock: type[Any]) -> None:
     """vLLM groups layers by spec and full_cls_name, and wants one backend name."""
-    windowed = backend.windowed_backend(stock, sink_window(layers={"0-1": 200}))
+    windowed = windowed_backend(stock, sink_window(layers={"0-1": 200}))
     layers = layers_of(windowed, NAMES)
     classes = [layer.attn_backend for layer in layers.values()]
     assert classes[0] is classes[1] is not classes[2]
@@ -144,7 +168,7 @@ def test_layers_with_different_windows_are_one_backend_to_vllm(stock: type[Any])
 
 
 def test_every_layer_gets_its_own_window(stock: type[Any]) -> None:
-    windowed = backend.windowed_backend(stock, sink_window(layers={"1": 200, "-1": 10}))
+    windowed = windowed_backend(stock, sink_window(layers={"1": 200, "-1": 10}))
     layers = layers_of(windowed, NAMES)
     specs = [layer.attn_backend.customize_spec(plain_spec()) for layer in layers.values()]
     assert [s.window for s in specs] == [Window(1, 2), Window(1, 7), Window(1, 2), Window(1, 1)]
@@ -152,19 +176,19 @@ def test_every_layer_gets_its_own_window(stock: type[Any]) -> None:
 
 
 def test_layers_of_other_impls_are_left_alone(stock: type[Any]) -> None:
-    windowed = backend.windowed_backend(stock, sink_window())
+    windowed = windowed_backend(stock, sink_window())
     made = object.__new__(windowed.get_impl_cls())
     made.alibi_slopes = None
     mine, other = SimpleNamespace(impl=made, attn_backend=None), SimpleNamespace(attn_backend=None)
     third = SimpleNamespace(impl=object(), attn_backend=None)
-    made._static_forward_context = {NAMES[2]: mine, "model.norm": other, NAMES[1]: third}
+    made._kvplug_layers = {NAMES[2]: mine, "model.norm": other, NAMES[1]: third}
     made.process_weights_after_loading(torch.float32)
     assert issubclass(mine.attn_backend, stock)
     assert other.attn_backend is None and third.attn_backend is None
 
 
 def test_alibi_is_refused(stock: type[Any]) -> None:
-    windowed = backend.windowed_backend(stock, sink_window())
+    windowed = windowed_backend(stock, sink_window())
     with pytest.raises(DeploymentError, match="ALiBi"):
         layers_of(windowed, NAMES, alibi_slopes=torch.ones(2))
 
@@ -172,7 +196,7 @@ def test_alibi_is_refused(stock: type[Any]) -> None:
 def test_an_impl_finds_its_layer_through_the_config_it_was_made_under(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    windowed = backend.windowed_backend(stock_class("CPU_ATTN"), sink_window(layers={"3": 1}))
+    windowed = windowed_backend(stock_class("CPU_ATTN"), sink_window(layers={"3": 1}))
     current = config()
     monkeypatch.setattr("vllm.config.vllm._current_vllm_config", current)
     made = windowed.get_impl_cls()(2, 64, 1.0, 1, None, None, "auto")
@@ -188,7 +212,7 @@ def test_an_impl_finds_its_layer_through_the_config_it_was_made_under(
 
 
 def test_full_attention_becomes_windowed(stock: type[Any]) -> None:
-    windowed = backend.windowed_backend(stock, sink_window())
+    windowed = windowed_backend(stock, sink_window())
     plain = plain_spec()
     spec = windowed.customize_spec(plain)
     assert type(spec) is WindowedSpec
@@ -210,7 +234,7 @@ def test_full_attention_becomes_windowed(stock: type[Any]) -> None:
     ids=["sliding", "mla", "full-with-sliding-window"],
 )
 def test_every_other_spec_is_left_to_stock(stock: type[Any], spec: Any) -> None:
-    windowed = backend.windowed_backend(stock, sink_window())
+    windowed = windowed_backend(stock, sink_window())
     assert windowed.customize_spec(spec) == stock.customize_spec(spec)
     assert type(windowed.customize_spec(spec)) is type(spec)
 
@@ -221,7 +245,7 @@ def test_stocks_own_changes_to_a_spec_are_kept() -> None:
         def customize_spec(cls, spec: Any) -> Any:
             return type(spec)(**{**vars(spec), "state_content_bytes": 4096})
 
-    spec = backend.windowed_backend(Packing, sink_window()).customize_spec(plain_spec())
+    spec = windowed_backend(Packing, sink_window()).customize_spec(plain_spec())
     assert type(spec) is WindowedSpec
     assert spec.state_content_bytes == 4096
 
@@ -229,15 +253,22 @@ def test_stocks_own_changes_to_a_spec_are_kept() -> None:
 # -- the builder -----------------------------------------------------------------------------------
 
 
-def test_the_builder_is_stocks_with_compaction_before_it(stock: type[Any]) -> None:
-    builder = backend.windowed_backend(stock, sink_window()).get_builder_cls()
+def test_the_builder_is_stocks_with_steps_before_it(stock: type[Any]) -> None:
+    builder = windowed_backend(stock, sink_window()).get_builder_cls()
     inherited = stock.get_builder_cls()
     assert issubclass(builder, inherited)
-    order = builder.__mro__
-    assert order.index(CompactingBuilder) == 1 < order.index(inherited)
     assert builder.supports_update_block_table is False
     assert builder._cudagraph_support is inherited._cudagraph_support
     assert builder.reorder_batch_threshold == inherited.reorder_batch_threshold
+
+
+def test_a_kind_that_only_watches_leaves_block_tables_to_be_swapped(stock: type[Any]) -> None:
+    class Watches(KindWorker):
+        kind = Kind.REUSE
+
+    inherited = stock.get_builder_cls()
+    watched = backend.plugged_builder(inherited, (Watches(("", "")),), StepRows())
+    assert watched.supports_update_block_table is inherited.supports_update_block_table
 
 
 @pytest.mark.parametrize("support", list(AttentionCGSupport), ids=lambda s: s.name)
@@ -245,14 +276,18 @@ def test_graphs_of_mixed_batches_are_given_up_and_no_others(support: AttentionCG
     """Splitting prefill rows changes how many rows there are, which a captured graph cannot."""
     inherited = stock_class("TRITON_ATTN").get_builder_cls()
 
-    class Builder(CompactingBuilder, inherited):  # type: ignore[misc, valid-type]
+    class Supports(inherited):  # type: ignore[misc, valid-type]
         _cudagraph_support = support
 
-    windowed = backend.windowed_backend(stock_class("CPU_ATTN"), sink_window())
+    kind = WindowWorker(sink_window(), ("", ""))
+    builder = backend.plugged_builder(Supports, (kind,), StepRows())
+    windowed = windowed_backend(stock_class("CPU_ATTN"), sink_window())
     with_window = windowed.customize_spec(plain_spec())
     limit = min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda s: s.value)
-    assert Builder.get_cudagraph_support(config(), with_window) is limit
-    assert Builder.get_cudagraph_support(config(), plain_spec()) is support
+    assert builder.get_cudagraph_support(config(), with_window) is limit
+    assert builder.get_cudagraph_support(config(), plain_spec()) is support
+    coded = backend.plugged_builder(Supports, (coded_kind(int4()),), StepRows())
+    assert coded.get_cudagraph_support(config(), plain_spec()) is AttentionCGSupport.NEVER
 
 
 def a_step() -> CommonAttentionMetadata:
@@ -283,7 +318,8 @@ def construct(cls: type[Any], spec: Any) -> Any:
 def test_attention_gets_the_compacted_rows(name: str) -> None:
     stock = stock_class(name)
     construct(stock.get_builder_cls(), plain_spec())
-    windowed = backend.windowed_backend(stock, sink_window())
+    kind = WindowWorker(sink_window(), ("", ""))
+    windowed = backend.plugged_backend(stock, (kind,), StepRows())
     builder = windowed.get_builder_cls()(windowed.customize_spec(plain_spec()), [], config(), CPU)
     common = a_step()
     built = builder.build(0, common)
@@ -299,18 +335,120 @@ def test_attention_gets_the_compacted_rows(name: str) -> None:
     assert built.num_actual_tokens == 41
     assert built.slot_mapping is common.slot_mapping
     assert common.seq_lens.tolist() == [300, 230]
-    assert worker_state(config()).counters.split_rows == 2
+    kind.report(report := StepReport())
+    assert report.sequence is not None
+    assert (report.sequence.rows, report.sequence.split_rows) == (4, 2)
+    kind.report(report := StepReport())
+    assert not report, "reported once"
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_builder_of_a_group_without_window_builds_what_stock_builds(name: str) -> None:
     stock = stock_class(name)
     construct(stock.get_builder_cls(), plain_spec())
-    windowed = backend.windowed_backend(stock, sink_window())
+    kind = WindowWorker(sink_window(), ("", ""))
+    windowed = backend.plugged_backend(stock, (kind,), StepRows())
     builder = windowed.get_builder_cls()(plain_spec(), [], config(), CPU)
     built = builder.build(0, a_step())
     assert built.seq_lens.tolist() == [300, 230]
-    assert worker_state(config()).counters.rows == 0
+    assert kind.counts.rows == 0
+
+
+# -- the order of steps ----------------------------------------------------------------------------
+
+
+class Noted:
+    """Kinds whose steps write down when they are called."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def kind(self, name: str, *metadata: type[MetadataStep]) -> KindWorker:
+        calls = self.calls
+
+        class Step(AttentionStep):
+            def write(self, inner: Any, call: WriteCall) -> None:
+                calls.append(f"{name} writes")
+                inner(call)
+
+            def attend(self, inner: Any, call: AttendCall) -> Any:
+                calls.append(f"{name} attends")
+                return inner(call)
+
+        class Made(KindWorker):
+            kind = Kind.FORMAT
+
+            def attention_step(self) -> AttentionStep:
+                return Step()
+
+            def metadata_steps(self, *args: Any) -> list[MetadataStep]:
+                return [noted(cls, calls) for cls in metadata]
+
+        return Made(("", ""))
+
+
+def noted(of: type[MetadataStep], calls: list[str]) -> MetadataStep:
+    """An object of the class itself, as the order goes by classes."""
+    made = object.__new__(of)
+
+    def build(inner: Build, call: BuildCall) -> Any:
+        calls.append(of.__name__)
+        return inner(call)
+
+    made.build = build  # type: ignore[method-assign]
+    return made
+
+
+class NotingBuilder:
+    supports_update_block_table = True
+
+    def __init__(self, *args: Any):
+        pass
+
+    def build(self, prefix: int, common: Any, fast: bool = False) -> Any:
+        return prefix, common, fast
+
+
+def test_metadata_steps_run_in_their_order_whatever_order_the_kinds_have() -> None:
+    """A format counts tokens before rows are split, and notes rows after."""
+    note = Noted()
+    kinds = (note.kind("one", FormatTokens, FormatRows), note.kind("other", Compaction))
+    for order in (kinds, kinds[::-1]):
+        built = backend.plugged_builder(NotingBuilder, order, StepRows())
+        builder = built(SimpleNamespace(block_size=16), [], None, CPU)
+        assert builder.build(5, "common", True) == (5, "common", True)
+        assert note.calls == ["FormatTokens", "Compaction", "FormatRows"]
+        note.calls.clear()
+    assert len(set(METADATA_STEPS)) == len(METADATA_STEPS)
+
+
+def test_attention_steps_run_from_the_first_kind_to_the_backend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    note = Noted()
+
+    class Stock:
+        def do_kv_cache_update(self, *args: Any) -> None:
+            note.calls.append(f"stock writes {args}")
+
+        def forward(self, *args: Any, **kwargs: Any) -> str:
+            note.calls.append(f"stock attends {args} {kwargs}")
+            return "output"
+
+    impl = object.__new__(
+        backend.plugged_impl(Stock, (note.kind("one"), note.kind("two")), lambda *a: Stock)
+    )
+    impl.do_kv_cache_update(1, 2, 3, 4, 5)
+    assert impl.forward(1, 2, 3, 4, 5, 6, 7, 8, more=9) == "output"
+    assert note.calls == [
+        "one writes",
+        "two writes",
+        "stock writes (1, 2, 3, 4, 5)",
+        "one attends",
+        "two attends",
+        "stock attends (1, 2, 3, 4, 5, 6, 7, 8) {'more': 9}",
+    ]
+    assert impl.kvplug_pages(1, 2) is None
 
 
 # -- which class a name stands for -----------------------------------------------------------------
@@ -332,56 +470,79 @@ def test_a_name_is_stock_unless_the_engine_runs_a_policy_of_layers(
         choice=lambda kind: reuse if kind is Kind.REUSE else SimpleNamespace(key="sequence"),
         reuse=ReuseSettings(),
     )
-    monkeypatch.setattr(engine, "deployment_of", lambda vllm_config: chosen)
+    monkeypatch.setattr(admission, "deployment_of", lambda vllm_config: chosen)
     monkeypatch.setattr(engine, "sequence_policy", lambda deployment, vllm_config: policy)
     monkeypatch.setattr(engine, "format_policy", lambda deployment, vllm_config: stored)
+
+    def resolved() -> type[Any]:
+        """As another engine resolves it."""
+        drop_worker_state(current)
+        return getattr(backend, name)  # type: ignore[no-any-return]
+
     assert getattr(backend, name) is stock, "no engine is being made"
     current = SimpleNamespace(kv_transfer_config=None)
     assert getattr(backend, name) is stock, "an engine without a connector"
     transfer = SimpleNamespace(
-        kv_connector="Another", kv_connector_module_path="another.module", engine_id="backends"
+        kv_connector="Another", kv_connector_module_path="another.module", engine_id="an engine"
     )
-    current = SimpleNamespace(kv_transfer_config=transfer)
+    current = config()
+    current.kv_transfer_config = transfer
+    current.cache_config.block_size = BLOCK
     policy = sink_window()
-    assert getattr(backend, name) is stock, "an engine with another connector"
-    transfer.kv_connector, transfer.kv_connector_module_path = engine.CONNECTOR, engine.MODULE
-    windowed = getattr(backend, name)
+    assert resolved() is stock, "an engine with another connector"
+    transfer.kv_connector, transfer.kv_connector_module_path = CONNECTOR, MODULE
+    windowed = resolved()
     assert windowed is not stock and issubclass(windowed, stock)
+    first = worker_state(current).kinds
+    assert getattr(backend, name) is not stock
+    assert worker_state(current).kinds is first, "one policy object per engine"
     stored = int4()
-    both = getattr(backend, name)
-    assert issubclass(both, stock) and both.kvplug_layout.bytes_per_token_head == 72
+    both = resolved()
+    assert issubclass(both, stock)
+    assert both.kvplug_rules[Kind.FORMAT].bytes_per_token_head == 72
+    assert both.kvplug_rules[Kind.SEQUENCE] == Window(1, 2)
     policy = None
-    coded = getattr(backend, name)
-    assert issubclass(coded, stock) and coded.kvplug_layout.bytes_per_token_head == 72
+    coded = resolved()
+    assert issubclass(coded, stock)
+    assert coded.kvplug_rules[Kind.FORMAT].bytes_per_token_head == 72
     assert coded.get_name() == stock.get_name()
     assert coded.full_cls_name() == both.full_cls_name()
     stored = None
-    assert getattr(backend, name) is stock, "kvplug without a policy of layers"
+    assert resolved() is stock, "kvplug without a policy of layers"
     reuse = SimpleNamespace(key="reuse")
-    reused = getattr(backend, name)
+    reused = resolved()
     assert reused is not stock and issubclass(reused, stock)
-    assert issubclass(reused.get_impl_cls(), ReusedImpl)
+    assert isinstance(worker_state(current).kinds[0], ReuseWorker)  # type: ignore[index]
+    assert type(reused.customize_spec(plain_spec())) is ReusedSpec
 
 
 def test_a_format_says_what_a_layers_pages_take() -> None:
     """Bytes instead of elements; two layers of different bits differ, the rest stays."""
     stock = stock_class("CPU_ATTN")
-    plug = backend.FormatPlug(int4(layers={"1": 8}), ("x.yaml", "kvplug.format"), config())
-    coded = backend.format_backend(stock, plug)
+    kind = coded_kind(int4(layers={"1": 8}))
+    coded = backend.plugged_backend(stock, (kind,), StepRows())
     spec = coded.customize_spec(plain_spec())
     assert (type(spec), spec.dtype) == (type(plain_spec()), torch.uint8)
     assert spec.page_size_bytes == spec.num_kv_heads * spec.block_size * 72
-    sizes = [plug.layouts[i].bytes_per_token_head for i in range(3)]
-    assert sizes == [72, 136, 72]
+    assert [kind.rule(i).bytes_per_token_head for i in range(3)] == [72, 136, 72]
 
 
 def test_a_format_under_a_window_keeps_both() -> None:
     stock = stock_class("CPU_ATTN")
-    plug = backend.FormatPlug(int4(), ("x.yaml", "kvplug.format"), config())
-    spec = backend.windowed_backend(stock, sink_window(), plug=plug).customize_spec(plain_spec())
-    plain = backend.windowed_backend(stock, sink_window()).customize_spec(plain_spec())
+    both = windowed_backend(stock, sink_window(), coded_kind(int4()))
+    spec = both.customize_spec(plain_spec())
+    plain = windowed_backend(stock, sink_window()).customize_spec(plain_spec())
     assert spec.rule() == plain.rule()
     assert spec.page_size_bytes == spec.num_kv_heads * spec.block_size * 72
+
+
+@pytest.mark.parametrize("what", ["alibi_slopes", "sinks"])
+def test_a_format_refuses_what_its_attention_does_not_do(what: str) -> None:
+    coded = backend.plugged_backend(stock_class("CPU_ATTN"), (coded_kind(int4()),), StepRows())
+    plain: dict[str, Any] = {"alibi_slopes": None, "sinks": None}
+    layers_of(coded, NAMES, **plain)
+    with pytest.raises(DeploymentError, match=r"x\.yaml: kvplug\.format: int4 does not support"):
+        layers_of(coded, NAMES, **(plain | {what: torch.ones(2)}))
 
 
 def test_a_block_size_the_backend_would_split_is_refused() -> None:
@@ -392,7 +553,7 @@ def test_a_block_size_the_backend_would_split_is_refused() -> None:
         def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
             return [BLOCK // 2]
 
-    windowed = backend.windowed_backend(Halves, sink_window(), ("x.yaml", "kvplug.sequence.use"))
+    windowed = windowed_backend(Halves, sink_window(), origin=("x.yaml", "kvplug.sequence.use"))
     with pytest.raises(DeploymentError, match=f"set --block-size {BLOCK // 2}") as refused:
         windowed.customize_spec(plain_spec())
     assert str(refused.value).startswith("x.yaml: kvplug.sequence.use: sink_window counts in")

@@ -19,9 +19,13 @@ import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from kvplug.hosts.vllm.messages import SequenceDirectives, StepDirectives
 from kvplug.hosts.vllm.spec import WindowedSpec
+from kvplug.hosts.vllm.worker.backend import plugged_builder
+from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.state import drop_worker_state, worker_state
-from kvplug.hosts.vllm.worker.window import CompactingBuilder, Compactor
+from kvplug.hosts.vllm.worker.steps import BuildCall, RowSlots
+from kvplug.hosts.vllm.worker.window import Compaction, WindowWorker
 
 Visible = list[int]
 CPU = torch.device("cpu")
@@ -63,19 +67,49 @@ def spec(block: int, sink: int, window: int) -> WindowedSpec:
     )
 
 
+class Compactor:
+    """One group's compaction, with the rows and directives of the step."""
+
+    def __init__(self, block: int, sink: int, window: int, drafts: int, accelerator: bool):
+        self.block = block
+        self.rows = StepRows()
+        self.kind = a_kind()
+        self.step = Compaction(self.kind, spec(block, sink, window), config(drafts=drafts), CPU)
+        self.compact = self.step._compact
+        if accelerator:
+            self.compact.device = Accelerator("cpu")  # type: ignore[assignment]
+
+    def __call__(self, common: CommonAttentionMetadata) -> Any:
+        slots = RowSlots(self.rows, common, self.block)
+        return self.step.build(lambda call: call.common, BuildCall(common, 0, False, slots))
+
+    def send(self, common: CommonAttentionMetadata, rows: list[Row]) -> None:
+        """What the scheduler says of a step: the slot of each row, and the exempt ones."""
+        last = [(row.length - 1) // self.block for row in rows]
+        blocks = [int(common.block_table_tensor[i, block]) for i, block in enumerate(last)]
+        slots = [3 * i + 2 for i in range(len(rows))]
+        directives = StepDirectives(
+            np.array(list(zip(blocks, slots, strict=True)), dtype=np.int32),
+            SequenceDirectives(
+                exempt=np.array(
+                    [slot for slot, row in zip(slots, rows, strict=True) if row.exempt],
+                    dtype=np.int32,
+                )
+            ),
+        )
+        self.rows.begin(directives.rows)
+        self.kind.begin(directives)
+
+
+def a_kind() -> WindowWorker:
+    policy: Any = SimpleNamespace(name="a policy", engine=SimpleNamespace(layers=()))
+    return WindowWorker(policy, ("x.yaml", "kvplug.sequence"))
+
+
 def compactor(
-    block: int,
-    sink: int,
-    window: int,
-    *,
-    engine: str = "an engine",
-    drafts: int = 0,
-    accelerator: bool = False,
+    block: int, sink: int, window: int, *, drafts: int = 0, accelerator: bool = False
 ) -> Compactor:
-    made = Compactor(spec(block, sink, window), config(engine, drafts), CPU)
-    if accelerator:
-        made.device = Accelerator("cpu")  # type: ignore[assignment]
-    return made
+    return Compactor(block, sink, window, drafts, accelerator)
 
 
 @dataclass
@@ -184,17 +218,6 @@ def check(common: CommonAttentionMetadata, cpu: bool = True) -> None:
     assert common.compute_num_computed_tokens().tolist() == (common.seq_lens - queries).tolist()
 
 
-def exempt_tails(common: CommonAttentionMetadata, rows: list[Row], block: int) -> Any:
-    """Blocks that exempt rows write in this step, as the scheduler half names them."""
-    tails = [
-        int(common.block_table_tensor[i, b])
-        for i, row in enumerate(rows)
-        if row.exempt
-        for b in range((row.length - row.queries) // block, (row.length - 1) // block + 1)
-    ]
-    return np.array(tails, dtype=np.int32) if tails else None
-
-
 def some_rows(choose: random.Random, kind: str, block: int) -> list[Row]:
     longest = 12 * block
     rows = []
@@ -270,13 +293,13 @@ def test_exempt_rows_see_everything_beside_rows_that_do_not(kind: str) -> None:
             for row in rows:
                 row.exempt = choose.random() < 0.4
             common = metadata(rows, block, sink, window, choose)
-            compact.state.set_exempt_tails(exempt_tails(common, rows, block))
+            compact.send(common, rows)
             before = snapshot(common)
             result = compact(common)
             assert meaning(result, block) == expected(common, rows, block, sink, window), rows
             assert same(before, common)
             check(result)
-            seen += any(r.exempt and r.length > compact.exact_tokens for r in rows)
+            seen += any(r.exempt and r.length > compact.compact.exact_tokens for r in rows)
     assert seen > 20, "no exempt row was long enough to matter"
 
 
@@ -284,9 +307,9 @@ def test_exempt_rows_are_forgotten_when_the_scheduler_names_none() -> None:
     rows = [Row(200, 1, exempt=True)]
     common = metadata(rows, 16, 1, 1)
     compact = compactor(16, 1, 1)
-    compact.state.set_exempt_tails(exempt_tails(common, rows, 16))
+    compact.send(common, rows)
     assert int(compact(common).seq_lens[0]) == 200
-    compact.state.set_exempt_tails(None)
+    compact.kind.begin(StepDirectives())
     assert int(compact(common).seq_lens[0]) == 200 - (12 - 1 - 1) * 16
 
 
@@ -294,7 +317,7 @@ def test_an_exempt_row_is_not_split() -> None:
     rows = [Row(160, 160, exempt=True), Row(96, 96)]
     common = metadata(rows, 16, 1, 1)
     compact = compactor(16, 1, 1)
-    compact.state.set_exempt_tails(exempt_tails(common, rows, 16))
+    compact.send(common, rows)
     assert compact(common).req_idx.tolist() == [100, 101, 101, 101, 101]
 
 
@@ -319,7 +342,7 @@ def test_the_very_same_metadata_comes_back_when_nothing_is_hidden(queries: int) 
     compact = compactor(block, sink, window)
     common = metadata([Row(3 * block, queries), Row(1, 1)], block, sink, window)
     assert compact(common) is common
-    assert compact.state.counters.rows == 0
+    assert compact.kind.counts.rows == 0
     over = metadata([Row(3 * block + 1, 1), Row(1, 1)], block, sink, window)
     assert compact(over) is not over
 
@@ -368,9 +391,9 @@ def test_optional_fields_may_be_missing() -> None:
 def test_rows_are_counted() -> None:
     compact = compactor(16, 1, 1)
     compact(metadata([Row(200, 1), Row(100, 1)], 16, 1, 1))
-    assert (compact.state.counters.rows, compact.state.counters.split_rows) == (2, 0)
+    assert (compact.kind.counts.rows, compact.kind.counts.split_rows) == (2, 0)
     compact(metadata([Row(96, 96), Row(100, 1)], 16, 1, 1))
-    assert (compact.state.counters.rows, compact.state.counters.split_rows) == (2 + 5, 3)
+    assert (compact.kind.counts.rows, compact.kind.counts.split_rows) == (2 + 5, 3)
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
@@ -397,17 +420,17 @@ def test_buffers_grow_with_the_table() -> None:
 def test_engines_in_one_process_share_nothing() -> None:
     rows = [Row(200, 1, exempt=True)]
     common = metadata(rows, 16, 1, 1)
-    mine, other = compactor(16, 1, 1), compactor(16, 1, 1, engine="another engine")
-    mine.state.set_exempt_tails(exempt_tails(common, rows, 16))
+    mine, other = compactor(16, 1, 1), compactor(16, 1, 1)
+    mine.send(common, rows)
     assert int(mine(common).seq_lens[0]) == 200
     assert int(other(common).seq_lens[0]) < 200
     other(common)
-    assert (mine.state.counters.rows, other.state.counters.rows) == (1, 2)
+    assert (mine.kind.counts.rows, other.kind.counts.rows) == (1, 2)
 
 
-def test_builders_of_one_engine_share_its_state_until_it_is_dropped() -> None:
-    assert compactor(16, 1, 1).state is compactor(16, 0, 2).state is worker_state(config())
+def test_an_engine_has_one_state_until_it_is_dropped() -> None:
     before = worker_state(config())
+    assert worker_state(config()) is before is not worker_state(config("another engine"))
     drop_worker_state(config())
     assert worker_state(config()) is not before
     drop_worker_state(config())
@@ -448,7 +471,7 @@ def test_an_accelerator_sees_the_same(kind: str, padding: int) -> None:
             for row in rows:
                 row.exempt = choose.random() < 0.2
             plain = metadata(rows, block, sink, window, choose)
-            compact.state.set_exempt_tails(exempt_tails(plain, rows, block))
+            compact.send(plain, rows)
             common = padded(plain, padding) if padding else plain
             before = snapshot(common)
             result = compact(common)
@@ -502,13 +525,13 @@ def test_on_an_accelerator_the_buffers_are_written_even_if_nothing_is_hidden() -
     common = metadata([Row(20, 1), Row(3, 1)], 16, 1, 1)
     result = compact(common)
     assert result is not common
-    assert result.seq_lens.data_ptr() == compact._lens.data_ptr()
+    assert result.seq_lens.data_ptr() == compact.compact._lens.data_ptr()
     assert result.seq_lens.tolist() == [20, 3]
     assert result.max_seq_len == common.max_seq_len
     assert result.seq_lens_cpu_upper_bound is common.seq_lens_cpu_upper_bound
 
 
-# -- the mixin -------------------------------------------------------------------------------------
+# -- the builder -----------------------------------------------------------------------------------
 
 
 class StockBuilder:
@@ -522,13 +545,13 @@ class StockBuilder:
         return "what stock builds"
 
 
-class Builder(CompactingBuilder, StockBuilder):
-    pass
+def builder_of(*args: Any, **kwargs: Any) -> Any:
+    return plugged_builder(StockBuilder, (a_kind(),), StepRows())(*args, **kwargs)
 
 
 def test_the_builder_gives_stock_the_compacted_metadata() -> None:
     windowed, layers, vllm_config = spec(16, 1, 1), ["layer"], config()
-    builder = Builder(windowed, layers, vllm_config, CPU, table_width=9)
+    builder = builder_of(windowed, layers, vllm_config, CPU, table_width=9)
     assert builder.made_with == ((windowed, layers, vllm_config, CPU), {"table_width": 9})
     rows = [Row(200, 60)]
     common = metadata(rows, 16, 1, 1)
@@ -539,7 +562,7 @@ def test_the_builder_gives_stock_the_compacted_metadata() -> None:
 
 
 def test_the_builder_leaves_other_specs_alone() -> None:
-    builder = Builder(SimpleNamespace(block_size=16), ["layer"], SimpleNamespace(), CPU)
+    builder = builder_of(SimpleNamespace(block_size=16), ["layer"], SimpleNamespace(), CPU)
     common = metadata([Row(200, 60)], 16, 1, 1)
     builder.build(0, common)
     assert builder.built_with == (0, common, False)
@@ -555,7 +578,7 @@ def test_the_bounds_hold_when_the_host_is_optimistic() -> None:
 
 
 def test_the_common_prefix_is_common_after_compaction() -> None:
-    builder = Builder(spec(16, 1, 1), ["layer"], config(), CPU)
+    builder = builder_of(spec(16, 1, 1), ["layer"], config(), CPU)
     common = metadata([Row(200, 1), Row(40, 1)], 16, 1, 1)
     common.block_table_tensor[1, :2] = common.block_table_tensor[0, :2]
     builder.build(32, common)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import logging
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from vllm.model_executor.layers.attention import Attention
 from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends import registry
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.block_pool import BlockPool
@@ -18,7 +20,7 @@ from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 
 from kvplug.hosts.vllm import compat, plugin
-from kvplug.hosts.vllm.worker import backend
+from kvplug.hosts.vllm.worker import backend, metadata
 
 FOREIGN = "vllm.v1.attention.backends.flex_attention.FlexAttentionBackend"
 """Stands for the backend of another plugin."""
@@ -65,6 +67,53 @@ def test_what_vanished_is_reported(monkeypatch: pytest.MonkeyPatch, target: str)
     monkeypatch.setattr(compat, "EXTENSION_POINTS", ((target, ()),))
     (line,) = compat.missing_extension_points()
     assert line.startswith(f"{target} is gone")
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [(target, name) for target, names in compat.ATTRIBUTES for name in names],
+)
+def test_an_attribute_that_was_renamed_is_reported(
+    monkeypatch: pytest.MonkeyPatch, target: str, name: str
+) -> None:
+    """Each that kvplug reads, under a name that the installed class does not know."""
+    monkeypatch.setattr(compat, "EXTENSION_POINTS", ())
+    monkeypatch.setattr(compat, "ATTRIBUTES", ((target, (name, f"{name}_once")),))
+    assert compat.missing_extension_points() == [f"{target} no longer has {name}_once"]
+
+
+def test_a_class_that_vanished_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "ATTRIBUTES", (("vllm.config:NoSuchConfig", ("model",)),))
+    (line,) = compat.missing_extension_points()
+    assert line.startswith("vllm.config:NoSuchConfig is gone")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["is_prefilling", "req_idx", "_num_computed_tokens_cache", "_token_to_req_indices_cache"],
+)
+def test_a_field_of_the_common_metadata_that_was_renamed_is_reported(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Private ones too, which `worker.metadata` resets."""
+    have = inspect.signature(CommonAttentionMetadata)
+    fewer = have.replace(parameters=[p for n, p in have.parameters.items() if n != name])
+    monkeypatch.setattr(CommonAttentionMetadata, "__signature__", fewer, raising=False)
+    (line,) = compat.missing_extension_points()
+    assert line.endswith(f"CommonAttentionMetadata no longer takes {name}")
+
+
+def test_the_metadata_sets_no_field_that_is_not_listed() -> None:
+    """`worker.metadata` is the one place; what it passes to vLLM stands in the table."""
+    (listed,) = (p for t, p in compat.EXTENSION_POINTS if t.endswith(":CommonAttentionMetadata"))
+    calls = [
+        node
+        for node in ast.walk(ast.parse(inspect.getsource(metadata)))
+        if isinstance(node, ast.Call)
+        and (ast.unparse(node.func) in ("common.replace", "CommonAttentionMetadata"))
+    ]
+    assert len(calls) == 3
+    assert {k.arg for call in calls for k in call.keywords} <= set(listed)
 
 
 def test_a_method_taken_away_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,23 +217,6 @@ def test_on_a_vllm_never_tested_the_plugin_stays_off(
 def test_a_name_that_is_no_backend_is_no_attribute() -> None:
     with pytest.raises(AttributeError, match="NO_SUCH"):
         _ = backend.NO_SUCH
-
-
-def test_what_a_sequence_policy_counts_itself_is_reported() -> None:
-    from kvplug.hosts.vllm.scheduler.half import SchedulerHalf, SequenceCounters
-    from kvplug.parser import load_deployment
-
-    half = object.__new__(SchedulerHalf)
-    half.deployment = load_deployment({"sequence": "sink_window"})
-    half.queue = None
-    half.sequence = SequenceCounters(freed=7)
-    half.cuts = half._sequence_failed = None
-    half.sequence_policy = SimpleNamespace(name="sink_window", counters=lambda: {"widened": 3})
-    half._speechless = set()
-    (report,) = half.reports()
-    assert report.acted == 7
-    assert report.counters["widened"] == 3.0
-    assert report.counters["freed"] == 7
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,6 @@ from vllm.v1.request import Request
 
 from kvplug.contract import EngineView, LayerView
 from kvplug.hosts.vllm import compat
-from kvplug.hosts.vllm.scheduler.lanes import LaneScheduler
-from kvplug.hosts.vllm.worker.state import WorkerState
 from kvplug_policies.format.int4 import Int4
 from kvplug_policies.format.int8 import Int8
 
@@ -75,63 +73,3 @@ def test_what_is_appended_later_is_hashed_with_the_salt() -> None:
     )
     compat.salt_request(longer, "int4")
     assert made.block_hashes == longer.block_hashes and len(longer.block_hashes) == 4
-
-
-class _Block:
-    def __init__(self, block_id: int):
-        self.block_id = block_id
-
-
-class _Manager:
-    block_size = BLOCK
-
-    def __init__(self, blocks: dict[str, list[int]]):
-        self.req_to_blocks = {name: [_Block(b) for b in ids] for name, ids in blocks.items()}
-
-
-def test_lanes_name_the_block_each_request_writes_last() -> None:
-    lanes = LaneScheduler([_Manager({"a": [5, 6, 7], "b": [9], "c": [11, 12]})])
-    for name, assigned in (("a", 0), ("b", 2), ("c", 1)):
-        lanes.add(name, assigned)
-    found = lanes.step({"a": 64, "b": 0}, {"a": 3, "b": 20})
-    assert found is not None and found.tolist() == [[7, 0, 0], [9, 1, 2]]
-    lanes.finish("a")
-    lanes.add("d", 1)
-    lanes.managers[0].req_to_blocks["d"] = [_Block(20)]
-    found = lanes.step({"c": 31, "d": 0}, {"c": 1, "d": 1})
-    assert found is not None and found.tolist() == [[11, 2, 1], [20, 0, 1]], "a lane is used again"
-
-
-def test_a_request_that_comes_again_keeps_its_lane() -> None:
-    """After a preemption vLLM schedules the same request anew; its hashes were made for its
-    assignment, so that stays too."""
-    lanes = LaneScheduler([_Manager({"a": [5]})])
-    lanes.add("a", 1)
-    lanes.add("a", 0)
-    found = lanes.step({"a": 0}, {"a": 1})
-    assert found is not None and found.tolist() == [[5, 0, 1]]
-
-
-def test_nobody_scheduled_is_nothing_to_say() -> None:
-    assert LaneScheduler([_Manager({})]).step({}, {}) is None
-
-
-class _Counting:
-    name = "counting"
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    def counters(self) -> dict[str, float]:
-        self.asked += 1
-        return {"asked": float(self.asked)}
-
-
-def test_counters_are_read_now_and_then_where_they_have_to_be_waited_for() -> None:
-    told = {}
-    for waits in (False, True):
-        state = WorkerState()
-        state.format, state.waits_for_counters = _Counting(), waits  # type: ignore[assignment]
-        told[waits] = [state.format_counters() for _ in range(130)]
-    assert told[False] == [{"asked": float(i + 1)} for i in range(130)]
-    assert [i for i, one in enumerate(told[True]) if one] == [0, 64, 128]

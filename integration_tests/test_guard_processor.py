@@ -19,7 +19,8 @@ from vllm.v1.sample.logits_processor import (
 )
 
 from kvplug.hosts.vllm import guard
-from kvplug.hosts.vllm.guard import MARK, GuardProcessor, entropy_and_logprob
+from kvplug.hosts.vllm.compat import GUARD_MARK
+from kvplug.hosts.vllm.guard import GuardProcessor, entropy_and_logprob
 from kvplug.hosts.vllm.worker.state import drop_worker_state, worker_state
 
 VOCAB = 50
@@ -27,7 +28,7 @@ CONFIG = SimpleNamespace(kv_transfer_config=SimpleNamespace(engine_id="guard-tes
 
 
 @pytest.fixture
-def heard() -> Any:
+def state() -> Any:
     drop_worker_state(CONFIG)
     yield worker_state(CONFIG)
     drop_worker_state(CONFIG)
@@ -38,10 +39,10 @@ def processor() -> GuardProcessor:
 
 
 def params(name: Any = None, **more: Any) -> SamplingParams:
-    return SamplingParams(extra_args=None if name is None else {MARK: name}, **more)
+    return SamplingParams(extra_args=None if name is None else {GUARD_MARK: name}, **more)
 
 
-def said(logits: Tensor) -> list[tuple[float, float]]:
+def statistics(logits: Tensor) -> list[tuple[float, float]]:
     """The two numbers of each row, in float64."""
     found = []
     for row in logits.double():
@@ -52,7 +53,7 @@ def said(logits: Tensor) -> list[tuple[float, float]]:
 
 
 class Batch:
-    """A runner's batch: it tells processors what vLLM's own would."""
+    """A runner's batch, which calls processors as vLLM's own would."""
 
     def __init__(self, on: GuardProcessor, seed: int = 0):
         self.on, self.builder = on, BatchUpdateBuilder()
@@ -100,12 +101,12 @@ class Batch:
         before = logits.clone()
         assert self.on.apply(logits) is logits
         assert torch.equal(logits, before)
-        for row, numbers in zip(self.rows, said(logits), strict=True):
+        for row, numbers in zip(self.rows, statistics(logits), strict=True):
             assert row is not None
             name, output = row
             if name in unfinished_prompts:
                 continue
-            output.append(-1)  # as with async scheduling: only the length says anything
+            output.append(-1)  # as with async scheduling: only the length is known
             if name is not None:
                 self.expected.append((name, *numbers))
 
@@ -123,7 +124,7 @@ def test_entropy_and_log_probability_are_those_of_the_softmax() -> None:
     logits[3, 1:] = -torch.inf
     logits[4, ::2] = -torch.inf
     found = entropy_and_logprob(logits).T.tolist()
-    np.testing.assert_allclose(found, said(logits), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, statistics(logits), rtol=1e-4, atol=1e-5)
     assert found[2] == pytest.approx([np.log(VOCAB), -np.log(VOCAB)], rel=1e-5)
     assert found[3] == [0.0, 0.0]
 
@@ -133,30 +134,30 @@ def test_vllm_runs_it_for_greedy_answers_too() -> None:
     assert len(made.non_argmax_invariant) == 1 and not made.argmax_invariant
 
 
-def test_only_marked_requests_are_heard(heard: Any) -> None:
+def test_only_marked_requests_are_reported(state: Any) -> None:
     batch = Batch(processor())
     for name in ("a", None, "b"):
         batch.add(name)
     for _ in range(3):
         batch.step()
     batch.on.update_state(None)
-    same(heard.guard_heard, batch.expected)
-    assert {h[0] for h in heard.guard_heard} == {"a", "b"} and len(heard.guard_heard) == 6
+    same(state.guard_reports, batch.expected)
+    assert {h[0] for h in state.guard_reports} == {"a", "b"} and len(state.guard_reports) == 6
 
 
-def test_a_step_is_given_out_at_the_next(heard: Any) -> None:
+def test_a_step_is_reported_at_the_next(state: Any) -> None:
     batch = Batch(processor())
     batch.add("a")
     batch.step()
-    assert heard.guard_heard == []
+    assert state.guard_reports == []
     batch.remove(0)
     batch.condense()
     batch.on.update_state(batch.builder.get_and_reset(0))
-    same(heard.guard_heard, batch.expected)
-    assert len(heard.guard_heard) == 1
+    same(state.guard_reports, batch.expected)
+    assert len(state.guard_reports) == 1
 
 
-def test_chunks_of_a_prompt_say_nothing(heard: Any) -> None:
+def test_chunks_of_a_prompt_report_nothing(state: Any) -> None:
     batch = Batch(processor())
     batch.add("long")
     batch.add("short")
@@ -164,11 +165,11 @@ def test_chunks_of_a_prompt_say_nothing(heard: Any) -> None:
     batch.step({"long"})
     batch.step()
     batch.on.update_state(None)
-    same(heard.guard_heard, batch.expected)
-    assert [h[0] for h in heard.guard_heard] == ["short", "short", "long", "short"]
+    same(state.guard_reports, batch.expected)
+    assert [h[0] for h in state.guard_reports] == ["short", "short", "long", "short"]
 
 
-def test_a_preempted_request_goes_on_where_it_was(heard: Any) -> None:
+def test_a_preempted_request_goes_on_where_it_was(state: Any) -> None:
     batch = Batch(processor())
     output: list[int] = []
     batch.add("a", output)
@@ -180,12 +181,12 @@ def test_a_preempted_request_goes_on_where_it_was(heard: Any) -> None:
     batch.step({"a"})
     batch.step()
     batch.on.update_state(None)
-    same(heard.guard_heard, batch.expected)
-    assert len(heard.guard_heard) == 2
+    same(state.guard_reports, batch.expected)
+    assert len(state.guard_reports) == 2
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_requests_are_followed_through_any_batch(seed: int, heard: Any) -> None:
+def test_requests_are_followed_through_any_batch(seed: int, state: Any) -> None:
     batch, draw = Batch(processor()), random.Random(seed)
     for made in range(60):
         for index in draw.sample(range(len(batch.rows)), draw.randint(0, len(batch.rows) // 2)):
@@ -197,25 +198,25 @@ def test_requests_are_followed_through_any_batch(seed: int, heard: Any) -> None:
             batch.swap(*draw.sample(range(len(batch.rows)), 2))
         batch.step({f"r{made}.0"} if draw.random() < 0.3 else set())
         if draw.random() < 0.2:
-            heard.guard_heard = list(heard.guard_heard)
+            state.guard_reports = list(state.guard_reports)
     batch.on.update_state(None)
     assert len(batch.expected) > 20
-    same(heard.guard_heard, batch.expected)
+    same(state.guard_reports, batch.expected)
 
 
-def test_a_row_taken_by_an_unmarked_request_is_forgotten(heard: Any) -> None:
+def test_a_row_taken_by_an_unmarked_request_is_forgotten(state: Any) -> None:
     on = processor()
     on.update_state(BatchUpdate(1, [], [(0, params("a"), None, [])], []))
     on.update_state(BatchUpdate(1, [], [(0, params(), None, [])], []))
     on.apply(torch.zeros(1, VOCAB))
     on.update_state(None)
-    assert heard.guard_heard == []
+    assert state.guard_reports == []
 
 
 @pytest.mark.parametrize("mark", [3, "", None, ["a"]])
-def test_a_mark_that_is_no_text_is_no_mark(mark: Any, heard: Any) -> None:
+def test_a_mark_that_is_not_a_string_is_ignored(mark: Any, state: Any) -> None:
     on = processor()
-    odd = SamplingParams(extra_args={MARK: mark})
+    odd = SamplingParams(extra_args={GUARD_MARK: mark})
     GuardProcessor.validate_params(odd)
     on.update_state(BatchUpdate(1, [], [(0, odd, None, [])], []))
     on.apply(torch.zeros(1, VOCAB))
@@ -223,7 +224,7 @@ def test_a_mark_that_is_no_text_is_no_mark(mark: Any, heard: Any) -> None:
 
 
 def test_a_failure_ends_the_guard_and_not_the_step(
-    heard: Any, monkeypatch: pytest.MonkeyPatch
+    state: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on, calls = processor(), []
 
@@ -238,37 +239,37 @@ def test_a_failure_ends_the_guard_and_not_the_step(
         assert on.apply(logits) is logits
         on.update_state(None)
         on.apply_staged_writes()
-    assert len(calls) == 1 and heard.guard_heard == []
+    assert len(calls) == 1 and state.guard_reports == []
     on.update_state(BatchUpdate(1, ["x"], [], [(0,)]))  # type: ignore[list-item]
     assert not on.add_request(0, params("a"))
 
 
-def test_a_batch_update_it_cannot_read_ends_it_too(heard: Any) -> None:
+def test_a_batch_update_it_cannot_read_ends_it_too(state: Any) -> None:
     on = processor()
     on.update_state(BatchUpdate(1, [], [], [(0,)]))  # type: ignore[list-item]
     on.update_state(BatchUpdate(1, [], [(0, params("a"), None, [])], []))
     on.apply(torch.zeros(1, VOCAB))
     on.update_state(None)
-    assert heard.guard_heard == []
+    assert state.guard_reports == []
 
 
-def test_what_nobody_takes_is_bounded(heard: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "MOST", 5)
+def test_what_nobody_takes_is_bounded(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MAX_REPORTS", 5)
     batch = Batch(processor())
     batch.add("a")
     batch.add("b")
     for _ in range(6):
         batch.step()
-    assert len(heard.guard_heard) == 5
-    same(heard.guard_heard, batch.expected[:5])
+    assert len(state.guard_reports) == 5
+    same(state.guard_reports, batch.expected[:5])
 
 
 def test_numbers_on_their_way_from_a_device_are_not_waited_for(
-    heard: Any, monkeypatch: pytest.MonkeyPatch
+    state: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late: list[Any] = []
 
-    class Late(guard._Found):
+    class Late(guard._Statistics):
         arrived = False
 
         def __init__(self, values: Tensor):
@@ -279,21 +280,21 @@ def test_numbers_on_their_way_from_a_device_are_not_waited_for(
         def ready(self) -> bool:
             return self.arrived
 
-    monkeypatch.setattr(guard, "_Found", Late)
+    monkeypatch.setattr(guard, "_Statistics", Late)
     batch = Batch(processor())
     batch.add("a")
-    for _ in range(guard.BEHIND + 1):
+    for _ in range(guard.MAX_PENDING + 1):
         batch.step()
-    assert heard.guard_heard == []
+    assert state.guard_reports == []
     batch.step()
-    assert len(heard.guard_heard) == 1, "the oldest is waited for in the end"
+    assert len(state.guard_reports) == 1, "the oldest is waited for in the end"
     late[3].arrived = True
     batch.on.update_state(None)
-    assert len(heard.guard_heard) == 2, "and what is behind it stays in order"
+    assert len(state.guard_reports) == 2, "and what is behind it stays in order"
     for found in late:
         found.arrived = True
     batch.on.update_state(None)
-    same(heard.guard_heard, batch.expected)
+    same(state.guard_reports, batch.expected)
 
 
 def test_without_a_connector_it_does_nothing() -> None:
@@ -303,7 +304,7 @@ def test_without_a_connector_it_does_nothing() -> None:
     assert on.apply(logits) is logits and not on.add_request(0, params("a"))
 
 
-def test_the_second_runner_is_followed_by_its_slots(heard: Any) -> None:
+def test_the_second_runner_is_followed_by_its_slots(state: Any) -> None:
     prefill = np.array([4, 10, 6, 0])
     states = SimpleNamespace(prefill_len=SimpleNamespace(np=prefill))
     on = GuardProcessor(CONFIG, states)
@@ -322,28 +323,28 @@ def test_the_second_runner_is_followed_by_its_slots(heard: Any) -> None:
         before = logits.clone()
         on.apply_staged_writes()
         assert on.apply(logits, ctx) is logits and torch.equal(logits, before)
-        for slot, numbers in zip(order, said(logits), strict=True):
+        for slot, numbers in zip(order, statistics(logits), strict=True):
             if slot in (1, 2) and lengths[slot] >= prefill[slot]:
                 expected.append(({1: "b", 2: "a"}[slot], *numbers))
             lengths[slot] += 1
     on.apply_staged_writes()
-    same(heard.guard_heard, expected)
+    same(state.guard_reports, expected)
     assert [n for n, *_ in expected].count("b") == 2
-    # A slot given to a request that nobody watches is not heard any more.
+    # A slot given to a request that nobody watches is not reported any more.
     assert not on.add_request(2, params())
     ctx = SimpleNamespace(idx_mapping_np=np.array([2]), seq_lens_upper_bound_np=np.array([99]))
     on.apply(torch.zeros(1, VOCAB), ctx)
     on.apply_staged_writes()
-    assert len(heard.guard_heard) == len(expected)
+    assert len(state.guard_reports) == len(expected)
 
 
-def test_rows_of_drafted_tokens_are_left_alone(heard: Any) -> None:
+def test_rows_of_drafted_tokens_are_left_alone(state: Any) -> None:
     on = GuardProcessor(CONFIG, SimpleNamespace())
     on.add_request(0, params("a"))
     ctx = SimpleNamespace(idx_mapping_np=np.array([0]), seq_lens_upper_bound_np=np.array([9]))
     on.apply(torch.zeros(3, VOCAB), ctx)
     on.apply_staged_writes()
-    assert heard.guard_heard == []
+    assert state.guard_reports == []
 
 
 def test_both_runners_load_it_by_its_name() -> None:
@@ -355,7 +356,7 @@ def test_both_runners_load_it_by_its_name() -> None:
     assert loader._load_v2_logitsprocs_by_fqcns([name]) == [GuardProcessor]
 
 
-def test_in_vllms_own_batch_and_sampler(heard: Any) -> None:
+def test_in_vllms_own_batch_and_sampler(state: Any) -> None:
     """Greedy requests come, wait, come back and go, in the first runner's batch and sampler."""
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch
@@ -393,7 +394,7 @@ def test_in_vllms_own_batch_and_sampler(heard: Any) -> None:
         batch.refresh_metadata()
         generator = torch.Generator().manual_seed(step)
         logits = torch.randn(len(batch.req_ids), VOCAB, generator=generator) * 3
-        numbers = said(logits)
+        numbers = statistics(logits)
         tokens = sampler(logits.clone(), batch.sampling_metadata).sampled_token_ids
         assert torch.equal(tokens[:, 0].long(), logits.argmax(-1))
         for row, name in enumerate(batch.req_ids):
@@ -404,4 +405,4 @@ def test_in_vllms_own_batch_and_sampler(heard: Any) -> None:
                 expected.append((name, *numbers[row]))
     batch.refresh_metadata()
     assert len(expected) > 60
-    same(heard.guard_heard, expected)
+    same(state.guard_reports, expected)

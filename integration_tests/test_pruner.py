@@ -22,31 +22,19 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_at
 from kvplug.contract import EngineView, HeldView, LayerView, ScoringPolicy
 from kvplug.hosts.pruning import Cut, Limits, Plan
 from kvplug.hosts.spans import SpanStore
-from kvplug.hosts.vllm.messages import RowPlan
+from kvplug.hosts.vllm.messages import Plans, RowPlan, StepReport
 from kvplug.hosts.vllm.spec import PrunedSpec
-from kvplug.hosts.vllm.worker.phases import FLUSH, Segment, StepPlanner
-from kvplug.hosts.vllm.worker.sequence import (
-    LayerCuts,
-    PruningBuilder,
-    PruningImpl,
-    ring_size,
-)
-from kvplug.hosts.vllm.worker.state import WorkerState, drop_worker_state, worker_state
+from kvplug.hosts.vllm.worker.backend import plugged_builder, plugged_impl
+from kvplug.hosts.vllm.worker.evictions import EvictionLog, LayerEvictions
+from kvplug.hosts.vllm.worker.phases import FLUSH, RowPart, StepPlanner
+from kvplug.hosts.vllm.worker.residents import LayerResidents
+from kvplug.hosts.vllm.worker.rows import StepRows
+from kvplug.hosts.vllm.worker.sequence import ScoringWorker
 
 CPU = torch.device("cpu")
 BLOCK = 32
 LIMITS = Limits(BLOCK, budget=96, share=1.0, always=12, interval=2, shared=2, hold=9)
 """Three blocks survive after two shared ones; a prompt holds nine or so when it must be cut."""
-
-
-def config(engine: str = "an engine") -> Any:
-    return SimpleNamespace(kv_transfer_config=SimpleNamespace(engine_id=engine))
-
-
-@pytest.fixture(autouse=True)
-def _forget_engine() -> Any:
-    yield
-    drop_worker_state(config())
 
 
 def spec(limits: Limits = LIMITS) -> PrunedSpec:
@@ -62,8 +50,11 @@ def spec(limits: Limits = LIMITS) -> PrunedSpec:
     )
 
 
+GROUP = 0
+
+
 def planner() -> StepPlanner:
-    return StepPlanner(spec(), config(), CPU)
+    return StepPlanner(spec(), GROUP, CPU)
 
 
 # -- requests and steps by hand --------------------------------------------------------------------
@@ -79,7 +70,7 @@ def resizing(seed: int) -> Any:
 class Row:
     """A request that computes tokens ``[start, end)`` in a step; one without a plan keeps all."""
 
-    lane: int
+    slot: int
     start: int
     end: int
     plan: Plan | None
@@ -89,7 +80,7 @@ class Row:
         if self.plan is None:
             return None
         state, cuts = self.plan.between(self.start, self.end)
-        return RowPlan(self.lane, self.plan.num_prompt_tokens, state, tuple(cuts))
+        return RowPlan(self.plan.num_prompt_tokens, state, tuple(cuts))
 
     def state(self, position: int) -> Cut | None:
         """The cut in force for a query at a position."""
@@ -145,32 +136,51 @@ def metadata(rows: list[Row], nulls: random.Random | None = None) -> CommonAtten
     )
 
 
-def plans(rows: list[Row]) -> dict[int, RowPlan]:
-    """By the block each row writes last."""
-    made = {r.table[(r.end - 1) // BLOCK]: r.row_plan() for r in rows if r.end > r.start}
-    return {tail: plan for tail, plan in made.items() if plan is not None}
+def plans(rows: list[Row]) -> Plans:
+    """By group and slot, as the scheduler sends them."""
+    made = {(GROUP, r.slot): r.row_plan() for r in rows if r.end > r.start}
+    return {key: plan for key, plan in made.items() if plan is not None}
+
+
+def step_rows(rows: list[Row]) -> Any:
+    """The last block and slot of each row, as the scheduler sends them."""
+    made = [(r.table[(r.end - 1) // BLOCK], r.slot) for r in rows if r.end > r.start]
+    return np.array(made, dtype=np.int32)
 
 
 def some_rows(choose: random.Random) -> list[Row]:
     rows = []
-    for lane in range(choose.randrange(1, 6)):
+    for slot in range(choose.randrange(1, 6)):
         end = choose.choice([choose.randrange(1, 900), 32 * choose.randrange(1, 28)])
         queries = choose.choice([1, 1, choose.randrange(1, end + 1), end])
         prompt = choose.choice([end, choose.randrange(1, 900)])
-        plan = Plan(LIMITS, prompt, resizing(lane) if choose.random() < 0.5 else None)
+        plan = Plan(LIMITS, prompt, resizing(slot) if choose.random() < 0.5 else None)
         keeps_all = choose.random() < 0.2
-        rows.append(Row(lane * 3, end - queries, end, None if keeps_all else plan))
+        rows.append(Row(slot * 3, end - queries, end, None if keeps_all else plan))
     return rows
 
 
-def planned(rows: list[Row], choose: random.Random | None = None) -> tuple[Any, StepPlanner]:
+class Planned:
+    """A planner with the slots and plans of one step's rows."""
+
+    def __init__(self, rows: list[Row]):
+        self.planner = planner()
+        self.slots = [row.slot for row in rows]
+        self.plans = plans(rows)
+
+    def parts(self, common: Any) -> list[list[RowPart]] | None:
+        return self.planner.parts(common, self.slots, self.plans)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.planner, name)
+
+
+def planned(rows: list[Row], choose: random.Random | None = None) -> tuple[Any, Planned]:
     common = metadata(rows, choose)
-    made = planner()
-    made.state.plans = plans(rows)
-    return common, made
+    return common, Planned(rows)
 
 
-def text_of(rows: list[Row], segment: Segment) -> range:
+def text_of(rows: list[Row], segment: RowPart) -> range:
     """Tokens of the step that a segment computes, counted in the step."""
     return range(segment.first_token, segment.first_token + segment.end - segment.start)
 
@@ -178,16 +188,16 @@ def text_of(rows: list[Row], segment: Segment) -> range:
 # -- phases ----------------------------------------------------------------------------------------
 
 
-def spans(phases: list[list[Segment]] | None) -> list[list[tuple[int, int, int, int]]]:
+def spans(phases: list[list[RowPart]] | None) -> list[list[tuple[int, int, int, int]]]:
     assert phases is not None
     return [[(s.row, s.start, s.end, s.first_token) for s in phase] for phase in phases]
 
 
 def test_a_step_without_plans_is_left_alone() -> None:
     common, made = planned([Row(0, 10, 400, None), Row(1, 500, 501, None)])
-    assert made.segments(common) is None
-    made.state.plans = {99_999: RowPlan(0, 5, None, ())}
-    assert made.segments(common) is None, "plans of rows that are not there"
+    assert made.parts(common) is None
+    made.plans = {(GROUP, 99): RowPlan(5, None, ()), (GROUP + 1, 0): RowPlan(5, None, ())}
+    assert made.parts(common) is None, "plans of rows that are not there, and of another group"
 
 
 def test_a_chunk_is_split_where_a_cut_falls() -> None:
@@ -195,9 +205,9 @@ def test_a_chunk_is_split_where_a_cut_falls() -> None:
     first = Row(0, 100, 460, Plan(LIMITS, 400))
     rows = [Row(1, 20, 50, None), first, Row(2, 59, 60, Plan(LIMITS, 60))]
     common, made = planned(rows)
-    ats = [c.at for c in first.row_plan().cuts]  # type: ignore[union-attr]
+    ats = [c.at for c in first.row_plan().evictions]  # type: ignore[union-attr]
     assert ats == [288, 400, 448]
-    phases = made.segments(common)
+    phases = made.parts(common)
     assert spans(phases) == [
         [(0, 20, 50, 0), (1, 100, 288, 30), (2, 59, 60, 390)],
         [(1, 288, 400, 218)],
@@ -205,15 +215,20 @@ def test_a_chunk_is_split_where_a_cut_falls() -> None:
         [(1, 448, 460, 378)],
     ]
     assert phases is not None
-    assert [s.cut.at if s.cut else None for p in phases for s in p if s.row == 1] == [*ats, None]
+    assert [s.eviction.at if s.eviction else None for p in phases for s in p if s.row == 1] == [
+        *ats,
+        None,
+    ]
     states = [s.state.at if s.state else None for p in phases for s in p if s.row == 1]
     assert states == [None, *ats]
 
 
 def test_a_cut_at_the_end_of_a_step_needs_no_phase_after_it() -> None:
     common, made = planned([Row(0, 400, 448, Plan(LIMITS, 400))])
-    (phase,) = made.segments(common) or []
-    assert [(s.start, s.end, s.cut.at if s.cut else 0) for s in phase] == [(400, 448, 448)]
+    (phase,) = made.parts(common) or []
+    assert [(s.start, s.end, s.eviction.at if s.eviction else 0) for s in phase] == [
+        (400, 448, 448)
+    ]
 
 
 def test_padding_stays_in_a_step_that_is_not_split_and_goes_in_one_that_is() -> None:
@@ -221,7 +236,7 @@ def test_padding_stays_in_a_step_that_is_not_split_and_goes_in_one_that_is() -> 
     for end, phases in ((447, 1), (500, 2)):
         rows = [Row(0, 400, end, Plan(LIMITS, 400)), Row(1, 0, 0, None)]
         common, made = planned(rows)
-        found = made.segments(common)
+        found = made.parts(common)
         assert found is not None
         assert len(found) == phases
         assert sum(s.row == 1 for p in found for s in p) == (phases == 1)
@@ -233,7 +248,7 @@ def test_every_token_sees_what_its_position_says(seed: int) -> None:
     rows = some_rows(choose)
     common, made = planned(rows, choose)
     before = common.block_table_tensor.clone()
-    phases = made.segments(common)
+    phases = made.parts(common)
     if phases is None:
         assert all(r.plan is None for r in rows)
         return
@@ -257,7 +272,7 @@ def test_every_token_sees_what_its_position_says(seed: int) -> None:
     assert torch.equal(common.block_table_tensor, before)
 
 
-def check(part: CommonAttentionMetadata, segments: list[Segment]) -> None:
+def check(part: CommonAttentionMetadata, segments: list[RowPart]) -> None:
     """The fields agree with each other."""
     rows = len(segments)
     assert part.num_reqs == rows == len(part.seq_lens) == len(part.block_table_tensor)
@@ -284,21 +299,21 @@ def test_decisions_name_the_blocks_that_are_held(seed: int) -> None:
     rows = some_rows(choose)
     common, made = planned(rows, choose)
     due = {
-        (r.lane, c.at): (r, r.state(c.at - 1), c)
+        (r.slot, c.at): (r, r.state(c.at - 1), c)
         for r in rows
-        for c in (r.row_plan() or RowPlan(0, 0, None, ())).cuts
+        for c in (r.row_plan() or RowPlan(0, None, ())).evictions
     }
-    for segments in made.segments(common) or []:
+    for segments in made.parts(common) or []:
         shapes = set()
         for decision in made.decisions(common, segments):
-            held = decision.holding
+            held = decision.resident
             shape = (held.tokens, decision.candidates, decision.count)
             assert shape not in shapes, "rows of one shape are decided together"
             shapes.add(shape)
-            assert len(decision.lanes) == len(held.blocks) == len(decision.num_tokens)
-            for i, lane in enumerate(decision.lanes):
+            assert len(decision.slots) == len(held.blocks) == len(decision.num_tokens)
+            for i, slot in enumerate(decision.slots):
                 at = int(decision.num_tokens[i])
-                row, state, cut = due.pop((lane, at))
+                row, state, cut = due.pop((slot, at))
                 logical = held.logical[i].tolist()
                 assert sorted(logical) == row.blocks(state, at)
                 assert held.blocks[i].tolist() == [row.table[b] for b in logical]
@@ -313,14 +328,14 @@ def test_decisions_name_the_blocks_that_are_held(seed: int) -> None:
                 whole = len(logical) * BLOCK
                 assert held.tokens == whole - (-at % BLOCK)
             alone = decision.rows()
-            assert [d.lanes for d in alone] == [[lane] for lane in decision.lanes]
+            assert [d.slots for d in alone] == [[slot] for slot in decision.slots]
             for i, one in enumerate(alone):
-                assert torch.equal(one.holding.blocks[0], held.blocks[i])
-                assert torch.equal(one.holding.logical[0], held.logical[i])
-                assert int(one.holding.mixed) == int(held.mixed[i])
+                assert torch.equal(one.resident.blocks[0], held.blocks[i])
+                assert torch.equal(one.resident.logical[0], held.logical[i])
+                assert int(one.resident.mixed) == int(held.mixed[i])
                 assert int(one.num_tokens) == int(decision.num_tokens[i])
                 assert int(one.num_prompt_tokens) == int(decision.num_prompt_tokens[i])
-                assert (one.holding.tokens, one.candidates, one.count) == shape
+                assert (one.resident.tokens, one.candidates, one.count) == shape
     assert not due, "a cut that nobody decides"
 
 
@@ -349,7 +364,7 @@ def test_the_latest_queries_are_remembered_at_their_place(ring: int) -> None:
         for start, end in chunks(choose, 500):
             rows = [Row(0, 7, 8, None), Row(3, start, end, plan, TABLE)]
             common, made = planned(rows)
-            for segments in made.segments(common) or []:
+            for segments in made.parts(common) or []:
                 remembered = made.remembered(segments, ring)
                 assert remembered is not None
                 for token, place in zip(*(x.tolist() for x in remembered), strict=True):
@@ -358,7 +373,7 @@ def test_the_latest_queries_are_remembered_at_their_place(ring: int) -> None:
                 done = max(s.end for s in segments if s.row == 1)
                 latest = range(max(0, done - ring), done)
                 assert places == {3 * ring + p % ring: p for p in latest}
-    assert planner().remembered([Segment(0, None, 0, 5, 0, None, None)], ring) is None
+    assert planner().remembered([RowPart(0, -1, None, 0, 5, 0, None, None)], ring) is None
 
 
 def test_each_query_counts_once_in_the_totals_of_what_it_saw() -> None:
@@ -371,14 +386,16 @@ def test_each_query_counts_once_in_the_totals_of_what_it_saw() -> None:
         for start, end in chunks(choose, 700):
             row = Row(5, start, end, plan, TABLE)
             common, made = planned([row])
-            for segments in made.segments(common) or []:
+            for segments in made.parts(common) or []:
                 (segment,) = segments
                 for flush in made.flushes(common, segments, FLUSH):
                     positions = flush.positions[0].tolist()
                     counted += positions
                     check_flush(flush, row, whole, positions, start)
-                if segment.cut is not None:
-                    assert counted[-1] == segment.cut.at - 1, "all before a cut count before it"
+                if segment.eviction is not None:
+                    assert counted[-1] == segment.eviction.at - 1, (
+                        "all before a cut count before it"
+                    )
             assert len(counted) >= end // FLUSH * FLUSH
         assert counted == list(range(len(counted)))
 
@@ -388,12 +405,12 @@ def check_flush(flush: Any, row: Row, whole: Row, positions: list[int], start: i
     states = {whole.state(p) for p in positions}
     assert len(states) == 1, "queries before and after a cut"
     blocks = row.blocks(states.pop(), last + 1)
-    assert flush.holding.logical[0].tolist() == blocks
-    assert flush.holding.blocks[0].tolist() == [row.table[b] for b in blocks]
-    assert flush.holding.tokens == len(blocks) * BLOCK - (-(last + 1) % BLOCK)
+    assert flush.resident.logical[0].tolist() == blocks
+    assert flush.resident.blocks[0].tolist() == [row.table[b] for b in blocks]
+    assert flush.resident.tokens == len(blocks) * BLOCK - (-(last + 1) % BLOCK)
     fresh = [p - start if p >= start else -1 for p in positions]
     assert flush.fresh[0].tolist() == fresh
-    old = [row.lane * FLUSH + p % FLUSH if p < start else -1 for p in positions]
+    old = [row.slot * FLUSH + p % FLUSH if p < start else -1 for p in positions]
     if flush.remembered is None:
         assert all(i < 0 for i in old)
     else:
@@ -402,7 +419,7 @@ def check_flush(flush: Any, row: Row, whole: Row, positions: list[int], start: i
 
 
 def test_rows_without_a_plan_have_no_totals() -> None:
-    assert planner().flushes(None, [Segment(0, None, 0, 64, 0, None, None)], FLUSH) == []
+    assert planner().flushes(None, [RowPart(0, -1, None, 0, 64, 0, None, None)], FLUSH) == []
 
 
 # -- a layer's cuts --------------------------------------------------------------------------------
@@ -469,13 +486,13 @@ def real_impl(dtype: torch.dtype) -> tuple[Any, Any]:
 class Truth:
     """A request as it should be: what each KV head holds, by position."""
 
-    def __init__(self, lane: int, prompt: int, total: int, blocks: list[int], dtype: torch.dtype):
+    def __init__(self, slot: int, prompt: int, total: int, blocks: list[int], dtype: torch.dtype):
         rng = torch.Generator().manual_seed(prompt)
 
         def some(heads: int) -> Tensor:
             return torch.randn(total, heads, SIZE, generator=rng).to(dtype)
 
-        self.lane, self.prompt, self.blocks = lane, prompt, blocks
+        self.slot, self.prompt, self.blocks = slot, prompt, blocks
         self.key, self.value, self.query = some(KV_HEADS), some(KV_HEADS), some(HEADS)
         self.held: list[set[int]] = [set() for _ in range(KV_HEADS)]
         self.totals = torch.zeros(KV_HEADS, total)
@@ -523,13 +540,12 @@ class Layer:
         seed: int = 0,
     ):
         self.policy, self.total = policy, total
-        self.state: WorkerState = worker_state(config())
-        self.state.block_size = BLOCK
-        self.state.ring = ring_size(policy)
-        self.state.totals = policy.wants_totals
+        self.kind = ScoringWorker(policy, ("x.yaml", "kvplug.sequence"))
+        self.log = self.kind.log
         self.planner = planner()
         layer = policy.engine.layers[0]
-        self.cuts = LayerCuts(policy, layer, self.state, SIZE**-0.5)
+        self.residents = LayerResidents(policy, layer, self.kind.ring, SIZE**-0.5, 0.0)
+        self.evictions = LayerEvictions(self.residents, GROUP, self.log)
         width = -(-total // BLOCK) + 1
         rng = torch.Generator().manual_seed(seed)
         ids = 1 + torch.randperm((len(prompts) + 2) * width, generator=rng)
@@ -538,10 +554,11 @@ class Layer:
         self.start(prompts, dtype)
         self.cache = torch.randn(len(ids) + 1, KV_HEADS, BLOCK, 2 * SIZE, generator=rng).to(dtype)
         self.impl, self.layer = real_impl(dtype)
-        self.pages = self.cuts.open(self.impl, self.layer, self.cache)
+        self.residents.open(self.impl, self.layer, self.cache)
+        self.pages = self.residents.pages
 
     def start(self, prompts: Sequence[int], dtype: torch.dtype) -> None:
-        """New requests, on the lanes and in the blocks of those before."""
+        """New requests, in the slots and in the blocks of those before."""
         self.truths = [
             Truth(i, prompt, self.total, self.own[i], dtype)
             for i, prompt in enumerate([*prompts, 0])
@@ -558,45 +575,45 @@ class Layer:
                 end = min(self.total, done[i] + room)
                 plan = self.plans[i] if i < len(self.plans) else None
                 if end > done[i]:
-                    rows.append(Row(truth.lane, done[i], end, plan, truth.blocks))
+                    rows.append(Row(truth.slot, done[i], end, plan, truth.blocks))
                 done[i] = end
             if rows:
                 self.step(rows)
 
     def step(self, rows: list[Row]) -> None:
         common = metadata(rows)
-        self.state.plans = plans(rows)
-        parts = [(self.truths[r.lane], slice(r.start, r.end)) for r in rows]
+        own = plans(rows)
+        parts = [(self.truths[r.slot], slice(r.start, r.end)) for r in rows]
         key, value, query = (
             torch.cat([getattr(truth, what)[part] for truth, part in parts])
             for what in ("key", "value", "query")
         )
         self.impl.do_kv_cache_update(self.layer, key, value, self.cache, common.slot_mapping)
-        self.cuts.forget(common.slot_mapping)
-        for segments in self.planner.segments(common) or []:
+        self.residents.forget(common.slot_mapping)
+        for segments in self.planner.parts(common, [r.slot for r in rows], own) or []:
             for s in segments:
-                self.truths[rows[s.row].lane].attend(s.start, s.end)
-            if self.state.totals:
-                for flush in self.planner.flushes(common, segments, self.state.ring):
-                    self.cuts.flush(self.pages, query, flush)
-            remembered = self.planner.remembered(segments, self.state.ring)
+                self.truths[rows[s.row].slot].attend(s.start, s.end)
+            if self.policy.wants_totals:
+                for flush in self.planner.flushes(common, segments, self.kind.ring):
+                    self.residents.flush(query, flush)
+            remembered = self.planner.remembered(segments, self.kind.ring)
             if remembered is not None:
-                self.cuts.remember(query, *remembered)
+                self.residents.remember(query, *remembered)
             for decision in self.planner.decisions(common, segments):
-                self.decide(decision, {rows[s.row].lane: s.cut for s in segments})
+                self.decide(decision, {rows[s.row].slot: s.eviction for s in segments})
 
     def decide(self, decision: Any, due: dict[int, Cut | None]) -> None:
         before = self.cache.clone()
         positions, totals = self.sides()
-        self.cuts.cut(self.pages, decision)
-        if self.state.scoring_failed is None:
+        self.evictions.evict(decision)
+        if self.log.failed is None:
             self.check_view(self.policy.shown[-1], decision)
-        written = decision.holding.blocks[:, : decision.count // BLOCK].flatten()
-        for lane in decision.lanes:
-            cut = due[lane]
+        written = decision.resident.blocks[:, : decision.count // BLOCK].flatten()
+        for slot in decision.slots:
+            cut = due[slot]
             assert cut is not None
-            self.truths[lane].cut(cut, self.policy)
-            self.check_survivors(self.truths[lane], cut)
+            self.truths[slot].cut(cut, self.policy)
+            self.check_survivors(self.truths[slot], cut)
         others = torch.ones(len(self.cache), dtype=torch.bool)
         others[written] = False
         assert torch.equal(self.cache[others], before[others]), "a block of somebody else's"
@@ -608,9 +625,9 @@ class Layer:
         assert set(written.tolist()) <= allowed, "a block that others may read"
 
     def sides(self) -> tuple[Tensor, Tensor]:
-        assert self.cuts._positions is not None
-        assert self.cuts._totals is not None
-        return self.cuts._positions.clone(), self.cuts._totals.clone()
+        assert self.residents.positions is not None
+        assert self.residents.cumulative is not None
+        return self.residents.positions.clone(), self.residents.cumulative.clone()
 
     def check_view(self, view: HeldView, decision: Any) -> None:
         """The policy was shown each token as it was written, wherever it lay."""
@@ -618,8 +635,8 @@ class Layer:
         assert view.queries is not None
         assert view.query_positions is not None
         assert view.totals is not None
-        for i, lane in enumerate(decision.lanes):
-            truth = self.truths[lane]
+        for i, slot in enumerate(decision.slots):
+            truth = self.truths[slot]
             assert int(view.num_prompt_tokens[i]) == truth.prompt
             for h in range(KV_HEADS):
                 where = view.positions[i, h].long()
@@ -661,8 +678,8 @@ def test_survivors_keep_their_bits_their_positions_and_their_totals(
     layer.run(random.Random(seed))
     made = sum(len(plan.cuts) for plan in layer.plans)
     assert sum(len(view.num_tokens) for view in layer.policy.shown) == made > 12
-    assert layer.state.scoring_failed is None
-    assert layer.state.counters.fallbacks == 0
+    assert layer.log.failed is None
+    assert layer.log.counts.fallbacks == 0
     layer.start([33, 151, 409], dtype)
     layer.run(random.Random(seed))
     made += sum(len(plan.cuts) for plan in layer.plans)
@@ -691,7 +708,7 @@ def test_a_policy_that_fails_is_retired_and_the_latest_survive(
 ) -> None:
     said: list[Any] = []
     monkeypatch.setattr(
-        "kvplug.hosts.vllm.worker.sequence.logger.error", lambda *a, **k: said.append(a)
+        "kvplug.hosts.vllm.worker.evictions.logger.error", lambda *a, **k: said.append(a)
     )
     policy = watcher(Fails)
     layer = Layer(policy, [200], 330)
@@ -701,8 +718,8 @@ def test_a_policy_that_fails_is_retired_and_the_latest_survive(
     layer.step([Row(0, 0, 330, plan, truth.blocks)])
     assert len(plan.cuts) == 3
     assert len(policy.shown) == 1, "it is not asked again"
-    assert layer.state.scoring_failed == "RuntimeError: no idea"
-    assert layer.state.counters.fallbacks == 3
+    assert layer.log.failed == "RuntimeError: no idea"
+    assert layer.log.counts.fallbacks == 3
     assert len(said) == 1
 
 
@@ -728,12 +745,12 @@ def test_dropped_tokens_kept_in_host_memory_are_never_lost(
         truth, cut = layer.truths[0], due[0]
         assert cut is not None
         for one in decision.rows():
-            layer.cuts.cut_on_demand(layer.pages, one)
+            layer.evictions.evict_with_recall(one)
         logical = Row(0, 0, 0, None).blocks(cut, cut.end * BLOCK)
         blocks = torch.tensor([truth.blocks[b] for b in logical])
         positions, _ = layer.sides()
         keys, values = (layer.pages.gather(which, blocks[None])[0] for which in (0, 1))
-        stored = layer.cuts._stores[0].tokens
+        stored = layer.evictions._stores[0].tokens
         assert stored is not None
         back = asked.pop()
         for h in range(KV_HEADS):
@@ -756,11 +773,27 @@ def test_dropped_tokens_kept_in_host_memory_are_never_lost(
         layer.truths[0].query[:, HEADS // KV_HEADS :] = 0
         layer.run(random.Random(3))
         assert len(layer.plans[0].cuts) > 4
-    assert layer.state.counters.fetched_tokens > 0
+    assert layer.log.counts.recalled_tokens > 0
     assert useless, "no head took what it did not need"
 
 
-# -- the mixins ------------------------------------------------------------------------------------
+def test_measurements_of_layers_are_added_up_by_slot_and_group() -> None:
+    log = EvictionLog(watcher())
+    log.add_measured([3, 1], 0, np.array([[1.0, 2.0], [3.0, 4.0]]))
+    assert log.take() is None, "nothing was evicted"
+    log.add_measured([3], 0, np.array([[10.0, 20.0]]))
+    log.add_measured([3], 1, np.array([[7.0, 8.0]]))
+    log.counts.rows = 1
+    report = log.take()
+    assert report is not None and report.measured is not None
+    rows = sorted(report.measured.tolist())
+    assert rows == [[1, 0, 1, 3, 4], [3, 0, 2, 11, 22], [3, 1, 1, 7, 8]]
+    log.counts.rows = 1
+    report = log.take()
+    assert report is not None and report.measured is None
+
+
+# -- the layer's steps -----------------------------------------------------------------------------
 
 
 class StockBuilder:
@@ -773,40 +806,52 @@ class StockBuilder:
         return SimpleNamespace(common=common, prefix=common_prefix_len, fast=fast_build)
 
 
-class Builder(PruningBuilder, StockBuilder):
-    pass
+def builder_of(kind: ScoringWorker, rows: list[Row], spec_: Any = None, **more: Any) -> Any:
+    """A builder, and the step's rows as the scheduler sent them."""
+    sent = StepRows()
+    sent.begin(step_rows(rows))
+    made = plugged_builder(StockBuilder, (kind,), sent)
+    return made(spec_ or spec(), ["layer"], "a config", CPU, **more)
+
+
+def a_kind() -> ScoringWorker:
+    return ScoringWorker(watcher(), ("x.yaml", "kvplug.sequence"))
 
 
 def test_the_builder_brings_a_step_into_phases() -> None:
-    builder = Builder(spec(), ["layer"], config(), CPU, more=1)
-    assert builder.made_with == ((spec(), ["layer"], config(), CPU), {"more": 1})
-    state = worker_state(config())
-    state.ring, state.totals = 32, True
+    kind = a_kind()
     rows = [Row(0, 100, 460, Plan(LIMITS, 400)), Row(1, 20, 50, None)]
     common = metadata(rows)
-    state.plans = plans(rows)
+    builder = builder_of(kind, rows, more=1)
+    assert builder.made_with == ((spec(), ["layer"], "a config", CPU), {"more": 1})
+    kind.plans = plans(rows)
     built = builder.build(64, common)
     phases = built.kvplug_phases
     assert built is phases[0].metadata
-    assert built.kvplug_slots is common.slot_mapping
+    assert built.kvplug_slot_mapping is common.slot_mapping
     assert len(phases) == 4
     assert torch.equal(torch.cat([p.tokens for p in phases]).sort().values, torch.arange(390))
     assert [len(p.decisions) for p in phases] == [1, 1, 1, 0]
     assert [len(p.flushes) for p in phases] == [1, 1, 1, 0]
     assert all(p.metadata.prefix == 0 for p in phases), "rows of a phase share no prefix"
     assert all(p.remember_from is not None for p in phases)
-    assert (state.counters.rows, state.counters.cuts) == (5, 3)
+    kind.report(report := StepReport())
+    assert report.sequence is not None
+    assert (report.sequence.rows, report.sequence.evictions) == (5, 3)
+    kind.report(report := StepReport())
+    assert report.sequence is None, "reported once"
 
 
 def test_the_builder_leaves_other_steps_alone() -> None:
+    kind = a_kind()
     rows = [Row(0, 100, 460, None)]
     common = metadata(rows)
-    built = Builder(spec(), ["layer"], config(), CPU).build(5, common, True)
+    built = builder_of(kind, rows).build(5, common, True)
     assert (built.common, built.prefix, built.fast) == (common, 5, True)
     assert built.common is common
     assert not hasattr(built, "kvplug_phases")
-    worker_state(config()).plans = {1: RowPlan(0, 5, None, ())}
-    other = Builder(SimpleNamespace(block_size=BLOCK), ["layer"], config(), CPU)
+    kind.plans = {(GROUP, 0): RowPlan(5, None, ())}
+    other = builder_of(kind, rows, SimpleNamespace(block_size=BLOCK))
     assert other.build(5, common).common is common
 
 
@@ -830,21 +875,20 @@ class StockImpl:
         return output
 
 
-class Impl(PruningImpl, StockImpl):
-    pass
+def impl_of(kind: ScoringWorker) -> Any:
+    impl = object.__new__(plugged_impl(StockImpl, (kind,), lambda *args: StockImpl))
+    StockImpl.__init__(impl)
+    return impl
 
 
 def test_each_phase_is_attended_after_the_cuts_before_it() -> None:
-    policy = watcher()
-    impl = Impl()
-    impl.kvplug_policy, impl.kvplug_state = policy, worker_state(config())
-    state = impl.kvplug_state
-    state.block_size, state.ring, state.totals = BLOCK, ring_size(policy), True
+    kind = a_kind()
+    impl = impl_of(kind)
     rows = [Row(0, 0, 300, Plan(LIMITS, 250)), Row(1, 20, 50, None)]
     common = metadata(rows)
-    state.plans = plans(rows)
-    (first, second) = rows[0].row_plan().cuts  # type: ignore[union-attr]
-    built = Builder(spec(), ["layer"], config(), CPU).build(0, common)
+    kind.plans = plans(rows)
+    (first, second) = rows[0].row_plan().evictions  # type: ignore[union-attr]
+    built = builder_of(kind, rows).build(0, common)
     _, layer = real_impl(torch.float32)
     layer.layer_name = "model.layers.0.self_attn.attn"
     cache = torch.randn(60, KV_HEADS, BLOCK, 2 * SIZE)
@@ -866,15 +910,21 @@ def test_each_phase_is_attended_after_the_cuts_before_it() -> None:
         assert changed
         assert set(changed) <= {rows[0].table[b] for b in rows[0].blocks(cut, cut.end * BLOCK)}
     assert torch.equal(caches[2], caches[3])
-    assert state.layers[layer.layer_name].cut.__self__ is impl._cuts(layer)  # type: ignore[attr-defined]
+    assert kind.layers[layer.layer_name] is kind.layer(impl, layer)
 
 
 def test_metadata_without_phases_goes_to_stock_untouched() -> None:
-    impl = Impl()
+    impl = impl_of(a_kind())
     query = torch.ones(3, HEADS, SIZE)
     output = torch.empty_like(query)
     found = impl.forward(
-        SimpleNamespace(), query, query, query, torch.zeros(1), SimpleNamespace(), output
+        SimpleNamespace(layer_name="layer"),
+        query,
+        query,
+        query,
+        torch.zeros(1),
+        SimpleNamespace(),
+        output,
     )
     assert found is output
     assert len(impl.calls) == 1

@@ -5,14 +5,20 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from kvplug.contract import EngineView, FormatPolicy, Kind, LayerView, WriteBatch
-from kvplug.hosts.vllm.messages import ReuseNews, ReuseOrders
+from kvplug.hosts.vllm.messages import ReuseDirectives, ReuseReport, SaveOrder, StepDirectives
+from kvplug.hosts.vllm.worker.backend import plugged_builder, plugged_impl
+from kvplug.hosts.vllm.worker.reuse import ReuseWorker
 from kvplug.hosts.vllm.worker.segments import LayerPages, stacked
+from kvplug.hosts.vllm.worker.state import WorkerState
 from kvplug.parser import load_deployment
+from kvplug.reuse.memory import SegmentMemory
+from kvplug.reuse.settings import ReuseSettings
 
 SIZE, BLOCKS = 32, 12
 VIEW = LayerView(0, 1, num_kv_heads=2, num_heads=4, head_size=64, dtype="float32")
@@ -99,12 +105,12 @@ def test_bytes_of_a_format_move_as_they_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
-def test_a_corrected_run_is_decoded_and_coded_anew(name: str) -> None:
+def test_a_corrected_run_is_decoded_and_coded_again(name: str) -> None:
     pages, cache, policy = coded(name)
     blocks, elsewhere = torch.tensor([7, 2]), torch.tensor([1, 3])
     policy.write(VIEW, WriteBatch(*some(40), slots_of(blocks, 0, 40)), cache)
     slots = slots_of(elsewhere, 9, 40)
-    key, value = pages.given(slots, pages.stored(blocks, 0, 40))
+    key, value = pages.decoded(slots, pages.stored(blocks, 0, 40))
     assert torch.equal(key, pages.read(blocks, 0, 40)[0])
     pages.write(slots, -key, value)
     scratch = torch.zeros_like(cache)
@@ -113,7 +119,7 @@ def test_a_corrected_run_is_decoded_and_coded_anew(name: str) -> None:
     assert torch.equal(pages.read(elsewhere, 9, 49)[0], expected[:40])
 
 
-def test_layers_of_other_bytes_are_filled_up() -> None:
+def test_layers_of_other_bytes_are_padded() -> None:
     one, other = torch.ones(3, 2, 4, dtype=torch.uint8), torch.ones(3, 1, 6, dtype=torch.uint8)
     made = stacked([one, other])
     assert made.shape == (2, 3, 2, 6)
@@ -123,8 +129,8 @@ def test_layers_of_other_bytes_are_filled_up() -> None:
 
 
 def test_ranks_are_merged_into_what_all_of_them_did() -> None:
-    one = ReuseNews(saved={"a": {"x": 1.0}}, counts={"a": 1}, computed=5, loaded=(7, 3))
-    other = ReuseNews(saved={"a": {"x": 3.0}, "b": {}}, counts={"a": 1, "b": 1}, computed=5)
+    one = ReuseReport(saved={"a": {"x": 1.0}}, counts={"a": 1}, computed=5, loaded=(7, 3))
+    other = ReuseReport(saved={"a": {"x": 3.0}, "b": {}}, counts={"a": 1, "b": 1}, computed=5)
     other.failed["c"] = "bad checksum"
     one.merge(other)
     assert one.saved == {"a": {"x": 2.0}, "b": {}}
@@ -132,37 +138,70 @@ def test_ranks_are_merged_into_what_all_of_them_did() -> None:
     assert (one.computed, one.loaded) == (5, (7, 3))
     assert one.failed == {"c": "bad checksum"}
     assert one
-    assert not ReuseNews()
-    assert not ReuseOrders()
+    assert not ReuseReport()
+    assert not ReuseDirectives()
 
 
 def test_each_segment_of_a_step_is_measured_by_its_own_last_queries() -> None:
     """A row of 90 tokens after 30: two segments end in it, and a row of another request."""
-    from kvplug.hosts.vllm.messages import SaveOrder
-    from kvplug.hosts.vllm.worker.reuse import ReuseWorker
 
-    class Worker(ReuseWorker):
-        def __init__(self) -> None:
-            self.block_size, self._rows, self._queries, self.watched = SIZE, None, {}, {}
-
-    def save(name: str, start: int, length: int, tail: int) -> SaveOrder:
+    def save(name: str, start: int, length: int) -> SaveOrder:
         print_ = SimpleNamespace(start=start, length=length)
         empty = torch.zeros(0).numpy()
-        return SaveOrder(name, print_, empty, empty, empty, tail)  # type: ignore[arg-type]
+        return SaveOrder(name, print_, empty, empty, empty, slot=3)  # type: ignore[arg-type]
 
-    worker = Worker()
-    worker.watched = {5: [save("a", 20, 40, 5), save("b", 60, 60, 5), save("c", 0, 30, 5)]}
-    metadata = SimpleNamespace(
-        query_start_loc=torch.tensor([0, 7, 97]),
-        seq_lens=torch.tensor([40, 120]),
-        block_table=torch.tensor([[1, 2, 0, 0], [8, 7, 6, 5]]),
+    state = WorkerState()
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=SIZE),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_seqs=8),
     )
-    query = torch.arange(97.0)[:, None, None].expand(97, 4, 64)
-    worker.watch("layer", query, metadata)
-    worker.watch("next", query + 1, metadata)
-    first = {key: value[:, 0, 0].tolist() for key, value in worker._queries.items()}
+    deployment: Any = SimpleNamespace(reuse=ReuseSettings())
+    kind = ReuseWorker(deployment, config, state, ("", ""))
+    saves = [save("a", 20, 40), save("b", 60, 60), save("c", 0, 30)]
+    rows = np.array([[2, 0], [5, 3]], dtype=np.int32)
+    directives = StepDirectives(rows, reuse=ReuseDirectives(saves=saves))
+    common = SimpleNamespace(
+        num_reqs=2,
+        query_start_loc_cpu=torch.tensor([0, 7, 97]),
+        seq_lens=torch.tensor([40, 120]),
+        block_table_tensor=torch.tensor([[1, 2, 0, 0], [8, 7, 6, 5]]),
+    )
+
+    def watched() -> dict[tuple[str, str], list[float]]:
+        """One step: the metadata is built, and two layers attend."""
+        builder = plugged_builder(StockBuilder, (kind,), state.rows)
+        metadata = builder(SimpleNamespace(block_size=SIZE), [], None, None).build(0, common)
+        impl = object.__new__(plugged_impl(StockImpl, (kind,), lambda *args: StockImpl))
+        query = torch.arange(97.0)[:, None, None].expand(97, 4, 64)
+        for shift, name in enumerate(("layer", "next")):
+            layer = SimpleNamespace(layer_name=name)
+            impl.forward(layer, query + shift, query, query, query, metadata, query)
+        return {key: value[:, 0, 0].tolist() for key, value in kind.queries.items()}
+
+    kind._memory = SegmentMemory("")
+    state.rows.begin(directives.rows)
+    kind.begin(directives)
+    first = watched()
     # Token 59 of the request is query 7 + 29 of the step; token 119 is the last.
     assert first["a", "layer"] == [float(i) for i in range(21, 37)]
     assert first["b", "layer"] == [float(i) for i in range(81, 97)]
     assert first["b", "next"] == [float(i) for i in range(82, 98)]
     assert ("c", "layer") not in first, "it was computed before"
+    kind.queries.clear()
+    with state.rows.hidden():
+        assert watched() == {}, "a forward that is not the step's own"
+    kind.begin(StepDirectives(rows))
+    assert watched() == {}
+
+
+class StockBuilder:
+    def __init__(self, *args: Any):
+        pass
+
+    def build(self, prefix: int, common: Any, fast: bool = False) -> Any:
+        return SimpleNamespace()
+
+
+class StockImpl:
+    def forward(self, *args: Any) -> None:
+        pass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvplug.contract import AttendBatch, EngineView, FormatPolicy, LayerView, WriteBatch
-from kvplug.hosts.dense import attend_dense
+from kvplug.hosts.dense import attend, attend_dense
 from kvplug_lab.calibrate.statistics import Collector, Source, calibration
 
 MODEL = "0123456789abcdef" * 2
@@ -128,7 +128,7 @@ def attends_as_it_reads(
     )
     for step in (batch, replace(batch, key=None, value=None)):
         found, wanted = (torch.zeros_like(batch.query) for _ in range(2))
-        policy.attend(layer, step, cache, found)
+        attend(policy, layer, step, cache, found)
         attend_dense(policy, layer, step, cache, wanted)
         torch.testing.assert_close(found, wanted, atol=tolerance, rtol=tolerance)
 

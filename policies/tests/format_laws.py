@@ -22,6 +22,7 @@ from kvplug.contract import (
     Recent,
     WriteBatch,
 )
+from kvplug.hosts import dense
 from kvplug.registry import plugins
 from kvplug_policies.coded import CodedFormat
 
@@ -258,7 +259,7 @@ class Pool:
         write, attend = self.batch(rows, query, exact)
         self.policy.write(self.layer, write, self.pages)
         out = torch.full_like(query, torch.nan)
-        self.policy.attend(self.layer, attend, self.pages, out)
+        dense.attend(self.policy, self.layer, attend, self.pages, out)
         expected = self.expected(attend)
         self.remember(rows)
         return out, expected

@@ -22,7 +22,7 @@ from format_laws import (
 )
 
 from kvplug.contract import WriteBatch
-from kvplug.hosts.dense import attend_dense
+from kvplug.hosts import dense
 from kvplug_policies.coded import LayerOptions
 
 CASES = list(cases())
@@ -150,12 +150,12 @@ def test_attention_is_that_over_what_the_pages_hold(
     attend = replace(attend, softcap=softcap)
     pool.policy.write(pool.layer, write, pool.pages)
     out = torch.full_like(query[:total], torch.nan)
-    pool.policy.attend(pool.layer, attend, pool.pages, out)
+    dense.attend(pool.policy, pool.layer, attend, pool.pages, out)
     expected = pool.expected(attend)
     assert relative(out, expected) <= case.tolerance
-    dense = torch.full_like(out, torch.nan)
-    attend_dense(pool.policy, pool.layer, attend, pool.pages, dense)
-    assert relative(dense, expected) <= 2e-4
+    reference = torch.full_like(out, torch.nan)
+    dense.attend_dense(pool.policy, pool.layer, attend, pool.pages, reference)
+    assert relative(reference, expected) <= 2e-4
 
 
 @EVERY

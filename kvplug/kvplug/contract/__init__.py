@@ -6,6 +6,7 @@ from kvplug.contract.format import (
     FormatPolicy,
     PageField,
     PageLayout,
+    ReadBack,
     Recent,
     WriteBatch,
 )
@@ -75,6 +76,7 @@ __all__ = [
     "PolicyReport",
     "PrefixCachePolicy",
     "Pressure",
+    "ReadBack",
     "Recent",
     "Released",
     "RequestView",

@@ -184,6 +184,13 @@ class AttendBatch:
     recent: Recent | None = None
 
 
+class ReadBack(Exception):
+    """Raised by `FormatPolicy.attend` to leave a step to the host.
+
+    The host then reads stored tokens back with `FormatPolicy.read` and attends them itself.
+    """
+
+
 class FormatOptions(PolicyOptions):
     """The knobs every format has."""
 
@@ -302,15 +309,18 @@ class FormatPolicy(Policy):
     def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:
         """Attention of the queries over what is stored, written to ``out``.
 
+        The default leaves it to the host, which attends what `read` returns.
+
         Args:
             layer: The layer.
             batch: The queries.
             cache: As in `write`; this step's tokens are stored already.
             out: ``[num_tokens, num_heads, head_size]``, the dtype of the query.
-        """
-        from kvplug.hosts.dense import attend_dense
 
-        attend_dense(self, layer, batch, cache, out)
+        Raises:
+            ReadBack: The host shall attend by reading pages back.
+        """
+        raise ReadBack
 
     def fingerprint(self) -> str:
         """Identity of the stored bytes: name and every option."""

@@ -1,24 +1,33 @@
-"""Attention over any format by reading it back: the host's own way, and what kernels must equal."""
+"""Attention over any format by reading its pages back: the reference that kernels must equal."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kvplug.contract.format import AttendBatch, FormatPolicy
-    from kvplug.contract.policy import LayerView
+from kvplug.contract import AttendBatch, FormatPolicy, LayerView, ReadBack
 
 LOGITS_BYTES = 64 << 20
-"""Logits held at a time."""
+"""Bytes of logits in memory at a time."""
+
+
+def attend(
+    policy: FormatPolicy, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor
+) -> None:
+    """Attend by the format's own `FormatPolicy.attend`, or by `attend_dense` where it has none.
+
+    Takes what `attend_dense` takes.
+    """
+    try:
+        policy.attend(layer, batch, cache, out)
+    except ReadBack:
+        attend_dense(policy, layer, batch, cache, out)
 
 
 def attend_dense(
     policy: FormatPolicy, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor
 ) -> None:
-    """Attention of a step's queries over stored tokens, read back with `FormatPolicy.read`.
+    """Attend a step's queries over stored tokens, read back with `FormatPolicy.read`.
 
     Rows with about as many queries go together, so a batch of decoding requests is one product.
 
@@ -34,8 +43,8 @@ def attend_dense(
     starts = batch.query_start.long()
     widths = starts[1:] - starts[:-1]
     for rows in bucket_rows(widths):
-        kv_heads, held = layer.num_kv_heads, int(batch.seq_lens[rows].max())
-        logits = int(widths[rows].max()) * batch.query.shape[1] * held * 4
+        kv_heads, stored = layer.num_kv_heads, int(batch.seq_lens[rows].max())
+        logits = int(widths[rows].max()) * batch.query.shape[1] * stored * 4
         for part in torch.split(rows, max(1, LOGITS_BYTES // max(logits, 1))):
             _attend_rows(policy, layer, batch, cache, out, part, widths[part], kv_heads)
 
@@ -52,8 +61,8 @@ def _attend_rows(
 ) -> None:
     size, device = cache.shape[2], cache.device
     lens = batch.seq_lens[rows].long()
-    held = int(lens.max())
-    pages = -(-held // size)
+    stored = int(lens.max())
+    pages = -(-stored // size)
     live = torch.arange(pages, device=device) * size < lens[:, None]
     table = torch.where(live, batch.block_table[rows, :pages].long(), 0)
     key, value = policy.read(layer, cache, table.flatten())
@@ -61,11 +70,11 @@ def _attend_rows(
 
     def rowwise(pages_: Tensor) -> Tensor:
         by_row = pages_.reshape(*shape, *pages_.shape[1:]).transpose(1, 2)
-        return by_row.flatten(2, 3)[:, :, :held].float()
+        return by_row.flatten(2, 3)[:, :, :stored].float()
 
     keys, values = rowwise(key), rowwise(value)
-    # What nobody wrote may read back as NaN, and nothing times NaN is NaN.
-    beyond = (torch.arange(held, device=device) >= lens[:, None])[:, None, :, None]
+    # Slots that were never written may read back as NaN, and zero times NaN is NaN.
+    beyond = (torch.arange(stored, device=device) >= lens[:, None])[:, None, :, None]
     keys.masked_fill_(beyond, 0.0)
     values.masked_fill_(beyond, 0.0)
     width = int(widths.max())
@@ -78,17 +87,17 @@ def _attend_rows(
         keys[row, :, at[mine]] = batch.key[token[mine]].float()
         values[row, :, at[mine]] = batch.value[token[mine]].float()
         if batch.recent is not None and batch.lanes is not None:
-            kept, lane = batch.recent.key.shape[1], batch.lanes[rows].long()
-            place, before = torch.arange(kept, device=device), lens - widths
-            known = (place < (before % kept)[:, None]) & (lane >= 0)[:, None]
+            ring, slot = batch.recent.key.shape[1], batch.lanes[rows].long()
+            place, before = torch.arange(ring, device=device), lens - widths
+            known = (place < (before % ring)[:, None]) & (slot >= 0)[:, None]
             row, place = known.nonzero(as_tuple=True)
-            slot = (before - before % kept)[row] + place
-            keys[row, :, slot] = batch.recent.key[lane[row], place].float()
-            values[row, :, slot] = batch.recent.value[lane[row], place].float()
+            position = (before - before % ring)[row] + place
+            keys[row, :, position] = batch.recent.key[slot[row], place].float()
+            values[row, :, position] = batch.recent.value[slot[row], place].float()
     query = batch.query[token].float()
     query = query.view(*query.shape[:2], kv_heads, -1, query.shape[3])
-    seen = torch.arange(held, device=device) <= at[..., None]
-    tile = max(1, LOGITS_BYTES // max(len(rows) * batch.query.shape[1] * held * 4, 1))
+    seen = torch.arange(stored, device=device) <= at[..., None]
+    tile = max(1, LOGITS_BYTES // max(len(rows) * batch.query.shape[1] * stored * 4, 1))
     for first in range(0, width, tile):
         part = slice(first, first + tile)
         logits = torch.einsum("rqhgd,rhtd->rhgqt", query[:, part], keys) * batch.scale

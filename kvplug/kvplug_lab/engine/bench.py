@@ -211,12 +211,11 @@ class _Pool:
         if section and "sequence" in section:
             from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-            from kvplug.hosts.vllm import admission, engine
-            from kvplug.hosts.vllm.worker.backend import windowed_backend
+            from kvplug.hosts.vllm import admission
+            from kvplug.hosts.vllm.worker.kinds import worker_kinds
 
-            policy = engine.sequence_policy(admission.deployment_of(config), config)
-            assert policy is not None
-            spec = windowed_backend(CPUAttentionBackend, policy).customize_spec(spec)
+            (kind,) = worker_kinds(admission.deployment_of(config), config)
+            spec = kind.customize_spec(spec, kind.rule(0), CPUAttentionBackend)
         size = spec.page_size_bytes * blocks
         cache = KVCacheConfig(
             num_blocks=blocks,
@@ -344,7 +343,7 @@ def worker_steps(rows: int, steps: int, max_model_len: int = 4096) -> Spread:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from kvplug.hosts.vllm.spec import WindowedSpec
-    from kvplug.hosts.vllm.worker.window import Compactor
+    from kvplug.hosts.vllm.worker.window import Compactor, WindowCounts
 
     spec = WindowedSpec(
         block_size=32,
@@ -358,7 +357,6 @@ def worker_steps(rows: int, steps: int, max_model_len: int = 4096) -> Spread:
         max_tokens=max_model_len,
     )
     config: Any = SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(engine_id="bench"),
         num_speculative_tokens=0,
         scheduler_config=SimpleNamespace(max_num_seqs=rows),
     )
@@ -379,7 +377,7 @@ def worker_steps(rows: int, steps: int, max_model_len: int = 4096) -> Spread:
     taken = []
     for i in range(steps + 5):
         before = time.perf_counter()
-        compact(common)
+        compact(common, None, WindowCounts())
         if i >= 5:
             taken.append((time.perf_counter() - before) * 1e6)
     return Spread.of(taken)

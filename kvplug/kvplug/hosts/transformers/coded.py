@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvplug.contract import AttendBatch, FormatPolicy, LayerView, Recent, WriteBatch
+from kvplug.hosts.dense import attend
 from kvplug.hosts.transformers.held import LayerHeld, Watched
 
 
@@ -110,7 +111,7 @@ class LayerCoded(LayerHeld):
             lanes=None if recent is None else self._lane(1),
             recent=recent,
         )
-        self.format.attend(self.view, batch, self.pages, out)
+        attend(self.format, self.view, batch, self.pages, out)
         self.keep_recent(keys, values)
         return out[None].to(query.dtype)
 

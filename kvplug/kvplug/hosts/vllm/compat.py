@@ -1,32 +1,34 @@
-"""Everything kvplug assumes about vLLM that is not a documented extension point, in one place.
+"""Assumptions about vLLM beyond its documented extension points, in one place.
 
-Checked on vLLM 0.32.0. The attributes touched here, and nowhere else:
+Checked on vLLM 0.32.0. The attributes set here, and nowhere else:
 
 * ``BlockPool.free_block_queue`` and ``BlockPool.metrics_collector``: instances replaced once,
   before the first allocation, by objects with the same interface (`install_queue`).
-* ``Request.cache_salt`` and ``Request.block_hashes``: a new request's block hashes are made anew
-  with a longer salt, before it is looked up (`salt_request`).
-* ``SamplingParams.extra_args``: a new request's gets one key more (`mark_request`).
+* ``Request.cache_salt`` and ``Request.block_hashes``: a new request's block hashes are computed
+  again with a longer salt, before it is looked up (`salt_request`).
+* ``SamplingParams.extra_args``: one more key for a new request (`mark_request`).
 * ``Worker.model_runner``: vLLM's worker assigns it, and a property of the class that vLLM itself
-  mixes in for ``--worker-extension-cls`` hears of that (`extension.WorkerExtension`).
+  adds for ``--worker-extension-cls`` sees the assignment (`extension.WorkerExtension`).
 * ``Attention.attn_backend``: set per layer so that ``customize_spec`` knows which layer it is
   asked about (`set_layer_backend`).
 
-`missing_extension_points` compares what is installed with what was tested; ``kvplug doctor``
-prints it and a test fails when something moves.
+`EXTENSION_POINTS` and `ATTRIBUTES` list everything called or read. `missing_extension_points`
+compares them with the installed vLLM; ``kvplug doctor`` prints the result, and a test fails when
+something moves.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from typing import Any
 
 GUARD_MARK = "kvplug_guard"
-"""Key of ``SamplingParams.extra_args`` under which a watched request is named."""
+"""Key of ``SamplingParams.extra_args`` whose value, a string, names a watched request."""
 
 TESTED = ("0.32",)
-"""Release series kvplug was tested on."""
+"""Release series that kvplug was tested on."""
 
 EXTENSION_POINTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("vllm.v1.attention.backends.registry:register_backend", ("backend", "class_path")),
@@ -49,9 +51,41 @@ EXTENSION_POINTS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "block_table_tensor",
             "slot_mapping",
             "causal",
+            "is_prefilling",
             "seq_lens_cpu_upper_bound",
+            "req_idx",
+            "_num_computed_tokens_cache",
+            "_token_to_req_indices_cache",
         ),
     ),
+    ("vllm.v1.attention.backend:CommonAttentionMetadata.replace", ()),
+    (
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.__init__",
+        ("kv_cache_spec", "layer_names", "vllm_config", "device"),
+    ),
+    (
+        "vllm.v1.attention.backend:AttentionMetadataBuilder.get_cudagraph_support",
+        ("vllm_config", "kv_cache_spec"),
+    ),
+    (
+        "vllm.v1.attention.backend:AttentionImpl.forward",
+        ("layer", "query", "key", "value", "kv_cache", "attn_metadata", "output"),
+    ),
+    (
+        "vllm.v1.attention.backend:AttentionImpl.process_weights_after_loading",
+        ("act_dtype",),
+    ),
+    (
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.do_kv_cache_update",
+        ("layer", "key", "value", "kv_cache", "slot_mapping"),
+    ),
+    ("vllm.model_executor.models.utils:extract_layer_index", ("layer_name",)),
+    (
+        "vllm.v1.worker.utils:select_common_block_size",
+        ("kv_manager_block_size", "backends"),
+    ),
+    ("vllm.config:get_current_vllm_config_or_none", ()),
+    ("vllm.forward_context:get_forward_context", ()),
     (
         "vllm.v1.kv_cache_spec_registry:register_kv_cache_spec",
         ("manager_class", "uniform_type_base_spec"),
@@ -136,12 +170,36 @@ EXTENSION_POINTS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("request", "block_ids"),
     ),
 )
-"""``module:qualified.name`` and the parameters (or dataclass fields) kvplug relies on."""
+"""``module:qualified.name`` and the parameters (or dataclass fields) that kvplug relies on."""
+
+ATTRIBUTES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("vllm.v1.worker.gpu_model_runner:GPUModelRunner", ("attn_groups", "model", "device")),
+    ("vllm.v1.worker.gpu_worker:Worker", ("model_runner", "vllm_config")),
+    ("vllm.model_executor.layers.attention:Attention", ("attn_backend", "impl", "layer_name")),
+    (
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl",
+        ("scale", "logits_soft_cap", "alibi_slopes", "sinks"),
+    ),
+    ("vllm.v1.worker.utils:AttentionGroup", ("layer_names",)),
+    ("vllm.forward_context:ForwardContext", ("attn_metadata",)),
+    ("vllm.config:CompilationConfig", ("static_forward_context",)),
+)
+"""``module:Class`` and the attributes of its instances that kvplug reads."""
 
 
 def missing_extension_points() -> list[str]:
-    """What the installed vLLM lacks of what kvplug relies on, one sentence each."""
+    """List what kvplug relies on and the installed vLLM lacks, one sentence each."""
     found = []
+    for target, names in ATTRIBUTES:
+        module_name, _, name = target.partition(":")
+        try:
+            cls = getattr(importlib.import_module(module_name), name)
+            known = _attributes(cls)
+        except (ImportError, AttributeError) as error:
+            found.append(f"{target} is gone ({error})")
+            continue
+        if lost := [n for n in names if n not in known]:
+            found.append(f"{target} no longer has {', '.join(lost)}")
     for target, parameters in EXTENSION_POINTS:
         module_name, _, qualified = target.partition(":")
         try:
@@ -157,15 +215,28 @@ def missing_extension_points() -> list[str]:
     return found
 
 
+def _attributes(cls: type[Any]) -> set[str]:
+    """Attributes that a class and its bases declare, or assign to ``self``."""
+    found: set[str] = set()
+    for base in cls.__mro__[:-1]:
+        found |= set(vars(base)) | set(vars(base).get("__annotations__", ()))
+        try:
+            source = inspect.getsource(base)
+        except (OSError, TypeError):
+            continue
+        found |= set(re.findall(r"\bself\.(\w+)(?::[^=\n]+)?\s*=[^=]", source))
+    return found
+
+
 def version() -> str:
-    """The installed vLLM's version."""
+    """Version of the installed vLLM."""
     import vllm
 
     return str(vllm.__version__)
 
 
 def is_tested(installed: str) -> bool:
-    """Whether a vLLM version belongs to a series kvplug was tested on."""
+    """True if a vLLM version belongs to a series that kvplug was tested on."""
     return any(installed == t or installed.startswith(f"{t}.") for t in TESTED)
 
 
@@ -179,7 +250,7 @@ def install_queue(pool: Any, queue: Any, collector: Any) -> None:
 
 
 def salt_request(request: Any, salt: str) -> None:
-    """Make what a request's blocks are known by depend on one thing more.
+    """Make a request's block hashes depend on one more string.
 
     Must run when the request is added, before it is scheduled: the salt goes into the hash of its
     first block and so into all that follow.
@@ -190,8 +261,10 @@ def salt_request(request: Any, salt: str) -> None:
 
 
 def mark_request(request: Any, mark: str) -> None:
-    """Put a mark into a request's sampling parameters, which is all that a logits processor sees
-    of it. Must run when the request is added: workers are sent the parameters once."""
+    """Put a mark into a request's sampling parameters, where a logits processor finds it.
+
+    Must run when the request is added: workers receive the parameters once.
+    """
     sampling = request.sampling_params
     sampling.extra_args = (sampling.extra_args or {}) | {GUARD_MARK: mark}
 

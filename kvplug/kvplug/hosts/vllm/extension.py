@@ -1,8 +1,8 @@
-"""vLLM's official way to the model in a worker, for what is computed inside a reused run.
+"""Access to a worker's model runner, for recomputation inside a reused run.
 
 Turned on by vLLM's own flag ``--worker-extension-cls kvplug.hosts.vllm.extension.WorkerExtension``:
-vLLM adds the class to the bases of its worker. A connector is given no model; a worker assigns its
-model runner, and that assignment arrives here.
+vLLM adds the class to the bases of its worker. A connector has no access to the model; a worker
+assigns its model runner, and a property sees the assignment.
 """
 
 from __future__ import annotations
@@ -27,6 +27,6 @@ def _set(worker: Any, runner: Any) -> None:
 
 
 class WorkerExtension:
-    """Base that vLLM mixes into its worker: hears of the model runner, changes nothing else."""
+    """Base class that vLLM adds to its worker: passes the model runner on, changes nothing else."""
 
     model_runner = property(_get, _set)

@@ -1,6 +1,6 @@
-"""Listens to next-token distributions of watched requests, through vLLM's logits processors.
+"""Watches next-token distributions of marked requests, through vLLM's logits processors.
 
-Switched on by ``--logits-processors kvplug.hosts.vllm.guard:GuardProcessor``. It changes no logits.
+Turned on by ``--logits-processors kvplug.hosts.vllm.guard:GuardProcessor``. It changes no logits.
 One class serves both of vLLM's model runners, whose processors have different interfaces.
 """
 
@@ -18,6 +18,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as SlotLogitsProcessor,
 )
 
+from kvplug.hosts.vllm.compat import GUARD_MARK
 from kvplug.hosts.vllm.worker.state import WorkerState, worker_state
 
 if TYPE_CHECKING:
@@ -27,20 +28,17 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.kvplug")
 
-MARK = "kvplug_guard"
-"""Key in a request's ``extra_args`` whose value, a text, names it in what is heard."""
+MAX_REPORTS = 65536
+"""Reports kept for a connector that does not take them; later ones are dropped."""
 
-MOST = 65536
-"""Distributions held for a connector that does not take them; later ones are not noted."""
-
-BEHIND = 8
+MAX_PENDING = 8
 """Steps whose numbers may still be on their way from a device; then the oldest is waited for."""
 
 
 def entropy_and_logprob(logits: Tensor) -> Tensor:
-    """Entropy of each row's softmax and the log-probability of its likeliest token, in nats.
+    """Entropy of each row's softmax and the log-probability of its most likely token, in nats.
 
-    Tokens at minus infinity have no part in it.
+    Tokens at minus infinity are left out.
 
     Args:
         logits: ``[rows, vocab]``, any float dtype.
@@ -53,7 +51,7 @@ def entropy_and_logprob(logits: Tensor) -> Tensor:
     return torch.stack([entropy, logprobs.amax(-1)])
 
 
-class _Found:
+class _Statistics:
     """Numbers on their way to the host, ``[2, rows]``."""
 
     def __init__(self, values: Tensor):
@@ -80,11 +78,11 @@ class _Found:
 
 @dataclass(eq=False)
 class _Row:
-    """A watched request of the first runner.
+    """A watched request of the first model runner.
 
     Attributes:
-        name: What it is called in what is heard.
-        output: Its output tokens, vLLM's own list that grows.
+        name: Its name in reports.
+        output: Its output tokens, vLLM's own growing list.
     """
 
     name: str
@@ -92,11 +90,11 @@ class _Row:
 
 
 class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
-    """Notes entropy and log-probability of requests marked by `MARK`; changes nothing.
+    """Reports entropy and log-probability of requests marked by `GUARD_MARK`; changes no logits.
 
-    What it notes of a step is in `WorkerState.guard_heard` when the next step's forward ends (on a
-    device up to `BEHIND` steps later, without waiting for it), as ``(name, entropy,
-    log-probability)``, once per output token and in order. So what a request's last step said
+    The report of a step is in `WorkerState.guard_reports` when the next step's forward ends (on a
+    device up to `MAX_PENDING` steps later, without waiting for it), as ``(name, entropy,
+    log-probability)``, once per output token and in order. So the report of a request's last step
     comes after it has finished.
 
     With the first model runner the logits are those after the tokens that may not be sampled, and
@@ -104,12 +102,12 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
     """
 
     def __init__(self, vllm_config: Any, *where: Any):
-        """Made by vLLM: with device and pinning, or with the runner's request states."""
+        """Called by vLLM with device and pinning, or with the runner's request states."""
         self._state: WorkerState | None = None
         self._rows: dict[int, _Row] = {}
         self._slots: dict[int, str] = {}
-        self._pending: tuple[list[tuple[_Row, int]], _Found] | None = None
-        self._told: deque[tuple[list[str | None], _Found]] = deque()
+        self._pending: tuple[list[tuple[_Row, int]], _Statistics] | None = None
+        self._in_flight: deque[tuple[list[str | None], _Statistics]] = deque()
         self._prefill = getattr(getattr(where[0], "prefill_len", None), "np", None)
         self._failed = False
         if getattr(vllm_config, "kv_transfer_config", None) is not None and _first_rank():
@@ -117,7 +115,7 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """Nothing a request says is refused."""
+        """Accept every request."""
 
     def is_argmax_invariant(self) -> bool:
         """False although nothing changes: vLLM calls the invariant ones for random sampling only,
@@ -127,12 +125,12 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
     # -- the first model runner ----------------------------------------------------------------
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follow requests through the batch, and give out what the step before said."""
+        """Follow requests through the batch, and report the step before."""
         if self._state is None or self._failed:
             return
         try:
-            self._settle()
-            self._give_out()
+            self._sampled()
+            self._report()
             if batch_update is not None:
                 self._follow(batch_update)
         except Exception as error:
@@ -155,20 +153,20 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
             if replaced is not None and how == MoveDirectionality.SWAP:
                 rows[one] = replaced
 
-    def _settle(self) -> None:
-        """A row said something if its request has a token more since: a prompt read in chunks has
-        logits at the end of each, which nobody samples from."""
+    def _sampled(self) -> None:
+        """Name the rows that were sampled from: their request has a token more since. A prompt read
+        in chunks has logits at the end of each chunk, which are not sampled from."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         rows, found = pending
         names = [row.name if len(row.output) > length else None for row, length in rows]
-        self._told.append((names, found))
+        self._in_flight.append((names, found))
 
     # -- the second model runner ---------------------------------------------------------------
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-        """Take a slot; whether `apply` is to be called for it."""
+        """Take a slot; returns whether `apply` is to be called for it."""
         self._slots.pop(req_idx, None)
         if self._state is None or self._failed:
             return False
@@ -178,35 +176,35 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
         return name is not None
 
     def apply_staged_writes(self) -> None:
-        """Before each forward: give out what the step before said."""
+        """Report the step before; called before each forward."""
         try:
-            self._give_out()
+            self._report()
         except Exception as error:
             self._fail(error)
 
     # -- both ----------------------------------------------------------------------------------
 
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
-        """Look at the rows of watched requests; the logits come back as they are."""
+        """Read the rows of watched requests; returns the logits unchanged."""
         if self._state is None or self._failed or not (self._rows or self._slots):
             return logits
         try:
             if ctx is None:
-                self._look(logits)
+                self._read(logits)
             else:
-                self._look_at_slots(logits, ctx)
+                self._read_slots(logits, ctx)
         except Exception as error:
             self._fail(error)
         return logits
 
-    def _look(self, logits: Tensor) -> None:
+    def _read(self, logits: Tensor) -> None:
         at = sorted(i for i in self._rows if i < len(logits))
         if not at:
             return
         rows = [(self._rows[i], len(self._rows[i].output)) for i in at]
-        self._pending = (rows, _Found(entropy_and_logprob(_taken(logits, at))))
+        self._pending = (rows, _Statistics(entropy_and_logprob(_select(logits, at))))
 
-    def _look_at_slots(self, logits: Tensor, ctx: Any) -> None:
+    def _read_slots(self, logits: Tensor, ctx: Any) -> None:
         slots = ctx.idx_mapping_np.tolist()
         if len(slots) != len(logits):
             return  # rows of drafted tokens, some of which will not be taken
@@ -219,37 +217,37 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
         ]
         if at:
             names: list[str | None] = [self._slots[slots[i]] for i in at]
-            self._told.append((names, _Found(entropy_and_logprob(_taken(logits, at)))))
+            self._in_flight.append((names, _Statistics(entropy_and_logprob(_select(logits, at)))))
 
-    def _give_out(self) -> None:
-        """Note what has arrived, oldest first."""
-        while self._told and (self._told[0][1].ready or len(self._told) > BEHIND):
-            names, found = self._told.popleft()
+    def _report(self) -> None:
+        """Report what has arrived, oldest first."""
+        while self._in_flight and (self._in_flight[0][1].ready or len(self._in_flight) > MAX_PENDING):
+            names, found = self._in_flight.popleft()
             assert self._state is not None
-            held = self._state.guard_heard
+            reports = self._state.guard_reports
             pairs = zip(names, found.rows(), strict=True)
-            heard = [(name, *pair) for name, pair in pairs if name is not None]
-            held += heard[: max(0, MOST - len(held))]
+            new = [(name, *pair) for name, pair in pairs if name is not None]
+            reports += new[: max(0, MAX_REPORTS - len(reports))]
 
     def _fail(self, error: Exception) -> None:
-        """The step goes on without the guard."""
+        """Stop watching; the engine goes on."""
         self._failed = True
         self._rows, self._slots, self._pending = {}, {}, None
-        self._told.clear()
-        logger.error("the guard failed and listens no more: %s", error, exc_info=error)
+        self._in_flight.clear()
+        logger.error("the guard failed and is switched off: %s", error, exc_info=error)
 
 
-def _taken(logits: Tensor, rows: list[int]) -> Tensor:
+def _select(logits: Tensor, rows: list[int]) -> Tensor:
     return logits if len(rows) == len(logits) else logits[rows]
 
 
 def _mark_of(params: Any) -> str | None:
-    name = (getattr(params, "extra_args", None) or {}).get(MARK)
+    name = (getattr(params, "extra_args", None) or {}).get(GUARD_MARK)
     return name if isinstance(name, str) and name else None
 
 
 def _first_rank() -> bool:
-    """Whether this is the first of the ranks that hold the same logits."""
+    """True on the first of the ranks that compute the same logits."""
     from vllm.distributed import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():

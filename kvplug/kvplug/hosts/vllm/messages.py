@@ -196,9 +196,11 @@ class StepDirectives(KVConnectorMetadata):
     """Directives of one step.
 
     Attributes:
-        rows: Names the rows of attention metadata: the block each scheduled request writes last,
-            in each KV-cache group, and the request's slot, ``[n, 2]`` int32. A block that is being
-            written belongs to one request alone. None where no kind asks whose a row is.
+        rows: Names the rows of attention metadata: a block and the slot of the request that writes
+            it, ``[n, 2]`` int32. They are the block each scheduled request writes last in each
+            KV-cache group, and those it may turn out to write last when draft tokens are rejected.
+            A block that is being written belongs to one request alone. None where no kind needs
+            slots.
         sequence: Part of the sequence kind.
         format: Part of the format kind.
         reuse: Part of the reuse kind.

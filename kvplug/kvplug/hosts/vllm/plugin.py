@@ -1,8 +1,8 @@
-"""The ``vllm.general_plugins`` entry point: runs in every vLLM process and sees no config.
+"""Entry point of ``vllm.general_plugins``: runs in every vLLM process, without a config.
 
-It only makes names known: attention backends that resolve to vLLM's own class unless kvplug's
-connector is configured, and the KV-cache spec those backends use when it is. Without
-``--kv-transfer-config`` nothing of it is ever used.
+It only registers names: attention backends that resolve to vLLM's own class unless kvplug's
+connector is configured, and the KV-cache specs those backends use when it is. Without
+``--kv-transfer-config`` nothing of it is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 
 def register() -> None:
-    """Register backends and the KV-cache spec. Idempotent."""
+    """Register backends and KV-cache specs. Idempotent."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     from kvplug.hosts.vllm import compat
@@ -23,7 +23,7 @@ def register() -> None:
 
     if not compat.is_tested(compat.version()):
         logger.warning(
-            "kvplug was tested on vLLM %s and stays off on %s; `kvplug doctor` tells what differs",
+            "kvplug was tested on vLLM %s and stays off on %s; `kvplug doctor` lists the differences",
             ", ".join(compat.TESTED),
             compat.version(),
         )

@@ -1,4 +1,4 @@
-"""A format policy inside stock attention layers: what a step looks like to it, and its guard.
+"""A format policy in stock attention layers: what a step looks like to it, and its guard.
 
 A layer under a format has uint8 pages of the policy's own bytes. New tokens go through
 `FormatPolicy.write` where the backend would have stored them, and queries through
@@ -8,7 +8,8 @@ included, stays vLLM's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,33 +17,237 @@ from torch import Tensor
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from kvplug.contract import AttendBatch, FormatPolicy, LayerView, PageLayout, Recent, WriteBatch
-from kvplug.hosts.dense import attend_dense
-from kvplug.hosts.vllm.worker.state import WorkerState, tail_blocks, worker_state
+from kvplug.contract import (
+    AttendBatch,
+    FormatPolicy,
+    Kind,
+    LayerView,
+    PageLayout,
+    Recent,
+    WriteBatch,
+)
+from kvplug.hosts.dense import attend, attend_dense
+from kvplug.hosts.vllm.messages import FormatReport, StepDirectives, StepReport
+from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
+from kvplug.hosts.vllm.worker.pages import CodedPages
+from kvplug.hosts.vllm.worker.rows import StepRows
+from kvplug.hosts.vllm.worker.steps import (
+    Attend,
+    AttendCall,
+    AttentionStep,
+    Build,
+    BuildCall,
+    MetadataStep,
+    Write,
+    WriteCall,
+)
 
 logger = init_logger("vllm.kvplug")
 
+COUNTERS_EVERY = 64
+"""Reports between two reads of counters that the host would have to wait for."""
 
-@dataclass
-class TokenLanes:
-    """Whose lane each token of a step belongs to, and which tokens stay at hand afterwards.
+
+class FormatWorker(KindWorker):
+    """A format policy on a worker.
+
+    Args:
+        policy: The policy.
+        origin: Source and key of the policy in its deployment, for messages.
+        rows: Slots of the step's rows.
 
     Attributes:
-        lanes: Lane of each token's request, ``[num_tokens]`` int64, or -1.
-        assigned: Assignment of each token's request, ``[num_tokens]`` int64.
-        kept: Tokens that are among the latest of their request, ``[n]`` int64.
-        slots: Their slots, ``[n]`` int64.
+        apart: Whether the format treats requests apart: it keeps recent tokens of each, or assigns
+            them different ways to be stored.
+        recent_size: Most recent tokens that a layer keeps of a request.
+        layers: State of each layer, by layer name.
+        log: What the policy did, and how it failed.
     """
 
-    lanes: Tensor
+    kind = Kind.FORMAT
+    supports_update_block_table = False
+
+    def __init__(self, policy: FormatPolicy, origin: Origin, rows: StepRows):
+        super().__init__(origin)
+        self.policy = policy
+        layers = policy.engine.layers
+        self.recent_size = max((policy.recent(layer) for layer in layers), default=0)
+        self.apart = self.recent_size > 0 or len(policy.assignments()) > 1
+        self.layers: dict[str, FormatLayer] = {}
+        self.log = FormatLog(policy)
+        self.rows = rows
+        self._layouts = [policy.layout(layer) for layer in layers]
+        self._assignments: dict[int, int] = {}
+        self._num_groups = 1
+
+    # -- layers --------------------------------------------------------------------------------
+
+    def rule(self, index: int) -> PageLayout:
+        return self._layouts[index]
+
+    def customize_spec(self, spec: Any, rule: Any, stock: type[Any]) -> Any:
+        self.check_block_size(spec, stock, self.policy.name)
+        return replace(
+            spec,
+            dtype=torch.uint8,
+            state_content_bytes=rule.bytes_per_token_head,
+            num_head_slots=rule.heads,
+        )
+
+    def check_impl(self, impl: Any) -> None:
+        name, fix = self.policy.name, "remove the format section for this model."
+        if getattr(impl, "alibi_slopes", None) is not None:
+            self.refuse(
+                f"{name} does not support models with ALiBi: formats attend without position "
+                "biases.",
+                fix,
+            )
+        if getattr(impl, "sinks", None) is not None:
+            self.refuse(f"{name} does not support models with learned attention sinks.", fix)
+
+    def metadata_steps(
+        self, spec: Any, vllm_config: Any, device: torch.device
+    ) -> Sequence[MetadataStep]:
+        if not self.apart:
+            return (FormatRows(None),)
+        tokens = FormatTokens(self)
+        return (tokens, FormatRows(tokens))
+
+    def cudagraph_support(self, spec: Any, inner: AttentionCGSupport) -> AttentionCGSupport:
+        # Attention runs between the graphs.
+        return AttentionCGSupport.NEVER
+
+    def attention_step(self) -> AttentionStep:
+        return FormatAttention(self)
+
+    def layer(self, impl: Any, layer: Any) -> FormatLayer:
+        """Return the state of a layer, made on first use."""
+        found = self.layers.get(layer.layer_name)
+        if found is None:
+            from vllm.model_executor.models.utils import extract_layer_index
+
+            view = self.policy.engine.layers[extract_layer_index(layer.layer_name)]
+            softcap = float(getattr(impl, "logits_soft_cap", 0) or 0)
+            found = FormatLayer(self, view, float(impl.scale), softcap)
+            self.layers[layer.layer_name] = found
+        return found
+
+    def assignments_of(self, slots: Sequence[int]) -> list[int]:
+        """Return the assignment of each slot; 0 where none was given."""
+        return [self._assignments.get(slot, 0) for slot in slots]
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def start(self, num_groups: int) -> None:
+        self._num_groups = num_groups
+
+    def begin(self, directives: StepDirectives) -> None:
+        own = directives.format
+        self._assignments = {} if own is None else dict(own.assignments.tolist())
+
+    def report(self, into: StepReport) -> None:
+        into.format = self.log.take()
+
+    def unfilled(self) -> set[int]:
+        """Return blocks that could not be stored, until they are written again.
+
+        With several KV-cache groups vLLM cannot tell which request a block belongs to; there they
+        read as zeros.
+        """
+        return set(self.log.unwritten) if self._num_groups == 1 else set()
+
+
+class FormatLog:
+    """Counts, failures and measurements of a format policy on a worker.
+
+    Args:
+        policy: The policy.
+
+    Attributes:
+        counts: Counts since the last report.
+        failed: Cause of the first failure, or None.
+        unwritten: Blocks whose tokens could not be stored.
+        waits: Whether pages lie on a device whose numbers the host has to wait for.
+    """
+
+    def __init__(self, policy: FormatPolicy):
+        self._policy = policy
+        self.counts = FormatReport()
+        self.failed: str | None = None
+        self.unwritten: set[int] = set()
+        self.waits = False
+        self._reports = 0
+        self._has_counters = True
+
+    def fail(self, method: str, error: Exception) -> None:
+        """Count a failure; the first is logged."""
+        self.counts.errors += 1
+        if self.failed is None:
+            self.failed = f"{method}: {type(error).__name__}: {error}"
+            logger.error(
+                "format policy %r failed in %s; layers it cannot attend are attended by reading "
+                "pages back, and requests whose tokens it cannot store fail: %s: %s",
+                self._policy.name,
+                method,
+                type(error).__name__,
+                error,
+                exc_info=error,
+            )
+
+    def take(self) -> FormatReport | None:
+        """Return what happened since the last report, or None for nothing."""
+        if not self.counts.tokens and not self.counts.errors:
+            return None
+        report, self.counts = self.counts, FormatReport()
+        report.failed = self.failed
+        report.counters = self._counters()
+        report.signals = self._signals()
+        return report
+
+    def _signals(self) -> list[float] | None:
+        try:
+            found = self._policy.signals()
+            return None if found is None else [float(x) for x in found]
+        except Exception as error:
+            self.fail("signals", error)
+            return None
+
+    def _counters(self) -> dict[str, float]:
+        """The policy's own counters; none once it failed to give them, and on a device only every
+        `COUNTERS_EVERY` reports."""
+        if not self._has_counters:
+            return {}
+        self._reports += 1
+        if self.waits and self._reports % COUNTERS_EVERY != 1:
+            return {}
+        try:
+            return {str(k): float(v) for k, v in self._policy.counters().items()}
+        except Exception:
+            logger.exception("policy %r failed in counters(); they are left out", self._policy.name)
+            self._has_counters = False
+            return {}
+
+
+@dataclass
+class TokenSlots:
+    """Slots of the step's tokens, and the tokens whose exact K and V are kept afterwards.
+
+    Attributes:
+        slots: Slot of each token's request, ``[num_tokens]`` int64, or -1.
+        assigned: Assignment of each token's request, ``[num_tokens]`` int64.
+        kept: Tokens that are among the latest of their request, ``[n]`` int64.
+        kept_at: Their cache slots, ``[n]`` int64.
+    """
+
+    slots: Tensor
     assigned: Tensor
     kept: Tensor
-    slots: Tensor
+    kept_at: Tensor
 
 
 @dataclass
 class FormatStep:
-    """The rows of one step, as the backend's metadata sees them.
+    """The rows of one step, as the backend's metadata has them.
 
     Attributes:
         query_start: ``[num_rows + 1]`` int32.
@@ -51,7 +256,7 @@ class FormatStep:
         num_tokens: Tokens of the step.
         max_query_len: Most queries of a row.
         max_seq_len: Most tokens of a row.
-        tokens: Lanes of the step's tokens, or None where nothing recent is kept.
+        tokens: Slots of the step's tokens, or None where requests are treated alike.
     """
 
     query_start: Tensor
@@ -60,127 +265,130 @@ class FormatStep:
     num_tokens: int
     max_query_len: int
     max_seq_len: int
-    tokens: TokenLanes | None
+    tokens: TokenSlots | None
 
     @property
-    def row_lanes(self) -> Tensor | None:
-        """Lane of each row's first token, ``[num_rows]`` int64."""
+    def row_slots(self) -> Tensor | None:
+        """Slot of each row's first token, ``[num_rows]`` int64."""
         if self.tokens is None:
             return None
-        first = self.query_start[:-1].long().clamp_max(max(self.tokens.lanes.shape[0] - 1, 0))
-        return self.tokens.lanes[first]
+        first = self.query_start[:-1].long().clamp_max(max(self.tokens.slots.shape[0] - 1, 0))
+        return self.tokens.slots[first]
 
 
-class LaneBuilder:
-    """Mixin placed before every other builder of a format that treats requests apart: says which
-    request each token of the step belongs to, before rows are split or compacted."""
+class FormatTokens(MetadataStep):
+    """Finds the slot of each token, for a format that treats requests apart."""
 
-    kvplug_recent: int
+    def __init__(self, kind: FormatWorker):
+        self._kind = kind
+        self.current: TokenSlots | None = None
 
-    def __init__(
-        self,
-        kv_cache_spec: Any,
-        layer_names: list[str],
-        vllm_config: Any,
-        device: torch.device,
-        *args: Any,
-        **kwargs: Any,
-    ):
-        super().__init__(  # type: ignore[call-arg]
-            kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs
-        )
-        self._lane_state = worker_state(vllm_config)
-        self.kvplug_tokens: TokenLanes | None = None
+    def build(self, inner: Build, call: BuildCall) -> Any:
+        self.current = self._token_slots(call)
+        return inner(call)
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-    ) -> Any:
-        self.kvplug_tokens = self._token_lanes(common_attn_metadata)
-        return super().build(  # type: ignore[misc]
-            common_prefix_len, common_attn_metadata, fast_build
-        )
-
-    def _token_lanes(self, common: Any) -> TokenLanes:
+    def _token_slots(self, call: BuildCall) -> TokenSlots:
+        common = call.common
         rows, device = common.num_reqs, common.seq_lens.device
         starts = common.query_start_loc_cpu[: rows + 1].long()
-        size = self.kv_cache_spec.block_size  # type: ignore[attr-defined]
-        table, lens = common.block_table_tensor[:rows], common.seq_lens[:rows]
-        tails = tail_blocks(table, lens, size).tolist()
-        found = self._lane_state.lanes
-        by_row = torch.tensor([found.get(t, (-1, 0)) for t in tails], dtype=torch.int64)
+        by_row = call.slots[:rows].cpu()
+        assigned_by_row = torch.tensor(self._kind.assignments_of(by_row.tolist()))
         widths = starts[1:] - starts[:-1]
-        lanes, assigned = torch.repeat_interleave(by_row.view(-1, 2), widths, 0).unbind(1)
-        before_end = torch.repeat_interleave(starts[1:], widths) - torch.arange(len(lanes))
-        kept = ((before_end <= self.kvplug_recent) & (lanes >= 0)).nonzero()[:, 0].to(device)
-        lanes, assigned = lanes.to(device).contiguous(), assigned.to(device).contiguous()
-        return TokenLanes(lanes, assigned, kept, common.slot_mapping[kept].long())
+        slots = torch.repeat_interleave(by_row, widths)
+        assigned = torch.repeat_interleave(assigned_by_row.long(), widths)
+        before_end = torch.repeat_interleave(starts[1:], widths) - torch.arange(len(slots))
+        latest = (before_end <= self._kind.recent_size) & (slots >= 0)
+        kept = latest.nonzero()[:, 0].to(device)
+        kept_at = common.slot_mapping[kept].long()
+        return TokenSlots(slots.to(device), assigned.to(device), kept, kept_at)
 
 
-class FormatBuilder:
-    """Mixin placed directly before a stock metadata builder: the rows ride on its metadata."""
+class FormatRows(MetadataStep):
+    """Lets a step's rows ride on the backend's metadata.
 
-    supports_update_block_table = False
+    Args:
+        tokens: The step that finds the slots of tokens, or None.
+    """
 
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """None of whole steps: attention runs between the graphs."""
-        return AttentionCGSupport.NEVER
+    def __init__(self, tokens: FormatTokens | None):
+        self._tokens = tokens
 
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-    ) -> Any:
-        common = common_attn_metadata
-        metadata = super().build(0, common, fast_build)  # type: ignore[misc]
+    def build(self, inner: Build, call: BuildCall) -> Any:
+        common = call.common
+        metadata = inner(call.on(common))
         rows = common.num_reqs
-        metadata.kvplug_step = FormatStep(
+        metadata.kvplug_format = FormatStep(
             common.query_start_loc[: rows + 1],
             common.block_table_tensor[:rows],
             common.seq_lens[:rows],
             int(common.num_actual_tokens),
             int(common.max_query_len),
             int(common.max_seq_len),
-            getattr(self, "kvplug_tokens", None),
+            self._tokens.current if self._tokens is not None else None,
         )
         return metadata
 
 
+class FormatAttention(AttentionStep):
+    """Writes and attends layers by the format."""
+
+    def __init__(self, kind: FormatWorker):
+        self._kind = kind
+
+    def write(self, inner: Write, call: WriteCall) -> None:
+        if not _coded(call.layer):
+            inner(call)
+            return
+        step = _current_step(call.layer.layer_name) if self._kind.apart else None
+        layer = self._kind.layer(call.impl, call.layer)
+        layer.write(step, call.key, call.value, call.cache, call.slot_mapping)
+
+    def attend(self, inner: Attend, call: AttendCall) -> Tensor:
+        step = getattr(call.metadata, "kvplug_format", None)
+        if step is None or not _coded(call.layer):
+            return inner(call)
+        layer = self._kind.layer(call.impl, call.layer)
+        layer.attend(step, call.query, call.key, call.value, call.cache, call.output)
+        if layer.recent_size and step.tokens is not None:
+            layer.remember(step.tokens, call.key, call.value)
+        return call.output
+
+    def pages(self, impl: Any, layer: Any, cache: Tensor) -> CodedPages | None:
+        if not _coded(layer):
+            return None
+        own = self._kind.layer(impl, layer)
+        return CodedPages(own.policy, own.layer, own.layout, cache)
+
+
 class FormatLayer:
-    """One layer under a format: its pages, what is kept recent, and the guard around the policy.
+    """One layer under a format: its pages, its recent tokens, and the guard around the policy.
 
     Args:
-        policy: The format.
+        kind: The format on this worker.
         layer: The layer.
-        state: The worker's.
         scale: Softmax scale.
         softcap: Soft cap of logits; 0 for none.
     """
 
-    def __init__(
-        self,
-        policy: FormatPolicy,
-        layer: LayerView,
-        state: WorkerState,
-        scale: float,
-        softcap: float,
-    ):
-        self.policy = policy
+    def __init__(self, kind: FormatWorker, layer: LayerView, scale: float, softcap: float):
+        self.policy = kind.policy
         self.layer = layer
-        self.state = state
         self.scale = scale
         self.softcap = softcap
-        self.layout = policy.layout(layer)
-        self.recent_size = policy.recent(layer)
-        self.apart = bool(self.recent_size) or len(policy.assignments()) > 1
-        self.exact_chunk = bool(getattr(policy.options, "exact_chunk", True))
+        self.layout = kind.policy.layout(layer)
+        self.recent_size = kind.policy.recent(layer)
+        self.exact_chunk = bool(getattr(kind.policy.options, "exact_chunk", True))
+        self._kind = kind
+        self._log = kind.log
         self._recent: Recent | None = None
 
-    def recent(self, tokens: TokenLanes | None, like: Tensor) -> Recent | None:
-        """What is kept of earlier tokens, with room for every lane of the step."""
+    def recent(self, tokens: TokenSlots | None, like: Tensor) -> Recent | None:
+        """Return the exact K and V of earlier tokens, with room for every slot of the step."""
         if not self.recent_size or tokens is None:
             return None
-        lanes = max(self.state.lane_count, 1)
-        if self._recent is None or self._recent.key.shape[0] < lanes:
-            room = max(lanes, 16 if self._recent is None else 2 * self._recent.key.shape[0])
+        slots = max(self._kind.rows.num_slots, 1)
+        if self._recent is None or self._recent.key.shape[0] < slots:
+            room = max(slots, 16 if self._recent is None else 2 * self._recent.key.shape[0])
             shape = (room, self.recent_size, *like.shape[1:])
             grown = Recent(like.new_zeros(shape), like.new_zeros(shape))
             if self._recent is not None:
@@ -199,24 +407,25 @@ class FormatLayer:
             key[:n],
             value[:n],
             slots,
-            tokens.lanes[:n] if tokens is not None else None,
+            tokens.slots[:n] if tokens is not None else None,
             self.recent(tokens, key),
             tokens.assigned[:n] if tokens is not None else None,
         )
-        if self.state.unwritten and self is next(iter(self.state.format_layers.values())):
+        unwritten = self._log.unwritten
+        if unwritten and self is next(iter(self._kind.layers.values())):
             size = cache.shape[2]
             begun = slots[(slots >= 0) & (slots % size == 0)] // size
-            self.state.unwritten.difference_update(begun.tolist())
+            unwritten.difference_update(begun.tolist())
         try:
             self.policy.write(self.layer, batch, cache)
         except Exception as error:
-            self.state.format_error("write", self.policy.name, error)
+            self._log.fail("write", error)
             written = slots[slots >= 0]
             blocks = torch.unique(written // cache.shape[2])
             cache[blocks] = 0
-            self.state.unwritten.update(blocks.tolist())
-        self.state.counters.format_tokens += n
-        self.state.waits_for_counters = cache.device.type != "cpu"
+            unwritten.update(blocks.tolist())
+        self._log.counts.tokens += n
+        self._log.waits = cache.device.type != "cpu"
 
     def attend(
         self,
@@ -227,7 +436,7 @@ class FormatLayer:
         cache: Tensor,
         out: Tensor,
     ) -> None:
-        """Attend a step's queries; by reading back where the policy's own way fails."""
+        """Attend a step's queries; by reading pages back where the policy fails."""
         n = step.num_tokens
         exact = self.exact_chunk and key is not None and value is not None
         recent = self.recent(step.tokens, key) if exact else None
@@ -242,159 +451,33 @@ class FormatLayer:
             key=key[:n] if exact else None,
             value=value[:n] if exact else None,
             softcap=self.softcap,
-            lanes=step.row_lanes,
+            lanes=step.row_slots,
             recent=recent,
         )
         try:
-            self.policy.attend(self.layer, batch, cache, out[:n])
+            attend(self.policy, self.layer, batch, cache, out[:n])
         except Exception as error:
-            self.state.format_error("attend", self.policy.name, error)
+            self._log.fail("attend", error)
             try:
                 attend_dense(self.policy, self.layer, batch, cache, out[:n])
             except Exception as second:
-                self.state.format_error("read", self.policy.name, second)
+                self._log.fail("read", second)
                 out[:n].zero_()
-                self.state.unwritten.update(step.block_table[:, :1].flatten().tolist())
+                self._log.unwritten.update(step.block_table[:, :1].flatten().tolist())
 
-    def remember(self, tokens: TokenLanes, key: Tensor, value: Tensor) -> None:
+    def remember(self, tokens: TokenSlots, key: Tensor, value: Tensor) -> None:
         """Keep the step's latest tokens of each request, once they have been attended."""
         kept = self.recent(tokens, key)
         assert kept is not None
-        at = (tokens.lanes[tokens.kept], tokens.slots % self.recent_size)
+        at = (tokens.slots[tokens.kept], tokens.kept_at % self.recent_size)
         kept.key[at] = key[tokens.kept]
         kept.value[at] = value[tokens.kept]
 
 
-class FormatPages:
-    """The pages of a layer under a format, with the interface of `pages.Pages`.
-
-    Args:
-        layer: The layer.
-        cache: Its cache.
-        dtype: What keys and values are read as.
-    """
-
-    views = None
-
-    def __init__(self, layer: FormatLayer, cache: Tensor, dtype: torch.dtype):
-        self._layer = layer
-        self._cache = cache
-        self._dtype = dtype
-        self._planes = layer.layout.planes(cache)
-        self._read: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
-
-    def gather(self, which: int, blocks: Tensor) -> Tensor:
-        """Keys (0) or values (1) of whole blocks, as `pages.Pages.gather`."""
-        # Values are always asked for right after the keys of the same blocks.
-        if which == 0 or self._read is None or self._read[0] is not blocks:
-            policy = self._layer.policy
-            self._read = (blocks, policy.read(self._layer.layer, self._cache, blocks.flatten()))
-        found = self._read[1][which].to(self._dtype)
-        rows, n = blocks.shape
-        _, heads, size, width = found.shape
-        if which == 1:
-            self._read = None
-        taken = found.view(rows, n, heads, size, width).transpose(1, 2)
-        return taken.reshape(rows, heads, n * size, width).contiguous()
-
-    def move(
-        self,
-        heads: Tensor,
-        from_blocks: Tensor,
-        from_slots: Tensor,
-        to_blocks: Tensor,
-        to_slots: Tensor,
-    ) -> None:
-        """Copy single tokens of single heads, codes and scales alike, as `pages.Pages.move`."""
-        for plane in self._planes:
-            plane[to_blocks, heads, to_slots] = plane[from_blocks, heads, from_slots]
-
-    def write(
-        self, heads: Tensor, blocks: Tensor, slots: Tensor, key: Tensor, value: Tensor
-    ) -> None:
-        """Store single tokens of single heads, as `pages.Pages.write`."""
-        n, count, size = len(heads), self._cache.shape[1], self._cache.shape[2]
-        scratch = self._cache.new_zeros((-(-n // size), *self._cache.shape[1:]))
-        place = torch.arange(n, device=heads.device)
-        wide = (
-            key[:, None].expand(-1, count, -1).contiguous(),
-            value[:, None].expand(-1, count, -1).contiguous(),
-        )
-        self._layer.policy.write(self._layer.layer, WriteBatch(*wide, place), scratch)
-        made = self._layer.layout.planes(scratch)
-        for plane, own in zip(self._planes, made, strict=True):
-            plane[blocks, heads, slots] = own[place // size, heads, place % size]
-
-
-class FormatImpl:
-    """Mixin placed directly before a stock attention implementation."""
-
-    kvplug_format: FormatPolicy
-    kvplug_format_state: WorkerState
-
-    def do_kv_cache_update(
-        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        if kvplug_layout(layer) is None:
-            super().do_kv_cache_update(  # type: ignore[misc]
-                layer, key, value, kv_cache, slot_mapping
-            )
-            return
-        found = self.kvplug_layer(layer)
-        step = _current_step(layer.layer_name) if found.apart else None
-        found.write(step, key, value, kv_cache, slot_mapping)
-
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Tensor:
-        step = getattr(attn_metadata, "kvplug_step", None)
-        if step is None or kvplug_layout(layer) is None:
-            out: Tensor = super().forward(  # type: ignore[misc]
-                layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs
-            )
-            return out
-        found = self.kvplug_layer(layer)
-        found.attend(step, query, key, value, kv_cache, output)
-        if found.recent_size and step.tokens is not None:
-            found.remember(step.tokens, key, value)
-        return output
-
-    def kvplug_layer(self, layer: Any) -> FormatLayer:
-        """The layer's state, made on first use."""
-        layers = self.kvplug_format_state.format_layers
-        found = layers.get(layer.layer_name)
-        if found is None:
-            from vllm.model_executor.models.utils import extract_layer_index
-
-            view = self.kvplug_format.engine.layers[extract_layer_index(layer.layer_name)]
-            softcap = float(getattr(self, "logits_soft_cap", 0) or 0)
-            found = layers[layer.layer_name] = FormatLayer(
-                self.kvplug_format,
-                view,
-                self.kvplug_format_state,
-                self.scale,  # type: ignore[attr-defined]
-                softcap,
-            )
-        return found
-
-    def kvplug_pages(self, layer: Any, cache: Tensor, dtype: torch.dtype) -> FormatPages:
-        """The layer's pages, for what moves tokens in them."""
-        return FormatPages(self.kvplug_layer(layer), cache, dtype)
-
-
-def kvplug_layout(layer: Any) -> PageLayout | None:
-    """The layout of an attention layer's pages, or None where they are the backend's own."""
-    found: PageLayout | None = getattr(layer.attn_backend, "kvplug_layout", None)
-    return found
+def _coded(layer: Any) -> bool:
+    """Whether a layer's pages are in a format's bytes."""
+    rules = getattr(layer.attn_backend, "kvplug_rules", {})
+    return rules.get(Kind.FORMAT) is not None
 
 
 def _current_step(layer_name: str) -> FormatStep | None:
@@ -402,4 +485,4 @@ def _current_step(layer_name: str) -> FormatStep | None:
 
     metadata = get_forward_context().attn_metadata
     own = metadata.get(layer_name) if isinstance(metadata, dict) else None
-    return getattr(own, "kvplug_step", None)
+    return getattr(own, "kvplug_format", None)

@@ -1,4 +1,4 @@
-"""Where K and V of a slot lie in a backend's pages, found by writing and looking.
+"""K and V of single tokens in a layer's pages: the backend's own, or a format's.
 
 vLLM's CPU kernels pack keys in an order of their own that depends on the instruction set, and
 nothing states it. So a page is written through the backend with numbers that name their slot and
@@ -10,15 +10,67 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from kvplug.contract import FormatPolicy, LayerView, PageLayout, WriteBatch
 from kvplug.errors import KVPlugError
 
 Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """``write(key, value, cache, slots)``: store tokens ``[n, kv_heads, head_size]`` in a cache."""
+
+
+class TokenPages(Protocol):
+    """One layer's pages, by token."""
+
+    @property
+    def views(self) -> tuple[Tensor, Tensor] | None:
+        """K and V as ``[num_blocks, kv_heads, block_size, head_size]`` with the last dimension
+        contiguous, as kernels read pages; None where the pages do not allow it."""
+
+    def gather(self, which: int, blocks: Tensor) -> Tensor:
+        """Read keys (0) or values (1) of whole blocks.
+
+        Args:
+            which: 0 for keys, 1 for values.
+            blocks: Block ids, ``[rows, n]`` int64.
+
+        Returns:
+            ``[rows, kv_heads, n * block_size, head_size]``, contiguous.
+        """
+
+    def move(
+        self,
+        heads: Tensor,
+        from_blocks: Tensor,
+        from_slots: Tensor,
+        to_blocks: Tensor,
+        to_slots: Tensor,
+    ) -> None:
+        """Copy single tokens of single heads, K and V; sources and destinations are disjoint.
+
+        Args:
+            heads: KV head of each copy, ``[n]`` int64.
+            from_blocks: Block it is read from, ``[n]`` int64.
+            from_slots: Slot in that block.
+            to_blocks: Block it is written to.
+            to_slots: Slot in that block.
+        """
+
+    def write(
+        self, heads: Tensor, blocks: Tensor, slots: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Store single tokens of single heads.
+
+        Args:
+            heads: KV head of each, ``[n]`` int64.
+            blocks: Block it is written to.
+            slots: Slot in that block.
+            key: ``[n, head_size]``.
+            value: The same shape.
+        """
 
 
 @dataclass(frozen=True)
@@ -85,7 +137,7 @@ def _strides(order: Tensor) -> tuple[int, int, int] | None:
 
 
 class Pages:
-    """One layer's KV cache, by slot.
+    """Pages in the backend's own order.
 
     Args:
         cache: The layer's cache, ``[num_blocks, kv_heads, block_size, 2 * head_size]``; the two
@@ -124,15 +176,7 @@ class Pages:
         return key, value
 
     def gather(self, which: int, blocks: Tensor) -> Tensor:
-        """Keys (0) or values (1) of whole blocks.
-
-        Args:
-            which: 0 for keys, 1 for values.
-            blocks: Block ids, ``[rows, n]`` int64.
-
-        Returns:
-            ``[rows, kv_heads, n * block_size, head_size]``, contiguous.
-        """
+        """Read keys (0) or values (1) of whole blocks; see `TokenPages.gather`."""
         view, order = self._views[which], self._orders[which]
         size, width = order.shape
         if view is not None:
@@ -151,15 +195,7 @@ class Pages:
         to_blocks: Tensor,
         to_slots: Tensor,
     ) -> None:
-        """Copy single tokens of single heads, K and V; sources and destinations are disjoint.
-
-        Args:
-            heads: KV head of each copy, ``[n]`` int64.
-            from_blocks: Block it is read from, ``[n]`` int64.
-            from_slots: Slot in that block.
-            to_blocks: Block it is written to.
-            to_slots: Slot in that block.
-        """
+        """Copy single tokens of single heads; see `TokenPages.move`."""
         for view, order in zip(self._views, self._orders, strict=True):
             if view is not None:
                 view[to_blocks, heads, to_slots] = view[from_blocks, heads, from_slots]
@@ -171,15 +207,7 @@ class Pages:
     def write(
         self, heads: Tensor, blocks: Tensor, slots: Tensor, key: Tensor, value: Tensor
     ) -> None:
-        """Store single tokens of single heads.
-
-        Args:
-            heads: KV head of each, ``[n]`` int64.
-            blocks: Block it is written to.
-            slots: Slot in that block.
-            key: ``[n, head_size]``.
-            value: The same shape.
-        """
+        """Store single tokens of single heads; see `TokenPages.write`."""
         for view, order, what in zip(self._views, self._orders, (key, value), strict=True):
             if view is not None:
                 view[blocks, heads, slots] = what
@@ -187,8 +215,88 @@ class Pages:
                 self._flat[blocks[:, None], heads[:, None], order[slots]] = what
 
 
+class CodedPages:
+    """Pages in the bytes of a format.
+
+    Args:
+        policy: The format.
+        layer: The layer.
+        layout: Its layout.
+        cache: Its cache.
+    """
+
+    views = None
+
+    def __init__(self, policy: FormatPolicy, layer: LayerView, layout: PageLayout, cache: Tensor):
+        self._policy = policy
+        self._layer = layer
+        self._layout = layout
+        self._cache = cache
+        self._dtype: torch.dtype = getattr(torch, layer.dtype)
+        self._planes = layout.planes(cache)
+        self._read: tuple[Tensor, tuple[Tensor, Tensor]] | None = None
+
+    def gather(self, which: int, blocks: Tensor) -> Tensor:
+        """Read keys (0) or values (1) of whole blocks; see `TokenPages.gather`."""
+        # Values are always asked for right after the keys of the same blocks.
+        if which == 0 or self._read is None or self._read[0] is not blocks:
+            self._read = (blocks, self._policy.read(self._layer, self._cache, blocks.flatten()))
+        found = self._read[1][which].to(self._dtype)
+        rows, n = blocks.shape
+        _, heads, size, width = found.shape
+        if which == 1:
+            self._read = None
+        taken = found.view(rows, n, heads, size, width).transpose(1, 2)
+        return taken.reshape(rows, heads, n * size, width).contiguous()
+
+    def move(
+        self,
+        heads: Tensor,
+        from_blocks: Tensor,
+        from_slots: Tensor,
+        to_blocks: Tensor,
+        to_slots: Tensor,
+    ) -> None:
+        """Copy single tokens of single heads, codes and scales; see `TokenPages.move`."""
+        for plane in self._planes:
+            plane[to_blocks, heads, to_slots] = plane[from_blocks, heads, from_slots]
+
+    def write(
+        self, heads: Tensor, blocks: Tensor, slots: Tensor, key: Tensor, value: Tensor
+    ) -> None:
+        """Store single tokens of single heads; see `TokenPages.write`."""
+        n, count, size = len(heads), self._cache.shape[1], self._cache.shape[2]
+        scratch = self._cache.new_zeros((-(-n // size), *self._cache.shape[1:]))
+        place = torch.arange(n, device=heads.device)
+        wide = (
+            key[:, None].expand(-1, count, -1).contiguous(),
+            value[:, None].expand(-1, count, -1).contiguous(),
+        )
+        self._policy.write(self._layer, WriteBatch(*wide, place), scratch)
+        made = self._layout.planes(scratch)
+        for plane, own in zip(self._planes, made, strict=True):
+            plane[blocks, heads, slots] = own[place // size, heads, place % size]
+
+
+def open_pages(impl: Any, layer: Any, cache: Tensor) -> TokenPages:
+    """Open a layer's pages, in whatever bytes they are.
+
+    Args:
+        impl: vLLM's attention implementation.
+        layer: vLLM's attention layer.
+        cache: Its cache.
+
+    Raises:
+        KVPlugError: The backend's pages are not a permutation of what is written.
+    """
+    coded: TokenPages | None = None
+    if hasattr(impl, "kvplug_pages"):
+        coded = impl.kvplug_pages(layer, cache)
+    return coded if coded is not None else Pages(cache, order_of(impl, layer, cache))
+
+
 def order_of(impl: Any, layer: Any, cache: Tensor) -> PageOrder:
-    """The order of a layer's pages, by writing through its own ``do_kv_cache_update``."""
+    """Find the order of a layer's pages by writing through its own ``do_kv_cache_update``."""
 
     def write(key: Tensor, value: Tensor, probe: Tensor, slots: Tensor) -> None:
         heads = cache.shape[1]

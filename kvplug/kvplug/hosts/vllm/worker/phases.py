@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 from kvplug.hosts.pruning import Cut, layout
-from kvplug.hosts.vllm.messages import RowPlan
+from kvplug.hosts.vllm.messages import Plans, RowPlan
 from kvplug.hosts.vllm.spec import PrunedSpec
-from kvplug.hosts.vllm.worker.state import tail_blocks, worker_state
+from kvplug.hosts.vllm.worker import metadata
 
 FLUSH = 32
-"""Queries collected before running totals are brought up to date."""
+"""Queries collected before cumulative attention is brought up to date."""
 
 
 @dataclass
-class Holding:
-    """What some rows hold at one moment, the same number of tokens each.
+class ResidentBlocks:
+    """Resident blocks of some rows at one moment, the same number of tokens each.
 
     Attributes:
-        blocks: Block ids in the order of held indices, ``[rows, n]`` int64.
+        blocks: Block ids in the order of resident indices, ``[rows, n]`` int64.
         logical: Their numbers in the text, ``[rows, n]`` int64.
         mixed: Blocks before this logical number carry survivors, ``[rows]`` int64.
-        tokens: Tokens held by each row.
+        tokens: Resident tokens of each row.
     """
 
     blocks: Tensor
@@ -36,59 +36,59 @@ class Holding:
 
 
 @dataclass
-class Decision:
-    """Rows that come to a cut with the same shape, decided together.
+class EvictionDecision:
+    """Rows that reach an eviction of the same shape, decided together.
 
     Attributes:
-        holding: What they hold.
-        candidates: Held tokens the cut covers.
-        count: Held tokens that survive.
-        lanes: Lane of each row's request.
+        resident: Their resident blocks.
+        candidates: Resident tokens the eviction covers.
+        count: Resident tokens that survive.
+        slots: Slot of each row's request.
         num_tokens: Tokens of its text computed, ``[rows]`` int32.
         num_prompt_tokens: Tokens of its prompt, ``[rows]`` int32.
     """
 
-    holding: Holding
+    resident: ResidentBlocks
     candidates: int
     count: int
-    lanes: list[int]
+    slots: list[int]
     num_tokens: Tensor
     num_prompt_tokens: Tensor
 
-    def rows(self) -> list[Decision]:
-        """One decision a row."""
-        held = self.holding
+    def rows(self) -> list[EvictionDecision]:
+        """Split into one decision per row."""
+        resident = self.resident
         return [
-            Decision(
-                Holding(
-                    held.blocks[i : i + 1],
-                    held.logical[i : i + 1],
-                    held.mixed[i : i + 1],
-                    held.tokens,
+            EvictionDecision(
+                ResidentBlocks(
+                    resident.blocks[i : i + 1],
+                    resident.logical[i : i + 1],
+                    resident.mixed[i : i + 1],
+                    resident.tokens,
                 ),
                 self.candidates,
                 self.count,
-                [lane],
+                [slot],
                 self.num_tokens[i : i + 1],
                 self.num_prompt_tokens[i : i + 1],
             )
-            for i, lane in enumerate(self.lanes)
+            for i, slot in enumerate(self.slots)
         ]
 
 
 @dataclass
-class Flush:
-    """Rows whose latest queries are added to the running totals of what they hold.
+class AttentionFlush:
+    """Rows whose latest queries are added to the cumulative attention of their resident tokens.
 
     Attributes:
-        holding: What they hold.
+        resident: Their resident blocks.
         remembered: Index into the layer's remembered queries of each query, ``[rows, n]``, or -1;
             None where all are fresh.
         fresh: Index into this step's tokens of each query, ``[rows, n]``, or -1.
         positions: Position of each query, ``[rows, n]`` int32.
     """
 
-    holding: Holding
+    resident: ResidentBlocks
     remembered: Tensor | None
     fresh: Tensor
     positions: Tensor
@@ -96,89 +96,108 @@ class Flush:
 
 @dataclass
 class Phase:
-    """Part of a step between two sets of cuts.
+    """Part of a step between two sets of evictions.
 
     Attributes:
         metadata: The backend's metadata for it.
         tokens: Its tokens among the step's, ``[n]`` int64, or None for all of them.
         remember_from: Tokens whose queries are remembered, ``[n]`` int64.
         remember_at: Where each is remembered.
-        flushes: Running totals to bring up to date.
-        decisions: Cuts to make after it.
+        flushes: Cumulative attention to bring up to date.
+        decisions: Evictions to make after it.
     """
 
     metadata: Any
     tokens: Tensor | None
     remember_from: Tensor | None = None
     remember_at: Tensor | None = None
-    flushes: list[Flush] = field(default_factory=list)
-    decisions: list[Decision] = field(default_factory=list)
+    flushes: list[AttentionFlush] = field(default_factory=list)
+    decisions: list[EvictionDecision] = field(default_factory=list)
 
 
 @dataclass
-class Segment:
-    """One row in one phase: tokens ``[start, end)`` of its text."""
+class RowPart:
+    """One row in one phase: tokens ``[start, end)`` of its text.
+
+    Attributes:
+        row: The row.
+        slot: Slot of its request; -1 without a plan.
+        plan: Its plan, or None.
+        start: First token.
+        end: Token after the last.
+        first_token: First token among the step's.
+        state: The eviction in force, or None.
+        eviction: The eviction at ``end``, or None.
+    """
 
     row: int
+    slot: int
     plan: RowPlan | None
     start: int
     end: int
     first_token: int
     state: Cut | None
-    cut: Cut | None
+    eviction: Cut | None
 
 
 class StepPlanner:
-    """Turns a step's common metadata and the scheduler's plans into phases."""
+    """Turns a step's common metadata and the scheduler's plans into phases.
 
-    def __init__(self, spec: PrunedSpec, vllm_config: Any, device: torch.device):
+    Args:
+        spec: Spec of the KV-cache group.
+        group: Group number of the policy: the index of the spec's share.
+        device: Device of the tensors.
+    """
+
+    def __init__(self, spec: PrunedSpec, group: int, device: torch.device):
         self.block_size = int(spec.block_size)
         self.shared = spec.limits.shared
+        self.group = group
         self.device = device
-        self.state = worker_state(vllm_config)
 
-    def segments(self, common: Any) -> list[list[Segment]] | None:
-        """The rows of each phase, or None when no row was or will be cut."""
-        plans = self.state.plans
-        if not plans:
-            return None
-        rows, size = common.num_reqs, self.block_size
-        lens = common.seq_lens[:rows].to(torch.int64)
-        tails = tail_blocks(common.block_table_tensor[:rows], lens, size).tolist()
-        ends, starts = lens.tolist(), common.query_start_loc_cpu[: rows + 1].tolist()
-        phases: list[list[Segment]] = [[]]
+    def parts(self, common: Any, slots: list[int], plans: Plans) -> list[list[RowPart]] | None:
+        """Return the rows of each phase, or None where no row has a plan.
+
+        Args:
+            common: vLLM's common metadata.
+            slots: Slot of each row, -1 where unknown.
+            plans: The step's plans.
+        """
+        ends = common.seq_lens[: common.num_reqs].tolist()
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
+        phases: list[list[RowPart]] = [[]]
         found = False
-        for row in range(rows):
-            end, first = ends[row], starts[row]
+        for row, (end, slot) in enumerate(zip(ends, slots, strict=False)):
+            first = starts[row]
             start = end - (starts[row + 1] - first)
-            plan = plans.get(tails[row]) if end > start else None
+            plan = plans.get((self.group, slot)) if end > start else None
             if plan is None:
-                phases[0].append(Segment(row, None, start, end, first, None, None))
+                phases[0].append(RowPart(row, -1, None, start, end, first, None, None))
                 continue
             found = True
             state, at = plan.state, start
-            for depth, cut in enumerate([*plan.cuts, None]):
-                stop = cut.at if cut is not None else end
+            for depth, eviction in enumerate([*plan.evictions, None]):
+                stop = eviction.at if eviction is not None else end
                 if stop > at:
                     while len(phases) <= depth:
                         phases.append([])
                     token = first + at - start
-                    phases[depth].append(Segment(row, plan, at, stop, token, state, cut))
-                if cut is not None:
-                    state, at = cut, stop
+                    phases[depth].append(RowPart(row, slot, plan, at, stop, token, state, eviction))
+                if eviction is not None:
+                    state, at = eviction, stop
         if len(phases) > 1:
-            phases[0] = [s for s in phases[0] if s.end > s.start]
+            phases[0] = [part for part in phases[0] if part.end > part.start]
         return phases if found else None
 
-    def table(self, common: Any, segments: list[Segment]) -> tuple[Tensor, Tensor]:
-        """Block table and lengths of what each segment's queries see."""
+    def table(self, common: Any, parts: list[RowPart]) -> tuple[Tensor, Tensor]:
+        """Return the block table and lengths of what each part's queries see."""
         device, size = self.device, self.block_size
-        kept = torch.tensor([s.state.kept if s.state else 0 for s in segments], device=device)
+        kept = torch.tensor([s.state.kept if s.state else 0 for s in parts], device=device)
         resume = torch.tensor(
-            [s.state.end - s.state.tail if s.state else 0 for s in segments], device=device
+            [s.state.end - s.state.tail if s.state else 0 for s in parts], device=device
         )
-        ends = torch.tensor([s.end for s in segments], device=device)
-        rows = torch.tensor([s.row for s in segments], device=device)
+        ends = torch.tensor([s.end for s in parts], device=device)
+        rows = torch.tensor([s.row for s in parts], device=device)
         source = common.block_table_tensor[rows]
         width = source.shape[1]
         column = torch.arange(width, device=device)[None, :]
@@ -190,93 +209,90 @@ class StepPlanner:
         table = source.gather(1, index.clamp(0, width - 1)) * live
         return table.to(torch.int32), lens
 
-    def common_of(self, common: Any, segments: list[Segment], whole: bool) -> Any:
-        """The common metadata of one phase."""
-        table, lens = self.table(common, segments)
+    def common_of(self, common: Any, parts: list[RowPart], whole: bool) -> Any:
+        """Return the common metadata of one phase; ``whole`` if it is the only one."""
+        table, lens = self.table(common, parts)
         lens_cpu = lens.cpu()
+        longest = int(lens_cpu.max())
         if whole:
-            return common.replace(
+            return metadata.with_lengths(
+                common,
                 seq_lens=lens,
-                block_table_tensor=table,
-                max_seq_len=int(lens_cpu.max()),
-                seq_lens_cpu_upper_bound=lens_cpu,
-                _num_computed_tokens_cache=None,
+                block_table=table,
+                max_seq_len=longest,
+                seq_lens_cpu=lens_cpu,
             )
-        widths = torch.tensor([s.end - s.start for s in segments], dtype=torch.int32)
-        query_start = torch.zeros(len(segments) + 1, dtype=torch.int32)
-        torch.cumsum(widths, 0, out=query_start[1:])
-        rows = torch.tensor([s.row for s in segments])
-        prefilling = common.is_prefilling
-        return common.replace(
-            num_reqs=len(segments),
-            num_actual_tokens=int(query_start[-1]),
-            query_start_loc=query_start.to(self.device),
-            query_start_loc_cpu=query_start,
+        return metadata.with_rows(
+            common,
+            torch.tensor([s.row for s in parts]),
+            query_start=metadata.query_starts(torch.tensor([s.end - s.start for s in parts])),
             seq_lens=lens,
-            block_table_tensor=table,
-            max_query_len=int(widths.max()),
-            max_seq_len=int(lens_cpu.max()),
-            seq_lens_cpu_upper_bound=lens_cpu,
-            is_prefilling=prefilling[rows] if prefilling is not None else None,
-            req_idx=common.req_idx[rows.numpy()] if common.req_idx is not None else None,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
+            block_table=table,
+            max_seq_len=longest,
+            seq_lens_cpu=lens_cpu,
         )
 
-    def _holding(self, common: Any, segments: list[Segment], logical: list[list[int]]) -> Holding:
-        rows = torch.tensor([s.row for s in segments], device=self.device)
+    def _resident(
+        self, common: Any, parts: list[RowPart], logical: list[list[int]]
+    ) -> ResidentBlocks:
+        rows = torch.tensor([s.row for s in parts], device=self.device)
         numbers = torch.tensor(logical, device=self.device)
         table = common.block_table_tensor[rows].long()
-        mixed = torch.tensor([s.state.end if s.state else 0 for s in segments], device=self.device)
-        return Holding(table.gather(1, numbers), numbers, mixed, 0)
+        mixed = torch.tensor([s.state.end if s.state else 0 for s in parts], device=self.device)
+        return ResidentBlocks(table.gather(1, numbers), numbers, mixed, 0)
 
-    def decisions(self, common: Any, segments: list[Segment]) -> list[Decision]:
-        """The cuts at the end of a phase, rows of one shape together."""
-        shapes: dict[tuple[int, int, int], list[tuple[Segment, tuple[int, ...]]]]
+    def decisions(self, common: Any, parts: list[RowPart]) -> list[EvictionDecision]:
+        """Return the evictions at the end of a phase, rows of one shape together."""
+        shapes: dict[tuple[int, int, int], list[tuple[RowPart, tuple[int, ...]]]]
         shapes = defaultdict(list)
-        for s in segments:
-            if s.cut is not None:
-                found = layout(s.state, s.cut, self.shared, self.block_size)
+        for s in parts:
+            if s.eviction is not None:
+                found = layout(s.state, s.eviction, self.shared, self.block_size)
                 shapes[found.tokens, found.candidates, found.survivors].append((s, found.blocks))
         made = []
         for (tokens, candidates, survivors), members in shapes.items():
             own = [s for s, _ in members]
-            holding = self._holding(common, own, [list(blocks) for _, blocks in members])
-            holding.tokens = tokens
+            resident = self._resident(common, own, [list(blocks) for _, blocks in members])
+            resident.tokens = tokens
             plans = [s.plan for s in own if s.plan is not None]
             made.append(
-                Decision(
-                    holding,
+                EvictionDecision(
+                    resident,
                     candidates * self.block_size,
                     survivors * self.block_size,
-                    [p.lane for p in plans],
+                    [s.slot for s in own],
                     torch.tensor([s.end for s in own], dtype=torch.int32, device=self.device),
                     torch.tensor([p.prompt for p in plans], dtype=torch.int32, device=self.device),
                 )
             )
         return made
 
-    def remembered(self, segments: list[Segment], ring: int) -> tuple[Tensor, Tensor] | None:
-        """Which of a phase's tokens to remember the queries of, and where."""
+    def remembered(self, parts: list[RowPart], ring: int) -> tuple[Tensor, Tensor] | None:
+        """Return the tokens of a phase whose queries to remember, and where; None for none.
+
+        Args:
+            parts: Rows of the phase.
+            ring: Queries remembered per request.
+        """
         tokens: list[int] = []
         places: list[int] = []
-        for s in segments:
+        for s in parts:
             if s.plan is not None:
                 for position in range(max(s.start, s.end - ring), s.end):
                     tokens.append(s.first_token + position - s.start)
-                    places.append(s.plan.lane * ring + position % ring)
+                    places.append(s.slot * ring + position % ring)
         if not tokens:
             return None
         return torch.tensor(tokens, device=self.device), torch.tensor(places, device=self.device)
 
-    def flushes(self, common: Any, segments: list[Segment], ring: int) -> list[Flush]:
-        """Running totals due at the end of a phase, rows of one shape together."""
-        shapes: dict[tuple[int, int], list[tuple[Segment, int]]] = defaultdict(list)
-        for s in segments:
+    def flushes(self, common: Any, parts: list[RowPart], ring: int) -> list[AttentionFlush]:
+        """Return the cumulative attention due at the end of a phase, rows of one shape together."""
+        shapes: dict[tuple[int, int], list[tuple[RowPart, int]]] = defaultdict(list)
+        for s in parts:
             if s.plan is None:
                 continue
             begin = max(s.start // FLUSH * FLUSH, s.state.at if s.state else 0)
-            end = s.end if s.cut is not None else s.end // FLUSH * FLUSH
+            end = s.end if s.eviction is not None else s.end // FLUSH * FLUSH
             if end > begin:
                 resume = s.state.end - s.state.tail - s.state.kept if s.state else 0
                 shapes[end - begin, end - resume * self.block_size].append((s, begin))
@@ -293,21 +309,20 @@ class StepPlanner:
                         *range(resume, resume + filled - kept),
                     ]
                 )
-            holding = self._holding(common, own, logical)
-            holding.tokens = tokens
+            resident = self._resident(common, own, logical)
+            resident.tokens = tokens
             positions = [list(range(begin, begin + n)) for _, begin in members]
-            lanes = [s.plan.lane if s.plan is not None else 0 for s in own]
             fresh = [
                 [s.first_token + p - s.start if p >= s.start else -1 for p in row]
                 for s, row in zip(own, positions, strict=True)
             ]
             old = [
-                [lane * ring + p % ring if p < s.start else -1 for p in row]
-                for s, lane, row in zip(own, lanes, positions, strict=True)
+                [s.slot * ring + p % ring if p < s.start else -1 for p in row]
+                for s, row in zip(own, positions, strict=True)
             ]
             made.append(
-                Flush(
-                    holding,
+                AttentionFlush(
+                    resident,
                     torch.tensor(old, device=self.device)
                     if any(i >= 0 for row in old for i in row)
                     else None,

@@ -1,34 +1,19 @@
-"""Reads and writes stored segments in the pages of one layer."""
+"""Stored segments in the pages of one layer: reading them out, and writing them in."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-
-from kvplug.contract import (
-    FormatPolicy,
-    LayerView,
-)
-
-if TYPE_CHECKING:
-    pass
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-from kvplug.contract import (
-    WriteBatch,
-)
+from kvplug.contract import FormatPolicy, LayerView, WriteBatch
 from kvplug.hosts.vllm.worker.pages import Pages, order_of
-
-if TYPE_CHECKING:
-    pass
 
 
 class LayerPages:
-    """One layer's pages as segments are read from them and written to them.
+    """Pages of one layer, by position in a request's text.
 
     Args:
         layer: vLLM's attention layer.
@@ -51,21 +36,21 @@ class LayerPages:
             self._planes = self._layout.planes(cache)
 
     def read(self, blocks: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """K and V at positions ``[start, end)`` of a request, each ``[n, kv_heads, head_size]``.
+        """Read K and V at positions ``[start, end)``, each ``[n, kv_heads, head_size]``.
 
         Args:
             blocks: Ids of its blocks, ``[m]`` int64.
             start: First position.
             end: Position after the last.
         """
-        key, value = self._taken((0, 1), blocks, start, end)
+        key, value = self._gather((0, 1), blocks, start, end)
         return key, value
 
     def keys(self, blocks: Tensor, start: int, end: int) -> Tensor:
-        """The keys of what `read` gives."""
-        return self._taken((0,), blocks, start, end)[0]
+        """Read the keys alone; see `read`."""
+        return self._gather((0,), blocks, start, end)[0]
 
-    def _taken(
+    def _gather(
         self, which: tuple[int, ...], blocks: Tensor, start: int, end: int
     ) -> tuple[Tensor, ...]:
         if start >= end:
@@ -90,16 +75,16 @@ class LayerPages:
         end: int,
         read: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """What is kept of the tokens at ``[start, end)``: the page's own bytes.
+        """Read the tokens at ``[start, end)`` as they are stored: the page's own bytes.
 
         Args:
             blocks: Ids of the request's blocks, ``[m]`` int64.
             start: First position.
             end: Position after the last.
-            read: What `read` gave of them, if it was asked.
+            read: Result of `read` for the same tokens, if there is one.
 
         Returns:
-            ``key`` and ``value`` as `read` gives them, or ``cells``, uint8 ``[n, heads, bytes]``.
+            ``key`` and ``value`` as `read` returns them, or ``cells``, uint8 ``[n, heads, bytes]``.
         """
         if self._format is None:
             key, value = read or self.read(blocks, start, end)
@@ -113,11 +98,11 @@ class LayerPages:
         return {"cells": cells}
 
     def put(self, slots: Tensor, planes: dict[str, Tensor]) -> None:
-        """Write what `stored` gave to other slots, as it is.
+        """Write bytes from `stored` to other cache slots, unchanged.
 
         Args:
             slots: ``[n]`` int64.
-            planes: What `stored` gave.
+            planes: Result of `stored`.
         """
         if self._format is None:
             self.write(slots, planes["key"], planes["value"])
@@ -128,17 +113,17 @@ class LayerPages:
         for f, plane in zip(self._layout.fields, self._planes, strict=True):
             plane[blocks, :, offsets] = cells[..., f.offset : f.offset + f.size]
 
-    def given(self, slots: Tensor, planes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """K and V of what `stored` gave, ``[n, kv_heads, head_size]`` in the model's dtype.
+    def decoded(self, slots: Tensor, planes: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Decode bytes from `stored`: K and V ``[n, kv_heads, head_size]`` in the model's dtype.
 
         Args:
-            slots: Where they go, ``[n]`` int64.
-            planes: What `stored` gave.
+            slots: Cache slots they go to, ``[n]`` int64; a format decodes them there.
+            planes: Result of `stored`.
         """
         device, dtype = self._cache.device, self._dtype
         if self._format is None:
             return planes["key"].to(device), planes["value"].to(device)
-        # A format reads whole blocks of pages, so its bytes go where they will be written over.
+        # A format reads whole blocks, so its bytes go where they are overwritten afterwards.
         self.put(slots, planes)
         blocks, index = torch.unique(slots // self._size, return_inverse=True)
         found = self._format.read(self.view, self._cache, blocks)
@@ -163,8 +148,7 @@ class LayerPages:
 
 
 def stacked(layers: Sequence[Tensor]) -> Tensor:
-    """Layers' planes as one, ``[layers, tokens, ...]``; a format may give layers different bytes,
-    and the narrower are filled up with zeros."""
+    """Stack layers' planes, ``[layers, tokens, ...]``; narrower ones are padded with zeros."""
     if all(t.shape == layers[0].shape for t in layers):
         return torch.stack(list(layers))
     shape = [max(sizes) for sizes in zip(*(t.shape for t in layers), strict=True)]

@@ -1,4 +1,4 @@
-"""The metadata builder that shows attention only what a windowed request still holds.
+"""Positional sequence policies on a worker: attention sees only what a window keeps.
 
 A step's block tables stay positional in the runner; before they reach attention they are compacted
 into a copy: hidden entries out, lengths shortened to match. RoPE is in the keys already and causal
@@ -10,26 +10,141 @@ every query then sees exactly what its position entitles it to, wherever the chu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport
 
+from kvplug.contract import Kind, LayerView, SequencePolicy, Window
+from kvplug.hosts.vllm.messages import SequenceReport, StepDirectives, StepReport
 from kvplug.hosts.vllm.spec import WindowedSpec
-from kvplug.hosts.vllm.worker.state import worker_state
+from kvplug.hosts.vllm.worker import metadata
+from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
+from kvplug.hosts.vllm.worker.steps import Build, BuildCall, MetadataStep
 from kvplug_kernels.compact_block_table import compact_block_table
 
 
+class WindowWorker(KindWorker):
+    """A positional sequence policy on a worker.
+
+    Args:
+        policy: The policy; its `window` answers for every layer.
+        origin: Source and key of the policy in its deployment, for messages.
+    """
+
+    kind = Kind.SEQUENCE
+    # Taking another group's metadata would skip the compaction.
+    supports_update_block_table = False
+
+    def __init__(self, policy: SequencePolicy, origin: Origin):
+        super().__init__(origin)
+        self.policy = policy
+        self.counts = WindowCounts()
+        self._windows = [_window(policy, layer) for layer in policy.engine.layers]
+        self._exempt: Tensor | None = None
+
+    def rule(self, index: int) -> Window:
+        return self._windows[index]
+
+    def customize_spec(self, spec: Any, rule: Any, stock: type[Any]) -> Any:
+        from vllm.v1.kv_cache_interface import replace_as
+
+        engine = self.policy.engine
+        self.check_block_size(spec, stock, self.policy.name)
+        return replace_as(
+            spec,
+            WindowedSpec,
+            sink_tokens=rule.sink_blocks * engine.block_size,
+            window_tokens=rule.window_blocks * engine.block_size,
+            exact_tokens=min(w.exact_blocks for w in self._windows) * engine.block_size,
+            in_flight_tokens=engine.max_in_flight_tokens,
+            max_tokens=engine.max_model_len,
+        )
+
+    def check_impl(self, impl: Any) -> None:
+        if getattr(impl, "alibi_slopes", None) is not None:
+            self.refuse(
+                f"{self.policy.name} does not support models with ALiBi: distances would be "
+                "counted over the tokens that are kept.",
+                "remove the sequence section for this model.",
+            )
+
+    def metadata_steps(
+        self, spec: Any, vllm_config: Any, device: torch.device
+    ) -> Sequence[MetadataStep]:
+        if not isinstance(spec, WindowedSpec):
+            return ()
+        return (Compaction(self, spec, vllm_config, device),)
+
+    def cudagraph_support(self, spec: Any, inner: AttentionCGSupport) -> AttentionCGSupport:
+        # Splitting prefill rows changes how many there are.
+        if isinstance(spec, WindowedSpec) and inner is AttentionCGSupport.ALWAYS:
+            return AttentionCGSupport.UNIFORM_BATCH
+        return inner
+
+    def begin(self, directives: StepDirectives) -> None:
+        exempt = directives.sequence.exempt if directives.sequence is not None else None
+        self._exempt = None if exempt is None else torch.from_numpy(exempt)
+
+    def exempt_rows(self, call: BuildCall) -> Tensor | None:
+        """Return the mask of rows that keep everything, ``[rows]``, or None for none."""
+        if self._exempt is None:
+            return None
+        return torch.isin(call.slots, self._exempt.to(call.slots.device))
+
+    def report(self, into: StepReport) -> None:
+        counts, self.counts = self.counts, WindowCounts()
+        if counts.rows:
+            into.sequence = SequenceReport(rows=counts.rows, split_rows=counts.split_rows)
+
+
+def _window(policy: SequencePolicy, layer: LayerView) -> Window:
+    window = policy.window(layer)
+    assert window is not None, "checked when the deployment was"
+    return window
+
+
+@dataclass
+class WindowCounts:
+    """Rows compacted, and rows added by splitting, since the last report."""
+
+    rows: int = 0
+    split_rows: int = 0
+
+
+class Compaction(MetadataStep):
+    """Compacts the rows of one KV-cache group."""
+
+    def __init__(
+        self, kind: WindowWorker, spec: WindowedSpec, vllm_config: Any, device: torch.device
+    ):
+        self._kind = kind
+        self._compact = Compactor(spec, vllm_config, device)
+
+    def build(self, inner: Build, call: BuildCall) -> Any:
+        exempt = None
+        if self._compact.shortens(call.common):
+            exempt = self._kind.exempt_rows(call)
+        return inner(call.on(self._compact(call.common, exempt, self._kind.counts)))
+
+
 class Compactor:
-    """Applies one `WindowedSpec` to a step's common attention metadata."""
+    """Applies one `WindowedSpec` to a step's common attention metadata.
+
+    Args:
+        spec: The spec.
+        vllm_config: The engine's config.
+        device: Device of the tensors.
+    """
 
     def __init__(self, spec: WindowedSpec, vllm_config: Any, device: torch.device):
         self.block_size = int(spec.block_size)
         self.window = spec.window
         self.exact_tokens = self.window.exact_blocks * self.block_size
         self.device = device
-        self.state = worker_state(vllm_config)
         # A decode row is as wide as its draft tokens; on an accelerator its true length is known
         # only on the device, so such rows are never split there.
         self.decode_width = 1 + int(vllm_config.num_speculative_tokens)
@@ -37,19 +152,32 @@ class Compactor:
         self._table = torch.zeros((0, 0), dtype=torch.int32, device=device)
         self._lens = torch.zeros(0, dtype=torch.int32, device=device)
 
-    def __call__(self, common: Any) -> Any:
+    def shortens(self, common: Any) -> bool:
+        """Return False where every row is so short that it sees everything."""
         # A captured CUDA graph reads the compacted buffers, so there they are always written.
-        if self.device.type == "cpu" and common.max_seq_len <= self.exact_tokens:
+        return self.device.type != "cpu" or common.max_seq_len > self.exact_tokens
+
+    def __call__(self, common: Any, exempt: Tensor | None, counts: WindowCounts) -> Any:
+        """Return the metadata with rows shortened to what their queries may see.
+
+        Args:
+            common: vLLM's common metadata.
+            exempt: Mask of rows that keep everything, ``[rows]``, or None for none.
+            counts: Where rows are counted.
+        """
+        if not self.shortens(common):
             return common
         table, seq_lens = common.block_table_tensor, common.seq_lens
         query_cpu = common.query_start_loc_cpu
         query_lens = (query_cpu[1:] - query_cpu[:-1])[: common.num_reqs]
         upper = common.seq_lens_cpu_upper_bound
         lens_cpu = upper if upper is not None and self.device.type != "cpu" else seq_lens
-        exempt = self.state.exempt_rows(table, seq_lens, self.block_size)
         splits = self._splits(lens_cpu[: common.num_reqs], query_lens, exempt)
         if splits is None:
+            counts.rows += table.shape[0]
             return self._whole_rows(common, table, seq_lens, exempt)
+        counts.rows += int(splits.sum())
+        counts.split_rows += int(splits.sum()) - common.num_reqs
         return self._split_rows(common, table, seq_lens, lens_cpu, query_lens, splits, exempt)
 
     def _gap(self, block: Tensor, exempt: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -92,15 +220,14 @@ class Compactor:
             out_table=self._table,
             out_lens=self._lens,
         )
-        self.state.counters.rows += rows
         longest = int(lens.max()) if self.device.type == "cpu" else common.max_seq_len
         upper = lens if self.device.type == "cpu" else common.seq_lens_cpu_upper_bound
-        return common.replace(
+        return metadata.with_lengths(
+            common,
             seq_lens=lens,
-            block_table_tensor=compacted,
+            block_table=compacted,
             max_seq_len=longest,
-            seq_lens_cpu_upper_bound=upper,
-            _num_computed_tokens_cache=None,
+            seq_lens_cpu=upper,
         )
 
     def _split_rows(
@@ -126,16 +253,13 @@ class Compactor:
         start = torch.where(nth == 0, computed[rows], block * size)
         end = torch.where(is_last, lens[rows], (block + 1) * size)
         widths = end - start
-        query_start = torch.zeros(rows.shape[0] + 1, dtype=torch.int32)
-        torch.cumsum(widths, 0, out=query_start[1:])
-
+        query_start = metadata.query_starts(widths)
         rows_dev = rows.to(device, non_blocking=True)
         one = (splits[rows] == 1).to(device, non_blocking=True)
         end_dev = torch.where(
             one, seq_lens[rows_dev], end.to(device, torch.int32, non_blocking=True)
         )
-        query_dev = query_start.to(device, non_blocking=True)
-        widths_dev = query_dev[1:] - query_dev[:-1]
+        widths_dev = widths.to(device, torch.int32, non_blocking=True)
         block_dev = torch.where(
             one,
             (end_dev - widths_dev) // size,
@@ -150,71 +274,17 @@ class Compactor:
             gap_start=gap_start,
             gap_end=gap_end,
         )
-        self.state.counters.rows += int(rows.shape[0])
-        self.state.counters.split_rows += int(rows.shape[0]) - common.num_reqs
         hidden = (block - self.window.window_blocks - self.window.sink_blocks).clamp_min(0)
         # A whole row may be shorter on the device than here, and then hides fewer blocks.
         hidden = torch.where(splits[rows] == 1, 0, hidden)
         upper = (end - hidden * size).to(torch.int32)
-        prefilling = common.is_prefilling
-        return common.replace(
-            num_reqs=int(rows.shape[0]),
-            query_start_loc=query_dev,
-            query_start_loc_cpu=query_start,
+        return metadata.with_rows(
+            common,
+            rows,
+            query_start=query_start,
             seq_lens=new_lens,
-            block_table_tensor=compacted,
-            max_query_len=int(widths.max()),
+            block_table=compacted,
             max_seq_len=int(upper.max()),
-            seq_lens_cpu_upper_bound=upper,
-            is_prefilling=prefilling[rows] if prefilling is not None else None,
-            req_idx=common.req_idx[rows.numpy()] if common.req_idx is not None else None,
-            _num_computed_tokens_cache=None,
-            _token_to_req_indices_cache=None,
-        )
-
-
-class CompactingBuilder:
-    """Mixin placed before a stock metadata builder."""
-
-    # Metadata of another group with the same spec could be reused by swapping its block table in,
-    # which would skip the compaction.
-    supports_update_block_table = False
-
-    def __init__(
-        self,
-        kv_cache_spec: Any,
-        layer_names: list[str],
-        vllm_config: Any,
-        device: torch.device,
-        *args: Any,
-        **kwargs: Any,
-    ):
-        super().__init__(  # type: ignore[call-arg]
-            kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs
-        )
-        self._compact = (
-            Compactor(kv_cache_spec, vllm_config, device)
-            if isinstance(kv_cache_spec, WindowedSpec)
-            else None
-        )
-
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
-        """At most uniform decode batches: splitting prefill rows changes how many there are."""
-        support = super().get_cudagraph_support(  # type: ignore[misc]
-            vllm_config, kv_cache_spec
-        )
-        if isinstance(kv_cache_spec, WindowedSpec) and support is AttentionCGSupport.ALWAYS:
-            return AttentionCGSupport.UNIFORM_BATCH
-        return support
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-    ) -> Any:
-        if self._compact is not None:
-            common_attn_metadata = self._compact(common_attn_metadata)
-            # Rows hide different blocks, so what was a common prefix may be none any more.
-            common_prefix_len = 0
-        return super().build(  # type: ignore[misc]
-            common_prefix_len, common_attn_metadata, fast_build
+            seq_lens_cpu=upper,
+            num_tokens=common.num_actual_tokens,
         )

@@ -1,0 +1,209 @@
+"""Evictions in one layer, and the log of what a scoring policy did."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+from kvplug.contract import HeldView, ScoringPolicy
+from kvplug.hosts.pruning import choose, keep_best
+from kvplug.hosts.spans import SpanStore, Tokens
+from kvplug.hosts.vllm.messages import SequenceReport
+from kvplug.hosts.vllm.worker.phases import EvictionDecision
+from kvplug.hosts.vllm.worker.residents import LayerResidents
+from kvplug_kernels.compact_kv import plan_moves
+
+logger = init_logger("vllm.kvplug")
+
+RECALL_QUERIES = 8
+"""Latest queries that decide which evicted tokens are recalled from host memory."""
+
+
+class EvictionLog:
+    """Counts, measurements and failure of a scoring policy on a worker.
+
+    Args:
+        policy: The policy.
+
+    Attributes:
+        counts: Counts since the last report.
+        failed: Cause the policy was retired for, or None.
+    """
+
+    def __init__(self, policy: ScoringPolicy):
+        self._policy = policy
+        self.counts = SequenceReport()
+        self.failed: str | None = None
+        self._measured: dict[tuple[int, int], tuple[npt.NDArray[np.float64], int]] = {}
+
+    def fail(self, error: Exception) -> None:
+        """Retire the policy: from now on the latest tokens are kept."""
+        self.failed = f"{type(error).__name__}: {error}"
+        logger.error(
+            "sequence policy %r failed and is retired; from now on the latest tokens are kept "
+            "instead: %s",
+            self._policy.name,
+            self.failed,
+            exc_info=error,
+        )
+
+    def add_measured(self, slots: list[int], group: int, values: npt.NDArray[np.float64]) -> None:
+        """Add what one layer of a group measured of some requests, ``[rows, n]``."""
+        for slot, row in zip(slots, values, strict=True):
+            sums, layers = self._measured.get((slot, group), (np.zeros_like(row), 0))
+            self._measured[slot, group] = (sums + row, layers + 1)
+
+    def take(self) -> SequenceReport | None:
+        """Return what happened since the last report, or None for nothing."""
+        if not self.counts.rows:
+            return None
+        report, self.counts = self.counts, SequenceReport()
+        report.measured = self._take_measured()
+        report.failed = self.failed
+        return report
+
+    def _take_measured(self) -> npt.NDArray[np.float64] | None:
+        if not self._measured:
+            return None
+        rows = [(*key, layers, *sums) for key, (sums, layers) in self._measured.items()]
+        self._measured.clear()
+        return np.array(rows, dtype=np.float64)
+
+
+class LayerEvictions:
+    """Evictions in one layer.
+
+    Args:
+        residents: The layer's resident tokens.
+        group: Number of the layer's group: the index of its share.
+        log: The policy's log.
+    """
+
+    def __init__(self, residents: LayerResidents, group: int, log: EvictionLog):
+        self.residents = residents
+        self.policy = residents.policy
+        self._group = group
+        self._log = log
+        self._stores: dict[int, SpanStore] = {}
+
+    def decide(self, decision: EvictionDecision) -> None:
+        """Make one eviction, row by row where evicted tokens can be recalled."""
+        if not self.policy.knobs.on_demand:
+            self.evict(decision)
+            return
+        for row in decision.rows():
+            self.evict_with_recall(row)
+
+    def evict(self, decision: EvictionDecision) -> None:
+        """Decide what survives, and move it together."""
+        resident, count = decision.resident, decision.count
+        view = self.residents.view(resident, decision)
+        keep = self._choose(view, decision.slots, decision.candidates, count)
+        source = plan_moves(keep, count).long()
+        size = self.policy.engine.block_size
+        row, head, place, origin = self._moved(source)
+        self.residents.pages.move(
+            head,
+            resident.blocks[row, origin // size],
+            origin % size,
+            resident.blocks[row, place // size],
+            place % size,
+        )
+        self.residents.put(resident, source, view)
+
+    def evict_with_recall(self, decision: EvictionDecision) -> None:
+        """Evict from one row whose evicted tokens stay in host memory and may be recalled."""
+        (slot,) = decision.slots
+        resident, candidates, count = decision.resident, decision.candidates, decision.count
+        began = time.perf_counter()
+        view = self.residents.view(resident, decision)
+        if not bool(resident.mixed[0]):
+            self._stores.pop(slot, None)
+        store = self._stores.setdefault(slot, SpanStore(self.policy.knobs.on_demand))
+        mine = Tokens(
+            view.keys[0],
+            view.values[0],
+            view.positions[0],
+            view.totals[0] if view.totals is not None else None,
+        )
+        queries = self.residents.latest_queries(decision, min(self.residents.ring, RECALL_QUERIES))
+        found = store.needed(queries[0], mine.keys, count // 4)
+        unwanted = None
+        if found is not None:
+            back, needed = found
+            mine = self._insert(mine, back, candidates)
+            view = self._dense_view(view, mine)
+            unwanted = torch.zeros(mine.positions.shape, dtype=torch.bool, device=needed.device)
+            unwanted[:, candidates : candidates + needed.shape[1]] = ~needed
+            candidates += needed.shape[1]
+            self._log.counts.recalled_tokens += int(needed.sum())
+        keep = self._choose(view, decision.slots, candidates, count, unwanted)
+        source = plan_moves(keep, count).long()
+        size = self.policy.engine.block_size
+        row, head, place, origin = self._moved(source)
+        self.residents.pages.write(
+            head, resident.blocks[row, place // size], place % size,
+            mine.keys[head, origin], mine.values[head, origin],
+        )  # fmt: skip
+        self.residents.put(resident, source, view)
+        heads = keep.shape[1]
+        gone = torch.ones(heads, candidates, dtype=torch.bool, device=keep.device)
+        gone.scatter_(1, keep[0].long(), False)
+        store.put(mine.take(gone.nonzero()[:, 1].view(heads, -1)))
+        self._log.counts.recall_us += round((time.perf_counter() - began) * 1e6)
+
+    def _insert(self, mine: Tokens, back: Tokens, at: int) -> Tokens:
+        """``back`` as further candidates, before the block being filled."""
+        n = mine.keys.shape[1]
+        index = torch.arange(n, device=mine.keys.device).expand(mine.keys.shape[0], -1)
+        if mine.totals is None:
+            back.totals = None
+        return Tokens.cat([mine.take(index[:, :at]), back, mine.take(index[:, at:])])
+
+    def _dense_view(self, view: HeldView, mine: Tokens) -> HeldView:
+        return replace(
+            view,
+            held=mine.keys.shape[1],
+            positions=mine.positions[None],
+            key_pages=mine.keys[None],
+            value_pages=mine.values[None],
+            block_table=torch.zeros_like(view.block_table[:, :1]),
+            totals=mine.totals[None] if mine.totals is not None else None,
+        )
+
+    def _moved(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Row, KV head and place of each survivor that moves, and the index it comes from."""
+        places = torch.arange(source.shape[2], device=source.device)
+        row, head, place = torch.nonzero(source != places, as_tuple=True)
+        return row, head, place, source[row, head, place]
+
+    def _choose(
+        self,
+        view: HeldView,
+        slots: list[int],
+        candidates: int,
+        count: int,
+        unwanted: Tensor | None = None,
+    ) -> Tensor:
+        if self._log.failed is None:
+            try:
+                keep, scores = choose(self.policy, view, candidates, count, unwanted)
+                if self.policy.resizes:
+                    self._measure(view, scores, slots)
+                return keep
+            except Exception as error:
+                self._log.fail(error)
+        self._log.counts.fallbacks += len(slots)
+        newest = view.positions.float()
+        return keep_best(self.policy, view, newest, candidates, count, unwanted)
+
+    def _measure(self, view: HeldView, scores: Tensor, slots: list[int]) -> None:
+        measured = self.policy.measure(view, scores)
+        if measured is not None:
+            self._log.add_measured(slots, self._group, measured.double().cpu().numpy())

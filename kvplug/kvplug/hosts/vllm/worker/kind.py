@@ -1,0 +1,136 @@
+"""Protocol of a kind on a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from kvplug.contract import Kind
+from kvplug.errors import DeploymentError, Refusal
+from kvplug.hosts.vllm.messages import StepDirectives, StepReport
+from kvplug.hosts.vllm.worker.steps import AttentionStep, MetadataStep
+
+Origin = tuple[str, str]
+"""Source and key of a policy in its deployment, for messages."""
+
+
+class KindWorker:
+    """One kind of a deployment on one worker: its layers, and its part of every step.
+
+    Every method does nothing by default. The first group shapes attention layers and is called
+    while vLLM builds them; the second follows the engine's steps.
+
+    Args:
+        origin: Source and key of the policy in its deployment, for messages.
+
+    Attributes:
+        kind: The kind.
+        supports_update_block_table: Whether vLLM may take the metadata of one KV-cache group for
+            another group with the block table swapped, where the backend can.
+    """
+
+    kind: ClassVar[Kind]
+    supports_update_block_table: ClassVar[bool] = True
+
+    def __init__(self, origin: Origin):
+        self.origin = origin
+
+    # -- layers --------------------------------------------------------------------------------
+
+    def rule(self, index: int) -> Hashable:
+        """Return what sets a layer apart; layers of equal rules share a backend class."""
+        return None
+
+    def customize_spec(self, spec: Any, rule: Any, stock: type[Any]) -> Any:
+        """Return the KV-cache spec of a full-attention layer.
+
+        Args:
+            spec: The spec so far.
+            rule: The layer's rule.
+            stock: The stock backend.
+
+        Raises:
+            DeploymentError: The backend cannot store such a layer.
+        """
+        return spec
+
+    def check_impl(self, impl: Any) -> None:
+        """Check that an attention implementation is one the kind supports.
+
+        Raises:
+            DeploymentError: It is not.
+        """
+
+    def metadata_steps(
+        self, spec: Any, vllm_config: Any, device: torch.device
+    ) -> Sequence[MetadataStep]:
+        """Make the steps of a metadata builder.
+
+        Args:
+            spec: KV-cache spec of its layers.
+            vllm_config: The engine's config.
+            device: Device of the tensors.
+        """
+        return ()
+
+    def cudagraph_support(self, spec: Any, inner: AttentionCGSupport) -> AttentionCGSupport:
+        """Return the CUDA graphs a builder supports, given what the rest of the chain does."""
+        return inner
+
+    def attention_step(self) -> AttentionStep | None:
+        """Return the step of the kind in attention layers, or None."""
+        return None
+
+    def refuse(self, problem: str, fix: str) -> NoReturn:
+        """Raise a DeploymentError that names the kind's policy."""
+        raise DeploymentError(self.origin[0], [Refusal(self.origin[1], problem, fix)])
+
+    def check_block_size(self, spec: Any, stock: type[Any], policy: str) -> None:
+        """Refuse a block size the backend splits: rules and directives count the pool's blocks."""
+        from vllm.v1.worker.utils import select_common_block_size
+
+        try:
+            size = select_common_block_size(spec.block_size, [stock], [spec])
+        except ValueError:
+            return
+        if size != spec.block_size:
+            self.refuse(
+                f"{policy} counts in blocks of {spec.block_size} tokens, but "
+                f"{stock.get_name()} splits them into blocks of {size}.",
+                f"set --block-size {size}.",
+            )
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def start(self, num_groups: int) -> None:
+        """Start: the connector exists, and the engine has ``num_groups`` KV-cache groups."""
+
+    def register(self, caches: dict[str, Tensor]) -> None:
+        """Take the KV caches, by layer name.
+
+        Raises:
+            KVPlugError: The worker lacks something the deployment needs.
+        """
+
+    def begin(self, directives: StepDirectives) -> None:
+        """Begin a step, before attention metadata is built and anything is written."""
+
+    def load(self, directives: StepDirectives) -> None:
+        """Fill pages before the forward."""
+
+    def end(self, directives: StepDirectives) -> None:
+        """End a step, after the forward."""
+
+    def report(self, into: StepReport) -> None:
+        """Add the kind's part to a report, if it has one."""
+
+    def unfilled(self) -> set[int]:
+        """Return ids of blocks whose tokens are not there."""
+        return set()
+
+    def stop(self) -> None:
+        """Stop, at the engine's shutdown."""

@@ -1,0 +1,186 @@
+"""Resident tokens of one layer under a scoring policy, as a decision sees them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvplug.contract import HeldView, LayerView, ScoringPolicy
+from kvplug.hosts.vllm.worker.pages import TokenPages, open_pages
+from kvplug.hosts.vllm.worker.phases import AttentionFlush, EvictionDecision, ResidentBlocks
+from kvplug_kernels.attention_mass import attention_mass
+
+
+class LayerResidents:
+    """Pages of one layer, and what is kept beside them.
+
+    Beside each cache slot: the position of its token, and its cumulative attention where the
+    policy asks for it. Per request: its latest queries, in a ring.
+
+    Args:
+        policy: The policy.
+        layer: The layer.
+        ring: Queries remembered per request.
+        scale: Softmax scale.
+        softcap: Soft cap of logits; 0 for none.
+    """
+
+    def __init__(
+        self, policy: ScoringPolicy, layer: LayerView, ring: int, scale: float, softcap: float
+    ):
+        self.policy = policy
+        self.layer = layer
+        self.ring = ring
+        self.scale = scale
+        self.softcap = softcap
+        self._pages: TokenPages | None = None
+        self._cache_at = -1
+        self._queries: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.cumulative: Tensor | None = None
+
+    @property
+    def pages(self) -> TokenPages:
+        """The layer's pages, once opened."""
+        assert self._pages is not None, "not opened"
+        return self._pages
+
+    def open(self, impl: Any, layer: Any, cache: Tensor) -> None:
+        """Open the layer's pages, on first use and when the cache has moved."""
+        if self._pages is None or self._cache_at != cache.data_ptr():
+            self._pages = open_pages(impl, layer, cache)
+            self._cache_at = cache.data_ptr()
+            blocks, heads, size = cache.shape[:3]
+            self.positions = torch.zeros(
+                (blocks, heads, size), dtype=torch.int32, device=cache.device
+            )
+            if self.policy.wants_totals:
+                self.cumulative = torch.zeros((blocks, heads, size), device=cache.device)
+
+    def forget(self, slot_mapping: Tensor) -> None:
+        """Reset the cumulative attention of newly written cache slots."""
+        if self.cumulative is not None:
+            slots = slot_mapping[slot_mapping >= 0]
+            size = self.cumulative.shape[2]
+            self.cumulative[slots // size, :, slots % size] = 0
+
+    def remember(self, query: Tensor, tokens: Tensor, places: Tensor) -> None:
+        """Keep the queries of some tokens for later evictions."""
+        need = (int(places.max()) // self.ring + 1) * self.ring
+        if self._queries is None or self._queries.shape[0] < need:
+            grown = query.new_zeros((max(need, 16 * self.ring), *query.shape[1:]))
+            if self._queries is not None:
+                grown[: self._queries.shape[0]] = self._queries
+            self._queries = grown
+        self._queries[places] = query[tokens]
+
+    def flush(self, query: Tensor, flush: AttentionFlush) -> None:
+        """Add the attention of some queries to the cumulative attention of what they saw."""
+        assert self.cumulative is not None
+        resident = flush.resident
+        fresh = query[flush.fresh.clamp_min(0)]
+        if self._queries is not None and flush.remembered is not None:
+            old = self._queries[flush.remembered.clamp_min(0)]
+            fresh = torch.where((flush.fresh >= 0)[..., None, None], fresh, old)
+        view = self.view(resident)
+        mass = attention_mass(
+            fresh,
+            view.key_pages,
+            view.block_table,
+            view.lens,
+            self.scale,
+            key_positions=view.positions,
+            query_positions=flush.positions,
+            softcap=self.softcap,
+        )
+        self._attention_of(resident, view.over_groups(mass[..., : resident.tokens]))
+
+    def _attention_of(self, resident: ResidentBlocks, add: Tensor | None = None) -> Tensor:
+        """Cumulative attention in resident order, ``[rows, kv_heads, n]``; adds to it first."""
+        assert self.cumulative is not None
+        rows, (_, heads, size) = len(resident.blocks), self.cumulative.shape
+        if add is not None:
+            whole = resident.blocks.shape[1] * size
+            padded = torch.nn.functional.pad(add, (0, whole - add.shape[2]))
+            self.cumulative[resident.blocks] += padded.view(rows, heads, -1, size).transpose(1, 2)
+        taken = self.cumulative[resident.blocks].transpose(1, 2)
+        return taken.reshape(rows, heads, -1)[..., : resident.tokens]
+
+    def _positions_of(self, resident: ResidentBlocks) -> Tensor:
+        assert self.positions is not None
+        rows, (_, heads, size) = len(resident.blocks), self.positions.shape
+        offsets = torch.arange(size, dtype=torch.int32, device=resident.blocks.device)
+        plain = (resident.logical[..., None] * size + offsets).to(torch.int32)
+        mixed = (resident.logical < resident.mixed[:, None])[:, None, :, None]
+        found = torch.where(
+            mixed, self.positions[resident.blocks].transpose(1, 2), plain[:, None]
+        ).reshape(rows, heads, -1)
+        return found[..., : resident.tokens].contiguous()
+
+    def view(self, resident: ResidentBlocks, decision: EvictionDecision | None = None) -> HeldView:
+        """Return what a policy sees of some rows, with their observed queries at a decision."""
+        pages = self.pages
+        queries = None
+        if decision is not None and self.policy.observation:
+            queries = self.latest_queries(decision, self.policy.observation)
+        rows = resident.blocks.shape[0]
+        device = resident.blocks.device
+        plain = pages.views
+        if plain is not None and device.type != "cpu":
+            key, value, table = *plain, resident.blocks.to(torch.int32)
+        else:
+            key = pages.gather(0, resident.blocks)[:, :, : resident.tokens]
+            value = pages.gather(1, resident.blocks)[:, :, : resident.tokens]
+            table = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
+        none = torch.zeros(rows, dtype=torch.int32, device=device)
+        num_tokens = decision.num_tokens if decision is not None else none
+        positions = None
+        if queries is not None:
+            window = torch.arange(-self.policy.observation, 0, device=device, dtype=torch.int32)
+            positions = (num_tokens[:, None] + window).clamp_min(-1)
+        return HeldView(
+            layer=self.layer,
+            scale=self.scale,
+            softcap=self.softcap,
+            num_tokens=num_tokens,
+            num_prompt_tokens=decision.num_prompt_tokens if decision is not None else none,
+            held=resident.tokens,
+            positions=self._positions_of(resident),
+            key_pages=key,
+            value_pages=value,
+            block_table=table,
+            queries=queries,
+            query_positions=positions,
+            totals=self._attention_of(resident) if self.cumulative is not None else None,
+        )
+
+    def latest_queries(self, decision: EvictionDecision, window: int) -> Tensor:
+        """Return the latest queries of each row, ``[rows, window, num_heads, head_size]``."""
+        assert self._queries is not None
+        device = decision.num_tokens.device
+        slots = torch.tensor(decision.slots, device=device)[:, None]
+        positions = decision.num_tokens[:, None].long() + torch.arange(-window, 0, device=device)
+        return self._queries[slots * self.ring + positions % self.ring]
+
+    def put(self, resident: ResidentBlocks, source: Tensor, view: HeldView) -> None:
+        """Let positions and cumulative attention follow the tokens that moved.
+
+        Args:
+            resident: Resident blocks before the move.
+            source: Resident index each survivor comes from, ``[rows, kv_heads, n]`` int64.
+            view: What the decision saw.
+        """
+        rows, heads, count = source.shape
+        size = self.policy.engine.block_size
+        survivors = resident.blocks[:, : count // size]
+
+        def store(side: Tensor, values: Tensor) -> None:
+            moved = values.gather(2, source).view(rows, heads, -1, size)
+            side[survivors] = moved.transpose(1, 2)
+
+        assert self.positions is not None
+        store(self.positions, view.positions)
+        if self.cumulative is not None and view.totals is not None:
+            store(self.cumulative, view.totals)
