@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from kvplug.hosts.vllm.scheduler.blocks import BlockTracker
+from kvplug.contract import RequestView
+from kvplug.hosts.vllm.scheduler.blocks import BlockTracker, request_view
 
 Groups = tuple[list[int], ...]
 
 
-def request(name: str, **more: Any) -> Any:
-    return SimpleNamespace(
-        **({"request_id": name, "num_prompt_tokens": 9, "priority": 0, "arrival_time": 0.0} | more)
-    )
+def request(name: str, session_id: str | None = None, **more: Any) -> RequestView:
+    stock = {"request_id": name, "num_prompt_tokens": 9, "priority": 0, "arrival_time": 0.0}
+    return request_view(SimpleNamespace(**stock | more), session_id)
 
 
 def step(
@@ -60,7 +60,7 @@ def test_a_new_request_owns_its_blocks_in_order(tracker: BlockTracker) -> None:
     assert all(isinstance(p, int) for p in tracker.positions([3, 7]))
 
 
-def test_the_owner_says_what_the_request_said(tracker: BlockTracker) -> None:
+def test_the_owner_is_described_as_the_request_was(tracker: BlockTracker) -> None:
     tracker.update(step(new={"a": ([7],), "b": ([8],)}))
     view = tracker.owner(7)
     assert view is not None
@@ -123,7 +123,7 @@ def test_blocks_of_a_request_never_seen_to_arrive_have_positions_and_no_owner() 
     assert tracker.owner(1) is None
 
 
-def test_news_of_a_request_that_was_never_new_are_passed_over(tracker: BlockTracker) -> None:
+def test_blocks_of_a_request_that_was_never_new_are_ignored(tracker: BlockTracker) -> None:
     tracker.update(step(cached={"stranger": ([1, 2],)}))
     assert tracker.positions([1, 2]) == [-1, -1]
 
@@ -153,23 +153,4 @@ def test_the_parent_follows_the_latest_request_and_a_resumed_one_starts_over(
     assert tracker.parents([5, 3]) == [-1, 5]
     tracker.update(step(finished=("a", "b")))
     assert tracker.parents([3]) == [5]
-    assert not tracker._tails
-
-
-@pytest.mark.parametrize(
-    ("wishes", "session"),
-    [
-        ({"kvplug": {"session": "chat 7"}}, "chat 7"),
-        ({"kvplug": {"session": 7}}, None),
-        ({"kvplug": {"sequence": "off"}}, None),
-        ({"kvplug": "off"}, None),
-        ({"other": {"session": "chat 7"}}, None),
-        (None, None),
-    ],
-)
-def test_a_request_may_name_its_session(wishes: Any, session: str | None) -> None:
-    tracker = BlockTracker(8)
-    tracker.add(request("r", kv_transfer_params=wishes))
-    tracker.update(step(new={"r": ([1],)}))
-    view = tracker.owner(1)
-    assert view is not None and view.session_id == session
+    assert not tracker._last

@@ -40,11 +40,11 @@ def test_it_decides_what_a_real_engine_keeps(model: Path) -> None:
     (report,) = result.reports
     assert (report["name"], report["errors"]) == ("recency_norm", 0)
     assert report["counters"]["fallbacks"] == 0, "the policy was retired"
-    assert report["counters"]["cuts"] == 2
+    assert report["counters"]["evictions"] == 2
     assert report["counters"]["freed"] > 0
     long, short = result.answers
     assert long.kvplug is not None
-    assert long.kvplug["cuts"] == [[640, 128], [672, 128]]
+    assert long.kvplug["evictions"] == [[640, 128], [672, 128]]
     assert short.kvplug is None
 
 

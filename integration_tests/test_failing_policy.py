@@ -158,7 +158,7 @@ def test_an_observer_that_fails_everywhere(run: Run, tiny: Path, stock: TrialRes
     ):
         assert log.count(f"{HOOK_FAILED} {hook}; the engine goes on") == 1
         assert log.count(f"RuntimeError: {cause}") == 1
-    assert log.count("hears of no events from now on") == 1
+    assert log.count("receives no further events") == 1
     assert log.count("RuntimeError: nothing was counted") == 1
 
     (report,) = result.reports
@@ -199,5 +199,5 @@ def test_an_observer_hears_what_a_sequence_policy_frees_and_refuses(
     (refused,) = [e for e in happened if e["type"] == "refused"]
     assert "the pool has 24" in refused["detail"]
     assert result.answers[2].kvplug is not None
-    assert result.answers[2].kvplug["refused"] == refused["detail"]
+    assert result.answers[2].kvplug["refused"] == {"sequence": refused["detail"]}
     assert len(freed) + 1 == len(happened)

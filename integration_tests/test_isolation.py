@@ -103,7 +103,9 @@ def test_a_wish_that_cannot_be_met_is_refused_and_said(
     assert answer.token_ids == answers[1]
     assert answer.kvplug is not None
     assert answer.kvplug["exact"] is False
-    assert answer.kvplug["refused"] == "it may need 20 blocks and the pool has 15"
+    assert answer.kvplug["refused"] == {
+        "sequence": "the request may need 20 blocks, but the pool has 15"
+    }
     report = next(r for r in result.reports if r["kind"] == "sequence")
     assert report["counters"]["exempt_refused"] == 1
 

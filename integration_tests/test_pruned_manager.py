@@ -1,4 +1,4 @@
-"""PrunedManager, PrunedSpec and the scheduler half of cuts on vLLM's own BlockPool, no engine."""
+"""PrunedManager, PrunedSpec and EvictionPlanner on vLLM's own BlockPool, no engine."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvplug.contract import EngineView, HeldView, LayerView, ScoringPolicy
 from kvplug.hosts.pruning import Cut, Limits, Plan, layout
-from kvplug.hosts.vllm.messages import RowPlan, merge_measured, pack_plans, unpack_plans
-from kvplug.hosts.vllm.scheduler.sequence import SIZES_TOLD, CutScheduler
+from kvplug.hosts.vllm.messages import Plans, RowPlan, SequenceDirectives, merge_measured
+from kvplug.hosts.vllm.scheduler.evictions import SIZES_REPORTED, EvictionPlanner
+from kvplug.hosts.vllm.scheduler.kind import SchedulerStep
+from kvplug.hosts.vllm.scheduler.slots import Slots
 from kvplug.hosts.vllm.spec import PrunedManager, PrunedSpec, WindowedSpec
-from kvplug.hosts.vllm.worker.state import WorkerState
 
 BLOCK = 16
 LIMITS = Limits(BLOCK, budget=64, share=1.0, always=20, interval=2, shared=2)
-"""Four blocks survive, after two shared ones; two are written between cuts."""
+"""Four blocks survive, after two shared ones; two are written between evictions."""
 
 
 def spec(limits: Limits = LIMITS, **changes: Any) -> PrunedSpec:
@@ -102,7 +103,7 @@ def request(name: str, tokens: int) -> Any:
 
 
 def left_by(cuts: Sequence[Cut], filled: int, limits: Limits = LIMITS) -> list[int]:
-    """Blocks held after these cuts, from the meaning of a cut alone."""
+    """Blocks kept after these evictions, from the meaning of one alone."""
     if not cuts:
         return list(range(filled))
     last = cuts[-1]
@@ -113,15 +114,15 @@ def left_by(cuts: Sequence[Cut], filled: int, limits: Limits = LIMITS) -> list[i
 # -- freeing ---------------------------------------------------------------------------------------
 
 
-def test_what_a_cut_leaves_behind_is_freed_once_its_tokens_are_settled() -> None:
+def test_what_an_eviction_empties_is_freed_once_its_tokens_are_acknowledged() -> None:
     m = manager()
     m.prompt_tokens["r"] = 200
     before = schedule(m, "r", 200)
     assert before.cuts == [Cut(200, 12, 4)]
     table = ids(m)
     free = m.block_pool.get_num_free_blocks()
-    for settled in range(200):
-        m.remove_skipped_blocks("r", settled)
+    for acked in range(200):
+        m.remove_skipped_blocks("r", acked)
         assert held(m) == list(range(13))
     m.remove_skipped_blocks("r", 200)
     assert held(m) == [2, 3, 4, 5, 12]
@@ -134,39 +135,39 @@ def test_what_a_cut_leaves_behind_is_freed_once_its_tokens_are_settled() -> None
 @pytest.mark.parametrize("hold", [0, 9])
 @pytest.mark.parametrize("seed", range(8))
 def test_exactly_what_the_layout_says_is_freed(seed: int, hold: int) -> None:
-    """Chunks of any size, settled late or at once."""
+    """Chunks of any size, acknowledged late or at once."""
     choose = random.Random(seed)
     limits = LIMITS.holding(hold)
     m = manager(spec(limits))
     prompt = m.prompt_tokens["r"] = choose.randrange(1, 700)
     whole = Plan(limits, prompt)
     whole.until(1000)
-    settled = scheduled = 0
-    while settled < 1000:
-        m.remove_skipped_blocks("r", settled)
-        room = 40 - (scheduled - settled)
+    acked = scheduled = 0
+    while acked < 1000:
+        m.remove_skipped_blocks("r", acked)
+        room = 40 - (scheduled - acked)
         scheduled = min(1000, scheduled + choose.randrange(room + 1))
         if scheduled:
             schedule(m, "r", scheduled)
-        done = [c for c in whole.cuts if c.at <= settled]
+        made = [c for c in whole.cuts if c.at <= acked]
         filled = -(-scheduled // BLOCK)
-        assert held(m) == left_by(done, filled, limits)
+        assert held(m) == left_by(made, filled, limits)
         assert len(held(m)) + m.block_pool.get_num_free_blocks() == 200
-        settled = choose.choice([settled, scheduled, choose.randrange(settled, scheduled + 1)])
+        acked = choose.choice([acked, scheduled, choose.randrange(acked, scheduled + 1)])
 
 
-def test_several_cuts_settled_at_once_are_all_followed() -> None:
+def test_several_evictions_acknowledged_at_once_are_all_followed() -> None:
     m = manager(spec(LIMITS.holding(8)))
     m.prompt_tokens["r"] = 500
-    told: list[tuple[int, str, int]] = []
-    m.on_freed = lambda *what: told.append(what)
+    reported: list[tuple[int, str, int]] = []
+    m.on_freed = lambda *what: reported.append(what)
     plan = schedule(m, "r", 600)
     assert len(plan.cuts) > 4
     m.remove_skipped_blocks("r", 600)
     assert held(m) == left_by(plan.cuts, 38)
-    assert sum(n for _, _, n in told) == 38 - len(held(m))
-    assert len(told) == len(plan.cuts), "each cut that frees is told once"
-    assert {(group, name) for group, name, _ in told} == {(0, "r")}
+    assert sum(n for _, _, n in reported) == 38 - len(held(m))
+    assert len(reported) == len(plan.cuts), "each eviction that frees is reported once"
+    assert {(group, name) for group, name, _ in reported} == {(0, "r")}
 
 
 def test_the_deepest_blocks_are_handed_out_first() -> None:
@@ -183,14 +184,14 @@ def test_the_deepest_blocks_are_handed_out_first() -> None:
 def test_null_entries_are_not_freed_again() -> None:
     m = manager()
     m.prompt_tokens["r"] = 192
-    told: list[tuple[int, str, int]] = []
-    m.on_freed = lambda *what: told.append(what)
+    reported: list[tuple[int, str, int]] = []
+    m.on_freed = lambda *what: reported.append(what)
     schedule(m, "r", 192)
     first = m.req_to_blocks["r"][0]
     m.req_to_blocks["r"][0] = m.block_pool.null_block
     m.block_pool.free_blocks([first])
     m.remove_skipped_blocks("r", 192)
-    assert told == [(0, "r", 7)]
+    assert reported == [(0, "r", 7)]
     assert m.block_pool.get_num_free_blocks() == 200 - 4
 
 
@@ -208,7 +209,7 @@ def test_a_block_shared_with_another_request_stays_with_it() -> None:
     assert all(b.ref_cnt == 1 and b.block_hash is not None for b in m.req_to_blocks["other"])
 
 
-def test_a_request_nobody_announced_is_never_cut() -> None:
+def test_a_request_nobody_announced_is_never_evicted_from() -> None:
     m = manager()
     give(m, "r", 800)
     assert m.plan("r") is None
@@ -276,11 +277,11 @@ def test_a_preempted_request_starts_over() -> None:
         assert again.cuts == []
         give(m, "r", 100)
         m.remove_skipped_blocks("r", 100)
-        assert len(held(m)) == 7, "cuts of its former life"
+        assert len(held(m)) == 7, "evictions of its former life"
         m.free("r")
 
 
-def test_a_request_that_resumes_from_the_prefix_cache_is_cut_where_it_would_have_been() -> None:
+def test_a_request_resumed_from_the_prefix_cache_is_evicted_from_where_it_would_have_been() -> None:
     m = manager()
     r = request("r", 200)
     m.prompt_tokens["r"] = 200
@@ -318,7 +319,7 @@ def need(m: PrunedManager, tokens: int, cap: bool) -> int:
 def test_admission_counts_on_what_will_be_freed() -> None:
     m = manager()
     # Two shared, four survivors, two of an interval and one begun; 40 tokens in flight.
-    assert m.kv_cache_spec.held_blocks == 9
+    assert m.kv_cache_spec.resident_blocks == 9
     assert m.max_admission_blocks_per_request == m.kv_cache_spec.cap_blocks == 9 + 4
     assert need(m, 1000, cap=True) == 13
     assert need(m, 1000, cap=False) == 63
@@ -333,45 +334,45 @@ def test_admission_counts_on_what_will_be_freed() -> None:
         pytest.param(500, 500, 64, id="never more than the longest text"),
     ],
 )
-def test_a_host_says_what_a_prompt_may_hold(blocks: int, hold: int, cap: int) -> None:
+def test_a_host_limits_the_blocks_of_a_prompt(blocks: int, hold: int, cap: int) -> None:
     m = manager()
-    m.hold_at_most(blocks)
+    m.limit_prefill(blocks)
     assert m.limits == LIMITS.holding(hold)
     assert m.max_admission_blocks_per_request == cap
     assert m.kv_cache_spec.limits == LIMITS
 
 
-def test_what_the_policy_says_of_prompts_goes_before_the_hosts_word() -> None:
+def test_the_policys_own_prefill_limit_goes_before_the_hosts() -> None:
     m = manager(spec(LIMITS.holding(20)))
     assert m.max_admission_blocks_per_request == 21 + 4
-    m.hold_at_most(100)
+    m.limit_prefill(100)
     assert m.limits == LIMITS.holding(20)
     assert m.max_admission_blocks_per_request == 21 + 4
 
 
 @pytest.mark.parametrize("resized", [False, True])
 @pytest.mark.parametrize("budget", [64, 0.2])
-def test_no_request_ever_holds_more_than_the_cap(budget: int | float, resized: bool) -> None:
-    """Chunks of any size up to what may be in flight, settled late or at once; whatever a policy
-    that changes budgets asks for."""
+def test_no_request_ever_has_more_than_the_cap(budget: int | float, resized: bool) -> None:
+    """Chunks of any size up to what may be in flight, acknowledged late or at once; whatever
+    a policy that changes budgets asks for."""
     for seed in range(20):
         choose = random.Random(seed)
         in_flight = choose.randrange(1, 90)
         own = Limits(BLOCK, budget, choose.choice([0.5, 1, 2]), 20, 2, 2)
         m = manager(spec(own, in_flight_tokens=in_flight))
-        m.hold_at_most(choose.randrange(1, 50))
+        m.limit_prefill(choose.randrange(1, 50))
         m.prompt_tokens["r"] = choose.randrange(1, 1000)
         if resized:
             m.resize = lambda name, nth, blocks, choose=choose: choose.choice([1, blocks + 2, 1000])
-        settled = scheduled = 0
-        while settled < 1000:
-            m.remove_skipped_blocks("r", settled)
-            room = in_flight - (scheduled - settled)
+        acked = scheduled = 0
+        while acked < 1000:
+            m.remove_skipped_blocks("r", acked)
+            room = in_flight - (scheduled - acked)
             scheduled = min(1000, scheduled + choose.randrange(room + 1))
             if scheduled:
                 schedule(m, "r", scheduled)
             assert len(held(m)) <= m.max_admission_blocks_per_request
-            settled = choose.choice([settled, scheduled, choose.randrange(settled, scheduled + 1)])
+            acked = choose.choice([acked, scheduled, choose.randrange(acked, scheduled + 1)])
 
 
 # -- prefix cache ----------------------------------------------------------------------------------
@@ -401,7 +402,7 @@ def test_only_exact_blocks_are_cached(exact: int) -> None:
 
 
 def test_survivors_are_never_written_into_cached_blocks() -> None:
-    """What admission of exact tokens and the layout of cuts must agree on."""
+    """What admission of exact tokens and the layout of evictions must agree on."""
     m = manager()
     r = request("r", 320)
     m.prompt_tokens["r"] = 320
@@ -536,80 +537,83 @@ def policy(of: type[Sized] = Sized, **options: Any) -> Sized:
     return of(of.Options.model_validate(given), EngineView(BLOCK, layers=layers))
 
 
-def cut_scheduler(of: Sized | None = None) -> tuple[CutScheduler, PrunedManager]:
+def planner(of: Sized | None = None) -> tuple[EvictionPlanner, PrunedManager]:
     m = manager()
-    return CutScheduler(of or policy(Fixed), [m], [0]), m
+    return EvictionPlanner(of or policy(Fixed), [m], [0], Slots()), m
+
+
+def made_step(own: EvictionPlanner, **spans: tuple[int, int]) -> SchedulerStep:
+    """A scheduler step of some requests, ``name=(start, end)``."""
+    cached = SimpleNamespace(
+        req_ids=list(spans), num_computed_tokens=[a for a, _ in spans.values()]
+    )
+    output = SimpleNamespace(
+        scheduled_cached_reqs=cached,
+        scheduled_new_reqs=[],
+        num_scheduled_tokens={name: b - a for name, (a, b) in spans.items()},
+    )
+    return SchedulerStep(output, 1, own._slots)
 
 
 def step(
-    cuts: CutScheduler, managers: Sequence[PrunedManager], name: str, start: int, end: int
+    own: EvictionPlanner, managers: Sequence[PrunedManager], name: str, start: int, end: int
 ) -> list[RowPlan]:
     """One step of one request; returns its plan in each group."""
     for m in managers:
         give(m, name, end)
-    plans = cuts.step({name: start}, {name: end - start})
-    tails = [ids(m, name)[(end - 1) // m.block_size] for m in managers]
-    assert list(plans) == tails, "plans by the block each row writes last"
-    return [plans[tail] for tail in tails]
+    one = made_step(own, **{name: (start, end)})
+    plans = own.step(one)
+    slot = one.slots[name]
+    assert list(plans) == [(group, slot) for group in range(len(managers))]
+    return list(plans.values())
 
 
-def test_a_row_is_told_the_cut_in_force_and_those_to_come() -> None:
-    cuts, m = cut_scheduler()
-    cuts.add("r", 200)
-    assert step(cuts, [m], "r", 0, 100) == [RowPlan(0, 200, None, ())]
+def finish(own: EvictionPlanner, name: str) -> list[tuple[int, int]]:
+    """The end of a request, as the scheduler half has it."""
+    sizes = own.finish(name)
+    own._slots.release(name)
+    return sizes
+
+
+def test_a_plan_has_the_eviction_in_force_and_those_of_the_step() -> None:
+    planned, m = planner()
+    planned.add("r", 200)
+    assert step(planned, [m], "r", 0, 100) == [RowPlan(200, None, ())]
     first, second = Cut(200, 12, 4), Cut(224, 14, 4)
-    assert step(cuts, [m], "r", 100, 200) == [RowPlan(0, 200, None, (first,))]
-    assert step(cuts, [m], "r", 200, 201) == [RowPlan(0, 200, first, ())]
-    assert step(cuts, [m], "r", 201, 224) == [RowPlan(0, 200, first, (second,))]
-    assert cuts.finish("r") == [(200, 64), (224, 64)]
+    assert step(planned, [m], "r", 100, 200) == [RowPlan(200, None, (first,))]
+    assert step(planned, [m], "r", 200, 201) == [RowPlan(200, first, ())]
+    assert step(planned, [m], "r", 201, 224) == [RowPlan(200, first, (second,))]
+    assert finish(planned, "r") == [(200, 64), (224, 64)]
 
 
-def test_whatever_the_chunks_the_cuts_are_the_same() -> None:
-    whole, m = cut_scheduler()
+def test_whatever_the_chunks_the_evictions_are_the_same() -> None:
+    whole, m = planner()
     whole.add("r", 333)
     (at_once,) = step(whole, [m], "r", 0, 600)
     for seed in range(5):
         choose = random.Random(seed)
-        cuts, m = cut_scheduler()
-        cuts.add("r", 333)
+        planned, m = planner()
+        planned.add("r", 333)
         found: list[Cut] = []
         start = 0
         while start < 600:
             end = min(600, start + choose.randrange(1, 90))
-            (plan,) = step(cuts, [m], "r", start, end)
+            (plan,) = step(planned, [m], "r", start, end)
             assert plan.state == (found[-1] if found else None)
-            found += plan.cuts
+            found += plan.evictions
             start = end
-        assert tuple(found) == at_once.cuts
-
-
-def test_lanes_are_the_smallest_free_numbers() -> None:
-    cuts, m = cut_scheduler()
-    for name in "abc":
-        cuts.add(name, 10)
-    for name in "abc":
-        give(m, name, 5)
-    plans = cuts.step(dict.fromkeys("abc", 0), dict.fromkeys("abc", 5))
-    assert [p.lane for p in plans.values()] == [0, 1, 2]
-    cuts.finish("b")
-    cuts.finish("a")
-    for name, lane in (("d", 0), ("e", 1), ("f", 3)):
-        cuts.add(name, 10)
-        assert step(cuts, [m], name, 0, 5)[0].lane == lane
-    assert cuts.finish("nobody") == []
-    for name in "cdef":
-        cuts.finish(name)
-    cuts.add("g", 10)
-    assert step(cuts, [m], "g", 0, 5)[0].lane == 0
+        assert tuple(found) == at_once.evictions
 
 
 def test_requests_that_keep_everything_have_no_plan() -> None:
-    cuts, m = cut_scheduler()
-    cuts.add("exempt", 200)
+    planned, m = planner()
+    planned.add("exempt", 200)
     m.exempt.add("exempt")
     for name in ("exempt", "unknown"):
         give(m, name, 300)
-    assert cuts.step({"exempt": 0, "unknown": 0}, {"exempt": 300, "unknown": 300}) == {}
+    one = made_step(planned, exempt=(0, 300), unknown=(0, 300))
+    assert planned.step(one) == {}
+    assert not one.names_slots, "nobody needs to know whose rows they are"
 
 
 def test_each_group_has_a_plan_of_its_own() -> None:
@@ -619,84 +623,84 @@ def test_each_group_has_a_plan_of_its_own() -> None:
         manager(spec(Limits(BLOCK, 64, share, 20, 2, 2)), pool=pool, group=i)
         for i, share in enumerate((1.0, 2.0))
     ]
-    cuts = CutScheduler(own, managers, [0, 1])
-    cuts.add("r", 200)
-    narrow, wide = step(cuts, managers, "r", 0, 200)
-    assert narrow == RowPlan(0, 200, None, (Cut(200, 12, 4),))
-    assert wide == RowPlan(0, 200, None, (Cut(200, 12, 8),))
-    assert cuts.finish("r") == [(200, 64)], "told once, of the first group"
+    planned = EvictionPlanner(own, managers, [0, 1], Slots())
+    planned.add("r", 200)
+    narrow, wide = step(planned, managers, "r", 0, 200)
+    assert narrow == RowPlan(200, None, (Cut(200, 12, 4),))
+    assert wide == RowPlan(200, None, (Cut(200, 12, 8),))
+    assert finish(planned, "r") == [(200, 64)], "listed once, of the first group"
 
 
-def test_the_latest_sizes_are_told() -> None:
-    cuts, m = cut_scheduler()
-    cuts.add("r", 100)
-    step(cuts, [m], "r", 0, 2700)
-    sizes = cuts.finish("r")
-    assert len(sizes) == SIZES_TOLD
+def test_the_latest_sizes_are_reported() -> None:
+    planned, m = planner()
+    planned.add("r", 100)
+    step(planned, [m], "r", 0, 2700)
+    sizes = finish(planned, "r")
+    assert len(sizes) == SIZES_REPORTED
     assert sizes[-1] == (2688, 64)
 
 
-def test_the_latest_sizes_are_told_after_a_preemption_too() -> None:
-    cuts, m = cut_scheduler()
-    cuts.add("r", 100)
-    step(cuts, [m], "r", 0, 2700)
+def test_the_latest_sizes_are_reported_after_a_preemption_too() -> None:
+    planned, m = planner()
+    planned.add("r", 100)
+    step(planned, [m], "r", 0, 2700)
     m.free("r")
-    step(cuts, [m], "r", 0, 2700)
-    assert cuts.finish("r") == [(2720 - 32 * n, 64) for n in range(SIZES_TOLD, 0, -1)]
+    step(planned, [m], "r", 0, 2700)
+    assert finish(planned, "r") == [(2720 - 32 * n, 64) for n in range(SIZES_REPORTED, 0, -1)]
 
 
 # -- budgets that change ---------------------------------------------------------------------------
 
 
 def measured(*rows: tuple[float, ...]) -> Any:
-    """Rows of lane, group, layers and sums."""
+    """Rows of slot, group, layers and sums."""
     return np.array(rows, dtype=np.float64)
 
 
 def test_a_budget_follows_what_was_measured() -> None:
     own = policy()
-    cuts, m = cut_scheduler(own)
-    cuts.add("r", 200)
-    step(cuts, [m], "r", 0, 200)
-    cuts.take(measured((0, 0, 2, 3.0, 5.0)))
+    planned, m = planner(own)
+    planned.add("r", 200)
+    step(planned, [m], "r", 0, 200)
+    planned.take(measured((0, 0, 2, 3.0, 5.0)))
     own.answers = [90]
-    (plan,) = step(cuts, [m], "r", 200, 224)
+    (plan,) = step(planned, [m], "r", 200, 224)
     assert own.asked == [([1.5, 2.5], 64, 224)]
-    assert plan.cuts == (Cut(224, 14, 4, 2),), "90 tokens are six blocks, two of them new"
-    cuts.take(measured((0, 0, 4, 4.0, 8.0)))
+    assert plan.evictions == (Cut(224, 14, 4, 2),), "90 tokens are six blocks, two of them new"
+    planned.take(measured((0, 0, 4, 4.0, 8.0)))
     own.answers = [33]
-    (plan,) = step(cuts, [m], "r", 224, 256)
+    (plan,) = step(planned, [m], "r", 224, 256)
     assert own.asked[1:] == [([1.0, 2.0], 96, 256)], "the latest measurement, the latest budget"
-    assert plan.cuts == (Cut(256, 16, 3),)
+    assert plan.evictions == (Cut(256, 16, 3),)
 
 
 def test_without_a_measurement_the_budget_stays() -> None:
     own = policy()
-    cuts, m = cut_scheduler(own)
-    cuts.add("r", 200)
-    step(cuts, [m], "r", 0, 200)
+    planned, m = planner(own)
+    planned.add("r", 200)
+    step(planned, [m], "r", 0, 200)
     for rows in (measured((7, 0, 1, 3.0)), measured((0, 1, 1, 3.0)), measured((0, 0, 0, 3.0))):
-        cuts.take(rows)
-    (plan,) = step(cuts, [m], "r", 200, 224)
+        planned.take(rows)
+    (plan,) = step(planned, [m], "r", 200, 224)
     assert own.asked == []
-    assert plan.cuts == (Cut(224, 14, 4),)
+    assert plan.evictions == (Cut(224, 14, 4),)
 
 
-def test_a_measurement_goes_to_the_request_on_its_lane_and_ends_with_it() -> None:
+def test_a_measurement_goes_to_the_request_of_its_slot_and_ends_with_it() -> None:
     own = policy()
-    cuts, m = cut_scheduler(own)
+    planned, m = planner(own)
     for name in "ab":
-        cuts.add(name, 200)
-        step(cuts, [m], name, 0, 200)
-    cuts.take(measured((1, 0, 1, 7.0)))
-    step(cuts, [m], "a", 200, 224)
+        planned.add(name, 200)
+        step(planned, [m], name, 0, 200)
+    planned.take(measured((1, 0, 1, 7.0)))
+    step(planned, [m], "a", 200, 224)
     assert own.asked == []
-    step(cuts, [m], "b", 200, 224)
+    step(planned, [m], "b", 200, 224)
     assert own.asked == [([7.0], 64, 224)]
-    cuts.finish("b")
+    finish(planned, "b")
     m.free("b")
-    cuts.add("c", 200)
-    step(cuts, [m], "c", 0, 224)
+    planned.add("c", 200)
+    step(planned, [m], "c", 0, 224)
     assert len(own.asked) == 1
 
 
@@ -707,75 +711,76 @@ def test_groups_are_measured_and_resized_apart_in_tokens_of_share_one() -> None:
         manager(spec(Limits(BLOCK, 64, share, 20, 2, 2)), pool=pool, group=i)
         for i, share in enumerate((1.0, 2.0))
     ]
-    cuts = CutScheduler(own, managers, [0, 1])
-    cuts.add("r", 200)
-    step(cuts, managers, "r", 0, 200)
-    cuts.take(measured((0, 1, 1, 7.0)))
+    planned = EvictionPlanner(own, managers, [0, 1], Slots())
+    planned.add("r", 200)
+    step(planned, managers, "r", 0, 200)
+    planned.take(measured((0, 1, 1, 7.0)))
     own.answers = [72]
-    narrow, wide = step(cuts, managers, "r", 200, 224)
+    narrow, wide = step(planned, managers, "r", 200, 224)
     assert own.asked == [([7.0], 64, 224)]
-    assert narrow.cuts == (Cut(224, 14, 4),)
-    assert wide.cuts == (Cut(224, 14, 8, 1),), "72 x 2 tokens are nine blocks"
+    assert narrow.evictions == (Cut(224, 14, 4),)
+    assert wide.evictions == (Cut(224, 14, 8, 1),), "72 x 2 tokens are nine blocks"
 
 
-def test_an_exception_while_resizing_leaves_budgets_as_they_are_and_is_said_once(
+def test_an_exception_while_resizing_leaves_budgets_as_they_are_and_is_logged_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     own = policy()
-    cuts, m = cut_scheduler(own)
+    planned, m = planner(own)
     said: list[Any] = []
     monkeypatch.setattr(
-        "kvplug.hosts.vllm.scheduler.sequence.logger.error", lambda *a, **k: said.append(a)
+        "kvplug.hosts.vllm.scheduler.evictions.logger.error", lambda *a, **k: said.append(a)
     )
-    cuts.add("r", 200)
-    step(cuts, [m], "r", 0, 200)
-    cuts.take(measured((0, 0, 1, 7.0)))
+    planned.add("r", 200)
+    step(planned, [m], "r", 0, 200)
+    planned.take(measured((0, 0, 1, 7.0)))
     own.answers = [96, RuntimeError("no more"), 64]
-    found = [step(cuts, [m], "r", at - 20, at)[0].cuts for at in (224, 256, 288)]
+    found = [step(planned, [m], "r", at - 20, at)[0].evictions for at in (224, 256, 288)]
     assert found == [(Cut(224, 14, 4, 2),), (Cut(256, 16, 4, 2),), (Cut(288, 18, 4, 2),)]
-    assert cuts.resize_error == "RuntimeError: no more"
+    assert planned.resize_error == "RuntimeError: no more"
     assert len(own.asked) == 2
     assert len(said) == 1
     assert said[0][1] == "sized"
 
 
-def test_a_request_that_starts_over_is_cut_as_it_was_before() -> None:
+def test_a_request_that_starts_over_is_evicted_from_as_it_was_before() -> None:
     """Prompt and generated tokens come in one chunk then, long after they were measured."""
     own = policy()
-    cuts, m = cut_scheduler(own)
+    planned, m = planner(own)
     for name in "ab":
-        cuts.add(name, 200)
+        planned.add(name, 200)
+        planned._slots.take(name)
     made: list[Cut] = []
-    wished = [96, 48, 80]
-    own.answers = list(wished)
+    asked_for = [96, 48, 80]
+    own.answers = list(asked_for)
     for start, end in ((0, 200), (200, 224), (224, 256), (256, 288)):
-        made += step(cuts, [m], "a", start, end)[0].cuts
-        cuts.take(measured((0, 0, 1, float(end))))
+        made += step(planned, [m], "a", start, end)[0].evictions
+        planned.take(measured((0, 0, 1, float(end))))
     assert [cut.blocks for cut in made] == [4, 6, 3, 5]
     m.free("a")
     for ends in ((288,), (100, 201, 256, 288)):
         again: list[Cut] = []
         start = 0
         for end in ends:
-            again += step(cuts, [m], "a", start, end)[0].cuts
+            again += step(planned, [m], "a", start, end)[0].evictions
             start = end
         assert again == made
-        assert len(own.asked) == len(wished), "a policy is asked once per cut"
+        assert len(own.asked) == len(asked_for), "a policy is asked once per eviction"
         m.free("a")
     own.answers = [64]
-    step(cuts, [m], "a", 0, 320)
+    step(planned, [m], "a", 0, 320)
     assert [said for said, _, _ in own.asked] == [[200.0], [224.0], [256.0], [288.0]]
-    assert cuts.finish("a")[-1] == (320, 64)
-    cuts.take(measured((1, 0, 1, 7.0)))
-    step(cuts, [m], "b", 0, 224)
+    assert finish(planned, "a")[-1] == (320, 64)
+    planned.take(measured((1, 0, 1, 7.0)))
+    step(planned, [m], "b", 0, 224)
     assert len(own.asked) == 5, "what was decided is the request's own"
 
 
 def test_a_policy_that_measures_nothing_is_never_asked_for_a_budget() -> None:
-    cuts, m = cut_scheduler()
+    planned, m = planner()
     assert m.resize is None
-    assert not cuts.policy.resizes
-    cuts, m = cut_scheduler(policy())
+    assert not planned.policy.resizes
+    planned, m = planner(policy())
     assert m.resize is not None
 
 
@@ -783,32 +788,23 @@ def test_a_policy_that_measures_nothing_is_never_asked_for_a_budget() -> None:
 
 
 def test_plans_arrive_as_they_were_sent() -> None:
-    plans = {
-        7: RowPlan(0, 200, None, ()),
-        3: RowPlan(12, 1, Cut(200, 12, 4), (Cut(224, 14, 4, 2), Cut(256, 16, 3))),
-        90: RowPlan(2, 5, Cut(16, 1, 1, 1), ()),
-        1: RowPlan(3, 9, None, (Cut(16, 1, 1),)),
+    plans: Plans = {
+        (0, 7): RowPlan(200, None, ()),
+        (1, 7): RowPlan(1, Cut(200, 12, 4), (Cut(224, 14, 4, 2), Cut(256, 16, 3))),
+        (0, 2): RowPlan(5, Cut(16, 1, 1, 1), ()),
+        (0, 0): RowPlan(9, None, (Cut(16, 1, 1),)),
     }
-    rows, cuts = pack_plans(plans)
-    assert (rows.shape, cuts.shape) == ((4, 8), (3, 4))
-    assert rows.dtype == cuts.dtype == np.int32
-    back = unpack_plans(rows, cuts)
+    sent = SequenceDirectives()
+    assert sent.plans() == {}
+    sent.set_plans(plans)
+    assert sent.rows is not None and sent.evictions is not None
+    assert (sent.rows.shape, sent.evictions.shape) == ((4, 8), (3, 4))
+    assert sent.rows.dtype == sent.evictions.dtype == np.int32
+    back = pickle.loads(pickle.dumps(sent)).plans()
     assert back == plans
     assert list(back) == list(plans)
-    assert unpack_plans(*pack_plans({})) == {}
-    assert unpack_plans(*pickle.loads(pickle.dumps((rows, cuts)))) == plans
-
-
-def test_what_layers_measure_is_added_up_by_lane_and_group() -> None:
-    state = WorkerState()
-    assert state.take_measured() is None
-    state.add_measured([3, 1], 0, np.array([[1.0, 2.0], [3.0, 4.0]]))
-    state.add_measured([3], 0, np.array([[10.0, 20.0]]))
-    state.add_measured([3], 1, np.array([[7.0, 8.0]]))
-    rows = state.take_measured()
-    assert rows is not None
-    assert sorted(rows.tolist()) == [[1, 0, 1, 3, 4], [3, 0, 2, 11, 22], [3, 1, 1, 7, 8]]
-    assert state.take_measured() is None
+    sent.set_plans({})
+    assert sent.plans() == {}
 
 
 def test_ranks_add_up() -> None:
@@ -828,11 +824,11 @@ def test_ranks_add_up() -> None:
 
 def test_ranks_of_a_request_make_one_mean() -> None:
     own = policy()
-    cuts, m = cut_scheduler(own)
-    cuts.add("r", 200)
-    step(cuts, [m], "r", 0, 200)
+    planned, m = planner(own)
+    planned.add("r", 200)
+    step(planned, [m], "r", 0, 200)
     both = merge_measured(measured((0, 0, 3, 6.0)), measured((0, 0, 1, 4.0)))
     assert both is not None
-    cuts.take(both)
-    step(cuts, [m], "r", 200, 224)
+    planned.take(both)
+    step(planned, [m], "r", 200, 224)
     assert own.asked == [([2.5], 64, 224)]

@@ -84,13 +84,13 @@ def test_key_similarity_in_a_small_pool(run: Run, tiny: Path, pruned: PrunedOrac
     report = next(r for r in result.reports if r["kind"] == "sequence")
     assert report["acted"] > 0
     assert report["errors"] == 0
-    assert report["counters"]["cuts"] >= 6
+    assert report["counters"]["evictions"] >= 6
     assert [a.kvplug is None for a in result.answers] == [True, True, False, False, False]
     said = result.answers[4].kvplug
     assert said is not None
     assert said["exact"] is False
-    assert said["cuts"][0][0] < LENGTHS[4], "a cut inside the prompt"
-    assert said["cuts"][-1][1] == 128
+    assert said["evictions"][0][0] < LENGTHS[4], "a cut inside the prompt"
+    assert said["evictions"][-1][1] == 128
 
 
 def test_latest_query_whatever_the_chunk(run: Run, tiny: Path, pruned: PrunedOracle) -> None:
@@ -224,6 +224,6 @@ def test_dropped_tokens_come_back_on_demand(run: Run, tiny: Path, pruned: Pruned
     assert found[:2] == expected[:2]
     (report,) = result.reports
     assert report["errors"] == 0
-    assert report["counters"]["fetched_tokens"] > 0
-    assert report["counters"]["on_demand_us"] > 0
+    assert report["counters"]["recalled_tokens"] > 0
+    assert report["counters"]["recall_us"] > 0
     assert result.largest <= result.cap_blocks[0]

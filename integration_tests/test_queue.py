@@ -17,7 +17,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 from kvplug.contract import BlockFact, EngineView, PolicyOptions, PrefixCachePolicy, Released
 from kvplug.hosts.vllm import compat
 from kvplug.hosts.vllm.scheduler.blocks import BlockTracker
-from kvplug.hosts.vllm.scheduler.prefix_cache import HitCollector, PolicyQueue
+from kvplug.hosts.vllm.scheduler.queue import HitCollector, PolicyQueue
 from kvplug_policies.prefix_cache.fifo import Fifo
 from kvplug_policies.prefix_cache.lru import Lru
 

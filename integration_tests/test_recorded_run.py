@@ -22,7 +22,7 @@ import pytest
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
 from kvplug.contract import EngineView, PrefixCachePolicy
-from kvplug.hosts.vllm.scheduler.prefix_cache import HitCollector, PolicyQueue
+from kvplug.hosts.vllm.scheduler.queue import HitCollector, PolicyQueue
 from kvplug_lab.engine.trial import TrialRequest, TrialResult, TrialSpec, run_trial
 from kvplug_policies.prefix_cache.fifo import Fifo
 from kvplug_policies.prefix_cache.lru import Lru

@@ -10,14 +10,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
 from kvplug.contract import BlockFact, EngineView, PolicyOptions, RequestView
+from kvplug.deployment import Choice
 from kvplug.hosts.trace import traces
-from kvplug.hosts.vllm.scheduler import prefix_cache as queue_module
+from kvplug.hosts.vllm.scheduler import queue as queue_module
 from kvplug.hosts.vllm.scheduler.blocks import computed_keys
-from kvplug.hosts.vllm.scheduler.half import SchedulerHalf
-from kvplug.hosts.vllm.scheduler.prefix_cache import PolicyQueue
+from kvplug.hosts.vllm.scheduler.kind import Answer
+from kvplug.hosts.vllm.scheduler.prefix_cache import PrefixCacheScheduler
+from kvplug.hosts.vllm.scheduler.queue import PolicyQueue
+from kvplug.request_options import RequestOptions
 from kvplug_lab import models
 from kvplug_lab.engine import replay
 from kvplug_lab.engine.trial import TrialRequest, TrialResult
@@ -36,7 +40,6 @@ def ended(computed: int, total: int, hashes: int) -> Any:
         block_hashes=[bytes([i]) for i in range(hashes)],
         priority=0,
         arrival_time=5.0,
-        kv_transfer_params={"kvplug": {"session": "anna"}},
     )
 
 
@@ -91,13 +94,6 @@ def curious(fails: str = "") -> tuple[Curious, PolicyQueue]:
     return policy, PolicyQueue(FreeKVCacheBlockQueue([KVCacheBlock(i) for i in range(4)]), policy)
 
 
-def half(queue: PolicyQueue, hash_size: int) -> Any:
-    """The part of a scheduler half that passes a request's end on."""
-    return SimpleNamespace(
-        _finished_hash_size=hash_size, queue=queue, engine=EngineView(block_size=16)
-    )
-
-
 def test_a_policy_that_asks_hears_of_ends(log: list[logging.LogRecord]) -> None:
     policy, queue = curious()
     queue.finished(RequestView("r", 5), [b"a"], 3)
@@ -125,16 +121,32 @@ def test_one_that_fails_at_the_stop_is_logged(log: list[logging.LogRecord]) -> N
     assert queue.counters.errors == len(log) == 1
 
 
-def test_the_scheduler_half_passes_ends_on_only_to_who_asks() -> None:
-    policy, queue = curious()
+@pytest.mark.parametrize("asks", [True, False])
+def test_ends_are_reported_only_to_a_policy_that_asks(asks: bool) -> None:
+    class Asking(Curious):
+        needs = Curious.needs if asks else frozenset()
+
+    engine = EngineView(block_size=16)
+    choice = Choice(Asking, Asking.Options(), "prefix_cache")
+    context: Any = SimpleNamespace(
+        engine=engine, deployment=SimpleNamespace(choice=lambda kind: choice)
+    )
+    kind = PrefixCacheScheduler(context)
+    pool = BlockPool(8, enable_caching=True, hash_block_size=16)
+    kind.bind(SimpleNamespace(block_pool=pool))
     request = ended(70, 71, 4)
-    SchedulerHalf._tell_of_end(half(queue, 0), request)
-    assert policy.ends == []
-    SchedulerHalf._tell_of_end(half(queue, 16), request)
-    ((view, keys, output),) = policy.ends
+    kind.on_new_request(request, RequestOptions(session_id="anna"))
+    kind.finished(request, [], Answer())
+    assert isinstance(kind.policy, Curious)
+    if not asks:
+        assert kind.policy.ends == []
+        return
+    ((view, keys, output),) = kind.policy.ends
     assert view == RequestView("r", 68, session_id="anna", arrival=5.0)
     assert keys == request.block_hashes
     assert output == 3
+    assert kind.reports()[0].acted == 1
+    assert kind._views == {}, "a request that ended is forgotten"
 
 
 # -- in the engine ---------------------------------------------------------------------------------
@@ -188,7 +200,7 @@ def test_the_file_is_there_when_the_engine_of_a_process_of_its_own_has_stopped(
     """As `kvplug record` runs it: the policy lives in vLLM's engine process."""
     path = tmp_path / "t.npz"
     first = list(range(10, 110))
-    work = [TrialRequest(first, 4, 0, {"session": "a"}), TrialRequest([7], 4, 1, None, 0)]
+    work = [TrialRequest(first, 4, 0, {"session_id": "a"}), TrialRequest([7], 4, 1, None, 0)]
     # vLLM ends an engine whose workers are slow to go before it stops in order; a second is enough.
     section = {"prefix_cache": {"use": "record", "path": str(path), "every": 1}}
     engine = {"max_model_len": 256, "num_gpu_blocks_override": 20, "shutdown_timeout": 10}
@@ -212,7 +224,7 @@ def test_a_conversation_goes_on_from_what_was_answered(
     run: Callable[..., TrialResult], tiny: Path
 ) -> None:
     first, second = list(range(10, 60)), list(range(60, 90))
-    work = [TrialRequest(first, 5, 0), TrialRequest(second, 5, 1, {"session": "a"}, 0)]
+    work = [TrialRequest(first, 5, 0), TrialRequest(second, 5, 1, {"session_id": "a"}, 0)]
     work.append(TrialRequest([], 5, 2, None, 1))
     result = run(tiny, work, {"prefix_cache": "lru"}, max_model_len=256, num_gpu_blocks_override=9)
     assert [a.prompt_tokens for a in result.answers] == [50, 50 + 5 + 30, 50 + 5 + 30 + 5]
@@ -243,7 +255,7 @@ def test_conversations_are_what_they_say(smollm2: Path) -> None:
             assert before.wave < request.wave
             assert before.kvplug == request.kvplug
     assert max(len(wave) for wave in waves.values()) == 2
-    named = [r.kvplug["session"] for r in work.requests if r.kvplug is not None]
+    named = [r.kvplug["session_id"] for r in work.requests if r.kvplug is not None]
     assert {named.count(name) for name in named} == {3}
     openings = [r.prompt for r in work.requests if r.after is None]
     assert len(openings) == 5 + 4

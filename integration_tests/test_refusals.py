@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Mamba
 
 from kvplug.contract import EngineView
 from kvplug.errors import DeploymentError, Refusal
-from kvplug.hosts.vllm import engine
+from kvplug.hosts.vllm import admission
 from kvplug.hosts.vllm.admission import SECTION
 from kvplug.hosts.vllm.flags import EXTENSION, GUARD, RUNS
 from kvplug.parser import load_deployment
@@ -105,8 +105,8 @@ CASES = {
         [
             (
                 f"{SECTION}.format",
-                "kivi cannot live with sequence policy snapkv, which moves single tokens of single "
-                "heads: tokens share scales there.",
+                "kivi does not support sequence policy snapkv, which moves single tokens of single "
+                "heads: its tokens share scales.",
                 "choose another format, or a positional sequence policy such as sink_window.",
             )
         ],
@@ -254,7 +254,7 @@ class TestLayersNoWindowFits:
             ("use_mla", "is_attention_free", "is_hybrid", "is_encoder_decoder"), False
         )
         config = SimpleNamespace(model_config=SimpleNamespace(**flags | model))
-        return engine._layer_refusals(load_deployment(WINDOW, key=SECTION), config)
+        return admission._layer_refusals(load_deployment(WINDOW, key=SECTION), config)
 
     @pytest.mark.parametrize(
         ("flag", "what"),
@@ -276,7 +276,7 @@ class TestLayersNoWindowFits:
 
     def test_a_deployment_without_a_sequence_policy_is_not_asked(self) -> None:
         deployment = load_deployment({"prefix_cache": "lru"})
-        assert engine._layer_refusals(deployment, SimpleNamespace()) == []
+        assert admission._layer_refusals(deployment, SimpleNamespace()) == []
 
 
 def test_a_refusal_survives_the_way_between_processes() -> None:
@@ -311,7 +311,7 @@ class TestReuse:
             lora_config=flags.get("lora"),
             use_v2_model_runner=flags.get("v2", False),
         )
-        return engine._reuse_refusals(deployment, config)
+        return admission._reuse_refusals(deployment, config)
 
     def section(self, **keys: Any) -> dict[str, Any]:
         return {"reuse": {"use": list(self.CHAIN)} | keys}

@@ -91,18 +91,18 @@ def request(name: str, tokens: int) -> Any:
 
 
 @pytest.mark.parametrize("sink,window", [(0, 0), (0, 2), (1, 0), (1, 2), (3, 1)])
-def test_exactly_the_gap_of_the_settled_tokens_is_freed(sink: int, window: int) -> None:
+def test_exactly_the_gap_of_the_acknowledged_tokens_is_freed(sink: int, window: int) -> None:
     m = manager(spec(sink, window))
     rule = Window(sink, window)
-    held = give(m, "r", 400)
+    table = give(m, "r", 400)
     free = m.block_pool.get_num_free_blocks()
-    for settled in range(0, 385):
-        m.remove_skipped_blocks("r", settled)
-        start, end = rule.gap(settled // BLOCK)
-        assert nulled(m) == list(range(start, end)), settled
+    for acked in range(0, 385):
+        m.remove_skipped_blocks("r", acked)
+        start, end = rule.gap(acked // BLOCK)
+        assert nulled(m) == list(range(start, end)), acked
         assert m.block_pool.get_num_free_blocks() == free + end - start
-        kept = [i for i in range(len(held)) if i not in range(start, end)]
-        assert [ids(m)[i] for i in kept] == [held[i] for i in kept], "the table is not positional"
+        kept = [i for i in range(len(table)) if i not in range(start, end)]
+        assert [ids(m)[i] for i in kept] == [table[i] for i in kept], "the table is not positional"
 
 
 def test_freeing_twice_frees_once() -> None:
@@ -119,7 +119,7 @@ def test_freeing_twice_frees_once() -> None:
 
 
 def test_tokens_in_flight_are_not_freed() -> None:
-    """Steps in flight began at the settled tokens: what their first query sees must stay."""
+    """Steps in flight began at the acknowledged tokens: what their first query sees must stay."""
     m = manager(spec(1, 2))
     give(m, "r", 320)
     m.remove_skipped_blocks("r", 100)
@@ -156,8 +156,8 @@ def test_freed_blocks_serve_others_and_the_pool_balances_at_the_end() -> None:
         m.remove_skipped_blocks(name, computed[name])
         computed[name] += BLOCK
         give(m, name, computed[name])
-        held = [i for r in computed for i in ids(m, r) if i]
-        assert len(set(held)) == len(held), "one block in two requests"
+        table = [i for r in computed for i in ids(m, r) if i]
+        assert len(set(table)) == len(table), "one block in two requests"
         if computed[name] >= 960:
             m.free(name)
             computed[name] = 0
@@ -169,63 +169,63 @@ def test_freed_blocks_serve_others_and_the_pool_balances_at_the_end() -> None:
 
 
 def test_no_request_ever_holds_more_than_the_cap() -> None:
-    """Chunks of any size up to what may be in flight, settled late or at once."""
+    """Chunks of any size up to what may be in flight, acknowledged late or at once."""
     for seed in range(30):
         choose = random.Random(seed)
         s = spec(choose.randrange(3), choose.randrange(4), in_flight_tokens=choose.randrange(1, 90))
         m = manager(s)
-        settled = scheduled = 0
+        acked = scheduled = 0
         while scheduled < 1000:
-            m.remove_skipped_blocks("r", settled)
-            room = s.in_flight_tokens - (scheduled - settled)
+            m.remove_skipped_blocks("r", acked)
+            room = s.in_flight_tokens - (scheduled - acked)
             scheduled = min(1000, scheduled + choose.randrange(room + 1))
             give(m, "r", scheduled)
             assert len(ids(m)) - len(nulled(m)) <= s.cap_blocks
-            settled = choose.choice([settled, scheduled, choose.randrange(settled, scheduled + 1)])
+            acked = choose.choice([acked, scheduled, choose.randrange(acked, scheduled + 1)])
 
 
-def test_each_call_that_frees_is_told_once() -> None:
+def test_each_call_that_frees_is_reported_once() -> None:
     m = manager(spec(1, 1))
-    told: list[tuple[int, str, int]] = []
-    m.on_freed = lambda *what: told.append(what)
+    reported: list[tuple[int, str, int]] = []
+    m.on_freed = lambda *what: reported.append(what)
     give(m, "r", 320)
-    for settled in (0, 40, 100, 100, 101, 200):
-        m.remove_skipped_blocks("r", settled)
-    assert told == [(0, "r", 4), (0, "r", 6)]
-    assert sum(count for _, _, count in told) == len(nulled(m))
+    for acked in (0, 40, 100, 100, 101, 200):
+        m.remove_skipped_blocks("r", acked)
+    assert reported == [(0, "r", 4), (0, "r", 6)]
+    assert sum(count for _, _, count in reported) == len(nulled(m))
 
 
 def test_null_blocks_are_not_counted_as_freed() -> None:
     """A request that resumes may come with entries that are null already."""
     m = manager(spec(1, 1))
-    told: list[tuple[int, str, int]] = []
-    m.on_freed = lambda *what: told.append(what)
+    reported: list[tuple[int, str, int]] = []
+    m.on_freed = lambda *what: reported.append(what)
     give(m, "r", 160)
     first = m.req_to_blocks["r"][1]
     m.req_to_blocks["r"][1] = m.block_pool.null_block
     m.block_pool.free_blocks([first])
     m.remove_skipped_blocks("r", 160)
-    assert told == [(0, "r", 7)]
+    assert reported == [(0, "r", 7)]
     assert nulled(m) == list(range(1, 9))
 
 
 def test_the_deepest_blocks_are_handed_out_first() -> None:
     m = manager(spec(1, 0, exact_tokens=1024))
-    held = give(m, "r", 128)
+    table = give(m, "r", 128)
     m.cache_blocks(request("r", 128), 128, replay_boundaries=())
     m.remove_skipped_blocks("r", 112)
     free = [b.block_id for b in m.block_pool.free_block_queue.get_all_free_blocks()]
-    assert free[-6:] == [held[i] for i in (6, 5, 4, 3, 2, 1)]
+    assert free[-6:] == [table[i] for i in (6, 5, 4, 3, 2, 1)]
 
 
 def test_an_exempt_request_keeps_everything() -> None:
     m = manager(spec(1, 1))
     m.exempt.add("r")
-    held = give(m, "r", 320)
+    table = give(m, "r", 320)
     give(m, "other", 320)
     for name in ("r", "other"):
         m.remove_skipped_blocks(name, 300)
-    assert ids(m) == held and nulled(m) == []
+    assert ids(m) == table and nulled(m) == []
     assert nulled(m, "other")
 
 
@@ -268,10 +268,10 @@ def test_a_preempted_request_resumes_from_its_exact_prefix_and_frees_what_it_mus
 
 def test_popping_blocks_gives_them_in_order_with_the_null_block_in_the_gap() -> None:
     m = manager(spec(1, 1))
-    held = give(m, "r", 96)
+    table = give(m, "r", 96)
     m.remove_skipped_blocks("r", 80)
     popped = m.pop_blocks_for_free("r")
-    assert [b.block_id for b in popped] == [held[0], 0, 0, 0, held[4], held[5]]
+    assert [b.block_id for b in popped] == [table[0], 0, 0, 0, table[4], table[5]]
     assert "r" not in m.req_to_blocks
     assert m.pop_blocks_for_free("r") == []
 
@@ -471,7 +471,7 @@ assert KVCacheSpecRegistry.get_manager_class(plain) is not None
     assert done.returncode == 0, done.stderr
 
 
-def test_the_sink_stays_when_settled_tokens_run_ahead_of_the_blocks() -> None:
+def test_the_sink_stays_when_acknowledged_tokens_run_ahead_of_the_blocks() -> None:
     m = manager(spec(4, 0))
     give(m, "r", 32)
     m.remove_skipped_blocks("r", 320)

@@ -79,6 +79,8 @@ class SchedulerHalf:
         )
         self.kinds = tuple(of(context) for of in KINDS if deployment.choice(of.kind) is not None)
         self._managers: list[Any] = []
+        speculative = vllm_config.speculative_config
+        self._drafts = speculative.num_speculative_tokens if speculative is not None else 0
         self._refused: dict[str, dict[str, str]] = {}
         self._reported: dict[str, float] = {}
         self._mark: object = None
@@ -148,7 +150,9 @@ class SchedulerHalf:
         for kind in self.kinds:
             kind.step(step, directives)
         if step.names_slots:
-            directives.rows = row_slots(self._managers, step.starts, step.scheduled, step.slots)
+            directives.rows = row_slots(
+                self._managers, step.starts, step.scheduled, step.slots, self._drafts
+            )
         self._events.emit()
         self.steps += 1
         self._events.step = self.steps + 1

@@ -48,24 +48,30 @@ def row_slots(
     starts: Mapping[str, int],
     scheduled: Mapping[str, int],
     slots: Mapping[str, int],
+    drafts: int = 0,
 ) -> npt.NDArray[np.int32]:
-    """The block each scheduled request writes last, per KV-cache group, and its slot, ``[n, 2]``.
+    """Blocks each scheduled request may write last, per KV-cache group, and its slot, ``[n, 2]``.
 
     A block that is being written is never shared, so its id identifies the request in a row of
-    attention metadata, where nothing else does.
+    attention metadata, where nothing else does. The scheduler knows the last block only up to
+    drafts that are rejected.
 
     Args:
         managers: vLLM's KV-cache managers, one per group.
         starts: Tokens computed before the step, by request.
         scheduled: Tokens scheduled in the step, by request.
         slots: Slots by request.
+        drafts: Most draft tokens of a request that may turn out to be rejected.
     """
     rows = []
     for request_id, start in starts.items():
         last = start + scheduled[request_id] - 1
         for manager in managers:
             blocks = manager.req_to_blocks[request_id]
-            index = last // manager.block_size
-            if index < len(blocks) and not blocks[index].is_null:
-                rows.append((blocks[index].block_id, slots[request_id]))
+            first = max(0, last - drafts) // manager.block_size
+            rows += [
+                (block.block_id, slots[request_id])
+                for block in blocks[first : last // manager.block_size + 1]
+                if not block.is_null
+            ]
     return np.array(rows, dtype=np.int32).reshape(-1, 2)
