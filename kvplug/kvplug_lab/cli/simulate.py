@@ -105,7 +105,7 @@ def simulate(
         json.write_text(_json(list(results.values())), encoding="utf-8")
         console.print(f"rows: {json}", markup=False, highlight=False)
     if plot is not None:
-        from kvplug.hosts.trace.plot import draw
+        from kvplug_lab.cli.simulate_plot import draw
 
         panels = [[r for (of, *_), r in results.items() if of == id(t)] for t in loaded]
         draw(plot, panels, LINES)
