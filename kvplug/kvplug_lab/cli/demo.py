@@ -96,7 +96,7 @@ def demo(
         from kvplug_lab.cli.page import demo_page
 
         html.write_text(
-            demo_page(stock, kvplug, figures, file.path.stem, policy_lines(kvplug)),
+            demo_page(stock, kvplug, figures, ROWS, file.path.stem, policy_lines(kvplug)),
             encoding="utf-8",
         )
         console.print(f"page: {html}", markup=False)
