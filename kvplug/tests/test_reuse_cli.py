@@ -348,11 +348,11 @@ def test_an_answer_without_reuse_says_nothing() -> None:
 
 def test_ways_to_reuse_are_sections_that_load(tmp_path: Path) -> None:
     files: dict[str, Path | None] = {"credibility": None, "compensate": None}
-    for name in ("nothing", "boundary=16", "share=0.15", "gaps", "gaps=8+boundary=4"):
+    for name in ("nothing", "boundary=16", "fraction=0.15", "gaps", "gaps=8+boundary=4"):
         variant = named(name, files)
         assert [c.policy.name for c in load_deployment(dict(variant.section)).all()] == list(CHECKS)
     recompute = named("gaps=8+boundary=4", files).section["reuse"]["recompute"]
-    assert recompute == {"boundary": 4, "share": 0.0, "gaps": 8}
+    assert recompute == {"boundary": 4, "fraction": 0.0, "gaps": 8}
     assert named("gaps", files).headed and not named("boundary=16", files).headed
     file = tmp_path / "reuse.safetensors"
     learnt = named("compensate+credibility", {"credibility": file, "compensate": file})
@@ -365,7 +365,7 @@ def test_ways_to_reuse_are_sections_that_load(tmp_path: Path) -> None:
 def test_only_what_computes_inside_a_run_needs_the_workers_model() -> None:
     files: dict[str, Path | None] = {}
     assert worker_extension(named("nothing", files).section) == {}
-    for name in ("boundary=16", "share=0.15", "gaps"):
+    for name in ("boundary=16", "fraction=0.15", "gaps"):
         extra = worker_extension(named(name, files).section)
         assert extra == {"worker_extension_cls": EXTENSION}
     assert worker_extension({}) == {} and worker_extension({"reuse": list(CHECKS)}) == {}
@@ -395,7 +395,7 @@ def test_what_lacks_its_file_is_left_out_by_name(capsys: pytest.CaptureFixture[s
         "nothing",
         "boundary=16",
         "boundary=32",
-        "share=0.15",
+        "fraction=0.15",
         "gaps",
     ]
     assert "compensate: left out, it needs --compensate FILE" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from kvplug.reuse.record import ReuseRecord
+    from kvplug.reuse.drift_record import DriftRecord
     from kvplug_lab.reuse.explain import Explanation, Parted
 
 RUNS = 5
@@ -70,12 +70,12 @@ def explain(
 
 def _explained(
     path: Path, model: Path | None, threads: int
-) -> tuple[Explanation, ReuseRecord, Any]:
+) -> tuple[Explanation, DriftRecord, Any]:
     from kvplug.errors import KVPlugError
     from kvplug.fingerprint import model_fingerprint
-    from kvplug.reuse.record import ReuseRecord
+    from kvplug.reuse.drift_record import DriftRecord
 
-    record = ReuseRecord.read(path)
+    record = DriftRecord.read(path)
     directory = model if model is not None else Path(record.model)
     if not (directory / "config.json").is_file():
         if model is None:
@@ -124,7 +124,7 @@ def _explained(
 # -- what is shown ---------------------------------------------------------------------------------
 
 
-def show(console: Console, found: Explanation, record: ReuseRecord, tokenizer: Any = None) -> None:
+def show(console: Console, found: Explanation, record: DriftRecord, tokenizer: Any = None) -> None:
     """Print an explanation."""
 
     def say(line: str = "") -> None:

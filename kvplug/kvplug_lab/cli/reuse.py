@@ -35,7 +35,7 @@ VARIANTS = (
     "nothing",
     "boundary=16",
     "boundary=32",
-    "share=0.15",
+    "fraction=0.15",
     "compensate",
     "credibility",
     "gaps",
@@ -70,8 +70,8 @@ def rag(
         str,
         typer.Option(
             metavar="NAME[=VALUE][+NAME...],...",
-            help="Ways to reuse: nothing, boundary=N, share=X, gaps[=N], compensate, credibility, "
-            "joined by +. Each is an engine of its own.",
+            help="Ways to reuse: nothing, boundary=N, fraction=X, gaps[=N], compensate, "
+            "credibility, joined by +. Each is an engine of its own.",
         ),
     ] = ",".join(VARIANTS),
     deployment: File = None,

@@ -20,12 +20,12 @@ from kvplug.hosts.vllm import compat, engine
 from kvplug.hosts.vllm.messages import LoadOrder, PieceOrder, ReuseNews, ReuseOrders, SaveOrder
 from kvplug.hosts.vllm.spec import ReusedManager
 from kvplug.hosts.vllm.view import identity, token_bytes, tokenizer
-from kvplug.reuse.catalog import Catalog, Segment
+from kvplug.reuse.catalog import Catalog, CatalogEntry
 from kvplug.reuse.chain import ChainResult, run_chain
+from kvplug.reuse.drift_record import DriftRecord, FamilyRecord, PieceRecord
 from kvplug.reuse.guard import Drift, Guard
 from kvplug.reuse.index import Match
-from kvplug.reuse.plan import Plan, Planner
-from kvplug.reuse.record import FamilyRecord, PieceRecord, ReuseRecord
+from kvplug.reuse.plan import Planner, ReusePlan
 from kvplug.reuse.splitting import Splitter
 
 logger = init_logger("vllm.kvplug")
@@ -118,8 +118,8 @@ class _Known:
     tenant: str
     lora: str
     spans: list[tuple[int, int]]
-    plan: Plan | None = None
-    taken: Plan | None = None
+    plan: ReusePlan | None = None
+    taken: ReusePlan | None = None
     lane: int | None = None
     approximate_from: int | None = None
     ancestry: int = 0
@@ -188,12 +188,12 @@ class ReuseScheduler:
         self._world = int(vllm_config.parallel_config.world_size)
         self._identity = identity(vllm_config, view, stored)
         self._model = str(vllm_config.model_config.model)
-        self._least = self.settings.segments.least
+        self._least = self.settings.segments.min_tokens
         self.catalog = Catalog(
             self.settings.store,
             token_bytes(view, stored) * self._world,
-            near=self.settings.near,
-            least=self._least,
+            prefetch=self.settings.prefetch,
+            min_tokens=self._least,
             world=self._world,
         )
         self._splitter = Splitter(self.settings.segments, tokenizer(vllm_config))
@@ -245,7 +245,7 @@ class ReuseScheduler:
             known.guarded = bool(known.families)
             if known.guarded:
                 compat.mark_request(request, request.request_id)
-        if self.settings.near and wishes.approximate:
+        if self.settings.prefetch and wishes.approximate:
             self.catalog.prefetch(tokens, known.tenant, known.spans)
 
     def matched(self, request: Any, num_local: int) -> int | None:
@@ -267,10 +267,10 @@ class ReuseScheduler:
         self._set_limit(request, known, plan)
         return plan.length
 
-    def _waits(self, known: _Known, plan: Plan) -> bool:
+    def _waits(self, known: _Known, plan: ReusePlan) -> bool:
         """Whether a request is better asked again: something it can take is on its way."""
         coming = [
-            segment.flying or self.catalog.want(name)
+            segment.in_flight or self.catalog.want(name)
             for name in plan.waiting
             if (segment := self.catalog.get(name)) is not None
         ]
@@ -280,14 +280,14 @@ class ReuseScheduler:
         known.asked_at = known.asked_at or now
         return now - known.asked_at < PATIENCE
 
-    def _plan(self, request: Any, known: _Known, num_local: int) -> Plan:
+    def _plan(self, request: Any, known: _Known, num_local: int) -> ReusePlan:
         tokens = _tokens(request)
         allowed = known.wishes.approximate
         approximate = allowed and (
             self.guard is None or all(self.guard.allows(f) for f in known.families)
         )
 
-        def judge(segment: Segment, match: Match) -> ChainResult:
+        def judge(segment: CatalogEntry, match: Match) -> ChainResult:
             end = match.start + match.length
             would = self._fingerprint(request, known, tokens, match.start, end)
             asked = ReuseRequest(
@@ -309,7 +309,7 @@ class ReuseScheduler:
             request.num_tokens, num_local, self.catalog.match(tokens, known.tenant), judge
         )
 
-    def _set_limit(self, request: Any, known: _Known, plan: Plan | None) -> None:
+    def _set_limit(self, request: Any, known: _Known, plan: ReusePlan | None) -> None:
         """From which token on the prefix cache must not hold a request's blocks."""
         first = plan.approximate_from if plan is not None else None
         if known.lane is not None:
@@ -382,16 +382,16 @@ class ReuseScheduler:
         self._count(plan)
         self._watch(request, known)
 
-    def _count(self, plan: Plan) -> None:
+    def _count(self, plan: ReusePlan) -> None:
         counters = self.counters
         counters.requests += 1
         counters.approximate_requests += plan.approximate_from is not None
-        counters.tokens += plan.length - plan.computed
+        counters.tokens += plan.length - plan.recomputed
         counters.exact_tokens += sum(p.length for p in plan.pieces if p.verdict.exact)
         counters.shifted_tokens += sum(p.length for p in plan.pieces if p.verdict.shift)
-        self._tell("reused", plan.length - plan.computed, "")
+        self._tell("reused", plan.length - plan.recomputed, "")
 
-    def _count_checks(self, known: _Known, plan: Plan) -> None:
+    def _count_checks(self, known: _Known, plan: ReusePlan) -> None:
         known.refused = plan.refused
         self.refused.update(plan.refused)
         self.costs_us.update(plan.costs_us)
@@ -420,7 +420,7 @@ class ReuseScheduler:
                 if known is not None:
                     self._order(orders, known, request_id, start + scheduled[request_id])
             self.catalog.expire()
-            told = self.catalog.take_orders()
+            told = self.catalog.take_commands()
             orders.drop, orders.fetch, orders.delete = told.drop, told.fetch, told.delete
         except Exception as error:
             # Loads were promised: they are ordered whatever happens to what is stored.
@@ -503,8 +503,8 @@ class ReuseScheduler:
             "exact": lane is None and (plan is None or plan.approximate_from is None)
         }
         if plan is not None:
-            said["reused"] = plan.length - plan.computed
-            said["recomputed"] = plan.computed
+            said["reused"] = plan.length - plan.recomputed
+            said["recomputed"] = plan.recomputed
             said["segments"] = len(plan.pieces)
             said["shifted"] = sum(p.length for p in plan.pieces if p.verdict.shift)
         if known.refused:
@@ -526,7 +526,7 @@ class ReuseScheduler:
             start = span[0]
             if span is known.spans[-1] or span[1] > computed:
                 break
-        most = self.settings.segments.most
+        most = self.settings.segments.max_tokens
         while start < computed:
             end = min(start + most, computed)
             if -(-end // self._size) > len(blocks):
@@ -556,7 +556,7 @@ class ReuseScheduler:
         if plan is None:
             return
         text = request.all_token_ids
-        record = ReuseRecord(
+        record = DriftRecord(
             model=self._model,
             fingerprint=self.view.model,
             dtype=self.view.layers[0].dtype,
@@ -655,7 +655,7 @@ class ReuseScheduler:
                 heard.setdefault(request_id, []).append((entropy, logprob))
             for request_id, values in heard.items():
                 table = np.array(values, dtype=np.float32)
-                self.guard.heard(request_id, table[:, 0], table[:, 1])
+                self.guard.observe(request_id, table[:, 0], table[:, 1])
 
 
 def _tokens(request: Any) -> npt.NDArray[np.int32]:

@@ -235,7 +235,7 @@ class ReuseWorker:
     def take_news(self) -> ReuseNews | None:
         """What happened since last asked."""
         found, self.news = self.news, ReuseNews()
-        told = self.memory.news()
+        told = self.memory.take_report()
         found.written += told.written
         found.fetched += told.fetched
         found.failed |= told.failed
@@ -271,7 +271,7 @@ class ReuseWorker:
             self._write(self._held[piece.segment], piece, blocks)
         spans = list(order.spans)
         loose = [(p.start, p.start + p.length) for p in order.pieces if not p.exact]
-        share = self.settings.recompute.share
+        share = self.settings.recompute.fraction
         if share and loose and self.recomputer.ready:
             spans = self._with_deviating(order, blocks, spans, loose, share)
         if spans:
