@@ -161,8 +161,11 @@ def test_an_unknown_command_is_a_usage_error(program: Any) -> None:
 
 
 def test_a_missing_command_of_an_installed_group_names_its_extra(program: Any) -> None:
+    class Calibrate(installed.CommandGroup):
+        prefix = "calibrate."
+
     def calibrate() -> typer.Typer:
-        group = typer.Typer()
+        group = typer.Typer(cls=Calibrate)
         group.callback()(lambda: None)
         group.command("formats")(lambda: typer.echo("formats"))
         return group

@@ -35,7 +35,13 @@ _broken: dict[str, str] = {}
 
 
 class CommandGroup(TyperGroup):
-    """A group that names the extra of a command that is not installed."""
+    """A group that names the extra of a command that is not installed.
+
+    Attributes:
+        prefix: Name of the group followed by a dot; empty for the program itself.
+    """
+
+    prefix = ""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the command that the arguments name.
@@ -43,29 +49,21 @@ class CommandGroup(TyperGroup):
         Raises:
             typer.Exit: It comes with an extra or its distribution is broken; with code 2.
         """
-        name = args[0] if args else ""
-        if name not in self.commands:
-            groups: list[str] = []
-            above = ctx
-            while above.parent is not None:
-                groups.insert(0, above.info_name)
-                above = above.parent
-            full = ".".join([*groups, name])
-            if problem := _absent(full):
-                typer.echo(problem, err=True)
-                raise typer.Exit(2)
+        if args and args[0] not in self.commands and (problem := self.absent(args[0])):
+            typer.echo(problem, err=True)
+            raise typer.Exit(2)
         return super().resolve_command(ctx, args)
 
-
-def _absent(full: str) -> str | None:
-    """Say how to get a known command that is not there, or None for an unknown name."""
-    command = f"`kvplug {full.replace('.', ' ')}`"
-    if full in _broken:
-        return f"{command} failed to load: {_broken[full]}. Fix: reinstall what brings it."
-    for extra, names in EXTRAS.items():
-        if full in names:
-            return f"{command} is not installed; it comes with pip install 'kvplug[{extra}]'."
-    return None
+    def absent(self, name: str) -> str | None:
+        """Say how to get a known command that is not there, or None for an unknown name."""
+        full = f"{self.prefix}{name}"
+        command = f"`kvplug {full.replace('.', ' ')}`"
+        if full in _broken:
+            return f"{command} failed to load: {_broken[full]}. Fix: reinstall what brings it."
+        for extra, names in EXTRAS.items():
+            if full in names:
+                return f"{command} is not installed; it comes with pip install 'kvplug[{extra}]'."
+        return None
 
 
 def add_installed(app: typer.Typer) -> None:
@@ -87,7 +85,7 @@ def add_installed(app: typer.Typer) -> None:
             logger.warning("command %s failed to load: %s", entry.name, _broken[entry.name])
             continue
         if isinstance(found, typer.Typer):
-            groups[above].add_typer(found, name=name, cls=CommandGroup)
+            groups[above].add_typer(found, name=name)
             groups[entry.name] = found
         else:
             groups[above].command(name)(found)

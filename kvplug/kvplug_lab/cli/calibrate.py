@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
+
+from kvplug.cli.installed import CommandGroup
 
 if TYPE_CHECKING:
     from kvplug.contract import EngineView
@@ -32,11 +33,13 @@ ERRORS = (0.01, 0.05, 0.1)
 """Errors for which ranks are shown."""
 
 
-class _Commands(TyperGroup):
-    """A group whose first command may go unnamed."""
+class _Commands(CommandGroup):
+    """A group whose first command need not be named."""
+
+    prefix = "calibrate."
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or args[0] not in self.commands:
+        if not args or not (args[0] in self.commands or self.absent(args[0])):
             args = ["formats", *args]
         return super().parse_args(ctx, args)
 
