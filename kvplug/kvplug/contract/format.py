@@ -223,7 +223,9 @@ class FormatPolicy(Policy):
     }
 
     class Options(FormatOptions):
-        """The knobs every format has."""
+        """The options every format has."""
+
+    options: FormatOptions
 
     @abstractmethod
     def layout(self, layer: LayerView) -> PageLayout:

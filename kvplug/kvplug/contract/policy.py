@@ -156,6 +156,7 @@ class Policy(ABC):
     requires: ClassVar[frozenset[Feature]] = frozenset()
     excludes: ClassVar[Mapping[str, str]] = {}
     paper: ClassVar[str] = ""
+    options: PolicyOptions
 
     class Options(PolicyOptions):
         """No knobs."""
@@ -167,6 +168,11 @@ class Policy(ABC):
             ValueError: The options cannot work on this engine; the message says what to change
                 and becomes the refusal the user reads.
         """
+        if not isinstance(options, self.Options):
+            raise TypeError(
+                f"{type(self).__name__} takes {self.Options.__qualname__}, "
+                f"got {type(options).__qualname__}"
+            )
         self.options = options
         self.engine = engine
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
-from kvplug.contract.policy import Kind, Policy
+from kvplug.contract.policy import Feature, Kind, Policy
 
 
 class BlockFact(StrEnum):
@@ -80,6 +80,8 @@ class PrefixCachePolicy(Policy):
 
     kind: ClassVar[Kind] = Kind.PREFIX_CACHE
     exact: ClassVar[bool] = True
+    changes: ClassVar[str] = "which cached block is evicted first; outputs stay the same"
+    requires: ClassVar[frozenset[Feature]] = frozenset({Feature.PREFIX_CACHING})
     needs: frozenset[BlockFact] = frozenset()
     """What the host is asked to tell; an object may ask for more than its class."""
 

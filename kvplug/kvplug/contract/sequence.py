@@ -339,15 +339,20 @@ class ScoringPolicy(SequencePolicy):
     )
 
     class Options(ScoringOptions):
-        """The knobs every scoring policy has."""
+        """The options every scoring policy has."""
+
+    options: ScoringOptions
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        assert isinstance(options, ScoringOptions)
-        self.knobs: ScoringOptions = options
-        for layers in options.layers:
+        for layers in self.options.layers:
             if engine.layers:
                 layer_range(layers, engine.layers[0].num_layers)
+
+    @property
+    def knobs(self) -> ScoringOptions:
+        """The former name of `options`."""
+        return self.options
 
     def window(self, layer: LayerView) -> None:
         return None
@@ -364,7 +369,7 @@ class ScoringPolicy(SequencePolicy):
 
         Layers with equal shares form one KV-cache group: use few distinct values.
         """
-        for layers, share in self.knobs.layers.items():
+        for layers, share in self.options.layers.items():
             first, last = layer_range(layers, layer.num_layers)
             if first <= layer.index <= last:
                 return share

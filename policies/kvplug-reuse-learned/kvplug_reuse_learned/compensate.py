@@ -9,7 +9,6 @@ it is added, as far as there is reason to.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from pydantic import Field
@@ -126,16 +125,17 @@ class Compensate(ReuseCheck):
             1.0, ge=0, le=1, description="share of the correction where credibility is unknown"
         )
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        known = cast(Compensate.Options, options)
-        self.rank, self.strength, self.keys = known.rank, known.strength, known.keys
-        self.calibration: ReuseCalibration | None = calibration_for(known.model, engine)
+        model = self.options.model
+        self.calibration: ReuseCalibration | None = calibration_for(model, engine)
         if self.calibration is not None:
             self.calibration.check_layers(engine)
             if not self.calibration.rank:
                 raise ValueError(
-                    f"reuse calibration {known.model} has no corrections; run `kvplug calibrate "
+                    f"reuse calibration {model} has no corrections; run `kvplug calibrate "
                     "reuse` with --rank above 0"
                 )
         self._made: dict[tuple[int, torch.device], tuple[Correction, Tensor | None]] = {}
@@ -153,9 +153,9 @@ class Compensate(ReuseCheck):
             return 0.0
         credibility = placement.verdict.confidence
         if credibility is None:
-            return self.strength
+            return self.options.strength
         usual = max(1 - self.calibration.credibility_mean, 0.05)
-        return self.strength * min((1 - credibility) / usual, 1.0)
+        return self.options.strength * min((1 - credibility) / usual, 1.0)
 
     def adapt(
         self, layer: LayerView, placement: Placement, key: Tensor, value: Tensor
@@ -188,7 +188,7 @@ class Compensate(ReuseCheck):
             # The first token of a text is a sink like no other token; nothing was fitted for it.
             for_key[0], for_value[0] = 0, 0
         better = (value.float() + for_value).to(value.dtype)
-        if not self.keys:
+        if not self.options.keys:
             return key, better
         # What is added is rotated, not the sum: a key that gets nothing stays bit for bit.
         for_key = turned(for_key, at, layer.rope, frequencies)
@@ -217,8 +217,8 @@ class Compensate(ReuseCheck):
             mean, deviation = tensors[f"{at}norm"].tolist()
             correction = Correction(
                 given["mean"],
-                given["encode"][:, : self.rank].contiguous(),
-                given["decode"][: self.rank].contiguous(),
+                given["encode"][:, : self.options.rank].contiguous(),
+                given["decode"][: self.options.rank].contiguous(),
                 given["residual"],
                 (mean, deviation),
             )

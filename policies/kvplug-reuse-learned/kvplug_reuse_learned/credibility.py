@@ -8,8 +8,6 @@ left the model's next tokens as they were; `kvplug calibrate reuse` trains it.
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 from pydantic import Field
 
@@ -48,11 +46,12 @@ class Credibility(ReuseCheck):
             description="least probability that reuse keeps the answer; below, it is computed",
         )
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        known = cast(Credibility.Options, options)
-        self.threshold = known.threshold
-        found = calibration_for(known.model, engine)
+        self.threshold = self.options.threshold
+        found = calibration_for(self.options.model, engine)
         self.estimator: Estimator | None = None if found is None else found.estimator
         self._seen = np.zeros(BINS, dtype=np.int64)
 
