@@ -53,6 +53,8 @@ def test_a_policy_with_options_types_them(policy: type[Policy]) -> None:
 
 @EVERY
 def test_options_of_another_policy_are_refused(policy: type[Policy]) -> None:
+    if policy.Options is Policy.Options:
+        return  # It has none.
     with pytest.raises(TypeError, match=f"{policy.__name__} takes .*Options, got PolicyOptions"):
         policy(PolicyOptions(), EngineView(block_size=16))
 

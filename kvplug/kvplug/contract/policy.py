@@ -168,7 +168,7 @@ class Policy(ABC):
             ValueError: The options cannot work on this engine; the message says what to change
                 and becomes the refusal the user reads.
         """
-        if not isinstance(options, self.Options):
+        if self.Options is not Policy.Options and not isinstance(options, self.Options):
             raise TypeError(
                 f"{type(self).__name__} takes {self.Options.__qualname__}, "
                 f"got {type(options).__qualname__}"
