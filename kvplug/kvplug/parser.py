@@ -297,6 +297,8 @@ class _Parser:
             near = registry.nearest(kind, name)
             installed = ", ".join(registry.names(kind)) or "none"
             fix = f"did you mean {' or '.join(near)}? " if near else ""
+            if extra := registry.extra(kind, name):
+                fix = f"pip install 'kvplug[{extra}]'. "
             elsewhere = [str(k) for k in Kind if registry.get(k, name)]
             if elsewhere:
                 fix += f"{name!r} is a {elsewhere[0]} policy. "

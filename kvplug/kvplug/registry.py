@@ -19,6 +19,11 @@ from kvplug.errors import PluginError
 logger = logging.getLogger("kvplug")
 
 ENTRY_POINT_GROUP = "kvplug"
+EXTRAS: dict[str, frozenset[tuple[Kind, str]]] = {
+    "reuse-learned": frozenset({(Kind.REUSE, "credibility"), (Kind.REUSE, "compensate")}),
+}
+"""Policies that come with an extra of kvplug, by extra; not installed with kvplug alone."""
+
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -78,6 +83,12 @@ class PolicyRegistry:
     def nearest(self, kind: Kind, name: str) -> list[str]:
         """Registered names that look like ``name``, best first."""
         return difflib.get_close_matches(name, self.names(kind), n=3, cutoff=0.5)
+
+    def extra(self, kind: Kind, name: str) -> str | None:
+        """Name the extra of kvplug that brings a policy that is not registered, or None."""
+        if (kind, name) in self._policies:
+            return None
+        return next((extra for extra, found in EXTRAS.items() if (kind, name) in found), None)
 
     def __iter__(self) -> Iterator[type[Policy]]:
         return iter(self._policies.values())

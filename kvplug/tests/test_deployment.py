@@ -167,6 +167,11 @@ REFUSALS = {
         "prefix_cache:\n  use: 3\n",
         "2: prefix_cache.use: must be a policy's name, got int. Fix: use one of newest, oldest.",
     ),
+    "policy of an extra that is not installed": (
+        "reuse:\n  use: [credibility]\n",
+        "2: reuse.use[0]: unknown reuse policy 'credibility'. "
+        "Fix: pip install 'kvplug[reuse-learned]'. Installed: plain, strict.",
+    ),
     "unknown policy": (
         "prefix_cache:\n  use: oldset\n",
         "2: prefix_cache.use: unknown prefix_cache policy 'oldset'. "

@@ -12,7 +12,7 @@ import pytest
 import kvplug
 from kvplug.contract import Kind, Policy, PrefixCachePolicy, Released, SequencePolicy
 from kvplug.errors import PluginError
-from kvplug.registry import Plugins, PolicyRegistry
+from kvplug.registry import EXTRAS, Plugins, PolicyRegistry
 
 
 class Good(PrefixCachePolicy):
@@ -52,6 +52,17 @@ def test_policies_are_found_by_kind_and_name(registry: PolicyRegistry) -> None:
     assert len(registry) == 2
     assert registry.nearest(Kind.PREFIX_CACHE, "goood") == ["good"]
     assert registry.nearest(Kind.PREFIX_CACHE, "zzz") == []
+
+
+def test_the_extra_of_a_policy_is_named_while_it_is_not_registered(
+    registry: PolicyRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXTRAS, "acme", frozenset({(Kind.PREFIX_CACHE, "good")}))
+    assert registry.extra(Kind.PREFIX_CACHE, "good") == "acme"
+    assert registry.extra(Kind.SEQUENCE, "good") is None
+    assert registry.extra(Kind.PREFIX_CACHE, "other") is None
+    registry.add(Good)
+    assert registry.extra(Kind.PREFIX_CACHE, "good") is None
 
 
 class Half(SequencePolicy):

@@ -177,7 +177,7 @@ class ReuseCheck(Policy):
     def adapt(
         self, layer: LayerView, placement: Placement, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Correct loaded KV before it is written (re-rotation, compensation).
+        """Correct loaded KV before it is written (re-rotation, a learned correction).
 
         Called for exact and approximate placements alike where `adapts` says so, in the order of
         the chain, on what the check before it returned.

@@ -345,14 +345,10 @@ class ScoringPolicy(SequencePolicy):
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
+        self.knobs: ScoringOptions = self.options
         for layers in self.options.layers:
             if engine.layers:
                 layer_range(layers, engine.layers[0].num_layers)
-
-    @property
-    def knobs(self) -> ScoringOptions:
-        """The former name of `options`."""
-        return self.options
 
     def window(self, layer: LayerView) -> None:
         return None
