@@ -1,4 +1,4 @@
-"""Events observers receive."""
+"""Events that plugins receive through `kvplug_event`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from kvplug.contract import Kind
 
 
 class EventType(StrEnum):
-    """What can happen."""
+    """Types of events.
+
+    Attributes:
+        EVICTED: A prefix-cache policy evicted cached blocks; one event per step, ``count`` blocks.
+        FREED: A sequence policy gave blocks of a running request back; ``count`` blocks.
+        REFUSED: A sequence policy does not apply to a request; ``detail`` is the cause.
+        FALLEN_BACK: A policy failed and the host's default took over; ``detail`` is the error.
+        ADJUSTED: A format policy changed its decision; ``detail`` says to what.
+        REUSED: Stored KV was loaded into a request; ``count`` tokens, without recomputed ones.
+        DRIFTED: The guard found an answer that differs from the exact one; ``detail`` says how
+            much.
+    """
 
     EVICTED = "evicted"
     FREED = "freed"
@@ -22,15 +33,15 @@ class EventType(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something a policy did or had done to it.
+    """An event of one policy.
 
     Attributes:
-        type: What happened.
+        type: The type of the event.
         kind: The kind of the policy.
         policy: Its name.
         step: Scheduler step.
-        count: Blocks, tokens or requests concerned.
-        detail: Cause, for refusals and fallbacks; what was decided, for adjustments.
+        count: Number of blocks, tokens or requests, see `EventType`.
+        detail: Cause or decision, see `EventType`; empty for the others.
     """
 
     type: EventType
