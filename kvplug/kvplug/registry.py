@@ -43,7 +43,7 @@ class PolicyRegistry:
         """Register a policy class; returns it, so it can be used as a decorator.
 
         Args:
-            policy: A concrete subclass of one of the six kinds.
+            policy: A concrete subclass of a kind's base class.
             replace: Allow taking over a name that is registered already.
 
         Raises:

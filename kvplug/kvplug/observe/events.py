@@ -14,7 +14,8 @@ class EventType(StrEnum):
     Attributes:
         EVICTED: A prefix-cache policy evicted cached blocks; one event per step, ``count`` blocks.
         FREED: A sequence policy gave blocks of a running request back; ``count`` blocks.
-        REFUSED: A sequence policy does not apply to a request; ``detail`` is the cause.
+        REFUSED: A sequence policy does not apply to a request, or the reuse checks refused stored
+            segments; ``count`` requests or segments, ``detail`` is the cause.
         FALLEN_BACK: A policy failed and the host's default took over; ``detail`` is the error.
         ADJUSTED: A format policy changed its decision; ``detail`` says to what.
         REUSED: Stored KV was loaded into a request; ``count`` tokens, without recomputed ones.

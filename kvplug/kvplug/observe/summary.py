@@ -8,7 +8,7 @@ from kvplug.contract import PolicyReport
 
 
 def summary_lines(reports: Sequence[PolicyReport], steps: int) -> list[str]:
-    """Format one line per policy, which starts with the failure of one that failed or never acted."""
+    """Format one line per policy; failures and policies that never acted come first in theirs."""
     lines = [f"kvplug summary after {steps:,} scheduler steps:"]
     if not reports:
         lines.append("  no policy configured; the engine ran as stock")
