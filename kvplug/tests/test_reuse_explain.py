@@ -332,7 +332,7 @@ def test_the_command_shows_where_they_part(directory: Path, tmp_path: Path, run:
 def test_another_place_of_the_same_model_will_do(directory: Path, tmp_path: Path, run: Run) -> None:
     path = recorded(directory, model="elsewhere/model").write(tmp_path)
     done = run(path)
-    assert done.exit_code == 2 and "name it by --model" in done.stderr
+    assert done.exit_code == 2 and "pass one with --model" in done.stderr
     assert run(path, "--model", directory).exit_code == 0
 
 
@@ -347,8 +347,8 @@ def test_another_model_is_refused(directory: Path, tmp_path: Path, run: Run) -> 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"dtype": "int7"}, "dtype: 'int7' is no float dtype"),
-        ({"dtype": "int64"}, "dtype: 'int64' is no float dtype"),
+        ({"dtype": "int7"}, "dtype: 'int7' is not a float dtype"),
+        ({"dtype": "int64"}, "dtype: 'int64' is not a float dtype"),
         ({"kvplug": {"reuse": {"use": ["structur"]}}}, "unknown reuse policy 'structur'"),
         ({"output_ids": [5, 999999]}, "beyond the model's vocabulary"),
     ],

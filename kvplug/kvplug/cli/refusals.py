@@ -22,6 +22,8 @@ def print_refusals(error: DeploymentError) -> None:
 def refusing(code: int = 2) -> Iterator[None]:
     """Print the errors that kvplug raises on purpose to stderr and exit.
 
+    What the user can fix, code 2, takes one line each.
+
     Args:
         code: Exit code of an error that has no ``exit_code`` of its own.
 
@@ -36,5 +38,6 @@ def refusing(code: int = 2) -> Iterator[None]:
         print_refusals(error)
         raise typer.Exit(error.exit_code) from None
     except KVPlugError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(getattr(error, "exit_code", code)) from None
+        code = getattr(error, "exit_code", code)
+        typer.echo(" ".join(str(error).splitlines()) if code == 2 else str(error), err=True)
+        raise typer.Exit(code) from None

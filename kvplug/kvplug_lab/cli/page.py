@@ -114,7 +114,7 @@ def demo_page(
                 else [s.seconds for s in result.steps]
             )
             series.append((css, label, xs, [float(getattr(s, what)) for s in result.steps]))
-        label = "blocks held by requests" if what == "held" else "requests running"
+        label = "blocks in use by requests" if what == "held" else "requests running"
         cap = (float(stock.num_blocks), "the pool") if what == "held" else None
         return _plot(series, "engine step" if over == "step" else "seconds", label, cap)
 
@@ -133,7 +133,7 @@ def demo_page(
 {stock.num_blocks:,} blocks of {stock.block_size} tokens ({stock.block_bytes / 1024:,.0f} KiB each):
 stock vLLM, and <b>{escape(name)}</b> with kvplug, each in a fresh process.</p>
 <table><tr><th></th><th>stock vLLM</th><th>{escape(name)}</th></tr>{table}</table>
-<h2>Blocks held by requests, over steps</h2><figure>{lines("held", "step")}</figure>
+<h2>Blocks in use by requests, over steps</h2><figure>{lines("held", "step")}</figure>
 <h2>Requests running, over time</h2><figure>{lines("running", "seconds")}</figure>
 <h2>What each policy did</h2><pre>{escape(chr(10).join(policies))}</pre>
 </body></html>

@@ -131,30 +131,23 @@ def _run(
     import transformers
 
     from kvplug_lab import models
-    from kvplug_lab.cli.calibrate import _directory, _text
-    from kvplug_lab.cli.eval import _bos, _shown
+    from kvplug_lab.cli.inputs import encoder_of, first_tokens, model_directory, text_of
+    from kvplug_lab.cli.outputs import counted
     from kvplug_reuse_learned.learn import learn
     from kvplug_reuse_learned.placements import PREFIX
 
-    if model is None:
-        directory = models.smollm2(progress=lambda line: console.print(line, markup=False))
-    else:
-        directory = _directory(model)
-    words = _text(text)
+    directory = model_directory(model, console, "MODEL")
+    words = text_of(text)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-
-    def encode(part: str) -> list[int]:
-        found: list[int] = tokenizer(part, add_special_tokens=False, verbose=False).input_ids
-        return found
-
+    encode = encoder_of(tokenizer)
     if threads:
         torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     sizes = settings.sizes
-    first = [*_bos(directory, tokenizer), *encode(PREFIX if prefix is None else prefix)]
+    first = [*first_tokens(directory, tokenizer), *encode(PREFIX if prefix is None else prefix)]
     rounds = sizes.prompts + sizes.held_out * (2 if settings.effects else 1)
-    with _shown(rounds) as progress:
+    with counted(rounds) as progress:
         learned = learn(
             loaded.eval(),
             encode,

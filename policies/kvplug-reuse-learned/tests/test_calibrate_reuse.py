@@ -437,10 +437,10 @@ def test_the_command_says_what_is_wrong(directory: Path, tmp_path: Path) -> None
     text = tmp_path / "text.txt"
     text.write_text(words(20), encoding="utf-8")
     for arguments, said in (
-        ((tmp_path / "none",), "no model directory"),
+        ((tmp_path / "none",), "not a model directory"),
         ((directory, "--out", tmp_path / "a" / "b"), "--output"),
         ((directory, "--text", text, *ARGUMENTS), "passages"),
-        ((directory, "--text", tmp_path / "none.txt"), "cannot be read"),
+        ((directory, "--text", tmp_path / "none.txt"), "cannot read"),
     ):
         done = run(*arguments)
         assert done.exit_code == 2, done.output
@@ -453,4 +453,4 @@ def test_calibrating_formats_needs_no_name(directory: Path, tmp_path: Path) -> N
     assert done.exit_code == 0 and "bytes-per-token" in done.output
     for first in ([], ["formats"]):
         named = CliRunner().invoke(app, ["calibrate", *first, str(tmp_path / "none")])
-        assert named.exit_code == 2 and "no model directory" in named.output
+        assert named.exit_code == 2 and "not a model directory" in named.output
