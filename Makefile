@@ -56,9 +56,10 @@ test-fast: $(STAMP) ## the tests that start no engine
 test-slow: $(STAMP) model ## every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(STAMP) ## ruff: rules and format
+lint: $(STAMP) ## ruff: rules and format; import-linter: what may import what
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
@@ -80,7 +81,7 @@ gain: $(STAMP) model ## serve a mixed load under every sequence policy; writes g
 eval: $(STAMP) model ## measure what sequence policies cost in answers; writes eval.json
 	$(BIN)/kvplug eval --policy all --json eval.json
 
-lock: ## resolve requirements/*.in anew into requirements/*.lock
+lock: ## resolve requirements/*.in again into requirements/*.lock
 	@"$(PYTHON)" -m venv --clear .venv-lock
 	@.venv-lock/bin/python -m pip install --quiet packaging
 	@.venv-lock/bin/python requirements/lock.py

@@ -23,7 +23,7 @@ from kvplug.hosts.vllm.messages import StepReport
 from kvplug.hosts.vllm.plugin import BACKENDS
 from kvplug.hosts.vllm.spec import ReusedSpec, WindowedSpec
 from kvplug.hosts.vllm.worker import backend
-from kvplug.hosts.vllm.worker.format import FormatLog, FormatRows, FormatTokens, FormatWorker
+from kvplug.hosts.vllm.worker.format import FormatRows, FormatTokens, FormatWorker
 from kvplug.hosts.vllm.worker.kind import KindWorker
 from kvplug.hosts.vllm.worker.kinds import METADATA_STEPS
 from kvplug.hosts.vllm.worker.reuse import ReuseWorker

@@ -71,7 +71,7 @@ def test_progress_and_table_are_shown(demo: dict[str, Any]) -> None:
     output = demo["output"]
     assert len(re.findall(r"^stock vLLM: +\d+% \d+ running", output, re.MULTILINE)) > 5
     assert len(re.findall(r"^quickstart: +\d+% \d+ running", output, re.MULTILINE)) > 5
-    for label in ("peak blocks held", "requests running at once", "preemptions", "tokens / s"):
+    for label in ("peak blocks in use", "requests running at once", "preemptions", "tokens / s"):
         assert label in output
     assert "freed_bytes" in output
 

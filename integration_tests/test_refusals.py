@@ -333,7 +333,7 @@ class TestReuse:
 
     @pytest.mark.parametrize("flag", ["lora", "v2", "mrope"])
     def test_computing_inside_a_run_is_refused_where_it_cannot_work(self, flag: str) -> None:
-        section = self.section(recompute={"share": 0.2})
+        section = self.section(recompute={"fraction": 0.2})
         (found,) = self.refusals(section, extension=EXTENSION, **{flag: True})
         assert found.fix == "remove the recompute section."
 

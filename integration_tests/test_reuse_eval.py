@@ -60,7 +60,7 @@ def test_exact_requests_after_mixed_ones_are_answered_as_by_a_fresh_engine(
     assert found["approximate"] > 0 and found["reused"] > 0
     assert "approximate" not in found["served_as"]
     assert found["counters"]["approximate_requests"] == found["approximate"]
-    assert "answered otherwise than by a fresh engine" in shown
+    assert "answered differently than by a fresh engine" in shown
 
 
 def test_checks_are_timed_beside_the_times_to_first_token(tmp_path: Path, smollm2: Path) -> None:

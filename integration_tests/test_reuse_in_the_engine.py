@@ -38,7 +38,11 @@ AT_B, AT_A = 104, 204
 
 def section(**keys: Any) -> dict[str, Any]:
     return {
-        "reuse": {"use": CHAIN, "approximate": True, "segments": {"by": "request", "least": 16}}
+        "reuse": {
+            "use": CHAIN,
+            "approximate": True,
+            "segments": {"by": "request", "min_tokens": 16},
+        }
         | keys
     }
 
@@ -144,7 +148,9 @@ def test_boundaries_and_deviating_tokens_are_computed(
         "num_gpu_blocks_override": 17,
         "max_model_len": 512,
     }
-    result = run(deep, work, section(recompute={"gaps": 64, "boundary": 8, "share": 0.2}), **engine)
+    result = run(
+        deep, work, section(recompute={"gaps": 64, "boundary": 8, "fraction": 0.2}), **engine
+    )
     spans = [(AT_B, AT_B + 8), (194, AT_A + 8)]
     _, fresh = oracle.forward(WHOLE)
     off = torch.zeros(len(WHOLE))

@@ -39,7 +39,7 @@ def section(folder: Path) -> dict[str, Any]:
     return {
         "reuse": {
             "use": ["structure", "position", "mask"],
-            "segments": {"by": "request", "least": 16},
+            "segments": {"by": "request", "min_tokens": 16},
             "store": {"directory": str(folder)},
         }
     }

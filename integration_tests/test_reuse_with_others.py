@@ -65,7 +65,7 @@ def test_two_ranks_keep_their_own_heads(
 def test_bytes_of_a_format_are_stored_and_come_back_as_they_were(run: Run, deep: Path) -> None:
     """Exact reuse under int8 changes nothing; a shifted run is decoded, turned and coded anew."""
     chain = {"use": case.CHAIN, "approximate": True}
-    chain["segments"] = {"by": "request", "least": 16}
+    chain["segments"] = {"by": "request", "min_tokens": 16}
     section = {"format": "int8", "reuse": chain | {"recompute": {"gaps": 64}}}
     work = [
         *case.learning(),
@@ -115,7 +115,7 @@ def test_a_drifting_answer_is_recorded_and_opens_the_breaker(
             "max_entropy_drift": 0.001,
             "max_logprob_drift": 0.001,
             "history": 1,
-            "breaker": {"errors": 1},
+            "breaker": {"threshold": 1},
             "records": str(tmp_path),
         }
     }

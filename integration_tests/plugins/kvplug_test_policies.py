@@ -35,9 +35,11 @@ class FailsLater(Lru):
 
         answers: int = Field(3, ge=0, description="calls of victims() that it answers")
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        self._left: int = options.model_dump()["answers"]
+        self._left = self.options.answers
 
     def victims(self, n: int) -> list[int]:
         if not self._left:
@@ -113,14 +115,15 @@ class FailsToWrite(Plain):
         after: int = Field(0, ge=0, description="writes that go well first")
         times: int = Field(1, ge=0, description="writes that fail then")
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        self._knobs: dict[str, int] = options.model_dump()
         self._writes = 0
 
     def write(self, layer: LayerView, batch: WriteBatch, cache: Tensor) -> None:
         self._writes += 1
-        if 0 < self._writes - self._knobs["after"] <= self._knobs["times"]:
+        if 0 < self._writes - self.options.after <= self.options.times:
             raise RuntimeError("the pen is dry")
         super().write(layer, batch, cache)
 

@@ -1,7 +1,7 @@
 """Every hook a plugin may implement.
 
-Hooks register and observe. On the engine's step the host calls methods of the policy objects
-that were chosen, never a hook: a pluggy call costs about 2 us, a method 0.06 us.
+Hooks register and observe. On the engine's step the host calls methods of the chosen policy
+objects, never a hook: a pluggy call costs about 2 us, a method 0.06 us.
 
 A plugin is a module (or object) with functions marked ``@kvplug.hookimpl``, named by an entry
 point in the group ``kvplug``. Built-in policies come in the same way.
@@ -31,30 +31,38 @@ def kvplug_register_policies(registry: PolicyRegistry) -> None:
 def kvplug_choose_policy(kind: Kind, engine: EngineView) -> str | None:
     """Name the policy of a kind that the deployment leaves open with ``use: auto``.
 
-    ``engine`` says what is known where it is called: the whole config inside the engine, the flags
-    of the file in ``kvplug check``. ``None`` leaves the choice to the next plugin; if none chooses,
-    the deployment is refused.
+    Inside the engine, ``engine`` is the full view of its config, but for ``num_blocks``, which is
+    not known yet; in ``kvplug check`` it holds what the flags of the file say. ``None`` leaves the
+    choice to the next plugin; if no plugin chooses, the deployment is refused.
     """
 
 
 @hookspec
 def kvplug_deployment_loaded(deployment: Deployment) -> None:
-    """A deployment was parsed and every policy in it exists. Raise ValueError to refuse it.
+    """Inspect a parsed deployment; raise ValueError to refuse it, with the message users read.
 
-    Every process that needs the deployment parses it, so this may be called several times.
+    Every policy in it exists and its options are valid. Every process that needs the deployment
+    parses it, so this may be called several times.
     """
 
 
 @hookspec
 def kvplug_engine_started(engine: EngineView) -> None:
-    """The engine is up, the policies are bound and no request has been scheduled yet."""
+    """Called when the policies are bound, before the first request is scheduled.
+
+    ``engine`` is the full view, ``num_blocks`` included. An exception stops the engine.
+    """
 
 
 @hookspec
 def kvplug_event(event: Event) -> None:
-    """Something happened: evicted, freed, refused, fallen back. In batches, at most once a step."""
+    """Observe an event; see `EventType` for all of them.
+
+    Called in the scheduler after the step, once per event. Evictions of a step are one event. A
+    plugin that raises receives no further events of that engine.
+    """
 
 
 @hookspec
 def kvplug_engine_stopping(reports: list[PolicyReport]) -> None:
-    """The engine stops; ``reports`` is what each active policy did."""
+    """Called when the engine stops, with one report per active policy."""

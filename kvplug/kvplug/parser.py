@@ -297,6 +297,8 @@ class _Parser:
             near = registry.nearest(kind, name)
             installed = ", ".join(registry.names(kind)) or "none"
             fix = f"did you mean {' or '.join(near)}? " if near else ""
+            if extra := registry.extra(kind, name):
+                fix = f"pip install 'kvplug[{extra}]'. "
             elsewhere = [str(k) for k in Kind if registry.get(k, name)]
             if elsewhere:
                 fix += f"{name!r} is a {elsewhere[0]} policy. "
@@ -323,9 +325,13 @@ class _Parser:
         for e in error.errors(include_url=False):
             name = ".".join(str(p) for p in e["loc"])
             where = f"{key}.{name}" if name else key
-            fields = _fields_at(model, e["loc"][:-1])
+            at = _model_at(model, e["loc"][:-1])
+            fields = at.model_fields
             if e["type"] == "extra_forbidden":
                 last = str(e["loc"][-1])
+                if last in (renamed := getattr(at, "renamed", {})):
+                    self.refuse(where, f"`{last}` was renamed.", f"use {renamed[last]}.")
+                    continue
                 near = difflib.get_close_matches(last, list(fields), n=1)
                 known = ", ".join(fields) or "it has no options"
                 self.refuse(
@@ -344,8 +350,8 @@ class _Parser:
             self.refuse(where, f"{problem}{got}.", f"set it accordingly{means}.")
 
 
-def _fields_at(model: type[PolicyOptions], loc: tuple[int | str, ...]) -> Mapping[str, Any]:
-    """The fields of the options a place in a validation error belongs to."""
+def _model_at(model: type[PolicyOptions], loc: tuple[int | str, ...]) -> type[PolicyOptions]:
+    """The options that a place in a validation error belongs to."""
     found = model
     for part in loc:
         info = found.model_fields.get(str(part))
@@ -361,4 +367,4 @@ def _fields_at(model: type[PolicyOptions], loc: tuple[int | str, ...]) -> Mappin
         if not inner:
             break
         found = inner[0]
-    return found.model_fields
+    return found

@@ -1,4 +1,4 @@
-"""Finds plugins and holds policies by kind and name."""
+"""The plugins of a process, and the policies they register by kind and name."""
 
 from __future__ import annotations
 
@@ -19,6 +19,11 @@ from kvplug.errors import PluginError
 logger = logging.getLogger("kvplug")
 
 ENTRY_POINT_GROUP = "kvplug"
+EXTRAS: dict[str, frozenset[tuple[Kind, str]]] = {
+    "reuse-learned": frozenset({(Kind.REUSE, "credibility"), (Kind.REUSE, "compensate")}),
+}
+"""Policies that come with an extra of kvplug, by extra; not installed with kvplug alone."""
+
 NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -26,8 +31,8 @@ class PolicyRegistry:
     """Policies by kind and name, in order of registration.
 
     Attributes:
-        broken: Plugins that failed to load, name to cause. They are reported when a deployment
-            asks for a policy nobody has, and by ``kvplug doctor``.
+        broken: Plugins that failed to load, name to cause. Reported with the refusal of an
+            unknown policy, and by ``kvplug doctor``.
     """
 
     def __init__(self) -> None:
@@ -38,24 +43,29 @@ class PolicyRegistry:
         """Register a policy class; returns it, so it can be used as a decorator.
 
         Args:
-            policy: A concrete subclass of one of the six kinds.
+            policy: A concrete subclass of a kind's base class.
             replace: Allow taking over a name that is registered already.
 
         Raises:
-            PluginError: Not a policy class, incomplete, badly named, or the name is taken.
+            PluginError: The class is not a policy, incomplete or badly named, or the name is taken.
         """
         where = f"{getattr(policy, '__module__', '?')}.{getattr(policy, '__qualname__', policy)}"
         if not (inspect.isclass(policy) and issubclass(policy, Policy)):
-            raise PluginError(f"{where} is not a policy class: subclass one of kvplug.contract's")
+            raise PluginError(
+                f"{where} is not a policy class: subclass a base class of kvplug.contract"
+            )
         missing = [a for a in ("kind", "name", "exact", "changes") if not hasattr(policy, a)]
         if missing:
-            raise PluginError(f"{where} does not state: {', '.join(missing)}")
-        if not issubclass(policy, BASES[policy.kind]):
-            raise PluginError(f"{where} says kind {policy.kind} but is no {BASES[policy.kind]}")
+            raise PluginError(f"{where} does not define: {', '.join(missing)}")
+        base = BASES[policy.kind]
+        if not issubclass(policy, base):
+            raise PluginError(
+                f"{where} has kind {policy.kind} but does not subclass {base.__name__}"
+            )
         if abstract := getattr(policy, "__abstractmethods__", None):
             raise PluginError(f"{where} does not implement: {', '.join(sorted(abstract))}")
         if not NAME.fullmatch(policy.name) or policy.name == "auto":
-            raise PluginError(f"{where}: {policy.name!r} is no policy name (a-z, 0-9, _)")
+            raise PluginError(f"{where}: {policy.name!r} is not a valid policy name (a-z, 0-9, _)")
         if not issubclass(policy.Options, PolicyOptions):
             raise PluginError(f"{where}.Options must subclass kvplug.contract.PolicyOptions")
         taken = self._policies.get((policy.kind, policy.name))
@@ -68,16 +78,22 @@ class PolicyRegistry:
         return policy
 
     def get(self, kind: Kind, name: str) -> type[Policy] | None:
-        """The policy class, or None."""
+        """Return the policy class registered under a name, or None."""
         return self._policies.get((kind, name))
 
     def names(self, kind: Kind) -> list[str]:
-        """Names registered for a kind, sorted."""
+        """List the names registered for a kind, sorted."""
         return sorted(n for k, n in self._policies if k is kind)
 
     def nearest(self, kind: Kind, name: str) -> list[str]:
-        """Registered names that look like ``name``, best first."""
+        """List registered names similar to ``name``, most similar first."""
         return difflib.get_close_matches(name, self.names(kind), n=3, cutoff=0.5)
+
+    def extra(self, kind: Kind, name: str) -> str | None:
+        """Name the extra of kvplug that brings a policy that is not registered, or None."""
+        if (kind, name) in self._policies:
+            return None
+        return next((extra for extra, found in EXTRAS.items() if (kind, name) in found), None)
 
     def __iter__(self) -> Iterator[type[Policy]]:
         return iter(self._policies.values())
@@ -108,10 +124,10 @@ class Plugins:
             logger.warning("kvplug plugin %r could not be loaded: %s", entry.name, error)
 
     def register(self, plugin: object, name: str | None = None) -> None:
-        """Register a plugin and collect its policies; undone whole if it fails.
+        """Register a plugin and its policies; a failure leaves nothing registered.
 
         Raises:
-            PluginError: It implements a hook kvplug does not have, or registers a bad policy.
+            PluginError: The plugin implements an unknown hook or registers an invalid policy.
         """
         before = dict(self.registry._policies)
         known = self.manager.is_registered(plugin)
@@ -134,7 +150,7 @@ class Plugins:
             raise
 
     def callers(self, hook: str) -> dict[str, pluggy.HookCaller]:
-        """One caller per plugin that implements a hook, so that one failing hides no other."""
+        """Return one caller per plugin that implements a hook, so that failures stay apart."""
         everybody = self.manager.get_plugins()
         return {
             str(self.manager.get_name(impl.plugin)): self.manager.subset_hook_caller(
@@ -146,5 +162,5 @@ class Plugins:
 
 @functools.cache
 def plugins() -> Plugins:
-    """The plugins of this process, loaded on first use."""
+    """Return the plugins of this process, loaded on first use."""
     return Plugins()

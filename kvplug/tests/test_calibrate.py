@@ -411,7 +411,7 @@ def test_a_calibration_alone_is_quick_and_the_same_each_time(
     [
         (["--output", "{tmp}/no/c.safetensors"], "its folder must exist"),
         (["--by", "luck"], "--by 'luck': use one of divergence, perplexity, error"),
-        (["--text", "{tmp}/none.txt"], "none.txt cannot be read: No such file"),
+        (["--text", "{tmp}/none.txt"], "none.txt: No such file"),
         (["--tokens", "100000", "--window", "128"], "too few for 100000 to learn from"),
         (["--bytes-per-token", "10", "--window", "128", "--tokens", "128"], "are too few"),
         (["--bytes-per-token", "900", "--candidates", "int5"], "unknown format policy 'int5'"),

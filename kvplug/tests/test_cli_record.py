@@ -203,7 +203,7 @@ def test_what_check_refuses_is_refused(run: Run, tmp_path: Path) -> None:
     [
         (("--policy", "lru,fifoo"), "unknown prefix_cache policy 'fifoo'"),
         (("nowhere.npz",), "nowhere.npz: no such file"),
-        (("--json", "/nowhere/at/all.json"), "--json: /nowhere/at/all.json cannot be written"),
+        (("--json", "/nowhere/at/all.json"), "--json: cannot write /nowhere/at/all.json"),
         (("--blocks", "1"), "Invalid value for '--blocks'"),
     ],
 )

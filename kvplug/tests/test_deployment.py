@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -166,6 +167,11 @@ REFUSALS = {
         "prefix_cache:\n  use: 3\n",
         "2: prefix_cache.use: must be a policy's name, got int. Fix: use one of newest, oldest.",
     ),
+    "policy of an extra that is not installed": (
+        "reuse:\n  use: [credibility]\n",
+        "2: reuse.use[0]: unknown reuse policy 'credibility'. "
+        "Fix: pip install 'kvplug[reuse-learned]'. Installed: plain, strict.",
+    ),
     "unknown policy": (
         "prefix_cache:\n  use: oldset\n",
         "2: prefix_cache.use: unknown prefix_cache policy 'oldset'. "
@@ -227,7 +233,7 @@ REFUSALS = {
     "options beside a list": (
         "reuse:\n  use: [plain]\n  shift: 3\n",
         "3: reuse.shift: reuse has no option 'shift'. "
-        "Fix: options: approximate, segments, store, recompute, near, memo.",
+        "Fix: options: approximate, segments, store, recompute, prefetch, memo.",
     ),
     "option of a key beside a list": (
         "reuse:\n  use: [plain]\n  store: {memory: 0}\n",
@@ -239,9 +245,9 @@ REFUSALS = {
         "1: guard: watches reuse, and nothing is reused. Fix: add a reuse section or remove it.",
     ),
     "option of guard": (
-        "reuse:\n  use: [plain]\nguard:\n  breaker: {errors: 0}\n",
-        "4: guard.breaker.errors: Input should be greater than or equal to 1, got 0. Fix: set it "
-        "accordingly (drifting answers of a family that stop its reuse).",
+        "reuse:\n  use: [plain]\nguard:\n  breaker: {threshold: 0}\n",
+        "4: guard.breaker.threshold: Input should be greater than or equal to 1, got 0. Fix: set "
+        "it accordingly (drifting answers of a family that stop its reuse).",
     ),
     "list item that is no policy": (
         "reuse:\n  use:\n    - plain\n    - 4\n",
@@ -274,6 +280,34 @@ REFUSALS = {
         "'tag:yaml.org,2002:python/name:os.system'. Fix: correct the syntax at that line.",
     ),
 }
+
+
+RENAMED = {
+    "reuse.segments.least": "min_tokens",
+    "reuse.segments.most": "max_tokens",
+    "reuse.recompute.share": "fraction",
+    "reuse.recompute.most": "max_fraction",
+    "reuse.near": "prefetch",
+    "guard.breaker.errors": "threshold",
+    "guard.breaker.per": "window",
+    "guard.breaker.rest": "cooldown",
+}
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_renamed_key_is_refused_with_its_new_name(old: str, load: Load, file: Path) -> None:
+    section: dict[str, Any] = {"reuse": {"use": ["plain"]}}
+    *above, last = old.split(".")
+    at = section
+    for key in above:
+        at = at.setdefault(key, {})
+    at[last] = 1
+    line = f"{file}:1: {old}: `{last}` was renamed. Fix: use {RENAMED[old]}."
+    assert refused(load, json.dumps(section)) == [line]
+    at[RENAMED[old]] = {"min_tokens": 64, "prefetch": True}.get(RENAMED[old], at.pop(last))
+    if RENAMED[old] == "max_tokens":
+        at["max_tokens"] = 64
+    load(json.dumps(section))
 
 
 @pytest.mark.parametrize("name", REFUSALS)

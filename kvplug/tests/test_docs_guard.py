@@ -10,7 +10,7 @@ import pytest
 
 from kvplug.contract.policy import PolicyOptions
 from kvplug.reuse import guard
-from kvplug.reuse.guard import State
+from kvplug.reuse.guard import BreakerState
 from kvplug.reuse.settings import Breaker, GuardSettings
 from kvplug_lab.cli.explain import explain
 
@@ -53,7 +53,9 @@ def test_the_numbers_are_those_of_the_guard() -> None:
 
 def test_the_states_are_those_of_the_breaker() -> None:
     body = PAGE.split("| state |")[1].split("\n\n")[0]
-    assert re.findall(r"^\| ([a-z][a-z-]+) \|", body, re.MULTILINE) == [str(s) for s in State]
+    assert re.findall(r"^\| ([a-z][a-z-]+) \|", body, re.MULTILINE) == [
+        str(s) for s in BreakerState
+    ]
 
 
 def test_the_command_has_the_options_shown() -> None:

@@ -1,21 +1,38 @@
-"""The house keeps its shape: source roots, and dependencies that point one way."""
+"""The repository keeps its shape: source roots, distributions and what they depend on."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from kvplug.cli.installed import COMMANDS, EXTRAS
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "kvplug": ROOT / "kvplug/kvplug",
+    "kvplug_lab": ROOT / "kvplug/kvplug_lab",
     "kvplug_policies": ROOT / "policies/kvplug_policies",
     "kvplug_kernels": ROOT / "kernels/kvplug_kernels",
+    "kvplug_reuse_learned": ROOT / "policies/kvplug-reuse-learned/kvplug_reuse_learned",
+    "kvplug_attention_memo": ROOT / "policies/kvplug-attention-memo/kvplug_attention_memo",
 }
+DISTRIBUTIONS = {
+    "kvplug": (ROOT, ("kvplug", "kvplug_policies", "kvplug_kernels")),
+    "kvplug-lab": (ROOT / "kvplug/kvplug_lab", ("kvplug_lab",)),
+    "kvplug-reuse-learned": (ROOT / "policies/kvplug-reuse-learned", ("kvplug_reuse_learned",)),
+    "kvplug-attention-memo": (ROOT / "policies/kvplug-attention-memo", ("kvplug_attention_memo",)),
+}
+"""Folder of each distribution's pyproject.toml, and its packages."""
+HOSTS_BRING = {"vllm", "triton", "transformers"}
+"""Imported only by a host or a GPU kernel, and installed with vLLM."""
 
 
 def imported(file: Path) -> set[str]:
@@ -39,25 +56,32 @@ def sources(package: str) -> list[Path]:
     return files
 
 
+def project(distribution: str) -> dict[str, Any]:
+    """The ``project`` table of a distribution's pyproject.toml."""
+    text = (DISTRIBUTIONS[distribution][0] / "pyproject.toml").read_text(encoding="utf-8")
+    table: dict[str, Any] = tomllib.loads(text)["project"]
+    return table
+
+
+def required(distribution: str) -> set[str]:
+    """Names of the distributions that one declares as dependencies."""
+    return {re.split(r"[^\w-]", line)[0] for line in project(distribution)["dependencies"]}
+
+
 def test_each_code_folder_is_a_source_root() -> None:
-    for folder in ("kvplug", "policies", "kernels", "integration_tests"):
+    roots = ["kvplug", "policies", "kernels", "integration_tests"]
+    roots += [str(p.parent.relative_to(ROOT)) for p in PACKAGES.values()]
+    for folder in roots:
         assert not (ROOT / folder / "__init__.py").exists()
         for tests in ROOT.glob(f"{folder}/tests"):
             assert not list(tests.rglob("__init__.py"))
 
 
 def test_test_files_have_unique_names() -> None:
-    folders = ("kvplug/tests", "policies/tests", "kernels/tests", "integration_tests")
+    folders = ["kvplug/tests", "policies/tests", "policies/kvplug-reuse-learned/tests"]
+    folders += ["kernels/tests", "integration_tests"]
     names = [f.name for folder in folders for f in (ROOT / folder).glob("test_*.py")]
     assert len(names) == len(set(names))
-
-
-def test_only_the_vllm_host_imports_vllm() -> None:
-    host = PACKAGES["kvplug"] / "hosts/vllm"
-    for package in PACKAGES:
-        for file in sources(package):
-            if host not in file.parents:
-                assert "vllm" not in tops(file), file
 
 
 def test_kernels_know_torch_and_triton_alone() -> None:
@@ -72,14 +96,29 @@ def test_naive_is_the_specification_and_never_imports_the_kernel() -> None:
         assert "triton" not in tops(naive)
 
 
-def test_policies_know_the_contract_and_the_kernels() -> None:
-    ours = {"kvplug", "kvplug.contract", "kvplug.registry"}
-    for file in sources("kvplug_policies"):
-        for name in imported(file):
-            if name.split(".")[0] == "kvplug":
-                assert name in ours, (file, name)
-            else:
-                assert name.split(".")[0] not in {"vllm", "transformers"}, (file, name)
+def test_every_distribution_is_known() -> None:
+    found = {f.parent for f in [*ROOT.glob("*/*/pyproject.toml"), ROOT / "pyproject.toml"]}
+    assert found == {folder for folder, _ in DISTRIBUTIONS.values()}
+
+
+def test_kvplug_declares_what_it_imports_and_no_more() -> None:
+    # A distribution that has no module of its name.
+    modules = {"pyyaml": "yaml"}
+    _, packages = DISTRIBUTIONS["kvplug"]
+    found = set().union(*(tops(file) for package in packages for file in sources(package)))
+    found -= {*sys.stdlib_module_names, *PACKAGES, *HOSTS_BRING}
+    assert found == {modules.get(name, name) for name in required("kvplug")}
+
+
+def test_extras_and_the_commands_that_come_with_them_match() -> None:
+    own = project("kvplug")
+    for name in DISTRIBUTIONS.keys() - {"kvplug"}:
+        extra = name.removeprefix("kvplug-")
+        assert own["optional-dependencies"][extra] == [f"{name}=={project(name)['version']}"]
+        assert f"kvplug=={own['version']}" in project(name)["dependencies"]
+        commands = project(name).get("entry-points", {}).get(COMMANDS, {})
+        assert set(EXTRAS.get(extra, ())) == set(commands)
+        assert all(value.split(".")[0] in DISTRIBUTIONS[name][1] for value in commands.values())
 
 
 @pytest.mark.parametrize("package", ["kvplug_kernels", "kvplug_policies"])
@@ -108,14 +147,19 @@ def test_importing_kvplug_loads_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_wheel_holds_the_packages_and_the_deployments(tmp_path: Path) -> None:
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_wheel_holds_its_packages_and_nothing_else(distribution: str, tmp_path: Path) -> None:
+    folder, packages = DISTRIBUTIONS[distribution]
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == set(PACKAGES)
-    for config in (ROOT / "configs").glob("*.yaml"):
-        assert f"kvplug/_configs/{config.name}" in names
-    assert {f"{package}/py.typed" for package in PACKAGES} <= names
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    expected = {
+        str(file.relative_to(PACKAGES[package].parent))
+        for package in packages
+        for file in [*sources(package), PACKAGES[package] / "py.typed"]
+    }
+    if distribution == "kvplug":
+        expected |= {f"kvplug/_configs/{file.name}" for file in (ROOT / "configs").glob("*.yaml")}
+    assert names == expected

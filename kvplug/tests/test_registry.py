@@ -12,7 +12,7 @@ import pytest
 import kvplug
 from kvplug.contract import Kind, Policy, PrefixCachePolicy, Released, SequencePolicy
 from kvplug.errors import PluginError
-from kvplug.registry import Plugins, PolicyRegistry
+from kvplug.registry import EXTRAS, Plugins, PolicyRegistry
 
 
 class Good(PrefixCachePolicy):
@@ -54,6 +54,17 @@ def test_policies_are_found_by_kind_and_name(registry: PolicyRegistry) -> None:
     assert registry.nearest(Kind.PREFIX_CACHE, "zzz") == []
 
 
+def test_the_extra_of_a_policy_is_named_while_it_is_not_registered(
+    registry: PolicyRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXTRAS, "acme", frozenset({(Kind.PREFIX_CACHE, "good")}))
+    assert registry.extra(Kind.PREFIX_CACHE, "good") == "acme"
+    assert registry.extra(Kind.SEQUENCE, "good") is None
+    assert registry.extra(Kind.PREFIX_CACHE, "other") is None
+    registry.add(Good)
+    assert registry.extra(Kind.PREFIX_CACHE, "good") is None
+
+
 class Half(SequencePolicy):
     name = "half"
     changes = "too little"
@@ -70,13 +81,16 @@ class Liar(Good):
 @pytest.mark.parametrize(
     ("policy", "sentence"),
     [
-        (42, "?.42 is not a policy class: subclass one of kvplug.contract's"),
-        (dict, "builtins.dict is not a policy class: subclass one of kvplug.contract's"),
-        (Bare, "test_registry.Bare does not state: kind, name, exact, changes"),
+        (42, "?.42 is not a policy class: subclass a base class of kvplug.contract"),
+        (dict, "builtins.dict is not a policy class: subclass a base class of kvplug.contract"),
+        (Bare, "test_registry.Bare does not define: kind, name, exact, changes"),
         (Half, "test_registry.Half does not implement: window"),
-        (variant(name="Bad-Name"), "acme.Variant: 'Bad-Name' is no policy name (a-z, 0-9, _)"),
-        (variant(name="auto"), "acme.Variant: 'auto' is no policy name (a-z, 0-9, _)"),
-        (variant(name=""), "acme.Variant: '' is no policy name (a-z, 0-9, _)"),
+        (
+            variant(name="Bad-Name"),
+            "acme.Variant: 'Bad-Name' is not a valid policy name (a-z, 0-9, _)",
+        ),
+        (variant(name="auto"), "acme.Variant: 'auto' is not a valid policy name (a-z, 0-9, _)"),
+        (variant(name=""), "acme.Variant: '' is not a valid policy name (a-z, 0-9, _)"),
         (
             variant(Options=dict),
             "acme.Variant.Options must subclass kvplug.contract.PolicyOptions",
@@ -91,7 +105,9 @@ def test_what_is_no_policy_is_refused(registry: PolicyRegistry, policy: Any, sen
 
 
 def test_a_kind_that_is_not_the_base_is_refused(registry: PolicyRegistry) -> None:
-    with pytest.raises(PluginError, match="Liar says kind sequence but is no"):
+    with pytest.raises(
+        PluginError, match="Liar has kind sequence but does not subclass SequencePolicy"
+    ):
         registry.add(Liar)
 
 

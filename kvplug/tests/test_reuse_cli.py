@@ -348,11 +348,11 @@ def test_an_answer_without_reuse_says_nothing() -> None:
 
 def test_ways_to_reuse_are_sections_that_load(tmp_path: Path) -> None:
     files: dict[str, Path | None] = {"credibility": None, "compensate": None}
-    for name in ("nothing", "boundary=16", "share=0.15", "gaps", "gaps=8+boundary=4"):
+    for name in ("nothing", "boundary=16", "fraction=0.15", "gaps", "gaps=8+boundary=4"):
         variant = named(name, files)
         assert [c.policy.name for c in load_deployment(dict(variant.section)).all()] == list(CHECKS)
     recompute = named("gaps=8+boundary=4", files).section["reuse"]["recompute"]
-    assert recompute == {"boundary": 4, "share": 0.0, "gaps": 8}
+    assert recompute == {"boundary": 4, "fraction": 0.0, "gaps": 8}
     assert named("gaps", files).headed and not named("boundary=16", files).headed
     file = tmp_path / "reuse.safetensors"
     learnt = named("compensate+credibility", {"credibility": file, "compensate": file})
@@ -365,7 +365,7 @@ def test_ways_to_reuse_are_sections_that_load(tmp_path: Path) -> None:
 def test_only_what_computes_inside_a_run_needs_the_workers_model() -> None:
     files: dict[str, Path | None] = {}
     assert worker_extension(named("nothing", files).section) == {}
-    for name in ("boundary=16", "share=0.15", "gaps"):
+    for name in ("boundary=16", "fraction=0.15", "gaps"):
         extra = worker_extension(named(name, files).section)
         assert extra == {"worker_extension_cls": EXTENSION}
     assert worker_extension({}) == {} and worker_extension({"reuse": list(CHECKS)}) == {}
@@ -395,10 +395,10 @@ def test_what_lacks_its_file_is_left_out_by_name(capsys: pytest.CaptureFixture[s
         "nothing",
         "boundary=16",
         "boundary=32",
-        "share=0.15",
+        "fraction=0.15",
         "gaps",
     ]
-    assert "compensate: left out, it needs --compensate FILE" in capsys.readouterr().out
+    assert "compensate: skipped, it needs --compensate FILE" in capsys.readouterr().out
     assert without_file("nothing+credibility", {"compensate": Path("x")}) == "credibility"
 
 
@@ -407,14 +407,14 @@ def test_a_deployment_without_reuse_is_refused(tmp_path: Path) -> None:
     file.write_text("prefix_cache: lru\n", encoding="utf-8")
     result = CliRunner().invoke(app, ["reuse", "mixed", "--deployment", str(file)])
     assert result.exit_code == 2
-    assert f"{file}: kvplug.reuse: there is no such section." in result.output
+    assert f"{file}: kvplug.reuse: is not set." in result.output
 
 
 @pytest.mark.parametrize("value", ["", "10", "100,x"])
-def test_segments_that_are_no_numbers_are_refused(value: str) -> None:
+def test_segments_that_are_not_numbers_are_refused(value: str) -> None:
     result = CliRunner().invoke(app, ["reuse", "checks", "--segments", value])
     assert result.exit_code == 2
-    assert "--segments: numbers from 20 on" in result.output
+    assert "--segments: must be integers of at least 20" in result.output
 
 
 def test_times_to_first_token_come_from_the_figures_of_rag(tmp_path: Path) -> None:
@@ -425,7 +425,10 @@ def test_times_to_first_token_come_from_the_figures_of_rag(tmp_path: Path) -> No
     assert cli._ttft(file) == {STOCK: 0.9, "nothing": 0.1}
     file.write_text("{}", encoding="utf-8")
     result = CliRunner().invoke(app, ["reuse", "checks", "--rag", str(file)])
-    assert result.exit_code == 2 and "holds no figures of `kvplug reuse rag`" in result.output
+    assert (
+        result.exit_code == 2
+        and "does not hold figures of `kvplug reuse rag --json`" in result.output
+    )
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -494,9 +497,12 @@ def test_the_page_lists_what_may_be_computed_anew() -> None:
 def test_the_page_lists_what_an_answer_says() -> None:
     section = PAGE.read_text(encoding="utf-8").split("## What an answer says\n")[1]
     rows = re.findall(r"^\| `(\w+)` \|", section.split("\n## ")[0], re.MULTILINE)
-    source = Path(str(importlib.import_module("kvplug").__file__)).parent / "hosts/vllm/reuse.py"
-    told = source.read_text(encoding="utf-8").split("def finished(")[1].split("return said")[0]
-    assert set(rows) == {"exact"} | set(re.findall(r'said\["(\w+)"\]', told))
+    package = Path(str(importlib.import_module("kvplug").__file__)).parent
+    found = {"exact", "refused"}
+    for source in (package / "hosts/vllm/scheduler").glob("reuse*.py"):
+        text = source.read_text(encoding="utf-8")
+        found |= set(re.findall(r'(?:said|answer\.fields)\["(\w+)"\]', text))
+    assert set(rows) == found
 
 
 def test_the_commands_on_the_page_are_what_they_print() -> None:

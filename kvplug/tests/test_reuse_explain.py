@@ -19,9 +19,9 @@ from kvplug.contract.reuse import Fingerprint, Placement, Verdict
 from kvplug.errors import KVPlugError
 from kvplug.fingerprint import model_fingerprint
 from kvplug.hosts.transformers import Host
-from kvplug.reuse import record as record_module
+from kvplug.reuse import drift_record as record_module
+from kvplug.reuse.drift_record import BadRecord, DriftRecord, FamilyRecord, PieceRecord
 from kvplug.reuse.guard import Guard
-from kvplug.reuse.record import BadRecord, FamilyRecord, PieceRecord, ReuseRecord
 from kvplug.reuse.settings import GuardSettings
 from kvplug_lab.models import tiny_llama
 from kvplug_lab.reuse.explain import Explanation, adapting_checks, explain
@@ -49,7 +49,7 @@ def model(directory: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def recorded(directory: Path, **changes: Any) -> ReuseRecord:
+def recorded(directory: Path, **changes: Any) -> DriftRecord:
     """The document, computed after one text and used after another."""
     piece: dict[str, Any] = {
         "segment": "5e9",
@@ -74,10 +74,10 @@ def recorded(directory: Path, **changes: Any) -> ReuseRecord:
         "output_ids": [5, 6, 7],
         "pieces": [piece | own],
     }
-    return ReuseRecord.model_validate(fields | changes)
+    return DriftRecord.model_validate(fields | changes)
 
 
-def explained(model: Any, record: ReuseRecord) -> Explanation:
+def explained(model: Any, record: DriftRecord) -> Explanation:
     host = Host(model, record.block_size)
     return explain(model, record, adapting_checks(record, host.engine), host.layers)
 
@@ -89,10 +89,10 @@ def test_a_record_comes_back_as_it_was(directory: Path, tmp_path: Path) -> None:
     guard = Guard(GuardSettings())
     for name in "abc":
         guard.started(name, ["doc"], False)
-        guard.heard(name, [1.0, 1.5], [-0.5, -0.25])
+        guard.observe(name, [1.0, 1.5], [-0.5, -0.25])
         guard.finished(name)
     guard.started("x", ["doc"], True)
-    guard.heard("x", [4.0, 4.5], [-1.5, -1.25])
+    guard.observe("x", [4.0, 4.5], [-1.5, -1.25])
     drift = guard.finished("x")
     assert drift is not None
     made = recorded(
@@ -105,8 +105,8 @@ def test_a_record_comes_back_as_it_was(directory: Path, tmp_path: Path) -> None:
     path = made.write(tmp_path / "new" / "folder")
     assert path.name == "reuse-cmpl-1_0-1700000000500.json"
     assert list(path.parent.iterdir()) == [path]
-    assert ReuseRecord.read(path) == made
-    (family,) = ReuseRecord.read(path).families
+    assert DriftRecord.read(path) == made
+    (family,) = DriftRecord.read(path).families
     assert (family.entropy, family.over, family.state) == (1.25, True, "closed")
     assert family.entropy_drift == pytest.approx((4.25 - 1.25) / 1.25)
 
@@ -152,7 +152,7 @@ def test_a_record_that_contradicts_itself_is_refused(
     path = tmp_path / "record.json"
     path.write_text(json.dumps(data | change), encoding="utf-8")
     with pytest.raises(BadRecord) as refused:
-        ReuseRecord.read(path)
+        DriftRecord.read(path)
     assert str(refused.value).startswith(f"{path}: {says}")
 
 
@@ -172,12 +172,12 @@ def test_what_is_no_record_is_refused(tmp_path: Path, content: bytes, says: str)
     path = tmp_path / "record.json"
     path.write_bytes(content)
     with pytest.raises(BadRecord) as refused:
-        ReuseRecord.read(path)
+        DriftRecord.read(path)
     assert str(refused.value).startswith(f"{path}: {says}")
     with pytest.raises(BadRecord, match="cannot be read: No such file"):
-        ReuseRecord.read(tmp_path / "none.json")
+        DriftRecord.read(tmp_path / "none.json")
     with pytest.raises(BadRecord, match="cannot be read"):
-        ReuseRecord.read(tmp_path)
+        DriftRecord.read(tmp_path)
 
 
 def test_pieces_that_overlap_are_refused(directory: Path) -> None:
@@ -284,9 +284,9 @@ def test_what_a_replay_leaves_out_is_said(directory: Path, model: Any) -> None:
     record = recorded(directory, piece={"ancestry": 1}, kvplug=SECTION | {"format": "int8"})
     assert len(explained(model, record).notes) == 2
     assert explained(model, recorded(directory)).notes == ()
-    beside = SECTION["reuse"] | {"recompute": {"share": 0.1}, "memo": {}}
+    beside = SECTION["reuse"] | {"recompute": {"fraction": 0.1}, "memo": {}}
     told = explained(model, recorded(directory, kvplug={"reuse": beside})).notes
-    assert ["recompute.share" in told[0], "memo" in told[1]] == [True, True] and len(told) == 2
+    assert ["recompute.fraction" in told[0], "memo" in told[1]] == [True, True] and len(told) == 2
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(directory: Path, model: Any) -> None:
@@ -332,7 +332,7 @@ def test_the_command_shows_where_they_part(directory: Path, tmp_path: Path, run:
 def test_another_place_of_the_same_model_will_do(directory: Path, tmp_path: Path, run: Run) -> None:
     path = recorded(directory, model="elsewhere/model").write(tmp_path)
     done = run(path)
-    assert done.exit_code == 2 and "name it by --model" in done.stderr
+    assert done.exit_code == 2 and "pass one with --model" in done.stderr
     assert run(path, "--model", directory).exit_code == 0
 
 
@@ -347,8 +347,8 @@ def test_another_model_is_refused(directory: Path, tmp_path: Path, run: Run) -> 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"dtype": "int7"}, "dtype: 'int7' is no float dtype"),
-        ({"dtype": "int64"}, "dtype: 'int64' is no float dtype"),
+        ({"dtype": "int7"}, "dtype: 'int7' is not a float dtype"),
+        ({"dtype": "int64"}, "dtype: 'int64' is not a float dtype"),
         ({"kvplug": {"reuse": {"use": ["structur"]}}}, "unknown reuse policy 'structur'"),
         ({"output_ids": [5, 999999]}, "beyond the model's vocabulary"),
     ],

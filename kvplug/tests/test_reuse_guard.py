@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvplug.reuse import guard as guard_module
-from kvplug.reuse.guard import LEAST_ENTROPY, SPREADS, Drift, Guard, State
+from kvplug.reuse.guard import LEAST_ENTROPY, SPREADS, BreakerState, Drift, Guard
 from kvplug.reuse.settings import GuardSettings
 
 
@@ -24,7 +24,7 @@ class Watched:
     """A guard and a clock, and answers one call long."""
 
     def __init__(self, **settings: Any):
-        breaker = {k: settings.pop(k) for k in ("errors", "per", "rest") if k in settings}
+        breaker = {k: settings.pop(k) for k in ("threshold", "window", "cooldown") if k in settings}
         self.clock = Clock()
         self.guard = Guard(GuardSettings(breaker=breaker, **settings), self.clock)
         self.made = 0
@@ -40,14 +40,14 @@ class Watched:
         self.made += 1
         name = f"r{self.made}"
         self.guard.started(name, families or ("doc",), approximate)
-        self.guard.heard(name, np.full(tokens, entropy), np.full(tokens, logprob))
+        self.guard.observe(name, np.full(tokens, entropy), np.full(tokens, logprob))
         return self.guard.finished(name)
 
     def exact(self, *entropies: float, logprob: float = -0.5, family: str = "doc") -> None:
         for entropy in entropies:
             assert self.answer(entropy, logprob, family, approximate=False) is None
 
-    def state(self, family: str = "doc") -> State:
+    def state(self, family: str = "doc") -> BreakerState:
         (found,) = (f for f in self.guard.families() if f.family == family)
         return found.state
 
@@ -77,7 +77,7 @@ def test_one_bound_is_enough_either_way(
     drift = watched.answer(entropy, logprob)
     assert drift is not None and drift.request_id == "r4"
     (family,) = drift.families
-    assert family.family == "doc" and family.over and family.state is State.CLOSED
+    assert family.family == "doc" and family.over and family.state is BreakerState.CLOSED
     assert family.entropy == pytest.approx(off) and family.logprob == pytest.approx(nats)
     assert drift.entropies == (entropy,) * 4 and drift.logprobs == (logprob,) * 4
     assert family.history.count == 3 and family.history.entropy == 1.0
@@ -115,11 +115,11 @@ def test_only_the_first_tokens_count() -> None:
     watched.exact(1.0, 1.0, 1.0)
     guard = watched.guard
     guard.started("x", ["doc"], True)
-    guard.heard("x", [1.0, 1.0], [-0.5, -0.5])
+    guard.observe("x", [1.0, 1.0], [-0.5, -0.5])
     assert guard.watching("x")
-    guard.heard("x", [1.0, 1.0, 99.0], [-0.5, -0.5, -99.0])
+    guard.observe("x", [1.0, 1.0, 99.0], [-0.5, -0.5, -99.0])
     assert not guard.watching("x")
-    guard.heard("x", [99.0], [-99.0])
+    guard.observe("x", [99.0], [-99.0])
     assert guard.finished("x") is None and counter(watched, "compared") == 1
 
 
@@ -128,17 +128,17 @@ def test_numbers_that_are_none_are_not_heard() -> None:
     watched.exact(1.0, 1.0, 1.0)
     guard = watched.guard
     guard.started("x", ["doc"], True)
-    guard.heard("x", [np.nan, np.inf, 1.0], [-0.5, -0.5, -np.inf])
+    guard.observe("x", [np.nan, np.inf, 1.0], [-0.5, -0.5, -np.inf])
     assert guard.finished("x") is None
     assert counter(watched, "uncompared") == 1
     with pytest.raises(ValueError):
         guard.started("y", ["doc"], True)
-        guard.heard("y", [1.0, 2.0], [1.0])
+        guard.observe("y", [1.0, 2.0], [1.0])
 
 
 def test_requests_nobody_started_are_ignored() -> None:
     guard = Watched().guard
-    guard.heard("x", [1.0], [-1.0])
+    guard.observe("x", [1.0], [-1.0])
     assert guard.finished("x") is None and not guard.watching("x")
 
 
@@ -159,7 +159,7 @@ def test_a_request_that_was_approximate_once_teaches_nothing() -> None:
     guard = watched.guard
     guard.started("x", ["doc"], True)
     guard.started("x", ["doc"], False)  # preempted, and computed the second time
-    guard.heard("x", [5.0], [-1.0])
+    guard.observe("x", [5.0], [-1.0])
     guard.finished("x")
     assert counter(watched, "exact") == 0 and guard.families() == []
 
@@ -168,27 +168,27 @@ def test_a_request_that_was_approximate_once_teaches_nothing() -> None:
 
 
 def opened(**settings: Any) -> Watched:
-    watched = Watched(**{"errors": 2, "per": 10, "rest": 60.0, **settings})
+    watched = Watched(**{"threshold": 2, "window": 10, "cooldown": 60.0, **settings})
     watched.exact(1.0, 1.0, 1.0)
     assert watched.answer(3.0) is not None and watched.guard.allows("doc")
     last = watched.answer(3.0)
-    assert last is not None and last.families[0].state is State.OPEN
+    assert last is not None and last.families[0].state is BreakerState.OPEN
     return watched
 
 
-def test_enough_errors_open_it_and_rest_half_opens_it() -> None:
+def test_enough_errors_open_it_and_the_cooldown_half_opens_it() -> None:
     watched = opened()
     guard = watched.guard
     assert not guard.allows("doc") and guard.allows("other")
     assert counter(watched, "opened") == 1 and counter(watched, "open") == 1
     watched.clock.now += 59.9
-    assert not guard.allows("doc") and watched.state() is State.OPEN
+    assert not guard.allows("doc") and watched.state() is BreakerState.OPEN
     watched.clock.now += 0.1
-    assert guard.allows("doc") and watched.state() is State.HALF_OPEN
+    assert guard.allows("doc") and watched.state() is BreakerState.HALF_OPEN
 
 
 def test_errors_among_many_uses_do_not() -> None:
-    watched = Watched(errors=2, per=10)
+    watched = Watched(threshold=2, window=10)
     watched.exact(1.0, 1.0, 1.0)
     for _ in range(5):
         watched.answer(3.0)
@@ -202,7 +202,7 @@ def test_errors_among_many_uses_do_not() -> None:
 
 @pytest.mark.parametrize(("between", "opens"), [(8, True), (9, False)])
 def test_the_window_is_the_latest_uses(between: int, opens: bool) -> None:
-    watched = Watched(errors=2, per=10)
+    watched = Watched(threshold=2, window=10)
     watched.exact(1.0, 1.0, 1.0)
     watched.answer(3.0)
     for _ in range(between):
@@ -215,17 +215,17 @@ def test_a_trial_that_goes_well_closes_it() -> None:
     watched = opened()
     watched.clock.now += 60
     assert watched.answer(1.0) is None
-    assert watched.guard.allows("doc") and watched.state() is State.CLOSED
+    assert watched.guard.allows("doc") and watched.state() is BreakerState.CLOSED
     assert counter(watched, "trials") == 1 and counter(watched, "closed") == 1
     # What opened it is not counted again.
     assert watched.answer(3.0) is not None and watched.guard.allows("doc")
 
 
-def test_a_trial_that_drifts_opens_it_for_another_rest() -> None:
+def test_a_trial_that_drifts_opens_it_for_another_cooldown() -> None:
     watched = opened()
     watched.clock.now += 60
     drift = watched.answer(3.0)
-    assert drift is not None and drift.families[0].state is State.OPEN
+    assert drift is not None and drift.families[0].state is BreakerState.OPEN
     assert counter(watched, "opened") == 2
     watched.clock.now += 59
     assert not watched.guard.allows("doc")
@@ -243,12 +243,12 @@ def test_one_trial_at_a_time() -> None:
     guard.started("trial", ["doc"], True)
     assert not guard.allows("doc")
     guard.started("late", ["doc"], True)
-    guard.heard("late", [1.0], [-0.5])
+    guard.observe("late", [1.0], [-0.5])
     guard.finished("late")
-    assert not guard.allows("doc") and watched.state() is State.HALF_OPEN
-    guard.heard("trial", [1.0], [-0.5])
+    assert not guard.allows("doc") and watched.state() is BreakerState.HALF_OPEN
+    guard.observe("trial", [1.0], [-0.5])
     guard.finished("trial")
-    assert watched.state() is State.CLOSED
+    assert watched.state() is BreakerState.CLOSED
 
 
 def test_a_trial_that_says_nothing_leaves_room_for_the_next() -> None:
@@ -257,19 +257,19 @@ def test_a_trial_that_says_nothing_leaves_room_for_the_next() -> None:
     watched.guard.started("aborted", ["doc"], True)
     assert not watched.guard.allows("doc")
     watched.guard.finished("aborted")
-    assert watched.guard.allows("doc") and watched.state() is State.HALF_OPEN
+    assert watched.guard.allows("doc") and watched.state() is BreakerState.HALF_OPEN
 
 
 def test_answers_that_began_before_it_opened_change_nothing() -> None:
-    watched = Watched(errors=1, rest=60.0)
+    watched = Watched(threshold=1, cooldown=60.0)
     watched.exact(1.0, 1.0, 1.0)
     guard = watched.guard
     for name in ("early", "drifts"):
         guard.started(name, ["doc"], True)
-    guard.heard("drifts", [3.0], [-0.5])
+    guard.observe("drifts", [3.0], [-0.5])
     guard.finished("drifts")
     assert not guard.allows("doc")
-    guard.heard("early", [1.0], [-0.5])
+    guard.observe("early", [1.0], [-0.5])
     guard.finished("early")
     assert not guard.allows("doc")
 
@@ -279,7 +279,7 @@ def test_answers_that_began_before_it_opened_change_nothing() -> None:
 
 def test_families_are_bounded_and_open_ones_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard_module, "FAMILIES", 3)
-    watched = opened(errors=2)
+    watched = opened(threshold=2)
     for family in "abcd":
         watched.exact(1.0, family=family)
     assert [f.family for f in watched.guard.families()] == ["doc", "c", "d"]
@@ -320,10 +320,10 @@ def test_the_history_is_that_of_all_exact_answers(entropies: list[float]) -> Non
 )
 def test_the_breaker_is_the_machine_it_says(events: list[tuple[str, bool, int]]) -> None:
     """Against a model: answers one after another, with time passing between them."""
-    errors, per, rest = 3, 6, 50.0
-    watched = Watched(errors=errors, per=per, rest=rest)
+    threshold, window, cooldown = 3, 6, 50.0
+    watched = Watched(threshold=threshold, window=window, cooldown=cooldown)
     watched.exact(1.0, 1.0, 1.0)
-    window: list[bool] = []
+    recent: list[bool] = []
     open_until: float | None = None
     for kind, drifts, wait in events:
         watched.clock.now += wait
@@ -334,9 +334,9 @@ def test_the_breaker_is_the_machine_it_says(events: list[tuple[str, bool, int]])
             continue
         watched.answer(3.0 if drifts else 1.0)
         if open_until is not None:
-            open_until = now + rest if drifts else None
-            window = []
+            open_until = now + cooldown if drifts else None
+            recent = []
             continue
-        window = [*window, drifts][-per:]
-        if sum(window) >= errors:
-            open_until, window = now + rest, []
+        recent = [*recent, drifts][-window:]
+        if sum(recent) >= threshold:
+            open_until, recent = now + cooldown, []

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvplug.contract import Fingerprint, Verdict
-from kvplug.reuse.catalog import Segment, State
+from kvplug.reuse.catalog import CatalogEntry, SegmentState
 from kvplug.reuse.chain import ChainResult
 from kvplug.reuse.index import Match
-from kvplug.reuse.plan import Plan, Planner, deviating
+from kvplug.reuse.plan import Planner, ReusePlan, deviating
 from kvplug.reuse.settings import Recompute
 
 PRINT = Fingerprint(
@@ -34,20 +34,25 @@ PRINT = Fingerprint(
     request_id="r",
 )
 
-Found = tuple[Segment, Match]
+Found = tuple[CatalogEntry, Match]
 
 
 def stored(
-    name: str, start: int, length: int, *, at: int | None = None, state: State = State.MEMORY
+    name: str,
+    start: int,
+    length: int,
+    *,
+    at: int | None = None,
+    state: SegmentState = SegmentState.MEMORY,
 ) -> Found:
     """A segment computed at a position, that stands at another in the text."""
     tokens = np.zeros(length, dtype=np.int32)
     print_ = replace(PRINT, start=start, length=length)
-    segment = Segment(name, print_, tokens, tokens[:0], length, state)
+    segment = CatalogEntry(name, print_, tokens, tokens[:0], length, state)
     return segment, Match(name, start if at is None else at, length)
 
 
-def judge(segment: Segment, match: Match) -> ChainResult:
+def judge(segment: CatalogEntry, match: Match) -> ChainResult:
     """Exact where it was computed; refused by name."""
     if segment.id.startswith("bad"):
         return ChainResult(Verdict(False, "bad", exact=False), {"one": 1.0}, "one")
@@ -57,12 +62,12 @@ def judge(segment: Segment, match: Match) -> ChainResult:
 
 def plan(
     n: int, begin: int, found: list[Found], can_compute: bool = True, **recompute: float
-) -> Plan:
+) -> ReusePlan:
     settings = Recompute.model_validate({"gaps": 0} | recompute)
     return Planner(settings, can_compute).plan(n, begin, found, judge)
 
 
-def told(made: Plan) -> list[tuple[str, int, int, int]]:
+def told(made: ReusePlan) -> list[tuple[str, int, int, int]]:
     return [(p.segment.id, p.offset, p.start, p.end) for p in made.pieces]
 
 
@@ -72,7 +77,7 @@ def test_pieces_follow_one_another_and_the_last_token_is_left() -> None:
     assert told(made) == [("a", 32, 32, 40), ("b", 0, 40, 100), ("c", 0, 100, 149)]
     assert (made.begin, made.end, made.length) == (32, 149, 117)
     assert made.approximate_from == 100
-    assert made.approximate == [(100, 149)]
+    assert made.approximate_spans == [(100, 149)]
     assert made.costs_us == {"one": 3.0}
 
 
@@ -82,7 +87,7 @@ def test_a_run_ends_at_a_gap_that_cannot_be_computed() -> None:
     assert plan(200, 0, found, gaps=9).end == 40
     assert plan(200, 0, found, can_compute=False, gaps=64).end == 40
     made = plan(200, 0, found, gaps=10)
-    assert (made.end, made.spans, made.computed) == (110, [(40, 50)], 10)
+    assert (made.end, made.spans, made.recomputed) == (110, [(40, 50)], 10)
     assert made.approximate_from is None, "what is computed after exact KV is exact"
 
 
@@ -90,29 +95,29 @@ def test_boundaries_touching_a_gap_are_one_span() -> None:
     found = [stored("a", 0, 40), stored("b", 0, 60, at=45), stored("c", 0, 50, at=105)]
     made = plan(300, 0, found, gaps=16, boundary=8)
     assert made.spans == [(40, 53), (105, 113)]
-    assert made.computed == 21
+    assert made.recomputed == 21
     assert made.approximate_from == 53
 
 
-def test_a_share_counts_what_is_computed_anyway() -> None:
-    made = plan(300, 0, [stored("a", 7, 100, at=0)], boundary=8, share=0.2)
-    assert (made.computed, made.deviating) == (20, 12)
+def test_a_fraction_counts_what_is_recomputed_anyway() -> None:
+    made = plan(300, 0, [stored("a", 7, 100, at=0)], boundary=8, fraction=0.2)
+    assert (made.recomputed, made.deviating) == (20, 12)
     assert deviating([(0, 100)], [(0, 50)], 0.2) == 0
 
 
 def test_too_much_to_compute_ends_the_run_where_it_was_worth_it() -> None:
     found = [stored("a", 0, 40), stored("b", 100, 20), stored("c", 180, 200)]
-    made = plan(500, 0, found, gaps=64, most=0.3)
+    made = plan(500, 0, found, gaps=64, max_fraction=0.3)
     # 60 of 120 would be computed for b, and 120 of 380 for c.
     assert told(made) == [("a", 0, 0, 40)]
     assert made.spans == []
-    assert plan(500, 0, found, gaps=64, most=0.4).end == 380
+    assert plan(500, 0, found, gaps=64, max_fraction=0.4).end == 380
 
 
 def test_a_joined_span_is_cut_with_the_run() -> None:
     """b is taken, c behind it is not: the span before c goes with it."""
     found = [stored("a", 0, 64), stored("b", 1, 40, at=64), stored("c", 1, 17, at=104)]
-    made = plan(400, 0, found, boundary=17, most=0.5)
+    made = plan(400, 0, found, boundary=17, max_fraction=0.5)
     assert made.end == 104
     assert made.spans == [(64, 81)]
 
@@ -129,8 +134,8 @@ def test_the_exact_one_wins_and_the_refused_are_counted() -> None:
     assert made.refused == {"bad": 1}
 
 
-@pytest.mark.parametrize("state", [State.SAVING, State.DISK, State.FETCHING])
-def test_what_is_not_there_yet_is_named_and_not_used(state: State) -> None:
+@pytest.mark.parametrize("state", [SegmentState.SAVING, SegmentState.DISK, SegmentState.FETCHING])
+def test_what_is_not_there_yet_is_named_and_not_used(state: SegmentState) -> None:
     made = plan(200, 0, [stored("a", 0, 40), stored("b", 40, 60, state=state)])
     assert told(made) == [("a", 0, 0, 40)]
     assert made.waiting == ["b"]
@@ -157,7 +162,7 @@ def test_any_plan_is_one_run_of_disjoint_parts(data: st.DataObject) -> None:
         found,
         gaps=draw(st.integers(0, 40)),
         boundary=draw(st.integers(0, 40)),
-        most=draw(st.floats(0, 1)),
+        max_fraction=draw(st.floats(0, 1)),
     )
     assert begin <= made.end <= n - 1 or made.length == 0
     covered = np.zeros(n, dtype=int)

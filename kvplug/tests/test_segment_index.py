@@ -44,13 +44,15 @@ def common(one: Tokens, other: Tokens) -> int:
     return count
 
 
-def plain(stored: dict[str, tuple[str, Tokens]], tokens: Tokens, tenant: str, least: int) -> Any:
+def plain(
+    stored: dict[str, tuple[str, Tokens]], tokens: Tokens, tenant: str, min_tokens: int
+) -> Any:
     """What `match` is to find, by comparing everything with everything."""
     found = []
     for name, (owner, text) in stored.items():
         for start in range(len(tokens)):
             length = common(text, tokens[start:])
-            if owner == tenant and length >= min(least, len(text)):
+            if owner == tenant and length >= min(min_tokens, len(text)):
                 found.append(Match(name, start, length))
     return sorted(found, key=lambda m: (m.start, -m.length, m.segment))
 
@@ -115,7 +117,7 @@ def test_a_segment_is_found_at_every_place_where_it_stands() -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 200])
 def test_at_least_so_many_tokens_must_stand_there(length: int) -> None:
-    index, segment = SegmentIndex(least=32), random_ids(0, length)
+    index, segment = SegmentIndex(min_tokens=32), random_ids(0, length)
     index.add("a", segment, "", 1.0, "r")
     need = min(32, length)
     assert index.match(segment[:need], "") == [Match("a", 0, need)]
@@ -145,7 +147,7 @@ def test_one_place_gives_no_more_than_the_limit_and_the_longest_of_them() -> Non
 
 
 def test_what_is_removed_is_not_found() -> None:
-    index, segment = SegmentIndex(near=True), random_ids(0, 64)
+    index, segment = SegmentIndex(near_duplicates=True), random_ids(0, 64)
     for name in "abc":
         index.add(name, segment, "t", 1.0, "r")
     index.remove("b")
@@ -168,7 +170,7 @@ def test_what_cannot_be_added() -> None:
     with pytest.raises(ValueError, match="already"):
         index.add("a", ids(2), "", 1.0, "r")
     with pytest.raises(ValueError, match="positive"):
-        SegmentIndex(least=0)
+        SegmentIndex(min_tokens=0)
 
 
 # -- Tenants and collisions ------------------------------------------------------------------------
@@ -176,7 +178,7 @@ def test_what_cannot_be_added() -> None:
 
 @pytest.mark.parametrize("hasher", [None, zeros, parity], ids=["rolling", "zeros", "parity"])
 def test_two_tenants_with_equal_text_never_share(hasher: Any) -> None:
-    index, segment = SegmentIndex(hasher=hasher, near=True), random_ids(0, 80)
+    index, segment = SegmentIndex(hasher=hasher, near_duplicates=True), random_ids(0, 80)
     index.add("mine", segment, "me", 1.0, "r")
     index.add("theirs", segment, "them", 1.0, "r")
     for tenant, name in (("me", "mine"), ("them", "theirs")):
@@ -210,13 +212,13 @@ words = st.lists(
 
 class AgainstAPlainModel(RuleBasedStateMachine):
     @initialize(
-        least=st.integers(1, 12),
+        min_tokens=st.integers(1, 12),
         window=st.integers(1, 9),
         hasher=st.sampled_from([None, zeros, parity]),
     )
-    def start(self, least: int, window: int, hasher: Any) -> None:
-        self.least = least
-        self.index = SegmentIndex(least, window=window, limit=1000, hasher=hasher, seed=0)
+    def start(self, min_tokens: int, window: int, hasher: Any) -> None:
+        self.min_tokens = min_tokens
+        self.index = SegmentIndex(min_tokens, window=window, limit=1000, hasher=hasher, seed=0)
         self.stored: dict[str, tuple[str, Tokens]] = {}
         self.facts: dict[str, tuple[float, str]] = {}
         self.number = 0
@@ -245,7 +247,7 @@ class AgainstAPlainModel(RuleBasedStateMachine):
 
     @rule(text=words, tenant=st.sampled_from(["", "x", "y"]))
     def match(self, text: Tokens, tenant: str) -> None:
-        assert self.index.match(text, tenant) == plain(self.stored, text, tenant, self.least)
+        assert self.index.match(text, tenant) == plain(self.stored, text, tenant, self.min_tokens)
 
     @rule(since=st.integers(-1, 6), request=st.sampled_from(["p", "pp", "q", "r"]))
     def by_time_and_request(self, since: int, request: str) -> None:
@@ -281,7 +283,7 @@ def test_growing_and_shrinking_loses_nothing() -> None:
 
 
 def test_near_equal_text_is_found_likest_first() -> None:
-    index = SegmentIndex(near=True, seed=1)
+    index = SegmentIndex(near_duplicates=True, seed=1)
     texts = [random_ids(n, 256) for n in range(500)]
     for n, text in enumerate(texts):
         index.add(f"{n:03}", text, "", 1.0, "r")
@@ -301,6 +303,6 @@ def test_near_is_off_unless_asked_for() -> None:
     index = SegmentIndex()
     index.add("a", random_ids(0, 64), "", 1.0, "r")
     assert index.near(random_ids(0, 64), "") == []
-    asked = SegmentIndex(near=True)
+    asked = SegmentIndex(near_duplicates=True)
     asked.add("a", random_ids(0, 64), "", 1.0, "r")
     assert asked.near(ids(), "") == [] == asked.near(random_ids(0, 64), "", 0)

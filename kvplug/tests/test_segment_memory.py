@@ -20,7 +20,7 @@ from kvplug.contract.reuse import Fingerprint
 from kvplug.errors import KVPlugError
 from kvplug.reuse import memory as module
 from kvplug.reuse.file import SegmentHeader, digest, file_name, read_segment, segment_id
-from kvplug.reuse.memory import SegmentMemory, StoreNews
+from kvplug.reuse.memory import SegmentMemory, StoreReport
 
 
 def made(
@@ -87,9 +87,9 @@ def test_without_a_folder_it_is_memory_alone() -> None:
     assert header.id in memory and len(memory) == 1 and memory.bytes == header.size
     memory.delete([header.id])
     memory.flush()
-    assert not memory.news()
+    assert not memory.take_report()
     memory.fetch([header.id])
-    assert memory.news() == StoreNews(failed={header.id: "missing"})
+    assert memory.take_report() == StoreReport(failed={header.id: "missing"})
     memory.drop([header.id, "0" * 32])
     with pytest.raises(KeyError):
         memory.get(header.id)
@@ -100,13 +100,13 @@ def test_what_is_put_is_written_and_comes_back(store: SegmentMemory, tmp_path: P
     header, planes = made(1)
     store.put(header, planes)
     store.flush()
-    assert store.news() == StoreNews(written=[header.id])
-    assert not store.news()
+    assert store.take_report() == StoreReport(written=[header.id])
+    assert not store.take_report()
     store.drop([header.id])
     assert header.id not in store and path_of(tmp_path, header).exists()
     store.fetch([header.id])
     store.flush()
-    assert store.news() == StoreNews(fetched=[header.id])
+    assert store.take_report() == StoreReport(fetched=[header.id])
     back = store.get(header.id)
     assert back.header.fingerprint == header.fingerprint
     assert all(torch.equal(back.planes[name], planes[name]) for name in planes)
@@ -155,7 +155,7 @@ def test_deleting_leaves_what_is_in_memory(store: SegmentMemory, tmp_path: Path)
     assert not path_of(tmp_path, header).exists()
     assert header.id in store
     # Nobody is told of a file that is gone.
-    assert not store.news()
+    assert not store.take_report()
 
 
 def test_what_waits_to_be_written_is_given_up_with_its_file(
@@ -171,7 +171,7 @@ def test_what_waits_to_be_written_is_given_up_with_its_file(
     gate.open.set()
     store.flush()
     assert list((tmp_path / "segments").iterdir()) == []
-    assert not store.news()
+    assert not store.take_report()
     assert store.counters()["written"] == 0
 
 
@@ -188,7 +188,7 @@ def test_a_segment_saved_anew_is_the_one_on_the_disk(
     store.put(*second)
     gate.open.set()
     store.flush()
-    assert store.news().written == [blocker[0].id, second[0].id]
+    assert store.take_report().written == [blocker[0].id, second[0].id]
     assert read_segment(path_of(tmp_path, second[0]))[0].fingerprint.ancestry == 0
     assert store.get(second[0].id).header is second[0]
 
@@ -200,7 +200,7 @@ def test_fetches_come_before_writes(
     store.put(*stored)
     store.flush()
     store.drop([stored[0].id])
-    store.news()
+    store.take_report()
     done: list[str] = []
     gate = Gate(monkeypatch, "write_segment")
     for name in ("_write", "_read"):
@@ -227,14 +227,14 @@ def test_a_fetch_that_nobody_waits_for_brings_nothing(
     store.put(header, planes)
     store.flush()
     store.drop([header.id])
-    store.news()
+    store.take_report()
     gate = Gate(monkeypatch, "read_segment")
     store.fetch([header.id])
     assert gate.reached.wait(20)
     store.drop([header.id])
     gate.open.set()
     store.flush()
-    assert header.id not in store and not store.news()
+    assert header.id not in store and not store.take_report()
 
 
 # -- What goes wrong -------------------------------------------------------------------------------
@@ -252,13 +252,15 @@ def test_a_full_disk_is_counted_told_once_and_stops_nothing(
         for number in range(3):
             store.put(*made(number))
         store.flush()
-    assert store.news().failed == {made(n)[0].id: "no space left on device" for n in range(3)}
+    assert store.take_report().failed == {
+        made(n)[0].id: "no space left on device" for n in range(3)
+    }
     assert len(caplog.records) == 1
     assert store.counters()["write_errors"] == 3 and len(store) == 3
     monkeypatch.setattr(module, "write_segment", real)
     store.put(*made(7))
     store.flush()
-    assert store.news().written == [made(7)[0].id]
+    assert store.take_report().written == [made(7)[0].id]
 
 
 def damage(path: Path, kind: str) -> None:
@@ -285,12 +287,12 @@ def test_a_damaged_file_is_refused_with_its_cause(
     store.put(header, planes)
     store.flush()
     store.drop([header.id])
-    store.news()
+    store.take_report()
     path = path_of(tmp_path, header)
     damage(path, cause)
     store.fetch([header.id])
     store.flush()
-    assert store.news() == StoreNews(failed={header.id: cause})
+    assert store.take_report() == StoreReport(failed={header.id: cause})
     assert header.id not in store
     assert store.counters()[f"refused {cause}"] == 1
     assert path.exists() == (cause != "missing")
@@ -307,7 +309,7 @@ def test_another_ranks_file_is_refused(tmp_path: Path) -> None:
     path.rename(path.with_name(file_name(header.id, 0, 2)))
     mine.fetch([header.id])
     mine.flush()
-    assert mine.news().failed == {header.id: "other rank"}
+    assert mine.take_report().failed == {header.id: "other rank"}
     with pytest.raises(ValueError, match="rank 1 of 2"):
         mine.put(header, planes)
     mine.close()
@@ -320,7 +322,7 @@ def test_another_segment_under_its_name_is_refused(store: SegmentMemory, tmp_pat
     path_of(tmp_path, one[0]).rename(path_of(tmp_path, two[0]))
     store.fetch([two[0].id])
     store.flush()
-    assert store.news().failed == {two[0].id: "bad header"}
+    assert store.take_report().failed == {two[0].id: "bad header"}
 
 
 def test_ids_that_are_none_touch_no_file(store: SegmentMemory, tmp_path: Path) -> None:
@@ -347,11 +349,11 @@ def test_an_error_nobody_thought_of_does_not_end_the_thread(
     monkeypatch.setattr(module, "read_segment", broken)
     store.fetch([made(1)[0].id])
     store.flush()
-    assert store.news().failed == {made(1)[0].id: "unreadable"}
+    assert store.take_report().failed == {made(1)[0].id: "unreadable"}
     monkeypatch.undo()
     store.put(*made(2))
     store.flush()
-    assert store.news().written == [made(2)[0].id]
+    assert store.take_report().written == [made(2)[0].id]
 
 
 # -- Start and end ---------------------------------------------------------------------------------
@@ -370,7 +372,7 @@ def test_closing_writes_what_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     memory.fetch([made(1)[0].id])
     memory.flush()
     assert len(list((tmp_path / "segments").glob("*.kvseg"))) == 4
-    assert memory.news().failed == {made(1)[0].id: "missing"}
+    assert memory.take_report().failed == {made(1)[0].id: "missing"}
 
 
 def test_what_a_killed_process_was_writing_is_swept_away(tmp_path: Path) -> None:

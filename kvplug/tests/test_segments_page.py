@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from kvplug.contract.reuse import Fingerprint
 from kvplug.reuse import file as module
-from kvplug.reuse.catalog import State
+from kvplug.reuse.catalog import SegmentState
 from kvplug.reuse.file import CAUSES, SegmentHeader, digest, segment_id, write_segment
 from kvplug.reuse.index import SegmentIndex, SimHash
 from kvplug.reuse.settings import Splitting, Store
@@ -46,7 +46,7 @@ def test_the_options_are_listed(head: str, settings: type[BaseModel]) -> None:
 
 
 def test_states_and_causes_are_listed() -> None:
-    assert set(table("state")) == {str(state) for state in State}
+    assert set(table("state")) == {str(state) for state in SegmentState}
     assert set(table("cause")) == {*CAUSES, "incomplete"}
 
 

@@ -75,31 +75,34 @@ def test_what_a_vocabulary_says_of_lines() -> None:
 )
 def test_an_empty_line_ends_a_paragraph(ending: tuple[int, ...], cut: int) -> None:
     text = ids(*[W.A] * 16, *ending, *[W.B] * 16)
-    assert splitter(least=16).split(text) == [(0, 16 + cut), (16 + cut, len(text))]
+    assert splitter(min_tokens=16).split(text) == [(0, 16 + cut), (16 + cut, len(text))]
 
 
 @pytest.mark.parametrize("between", [(W.FEED,), (W.DOT1,), (W.DOT1, W.A, W.FEED), (W.SPACES,)])
 def test_one_line_feed_ends_none(between: tuple[int, ...]) -> None:
     text = ids(*[W.A] * 16, *between, *[W.B] * 16)
-    assert splitter(least=16).split(text) == [(0, len(text))]
+    assert splitter(min_tokens=16).split(text) == [(0, len(text))]
 
 
 def test_short_paragraphs_join_the_next() -> None:
     text = ids(*[W.A, W.FEEDS] * 20)
-    assert splitter(least=16).split(text) == [(0, 16), (16, 32), (32, 40)]
+    assert splitter(min_tokens=16).split(text) == [(0, 16), (16, 32), (32, 40)]
 
 
 def test_long_paragraphs_are_cut() -> None:
     text = ids(*[W.A] * 50, W.FEEDS, *[W.B] * 40)
-    runs = splitter(least=16, most=20).split(text)
+    runs = splitter(min_tokens=16, max_tokens=20).split(text)
     # What the cuts leave of the first paragraph is too short for a segment.
     assert runs == [(0, 20), (20, 40), (40, 60), (60, 80), (80, 91)]
 
 
 def test_a_separator_ends_a_segment_wherever_it_stands() -> None:
     text = ids(*[W.A] * 16, W.MARK, W.MARK, *[W.B] * 20, W.MARK, *[W.C] * 3)
-    assert splitter(by="separator", separator="##", least=16).split(text) == [(0, 18), (18, 42)]
-    single = splitter(by="separator", separator="#", least=16)
+    assert splitter(by="separator", separator="##", min_tokens=16).split(text) == [
+        (0, 18),
+        (18, 42),
+    ]
+    single = splitter(by="separator", separator="#", min_tokens=16)
     assert single.split(text) == [(0, 17), (17, 39), (39, 42)]
     assert single.split(text[:0]) == []
 
@@ -117,7 +120,7 @@ def test_what_a_request_says_holds_and_what_makes_no_sense_is_passed_over() -> N
     assert request.split(text) == [(0, 100)]
     wrong: Any = [0, -3, True, "7", None, 2.0, 60, 1 << 70]
     assert request.split(text, wrong) == [(0, 60), (60, 100)]
-    assert splitter(by="request", least=16, most=24).split(text, [60])[:3] == [
+    assert splitter(by="request", min_tokens=16, max_tokens=24).split(text, [60])[:3] == [
         (0, 24),
         (24, 48),
         (48, 60),
@@ -126,7 +129,7 @@ def test_what_a_request_says_holds_and_what_makes_no_sense_is_passed_over() -> N
 
 def test_tokens_outside_the_vocabulary_are_text() -> None:
     text = ids(*[W.A] * 16, 10, -1, 1 << 30, W.FEEDS, *[W.A] * 16)
-    assert splitter(least=16).split(text) == [(0, 20), (20, 36)]
+    assert splitter(min_tokens=16).split(text) == [(0, 20), (20, 36)]
 
 
 @pytest.mark.parametrize("by", [{"by": "paragraph"}, {"by": "separator", "separator": "#"}])
@@ -160,16 +163,16 @@ rules = st.sampled_from(
     st.integers(0, 300),
 )
 def test_runs_cover_the_text_and_stay_as_it_grows(
-    rule: dict[str, Any], text: list[int], lengths: list[int], least: int, more: int, cut: int
+    rule: dict[str, Any], text: list[int], lengths: list[int], min_tokens: int, more: int, cut: int
 ) -> None:
-    made = splitter(**rule, least=least, most=least + more)
+    made = splitter(**rule, min_tokens=min_tokens, max_tokens=min_tokens + more)
     tokens = ids(*text)
     runs = made.split(tokens, lengths)
     assert [a for a, _ in runs] == [0, *(b for _, b in runs)][: len(runs)]
     assert not runs or runs[-1][1] == len(text)
-    assert all(0 < b - a <= least + more for a, b in runs)
+    assert all(0 < b - a <= min_tokens + more for a, b in runs)
     own = sum(lengths)
-    assert all(b - a >= least for a, b in runs[:-1] if a >= own)
+    assert all(b - a >= min_tokens for a, b in runs[:-1] if a >= own)
     bounds = {b for _, b in runs}
     assert {sum(lengths[: i + 1]) for i in range(len(lengths))} & set(range(len(text))) <= bounds
     earlier = made.split(tokens[:cut], lengths)
@@ -188,7 +191,7 @@ def test_paragraphs_of_a_real_text() -> None:
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokens = ids(*tokenizer.encode(text, add_special_tokens=False))
-    runs = Splitter(Splitting(least=16, most=2048), tokenizer).split(tokens)
+    runs = Splitter(Splitting(min_tokens=16, max_tokens=2048), tokenizer).split(tokens)
     pieces = [tokenizer.decode(tokens[a:b].tolist()) for a, b in runs]
     assert "".join(pieces) == text
     assert len(pieces) > 100

@@ -114,12 +114,21 @@ class CodedFormat(FormatPolicy):
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        assert isinstance(options, FormatOptions)
-        self.exact_chunk = options.exact_chunk
+        self.exact_chunk = self.options.exact_chunk
         self._codings: dict[int, CodedPage] = {}
         self._nonfinite: Tensor | None = None
+        self.prepare()
         for layer in engine.layers:
             self.coded(layer)
+
+    def prepare(self) -> None:
+        """Load what `coding` needs (a calibration, maps, another format), from `options`.
+
+        Called once, before the layers are coded.
+
+        Raises:
+            ValueError: The options cannot work on this engine.
+        """
 
     @abstractmethod
     def coding(self, layer: LayerView) -> CodedPage:

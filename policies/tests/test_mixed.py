@@ -113,7 +113,7 @@ def test_a_third_partys_format_is_one_of_them(monkeypatch: pytest.MonkeyPatch) -
         ({"layers": {"2": {"use": "int8", "bit": 3}}}, "layers 2: int8 has no option 'bit'"),
         ({"layers": {"2": {"use": "kivi", "bits": 3}}}, "layers 2: kivi: bits: Input should be"),
         ({"layers": {"2": {"bits": 3}}}, "layers 2: does not say which format to use"),
-        ({"layers": {"x": {"use": "int8"}}}, "'x' is no layer or range"),
+        ({"layers": {"x": {"use": "int8"}}}, "'x' is not a layer or range"),
         ({"layers": {"3-1": {"use": "int8"}}}, "the last layer is before the first"),
         ({"layers": {"1": {"use": "mixed"}}}, "layers 1: mixed cannot stand inside mixed"),
         ({"default": {"use": "nope"}}, "the default: unknown format 'nope'"),

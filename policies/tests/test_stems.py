@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvplug.contract import Kind, Policy
+from kvplug.contract import EngineView, Kind, Policy, PolicyOptions
 from kvplug.hosts.vllm.flags import read_config
 from kvplug_policies.builtin import BUILTIN
 
@@ -42,6 +42,21 @@ def test_the_deployment_uses_the_policy(policy: type[Policy]) -> None:
         assert policy in chosen and {p.kind for p in chosen} == {Kind.REUSE}
     else:
         assert chosen == [policy]
+
+
+@EVERY
+def test_a_policy_with_options_types_them(policy: type[Policy]) -> None:
+    for cls in policy.__mro__:
+        if cls.__module__.startswith("kvplug_policies.") and "Options" in vars(cls):
+            assert cls.__annotations__.get("options") == "Options", cls
+
+
+@EVERY
+def test_options_of_another_policy_are_refused(policy: type[Policy]) -> None:
+    if policy.Options is Policy.Options:
+        return  # It has none.
+    with pytest.raises(TypeError, match=f"{policy.__name__} takes .*Options, got PolicyOptions"):
+        policy(PolicyOptions(), EngineView(block_size=16))
 
 
 def test_no_policy_file_is_left_unregistered() -> None:

@@ -36,5 +36,5 @@ def test_heads_keep_the_same_tokens_though_their_slots_differ() -> None:
 
 
 def test_one_token_is_always_kept_by_default() -> None:
-    knobs = build(Tova).knobs
-    assert (knobs.sink, knobs.recent) == (0, 1)
+    options = build(Tova).options
+    assert (options.sink, options.recent) == (0, 1)

@@ -11,7 +11,7 @@ from itertools import islice
 from pydantic import Field
 
 from kvplug import hookimpl
-from kvplug.contract import EngineView, Feature, PolicyOptions, PrefixCachePolicy, Released
+from kvplug.contract import EngineView, PolicyOptions, PrefixCachePolicy, Released
 from kvplug.registry import PolicyRegistry
 
 
@@ -19,8 +19,6 @@ class Mru(PrefixCachePolicy):
     """Most recently used first, by release. O(1) per block; victims cost O(n + protect)."""
 
     name = "mru"
-    changes = "which cached block is evicted first; outputs stay the same"
-    requires = frozenset({Feature.PREFIX_CACHING})
     paper = "most recently used"
 
     class Options(PolicyOptions):
@@ -28,9 +26,10 @@ class Mru(PrefixCachePolicy):
 
         protect: int = Field(0, ge=0, description="newest blocks spared while others are left")
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        self._protect: int = options.model_dump()["protect"]
         self._order: dict[int, None] = {}  # oldest first; the tail of a text is its newest
 
     def on_release(self, released: Released) -> None:
@@ -45,7 +44,7 @@ class Mru(PrefixCachePolicy):
             self._order.pop(block, None)
 
     def victims(self, n: int) -> list[int]:
-        newest = islice(reversed(self._order), self._protect, self._protect + n)
+        newest = islice(reversed(self._order), self.options.protect, self.options.protect + n)
         found = list(newest)
         return found + list(islice(self._order, len(found), n))
 

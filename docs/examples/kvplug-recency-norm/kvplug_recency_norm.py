@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvplug import hookimpl
-from kvplug.contract import EngineView, HeldView, PolicyOptions, ScoringOptions, ScoringPolicy
+from kvplug.contract import HeldView, ScoringOptions, ScoringPolicy
 from kvplug.registry import PolicyRegistry
 from kvplug_kernels.key_scores import KEY_NORM
 
@@ -27,14 +27,12 @@ class RecencyNorm(ScoringPolicy):
             512, ge=1, le=1 << 20, description="tokens of age that count as a norm twice as large"
         )
 
-    def __init__(self, options: PolicyOptions, engine: EngineView):
-        super().__init__(options, engine)
-        self._half_life: int = options.model_dump()["half_life"]
+    options: Options
 
     def score(self, held: HeldView) -> Tensor:
         norms = held.key_scores[KEY_NORM].clamp_min(1e-6)
         age = held.num_tokens[:, None, None] - held.positions
-        return -(norms.log2() + age / self._half_life)
+        return -(norms.log2() + age / self.options.half_life)
 
 
 @hookimpl

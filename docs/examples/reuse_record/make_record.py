@@ -15,8 +15,8 @@ import torch
 import transformers
 
 from kvplug.hosts.transformers import Host
+from kvplug.reuse.drift_record import DriftRecord, FamilyRecord, PieceRecord
 from kvplug.reuse.guard import Guard
-from kvplug.reuse.record import FamilyRecord, PieceRecord, ReuseRecord
 from kvplug.reuse.settings import GuardSettings
 from kvplug_lab import models, texts
 from kvplug_lab.reuse.explain import adapting_checks, explain, stored_pieces
@@ -51,7 +51,7 @@ class Example:
         found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return found
 
-    def answer(self, number: int, reuse: bool) -> ReuseRecord:
+    def answer(self, number: int, reuse: bool) -> DriftRecord:
         """Answer a question, with the passages from storage or computed, and let the guard see."""
         before, at = self.introduction, len(self.introduction)
         pieces = [
@@ -68,7 +68,7 @@ class Example:
             for i, passage in enumerate(self.passages)
         ]
         question = self.ids(f"\n\nQuestion: {ASKED[number]}\nAnswer:")
-        record = ReuseRecord(
+        record = DriftRecord(
             model=str(self.directory),
             fingerprint=models.model_fingerprint(self.directory),
             dtype="bfloat16",
@@ -85,7 +85,7 @@ class Example:
         heard = [(o.entropy_reused, o.logprob_reused) for o in told.outputs]
         entropies, logprobs = ([pair[i] for pair in heard] for i in (0, 1))
         self.guard.started(record.request_id, ["the passages"], reuse)
-        self.guard.heard(record.request_id, entropies, logprobs)
+        self.guard.observe(record.request_id, entropies, logprobs)
         drift = self.guard.finished(record.request_id)
         families = FamilyRecord.of(drift) if drift is not None else []
         watched = {"entropies": entropies, "logprobs": logprobs, "families": families}

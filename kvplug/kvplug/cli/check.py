@@ -1,4 +1,4 @@
-"""``kvplug check``: says what is wrong with deployment files, before an engine starts."""
+"""``kvplug check``: validates deployment files without starting an engine."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvplug.cli.refusals import print_refusals
+
 if TYPE_CHECKING:
-    from kvplug.errors import DeploymentError
     from kvplug.hosts.vllm.flags import ConfigFile
+
+FILE_HELP = "A vLLM --config file with a kvplug section, or a file that is only the section."
 
 SUFFIXES = (".yaml", ".yml")
 """What vLLM's ``--config`` accepts."""
@@ -20,15 +23,15 @@ def check(
         list[Path],
         typer.Argument(
             metavar="FILE...",
-            help="A vLLM --config file with a kvplug section, or a section in a file of its own.",
+            help=FILE_HELP,
             show_default=False,
         ),
     ],
 ) -> None:
-    """Say what is wrong with deployment files, without starting an engine.
+    """Validate deployment files without starting an engine.
 
-    Prints one line per thing that is wrong, with file, line, key and what to change, and exits
-    with code 2; or what each file would run. vLLM itself judges the flags that are not kvplug's.
+    Prints what each file would run; or one line per problem, with file, line, key and fix, and
+    exits with code 2. Flags that are not kvplug's are left to vLLM to validate.
     """
     from kvplug.errors import DeploymentError
 
@@ -48,11 +51,11 @@ def check(
 def read_checked(file: Path) -> ConfigFile:
     """Read a deployment file and check it against the engine it describes.
 
-    A section in a file of its own describes no engine, so only its policies are checked, each
+    A file that is only the section describes no engine, so only its policies are checked, each
     against its own options and against the others.
 
     Raises:
-        DeploymentError: It cannot be read or cannot run.
+        DeploymentError: The file cannot be read, or what it describes cannot run.
     """
     from kvplug.contract import EngineView
     from kvplug.errors import DeploymentError, Refusal
@@ -79,38 +82,32 @@ def read_checked(file: Path) -> ConfigFile:
     return config
 
 
-def print_refusals(error: DeploymentError) -> None:
-    """Print a deployment's refusals to stderr, each on one line."""
-    for refusal in error.refusals:
-        typer.echo(" ".join(refusal.text(error.source).splitlines()), err=True)
-
-
 def section_file(config: ConfigFile) -> Path | None:
-    """The file a ``--config`` file's section stands in when it is not that file itself."""
+    """The file that holds a ``--config`` file's section when it is another file."""
     elsewhere = not config.standalone and config.deployment.source != str(config.path)
     return Path(config.deployment.source) if elsewhere else None
 
 
 def notes(config: ConfigFile) -> list[str]:
-    """What to know about a deployment that is not wrong, one sentence each."""
+    """Notes on a deployment that has no problems, one sentence each."""
     if config.standalone:
-        return ["a section alone: engine features are checked when an engine starts with it."]
+        return ["only a section: engine features are checked when an engine starts with it."]
     found = []
     if "block-size" not in config.flags:
         found.append(
-            "block-size is left out: vLLM sets its default (16 on most GPUs, 128 on a CPU); "
-            "it was checked with 16."
+            "block-size is not set: vLLM uses its default (16 on most GPUs, 128 on a CPU); "
+            "the file was checked with 16."
         )
     if "shutdown-timeout" not in config.flags:
         found.append(
-            "shutdown-timeout is left out: vLLM then ends the engine at once on SIGTERM and "
-            "kvplug's closing summary is not printed; shutdown-timeout: 10 lets it."
+            "shutdown-timeout is not set: vLLM then stops the engine immediately on SIGTERM and "
+            "kvplug's closing summary is not printed; set shutdown-timeout: 10 to get it."
         )
     section = section_file(config)
     if section is not None and not section.is_absolute():
         found.append(
             f"the section's path {section} is relative: `kvplug serve` makes it absolute, "
-            "vLLM looks for it in the folder it is started from."
+            "vLLM itself resolves it against its working directory."
         )
     return found
 
@@ -131,7 +128,7 @@ def _lines(config: ConfigFile) -> list[str]:
         lines.append("  no policy: the engine runs as stock")
     if not config.standalone:
         on = ", ".join(sorted(features_from_flags(config.flags)))
-        lines.append(f"  features on: {on}")
+        lines.append(f"  features enabled: {on}")
     lines += [f"  note: {note}" for note in notes(config)]
     for name, cause in plugins().registry.broken.items():
         lines.append(f"  note: plugin {name} failed to load: {cause}")

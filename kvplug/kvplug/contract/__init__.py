@@ -1,4 +1,4 @@
-"""The contract between policies and hosts: six kinds, one file each, and the views they receive."""
+"""The contract between policies and hosts: one file a kind, and the views they receive."""
 
 from kvplug.contract.format import (
     AttendBatch,

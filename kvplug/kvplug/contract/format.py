@@ -1,4 +1,4 @@
-"""Format policies: how K and V of each layer are stored in their pages, and attended there."""
+"""Format policies: store K and V of each layer in their pages, and attend them there."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field as Knob
+from pydantic import Field
 
 from kvplug.contract.policy import ALL_FEATURES, Feature, Kind, LayerView, Policy, PolicyOptions
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class PageField:
     """One field of a stored token.
 
-    A page of one KV head is cut into planes: the field of token ``t`` begins at byte
+    A page of one KV head is divided into planes: the field of token ``t`` starts at byte
     ``block_size * offset + t * size`` of it.
 
     Attributes:
@@ -45,12 +45,12 @@ class PageLayout:
         key_bits: Bits of a key element; 16 for unquantized.
         value_bits: Bits of a value element.
         group_size: Tokens (per channel) or channels (per token) that share a scale; 0 for none.
-        zero_point: Whether codes are asymmetric.
-        rank: Stored dimensions per head when projected, else None.
+        zero_point: True for asymmetric codes.
+        rank: Stored dimensions per head if projected, else None.
         rotation: Name of the rotation applied before coding, else None.
         heads: Stored heads; None for one per KV head of the layer.
-        fields: What a token's bytes are, as planes of the page; one plane of opaque bytes where
-            nothing is said.
+        fields: The fields of a token, as planes of the page; one plane of opaque bytes by
+            default.
     """
 
     bytes_per_token_head: int
@@ -74,15 +74,15 @@ class PageLayout:
         at = 0
         for f in self.fields:
             if f.offset != at or f.size < 1 or at + f.size > size:
-                raise ValueError(f"fields must follow each other and fit {size} bytes: {f}")
+                raise ValueError(f"fields must be contiguous and fit {size} bytes, got {f}")
             at += f.size
 
     def stored_heads(self, layer: LayerView) -> int:
-        """Heads of a layer's pages."""
+        """Return the number of heads in a layer's pages."""
         return layer.num_kv_heads if self.heads is None else self.heads
 
     def token_bytes(self, layer: LayerView) -> int:
-        """Bytes of K and V of one token in a layer, all heads."""
+        """Return the bytes of K and V of one token in a layer, all heads."""
         return self.stored_heads(layer) * self.bytes_per_token_head
 
     def pages(
@@ -92,14 +92,14 @@ class PageLayout:
         block_size: int,
         device: torch.device | str = "cpu",
     ) -> Tensor:
-        """A cache of zeros, ``[blocks, heads, block_size, bytes_per_token_head]`` uint8."""
+        """Allocate a zeroed cache, ``[blocks, heads, block_size, bytes_per_token_head]`` uint8."""
         import torch
 
         shape = (blocks, self.stored_heads(layer), block_size, self.bytes_per_token_head)
         return torch.zeros(shape, dtype=torch.uint8, device=device)
 
     def planes(self, cache: Tensor) -> list[Tensor]:
-        """A cache as one uint8 view ``[num_blocks, heads, block_size, size]`` per field.
+        """View a cache as one uint8 tensor ``[num_blocks, heads, block_size, size]`` per field.
 
         Args:
             cache: ``[num_blocks, heads, block_size, bytes_per_token_head]`` uint8, the last two
@@ -112,7 +112,7 @@ class PageLayout:
 
 @dataclass(frozen=True, slots=True)
 class Recent:
-    """The exact K and V of each request's latest tokens, kept by the host beside the pages.
+    """Exact K and V of each request's latest tokens, kept by the host beside the pages.
 
     The token at slot ``s`` of a request lies at ``[lane, s % size]`` until the token ``size``
     places later is computed.
@@ -135,10 +135,10 @@ class WriteBatch:
         value: The same shape.
         slots: ``[num_tokens]`` int64, block * block_size + offset; negative is padding. The tokens
             of a request follow each other.
-        lanes: Lane of each token's request, ``[num_tokens]`` int64, or -1 where it has none;
-            None where the format keeps nothing recent.
-        recent: What is kept of the tokens before these; these are added once they were attended.
-        assigned: Assignment of each token's request, ``[num_tokens]`` int64, where the format has
+        lanes: Lane of each token's request, ``[num_tokens]`` int64, -1 for none; None if the
+            format keeps nothing recent.
+        recent: Recent tokens before these; these are added after they were attended.
+        assigned: Assignment of each token's request, ``[num_tokens]`` int64, if the format has
             several; see `FormatPolicy.assignments`.
     """
 
@@ -158,16 +158,16 @@ class AttendBatch:
         query: ``[num_tokens, num_heads, head_size]``.
         query_start: ``[num_rows + 1]`` int32, first query token of each row.
         block_table: ``[num_rows, max_blocks]`` int32.
-        seq_lens: ``[num_rows]`` int32, stored tokens each row sees, its own among them.
+        seq_lens: ``[num_rows]`` int32, stored tokens each row sees, including its own.
         scale: Softmax scale.
-        max_query_len: Most queries of a row.
-        max_seq_len: Most tokens of a row.
+        max_query_len: Largest number of queries of a row.
+        max_seq_len: Largest number of tokens of a row.
         key: Exact keys of the query tokens, ``[num_tokens, num_kv_heads, head_size]``, or None
-            to read theirs from the pages too.
-        value: The same of values.
+            to read them from the pages too.
+        value: Exact values, likewise.
         softcap: Soft cap of logits; 0 for none.
         lanes: Lane of each row's request, ``[num_rows]`` int64, or -1; None as in `WriteBatch`.
-        recent: What is kept of the tokens before this step's.
+        recent: Recent tokens before this step's.
     """
 
     query: Tensor
@@ -192,27 +192,27 @@ class ReadBack(Exception):
 
 
 class FormatOptions(PolicyOptions):
-    """The knobs every format has."""
+    """Options of every format."""
 
-    exact_chunk: bool = Knob(
+    exact_chunk: bool = Field(
         True,
-        description="the tokens of one step see each other as computed, and stored ones only in "
-        "what came before; false: all are read back, so nothing depends on how a prompt is chunked",
+        description="the tokens of one step attend each other as computed, and earlier ones as "
+        "stored; false: all are read back, so nothing depends on how a prompt is chunked",
     )
 
 
 class FormatPolicy(Policy):
     """Stores and attends KV in its own bytes. One object per worker.
 
-    A format of one's own is three methods: `layout` says how many bytes a token takes, `encode`
-    makes them and `decode` reads them. The host then scatters them, and attends by reading back.
-    A format with a kernel of its own overrides `write` and `attend`.
+    A minimal format is three methods: `layout` says how many bytes a token takes, `encode` makes
+    them and `decode` reads them. The host scatters the bytes, and attends by reading them back. A
+    format with a kernel overrides `write` and `attend`.
 
     The format's `fingerprint` is part of a block's identity: blocks of another format never match.
 
     Attributes:
-        moves_tokens: Whether a token's bytes can be moved to another slot by themselves. False
-            where tokens share a scale; then policies that move tokens are refused.
+        moves_tokens: True if a token's bytes can be moved to another slot by themselves. False
+            if tokens share a scale; then policies that move tokens are refused.
     """
 
     kind: ClassVar[Kind] = Kind.FORMAT
@@ -230,14 +230,16 @@ class FormatPolicy(Policy):
     }
 
     class Options(FormatOptions):
-        """The knobs every format has."""
+        """Options of every format."""
+
+    options: FormatOptions
 
     @abstractmethod
     def layout(self, layer: LayerView) -> PageLayout:
-        """The page layout of a layer. Raises ValueError for a head size it cannot pack."""
+        """Return the page layout of a layer. Raises ValueError for a head size it cannot pack."""
 
     def encode(self, layer: LayerView, key: Tensor, value: Tensor) -> Tensor:
-        """The bytes of some tokens.
+        """Encode tokens to bytes.
 
         Args:
             layer: The layer.
@@ -247,10 +249,10 @@ class FormatPolicy(Policy):
         Returns:
             uint8 ``[num_tokens, heads, bytes_per_token_head]``, the layout's fields in order.
         """
-        raise NotImplementedError(f"{type(self).__name__} overrides neither encode nor write")
+        raise NotImplementedError(f"{type(self).__name__} must override encode or write")
 
     def decode(self, layer: LayerView, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of some tokens, as near as the bytes hold them.
+        """Decode K and V of tokens, as precisely as the bytes hold them.
 
         Args:
             layer: The layer.
@@ -259,11 +261,13 @@ class FormatPolicy(Policy):
         Returns:
             Keys and values ``[num_tokens, num_kv_heads, head_size]``, any floating dtype.
         """
-        raise NotImplementedError(f"{type(self).__name__} overrides neither decode nor read")
+        raise NotImplementedError(f"{type(self).__name__} must override decode or read")
 
     def recent(self, layer: LayerView) -> int:
-        """Latest tokens of each request whose exact K and V the host keeps; divides the block
-        size. 0 for none."""
+        """Return how many latest tokens of each request the host keeps exactly; 0 for none.
+
+        It must divide the block size.
+        """
         return 0
 
     def write(self, layer: LayerView, batch: WriteBatch, cache: Tensor) -> None:
@@ -284,7 +288,7 @@ class FormatPolicy(Policy):
             plane[blocks, :, offsets] = cells[..., f.offset : f.offset + f.size]
 
     def read(self, layer: LayerView, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of whole blocks, as near as the pages hold them.
+        """Read K and V of whole blocks, as precisely as the pages hold them.
 
         Args:
             layer: The layer.
@@ -307,7 +311,7 @@ class FormatPolicy(Policy):
         return pages(key), pages(value)
 
     def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:
-        """Attention of the queries over what is stored, written to ``out``.
+        """Attend the queries to the stored tokens and write the result to ``out``.
 
         The default leaves it to the host, which attends what `read` returns.
 
@@ -323,35 +327,35 @@ class FormatPolicy(Policy):
         raise ReadBack
 
     def fingerprint(self) -> str:
-        """Identity of the stored bytes: name and every option."""
+        """Return the identity of the stored bytes: name and every option."""
         return f"{self.name}:{self.options.model_dump_json()}"
 
     # -- formats that choose per request -------------------------------------------------------
 
     def assignments(self) -> Sequence[str]:
-        """Identities of the ways a request may be stored, within one page layout.
+        """Return the fingerprints of the storage variants a request can be assigned.
 
-        More than one, and each request is given one as it arrives (`assign`); its blocks match
-        only requests with the same one.
+        They share one page layout. If there are several, each request is assigned one on arrival
+        (`assign`), and its blocks match only requests with the same one.
         """
         return (self.fingerprint(),)
 
     def assign(self) -> int:
-        """The assignment of a new request. Called in the scheduler."""
+        """Choose the assignment of a new request. Called in the scheduler."""
         return 0
 
     def signals(self) -> Sequence[float] | None:
-        """What was measured since the last call, on a worker, or None for nothing.
+        """Return what a worker measured since the last call, or None for nothing.
 
-        Called after each step; the host adds the numbers of the ranks up and hands them to
+        Called after each step; the host sums the numbers over the ranks and passes them to
         `observe`.
         """
         return None
 
     def observe(self, signals: Sequence[float]) -> str | None:
-        """Take in what the workers measured, in the scheduler.
+        """Receive the workers' measurements, in the scheduler.
 
         Returns:
-            A sentence to log when something was decided, else None.
+            A sentence to log if a decision was made, else None.
         """
         return None

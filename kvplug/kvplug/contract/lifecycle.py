@@ -12,7 +12,7 @@ from kvplug.contract.policy import Kind, Policy
 
 
 class Action(StrEnum):
-    """What can happen to a block."""
+    """Actions on a block."""
 
     DEMOTE = "demote"
     PROMOTE = "promote"
@@ -32,7 +32,7 @@ class TierView:
 
 @dataclass(frozen=True, slots=True)
 class Pressure:
-    """The state a plan is made from.
+    """State from which moves are planned.
 
     Attributes:
         step: Scheduler step.
@@ -67,4 +67,4 @@ class LifecyclePolicy(Policy):
 
     @abstractmethod
     def plan(self, pressure: Pressure) -> Sequence[Move]:
-        """The moves to make now; empty when there is no need. Changes nothing itself."""
+        """Return the moves to make now, possibly none. Changes nothing itself."""

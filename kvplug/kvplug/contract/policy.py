@@ -1,8 +1,9 @@
-"""What every policy states about itself, whatever its kind.
+"""The base of all policies, and the views of the engine they are built for.
 
-A policy is a plain class: class attributes say what it is and what it can live with, a nested
-pydantic ``Options`` model holds its knobs, and the methods of its kind do the work. The host
-builds one object per engine (or per worker, see the kind) and calls its methods directly.
+A policy is a plain class: class attributes declare what it is and which engine features it
+supports, a nested pydantic ``Options`` model defines its options, and the methods of its kind do
+the work. The host builds one object per engine (or per worker, see the kind) and calls its methods
+directly.
 """
 
 from __future__ import annotations
@@ -17,7 +18,16 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Kind(StrEnum):
-    """The six places a policy can decide; each is a key of the ``kvplug`` section."""
+    """The kinds of policy; each is a key of the ``kvplug`` section.
+
+    Attributes:
+        PREFIX_CACHE: Which cached block that no request holds to evict.
+        SEQUENCE: Which tokens of a running request to keep.
+        FORMAT: How K and V are stored in pages and attended there.
+        REUSE: Whether stored KV may be used in place of a computation.
+        TRANSFER: How KV is encoded on its way out of the accelerator; no host runs it yet.
+        LIFECYCLE: When a block changes tier or precision; no host runs it yet.
+    """
 
     PREFIX_CACHE = "prefix_cache"
     SEQUENCE = "sequence"
@@ -28,7 +38,7 @@ class Kind(StrEnum):
 
 
 class Feature(StrEnum):
-    """Engine features a policy states it can (or cannot) live with."""
+    """Engine features that a policy supports, requires or neither."""
 
     PREFIX_CACHING = "prefix caching"
     CHUNKED_PREFILL = "chunked prefill"
@@ -53,10 +63,10 @@ ALL_FEATURES: frozenset[Feature] = frozenset(Feature)
 
 
 class PolicyOptions(BaseModel):
-    """Base of a policy's knobs: unknown keys refused, values frozen once validated.
+    """Base of a policy's options: unknown keys are refused, validated values are frozen.
 
-    Give every field a unit in its description and a range (``ge``/``le``): the description is
-    what ``kvplug policies`` prints and the range is what a bad deployment file is told.
+    Give every field a unit in its description and a range (``ge``/``le``): ``kvplug policies``
+    prints the description, and the refusal of a bad value names the range.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -64,7 +74,7 @@ class PolicyOptions(BaseModel):
 
 @dataclass(frozen=True)
 class Rope:
-    """How a layer rotates queries and keys by their position in the text.
+    """Rotary embedding of a layer: how it rotates queries and keys by position.
 
     Attributes:
         frequencies: Radians per position of each rotated pair. The first elements of a head are
@@ -78,7 +88,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class LayerView:
-    """One attention layer as policies see it.
+    """View of one attention layer.
 
     Attributes:
         index: Global layer index in the model, counted from 0, whatever the pipeline stage.
@@ -87,7 +97,7 @@ class LayerView:
         num_heads: Query heads of the layer on this rank.
         head_size: Elements per head.
         dtype: Name of the model's KV dtype, e.g. ``"bfloat16"``.
-        rope: Its rotary embedding; None where there is none or the host does not know it.
+        rope: Its rotary embedding; None if it has none or the host does not know it.
     """
 
     index: int
@@ -101,18 +111,18 @@ class LayerView:
 
 @dataclass(frozen=True)
 class EngineView:
-    """The engine a policy is built for.
+    """View of the engine a policy is built for.
 
     Attributes:
         block_size: Tokens per block.
-        num_blocks: Blocks in the pool, the null block not counted; 0 where not known yet.
+        num_blocks: Blocks in the pool, not counting the null block; 0 if not known yet.
         max_model_len: Longest sequence, in tokens.
-        max_in_flight_tokens: Tokens that can be scheduled and not settled at once.
-        features: Engine features that are switched on.
-        layers: The attention layers, in order; empty where the host does not know them yet.
+        max_in_flight_tokens: Tokens that can be scheduled and not yet computed and acknowledged.
+        features: Engine features that are enabled.
+        layers: The attention layers, in order; empty if the host does not know them yet.
         host: ``"vllm"``, ``"trace"`` or ``"transformers"``.
         host_version: Version of the host engine.
-        model: Fingerprint of the model's config and weights; empty where the host does not know
+        model: Fingerprint of the model's config and weights; empty if the host does not know
             it.
     """
 
@@ -131,18 +141,19 @@ class Policy(ABC):
     """Base of all policies.
 
     Attributes:
-        kind: Where it decides. Set by the kind's base class.
-        name: What a deployment writes after ``use:``. Lower case, unique within the kind.
-        exact: True when the engine's outputs are unchanged by it.
-        changes: One sentence: what it changes. Printed by ``kvplug policies``.
-        mutates_blocks: True when it writes into blocks that already hold KV.
-        changes_length: True when a request's stored KV becomes shorter than its text.
-        supports: Engine features it can live with. A feature that is on and not listed here is
+        kind: Kind of the policy; set by the kind's base class.
+        name: Name that a deployment writes after ``use:``; lower case, unique within the kind.
+        exact: True if it leaves the engine's outputs unchanged.
+        changes: What it changes, one sentence; printed by ``kvplug policies``.
+        mutates_blocks: True if it writes into blocks that already hold KV.
+        changes_length: True if a request's stored KV becomes shorter than its text.
+        supports: Engine features it supports. With any other feature enabled, the deployment is
             refused at start.
-        requires: Engine features that must be on for it to do anything.
-        excludes: Other policies it cannot live with: ``"kind"`` or ``"kind:name"`` to the reason.
-        paper: Title and arXiv id, or where the method is from.
-        options: Validated knobs.
+        requires: Engine features that must be enabled for it to do anything.
+        excludes: Policies it cannot be combined with: ``"kind"`` or ``"kind:name"`` to the reason.
+        paper: Title and arXiv id of the method, or its origin.
+        options: Validated options; a policy with options of its own annotates
+            ``options: Options`` after its nested class.
         engine: The engine the object was built for.
     """
 
@@ -156,9 +167,10 @@ class Policy(ABC):
     requires: ClassVar[frozenset[Feature]] = frozenset()
     excludes: ClassVar[Mapping[str, str]] = {}
     paper: ClassVar[str] = ""
+    options: PolicyOptions
 
     class Options(PolicyOptions):
-        """No knobs."""
+        """No options."""
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         """Build the policy for one engine.
@@ -167,30 +179,35 @@ class Policy(ABC):
             ValueError: The options cannot work on this engine; the message says what to change
                 and becomes the refusal the user reads.
         """
+        if self.Options is not Policy.Options and not isinstance(options, self.Options):
+            raise TypeError(
+                f"{type(self).__name__} takes {self.Options.__qualname__}, "
+                f"got {type(options).__qualname__}"
+            )
         self.options = options
         self.engine = engine
 
     def counters(self) -> dict[str, float]:
-        """What the policy itself counted, by name, since it was built.
+        """Report the policy's own counters by name, since it was built.
 
-        The host adds what it saw the policy do (blocks evicted, freed, bytes); a policy need only
-        report what the host cannot see. Called off the hot path. A value that goes down is shown
-        in the summary as it is; metrics count how far it ever came.
+        The host adds its own (blocks evicted, freed, bytes); a policy need only report what the
+        host cannot see. Called off the hot path. A value may go down: the summary shows it as it
+        is, metrics export its maximum.
         """
         return {}
 
 
 @dataclass
 class PolicyReport:
-    """What one active policy did, as printed at shutdown and exported as metrics.
+    """Report of one active policy, printed at shutdown and exported as metrics.
 
     Attributes:
         kind: The policy's kind.
         name: The policy's name.
-        exact: Whether it declared itself exact.
-        acted: Number of times it decided something; 0 means it never did anything.
+        exact: The policy's ``exact``.
+        acted: Number of times it decided something; 0 if it never did anything.
         errors: Exceptions it raised; after the first, the host's default serves in its place.
-        counters: Named counts: the host's and the policy's own.
+        counters: Counters by name, the host's and the policy's own.
     """
 
     kind: str

@@ -1,4 +1,4 @@
-"""Prefix-cache policies: which cached, unreferenced block to give up. Exact by nature."""
+"""Prefix-cache policies: which cached, unreferenced block to evict. Exact by nature."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar
 
-from kvplug.contract.policy import Kind, Policy
+from kvplug.contract.policy import Feature, Kind, Policy
 
 
 class BlockFact(StrEnum):
-    """What a policy may ask to know about a block besides its id; each costs the host something.
+    """Facts about a block, besides its id, that a policy may ask for; each has a cost in the host.
 
-    ``REQUEST``: the request that let go of the block. ``POSITION``: the block's index in that
+    ``REQUEST``: the request that released the block. ``POSITION``: the block's index in that
     request's text. ``KEY``: the identity of its content (equal keys, equal prefix). ``PARENT``: the
-    block before it in that text. ``FINISHED`` is about whole requests: their ends, through
+    block before it in that text. ``FINISHED``: the end of each request, through
     `PrefixCachePolicy.on_finished`.
     """
 
@@ -29,13 +29,13 @@ class BlockFact(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
-    """A request as policies see it.
+    """View of a request.
 
     Attributes:
         request_id: The engine's id.
         num_prompt_tokens: Tokens of its prompt.
         priority: The engine's priority, lower is more urgent.
-        session_id: Conversation the request belongs to, when it names one.
+        session_id: Conversation the request belongs to, if it names one.
         arrival: Arrival time in seconds, on the engine's clock.
     """
 
@@ -48,15 +48,15 @@ class RequestView:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """Blocks that one request let go of, tail first, all evictable from now on.
+    """Blocks that one request released, last block first, all evictable from now on.
 
     Attributes:
-        ids: Block ids, deepest block of the prefix first.
+        ids: Block ids, last block of the prefix first.
         positions: Index of each block in its request's text, or None if not asked for.
         keys: Content identity of each block, or None if not asked for.
-        request: The request, or None if not asked for or not known (a preempted request).
-        parents: Block before each block in its request's text, -1 for the first or where unknown,
-            or None if not asked for. The parent's own content may have been evicted since.
+        request: The request, or None if not asked for or unknown (a preempted request).
+        parents: Block before each block in its request's text, -1 for the first block or if
+            unknown, or None if not asked for. The parent's own content may be evicted since.
     """
 
     ids: Sequence[int]
@@ -69,35 +69,39 @@ class Released:
 class PrefixCachePolicy(Policy):
     """Orders the eviction of cached blocks that no request holds.
 
-    Life of a block as the policy sees it: ``on_release`` makes it a candidate; ``on_hit`` takes
-    it out of the candidates while requests use it; a later ``on_release`` puts it back;
-    ``on_remove`` says its content is gone (evicted, or the cache was reset). ``on_hit`` may name
-    a block that was never released: a second request uses what a first is still computing.
+    Life of a block: ``on_release`` makes it a candidate; ``on_hit`` takes it out of the candidates
+    while requests use it; a later ``on_release`` puts it back; ``on_remove`` reports that its
+    content is gone (evicted, or the cache was reset). ``on_hit`` may name a block that was never
+    released: a second request uses what a first is still computing.
 
     Runs in the scheduler, one object per engine. Blocks without cached content never reach it:
-    the host always hands those out first.
+    the host allocates those first.
+
+    Attributes:
+        needs: Facts the host must report; an object may ask for more than its class.
     """
 
     kind: ClassVar[Kind] = Kind.PREFIX_CACHE
     exact: ClassVar[bool] = True
+    changes: ClassVar[str] = "which cached block is evicted first; outputs stay the same"
+    requires: ClassVar[frozenset[Feature]] = frozenset({Feature.PREFIX_CACHING})
     needs: frozenset[BlockFact] = frozenset()
-    """What the host is asked to tell; an object may ask for more than its class."""
 
     @abstractmethod
     def on_release(self, released: Released) -> None:
-        """Blocks became candidates: newly cached content, or content used again and let go."""
+        """Add candidates: newly cached blocks, or blocks released after another use."""
 
     @abstractmethod
     def on_hit(self, ids: Sequence[int]) -> None:
-        """Cached blocks were matched by a request; they are no candidates until released."""
+        """Remove blocks that a request matched from the candidates, until they are released."""
 
     @abstractmethod
     def on_remove(self, ids: Sequence[int]) -> None:
-        """The content of these blocks is gone. Ids may be unknown to the policy."""
+        """Forget blocks whose content is gone. Ids may be unknown to the policy."""
 
     @abstractmethod
     def victims(self, n: int) -> Sequence[int]:
-        """The ``n`` candidates to give up, first victim first. Changes nothing.
+        """Choose the ``n`` candidates to evict, first victim first. Changes nothing.
 
         ``n`` never exceeds the number of candidates. The host evicts exactly the blocks
         returned and reports them through `on_remove`.
@@ -106,7 +110,7 @@ class PrefixCachePolicy(Policy):
     def on_finished(
         self, request: RequestView, keys: Sequence[bytes], num_output_tokens: int
     ) -> None:
-        """A request ended; told only to a policy that needs ``FINISHED``, before the release.
+        """Take note of a request's end, before its release; only for ``FINISHED`` in `needs`.
 
         Args:
             request: The request.
@@ -116,4 +120,4 @@ class PrefixCachePolicy(Policy):
         """
 
     def on_stop(self) -> None:
-        """The engine stops and nothing follows. Told to a policy that was retired, too."""
+        """Finish up as the engine stops; called last, even after a failure of the policy."""

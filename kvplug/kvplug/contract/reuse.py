@@ -1,4 +1,4 @@
-"""Reuse checks: may this stored KV stand for that computation?"""
+"""Reuse checks: decide whether stored KV may be used in place of a computation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Fingerprint:
             (relative distance of the RMS of K and V from the model's running statistics),
             ``sparsity`` (Hoyer sparsity of value norms over tokens, mean over heads; 0 to 1),
             ``key_cosine`` (mean cosine of neighbouring keys), ``outgoing`` (share of attention mass
-            that its last queries put on what came before it; absent where nobody measured).
+            that its last queries put on what came before it; absent if not measured).
     """
 
     model: str
@@ -66,13 +66,13 @@ class Fingerprint:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A stored segment that might be used.
+    """A stored segment proposed for use.
 
     Attributes:
         fingerprint: What its KV depends on.
-        whole: Whether all its bytes are there and their checksum was right when last read.
-        cause: Why they are not, a short stable phrase; empty where they are.
-        valid: Whether nobody has invalidated it since.
+        whole: True if all its bytes were there, with the right checksum, when last read.
+        cause: Cause if it is not whole, a short stable phrase; else empty.
+        valid: False once it was invalidated.
     """
 
     fingerprint: Fingerprint
@@ -83,15 +83,15 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class ReuseRequest:
-    """Where a stored segment would be used: the same facts for the request at hand.
+    """The place where a stored segment would be used, with the same facts for that request.
 
     Attributes:
-        fingerprint: What the segment's fingerprint would be if this request computed it: its
-            ``start`` is where the segment's first token would stand.
+        fingerprint: The segment's fingerprint as this request would compute it: its ``start`` is
+            the position the segment's first token would have.
         request_id: The engine's id.
         num_local_tokens: Tokens already matched in the engine's own prefix cache.
         num_tokens: Tokens of the request.
-        approximate_allowed: Whether the deployment and the request both allow approximate reuse.
+        approximate_allowed: True if the deployment and the request both allow approximate reuse.
     """
 
     fingerprint: Fingerprint
@@ -103,13 +103,13 @@ class ReuseRequest:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
-        ok: Whether the segment may be used, as far as this check can tell.
+        ok: True if this check allows the segment to be used.
         reason: Cause, a short stable phrase: refusals are counted by it.
-        exact: Whether reuse would equal recomputation bit for bit in exact arithmetic.
-        shift: Positions the keys must be rotated by before use.
+        exact: True if reuse equals recomputation in exact arithmetic.
+        shift: Positions by which the keys must be re-rotated before use.
         confidence: Probability that reuse keeps the answer, when estimated.
         cost_us: Microseconds the check took; filled in by the host.
     """
@@ -131,8 +131,8 @@ class Placement:
         offset: First token of the segment that is used.
         length: Tokens used.
         start: Position in the request of the first of them.
-        verdict: What the whole chain found: exact if every check said so, ``shift`` and
-            ``confidence`` of the checks that gave them.
+        verdict: Result of the whole chain: exact if every check is, ``shift`` and
+            ``confidence`` from the checks that set them.
     """
 
     fingerprint: Fingerprint
@@ -167,24 +167,27 @@ class ReuseCheck(Policy):
 
     @abstractmethod
     def check(self, candidate: Candidate, request: ReuseRequest) -> Verdict:
-        """Whether ``candidate`` may stand for what ``request`` would compute."""
+        """Decide whether ``candidate`` may be used in place of what ``request`` would compute."""
 
     def adapts(self, placement: Placement) -> bool:
-        """Whether `adapt` would change anything: then K and V are decoded and corrected before
-        they are written; else their stored bytes are copied."""
+        """Return True if `adapt` changes anything for this placement.
+
+        Then K and V are decoded and corrected before they are written; else their stored bytes
+        are copied.
+        """
         return False
 
     def adapt(
         self, layer: LayerView, placement: Placement, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Correct loaded KV before it is written (re-rotation, compensation).
+        """Correct loaded KV before it is written (re-rotation, a learned correction).
 
-        Called for exact and approximate placements alike where `adapts` says so, in the order of
-        the chain, on what the check before it returned.
+        Called for exact and approximate placements alike where `adapts` is True, in the order of
+        the chain, on the result of the check before it.
 
         Args:
             layer: The layer.
-            placement: What is put where.
+            placement: The run that is placed.
             key: ``[num_tokens, num_kv_heads, head_size]``, in the model's dtype.
             value: The same shape.
 

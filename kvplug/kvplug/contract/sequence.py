@@ -1,8 +1,8 @@
-"""Sequence policies: which tokens of a running request to keep.
+"""Sequence policies: decide which tokens of a running request to keep.
 
 Two families share the kind. A positional rule (`SequencePolicy.window`) is known in advance. A
-`ScoringPolicy` looks at what a request holds, at points the host plans, and says what matters; the
-host keeps the best of it per KV head, moves it together and gives the blocks behind it back.
+`ScoringPolicy` scores the resident tokens of a request at points the host plans; the host keeps the
+best of each KV head, compacts them and frees the blocks behind them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A positional rule: the sink blocks and a window of blocks before the current one.
+    """A positional rule: sink blocks and a window of blocks before the current one.
 
     A query in block ``b`` sees blocks ``[0, sink_blocks)`` and ``[b - window_blocks, b]``; both
-    sides of the engine evaluate this, so nothing has to be sent. What a token sees depends on its
-    position alone, never on how a prompt was cut into chunks or which requests ran beside it.
+    sides of the engine evaluate this, so nothing is sent. What a token sees depends on its position
+    alone, never on how a prompt is chunked or which requests run beside it.
 
     Attributes:
         sink_blocks: Blocks kept from the start of the text.
@@ -39,7 +39,7 @@ class Window:
 
     def __post_init__(self) -> None:
         if self.sink_blocks < 0 or self.window_blocks < 0:
-            raise ValueError(f"sink_blocks and window_blocks must be >= 0, got {self}")
+            raise ValueError(f"sink_blocks and window_blocks must be at least 0, got {self}")
 
     def gap(self, block: int) -> tuple[int, int]:
         """Block range ``[start, end)`` that a query in ``block`` does not see; empty when equal."""
@@ -60,7 +60,7 @@ class SequencePolicy(Policy):
 
     @abstractmethod
     def window(self, layer: LayerView) -> Window | None:
-        """The positional rule of a layer, or None for a policy that scores.
+        """Return the positional rule of a layer, or None for a policy that scores.
 
         Layers with equal windows share block tables; each distinct window costs the engine one
         more KV-cache group.
@@ -69,11 +69,11 @@ class SequencePolicy(Policy):
 
 @dataclass(frozen=True)
 class HeldView:
-    """What one layer holds of some requests at the moment of a decision, on the worker.
+    """The resident tokens of some requests in one layer at a decision, on the worker.
 
-    Rows are requests that hold equally many tokens. Held index ``t`` of a row and KV head is the
-    slot ``(block_table[row, t // page], t % page)`` of the pages, ``page`` being their third
-    dimension; every KV head may hold other tokens of the text there. The tensors belong to the
+    Rows are requests with equally many resident tokens. Resident token ``t`` of a row and KV head
+    is the slot ``(block_table[row, t // page], t % page)`` of the pages, ``page`` being their third
+    dimension; each KV head may hold different tokens of the text there. The tensors belong to the
     host: read them, never write them.
 
     Attributes:
@@ -82,19 +82,19 @@ class HeldView:
         softcap: Soft cap of its logits, 0 for none.
         num_tokens: Tokens of the text computed so far, ``[rows]`` int32.
         num_prompt_tokens: Tokens of the prompt, ``[rows]`` int32.
-        held: Tokens held per row and head.
-        positions: Position in the text of each held token, ``[rows, kv_heads, held]`` int32.
+        held: Resident tokens per row and head.
+        positions: Position in the text of each resident token, ``[rows, kv_heads, held]`` int32.
         key_pages: ``[pages, kv_heads, page, head_size]``, keys after RoPE; the last dimension is
             contiguous.
         value_pages: The same shape.
         block_table: ``[rows, width]`` int32.
         queries: Queries of the latest tokens after RoPE, oldest first, ``[rows, observation,
-            num_heads, head_size]``, or None where the policy observes none.
-        query_positions: Their positions, ``[rows, observation]`` int32; -1 where the text is
-            shorter than the observation.
-        totals: Attention mass each held token received from every query since it was written,
-            mean over the query heads of its group, ``[rows, kv_heads, held]`` float32, or None
-            where the policy does not ask for it.
+            num_heads, head_size]``, or None if the policy observes none.
+        query_positions: Their positions, ``[rows, observation]`` int32; -1 if the text is shorter
+            than the observation.
+        totals: Cumulative attention: the mass each resident token received from every query since
+            it was written, mean over the query heads of its group, ``[rows, kv_heads, held]``
+            float32, or None unless the policy sets `ScoringPolicy.wants_totals`.
     """
 
     layer: LayerView
@@ -127,31 +127,31 @@ class HeldView:
 
     @cached_property
     def keys(self) -> Tensor:
-        """Keys in held order, ``[rows, kv_heads, held, head_size]``; gathered at first use."""
+        """Keys in slot order, ``[rows, kv_heads, held, head_size]``; gathered at first use."""
         return self._dense(self.key_pages)
 
     @cached_property
     def values(self) -> Tensor:
-        """Values in held order, ``[rows, kv_heads, held, head_size]``; gathered at first use."""
+        """Values in slot order, ``[rows, kv_heads, held, head_size]``; gathered at first use."""
         return self._dense(self.value_pages)
 
     @cached_property
     def lens(self) -> Tensor:
-        """``[rows]`` int32, `held` for each row, as kernels take it."""
+        """`held` for each row, ``[rows]`` int32, as kernels take it."""
         import torch
 
         rows = self.block_table.shape[0]
         return torch.full((rows,), self.held, dtype=torch.int32, device=self.positions.device)
 
     def attention_mass(self, window: int | None = None) -> Tensor:
-        """Attention mass each held token receives from the latest queries.
+        """Compute the attention mass that each resident token receives from the latest queries.
 
         Args:
-            window: Queries to take, the latest ones; all observed ones by default.
+            window: Number of latest queries; all observed ones by default.
 
         Returns:
             ``[rows, num_heads, held]`` float32, summed over the queries; each query's softmax is
-            over what it may see of the held tokens.
+            over the resident tokens it may see.
 
         Raises:
             ValueError: The policy observes no queries.
@@ -161,7 +161,7 @@ class HeldView:
         from kvplug_kernels.attention_mass import attention_mass
 
         if self.queries is None or self.query_positions is None:
-            raise ValueError("attention_mass needs queries: set `observation` of the policy")
+            raise ValueError("attention_mass needs queries: set the policy's `observation`")
         window = self.queries.shape[1] if window is None else window
         queries = self.queries[:, -window:]
         rows, _, heads, _ = queries.shape
@@ -178,15 +178,21 @@ class HeldView:
         )
 
     def over_groups(self, values: Tensor) -> Tensor:
-        """Mean over the query heads of each KV head: ``[rows, num_heads, ...]`` to
-        ``[rows, kv_heads, ...]``."""
+        """Average over the query heads of each KV head.
+
+        Args:
+            values: ``[rows, num_heads, ...]``.
+
+        Returns:
+            ``[rows, kv_heads, ...]``.
+        """
         rows, heads = values.shape[:2]
         kv_heads = self.positions.shape[1]
         return values.reshape(rows, kv_heads, heads // kv_heads, *values.shape[2:]).mean(2)
 
     @cached_property
     def key_scores(self) -> Tensor:
-        """Norms and similarities of the held keys, ``[4, rows, kv_heads, held]`` float32.
+        """Norms and similarities of the resident keys, ``[4, rows, kv_heads, held]`` float32.
 
         Indexed by the constants of `kvplug_kernels.key_scores`: ``KEY_NORM``, ``VALUE_NORM``,
         ``KEY_TO_MEAN`` (cosine with the mean of the normalised keys), ``KEY_TO_PREVIOUS``.
@@ -198,15 +204,15 @@ class HeldView:
 
 
 class ScoringOptions(PolicyOptions):
-    """The knobs every scoring policy has: how much is kept, what is kept always, and when.
+    """Options of every scoring policy: how much is kept, what is always kept, and when.
 
-    ``budget`` counts tokens per KV head and layer, sinks and recent tokens among them; it is
-    rounded up to blocks. Between two decisions a request holds up to ``interval`` tokens more.
+    ``budget`` counts tokens per KV head and layer, including sinks and recent tokens; it is rounded
+    up to blocks. Between two decisions a request holds up to ``interval`` tokens more.
     """
 
     budget: int | float = Field(
         1024,
-        description="tokens kept per request (an integer), or the part of its prompt (0.0-1.0)",
+        description="tokens kept per request (an integer), or a fraction of its prompt (0.0-1.0)",
     )
     sink: int = Field(4, ge=0, le=1 << 20, description="first tokens that are always kept")
     recent: int = Field(32, ge=0, le=1 << 24, description="latest tokens that are always kept")
@@ -217,21 +223,22 @@ class ScoringOptions(PolicyOptions):
         0,
         ge=0,
         le=1 << 24,
-        description="tokens of a prompt held before the first decision must be made; "
-        "0: half of what the pool holds",
+        description="prefill limit: resident tokens of a prompt at which a decision is forced; "
+        "0: half of the pool",
     )
     shared: int = Field(
         0,
         ge=0,
         le=1 << 24,
-        description="leading tokens that stay in the prefix cache; at least one interval",
+        description="protected prefix: leading tokens that stay in the prefix cache; at least one "
+        "interval",
     )
     on_demand: int = Field(
         0,
         ge=0,
         le=1 << 24,
-        description="dropped tokens per request, layer and KV head that stay in host memory and "
-        "come back when a query needs them; 0: none",
+        description="evicted tokens per request, layer and KV head that are kept in host memory "
+        "and recalled when a query needs them; 0: none",
     )
     layers: dict[str, float] = Field(
         default_factory=dict,
@@ -241,9 +248,11 @@ class ScoringOptions(PolicyOptions):
 
     @field_validator("budget")
     @classmethod
-    def _budget_is_tokens_or_part(cls, value: int | float) -> int | float:
+    def _budget_is_tokens_or_fraction(cls, value: int | float) -> int | float:
         if isinstance(value, float) and not 0 < value <= 1:
-            raise ValueError("a budget that is a part of the prompt must be above 0 and at most 1")
+            raise ValueError(
+                "a budget that is a fraction of the prompt must be above 0 and at most 1"
+            )
         if isinstance(value, int) and value < 1:
             raise ValueError("a budget in tokens must be at least 1")
         return value
@@ -274,14 +283,14 @@ class ScoringOptions(PolicyOptions):
 
 
 def layer_range(text: str, num_layers: int | None) -> tuple[int, int]:
-    """First and last layer of ``"3"``, ``"-1"`` or ``"0-9"``.
+    """Parse a layer or range of layers, ``"3"``, ``"-1"`` or ``"0-9"``, into its first and last.
 
     Args:
         text: The range; a negative layer counts from the end and stands alone.
         num_layers: Layers of the model, or None to check the form only.
 
     Raises:
-        ValueError: It is no range, or outside the model.
+        ValueError: The text is not a range, or outside the model.
     """
     try:
         if text.lstrip("-").isdigit():
@@ -292,7 +301,9 @@ def layer_range(text: str, num_layers: int | None) -> tuple[int, int]:
             start, _, end = text.partition("-")
             first, last = int(start), int(end)
     except ValueError:
-        raise ValueError(f"{text!r} is no layer or range of layers; write '0' or '0-3'") from None
+        raise ValueError(
+            f"{text!r} is not a layer or range of layers; write '0' or '0-3'"
+        ) from None
     if last < first:
         raise ValueError(f"{text!r}: the last layer is before the first")
     if num_layers is not None and (first < 0 or last >= num_layers):
@@ -301,9 +312,9 @@ def layer_range(text: str, num_layers: int | None) -> tuple[int, int]:
 
 
 class ScoringPolicy(SequencePolicy):
-    """Says how much each held token matters; the host keeps the best of each KV head.
+    """Scores each resident token; the host keeps the best of each KV head.
 
-    A policy of one's own is one method::
+    A minimal policy is one method::
 
         class Knorm(ScoringPolicy):
             name, changes = "knorm", "drops the tokens with the largest keys"
@@ -311,14 +322,14 @@ class ScoringPolicy(SequencePolicy):
             def score(self, held):
                 return -held.keys.float().norm(dim=-1)
 
-    Decisions fall at points of the text that both sides of the engine know in advance: at the end
+    Decisions fall at points of the text known in advance to both sides of the engine: at the end
     of the prompt, every ``interval`` generated tokens, and inside a prompt that is longer than
     ``prefill``. At each of them `score` runs on the worker once per layer, with every request
-    that has come to one; the host keeps sinks and recent tokens whatever their score.
+    that reached one; the host keeps sinks and recent tokens whatever their score.
 
     Attributes:
         observation: Latest queries that `HeldView.queries` carries; 0 for none.
-        wants_totals: Whether `HeldView.totals` is kept up to date.
+        wants_totals: True to have `HeldView.totals` kept up to date.
     """
 
     observation: int = 0
@@ -339,13 +350,14 @@ class ScoringPolicy(SequencePolicy):
     )
 
     class Options(ScoringOptions):
-        """The knobs every scoring policy has."""
+        """Options of every scoring policy."""
+
+    options: ScoringOptions
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        assert isinstance(options, ScoringOptions)
-        self.knobs: ScoringOptions = options
-        for layers in options.layers:
+        self.knobs: ScoringOptions = self.options
+        for layers in self.options.layers:
             if engine.layers:
                 layer_range(layers, engine.layers[0].num_layers)
 
@@ -354,24 +366,24 @@ class ScoringPolicy(SequencePolicy):
 
     @abstractmethod
     def score(self, held: HeldView) -> Tensor:
-        """How much each held token matters, ``[rows, kv_heads, held]`` float; more is kept.
+        """Score each resident token, ``[rows, kv_heads, held]`` float; higher scores are kept.
 
         Deterministic, and row by row: a request's scores must not depend on its neighbours.
         """
 
     def share(self, layer: LayerView) -> float:
-        """The layer's part of the budget, 1.0 being an equal one.
+        """Return the layer's share of the budget; 1.0 is an equal share.
 
         Layers with equal shares form one KV-cache group: use few distinct values.
         """
-        for layers, share in self.knobs.layers.items():
+        for layers, share in self.options.layers.items():
             first, last = layer_range(layers, layer.num_layers)
             if first <= layer.index <= last:
                 return share
         return 1.0
 
     def measure(self, held: HeldView, scores: Tensor) -> Tensor | None:
-        """What the scheduler should hear of a decision, ``[rows, n]`` float, or None.
+        """Measure a decision for the scheduler, ``[rows, n]`` float, or None for nothing.
 
         Called after each `score` with its result, on the worker. The host averages it over the
         layers and ranks and hands it to `resize`.
@@ -379,21 +391,21 @@ class ScoringPolicy(SequencePolicy):
         return None
 
     def resize(self, measured: Sequence[float], budget: int, num_tokens: int) -> int:
-        """The budget of a request's next decision, from what its last one measured.
+        """Choose the budget of a request's next decision from what its last one measured.
 
         Called in the scheduler, once per decision of a request, if `measure` is overridden.
 
         Args:
             measured: The request's latest measurement, averaged over layers and ranks.
-            budget: Tokens its last decision kept, of the group with share 1.
+            budget: Tokens kept by its last decision, in the group with share 1.
             num_tokens: Tokens of its text.
 
         Returns:
-            Tokens to keep at its next decision; the host clips it to what is possible.
+            Tokens to keep at its next decision; the host clips it to the possible range.
         """
         return budget
 
     @property
     def resizes(self) -> bool:
-        """Whether the policy changes budgets at run time."""
+        """True if the policy changes budgets at run time."""
         return type(self).measure is not ScoringPolicy.measure

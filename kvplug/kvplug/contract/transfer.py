@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class CorruptPayload(ValueError):
-    """Bytes that fail a check: magic, version, length or checksum. Treated as a miss."""
+    """Raised for a payload with a bad magic, version, length or checksum. Treated as a miss."""
 
 
 class TransferCodec(Policy):

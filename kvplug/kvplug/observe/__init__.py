@@ -1,1 +1,1 @@
-"""What policies did, and how it is told: counters, events and the closing summary."""
+"""Reports of what policies did: events and the closing summary."""

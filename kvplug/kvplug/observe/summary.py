@@ -1,4 +1,4 @@
-"""The closing summary: what each active policy did, and which one never acted."""
+"""The closing summary: one line per policy, with its counters and failures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from kvplug.contract import PolicyReport
 
 
 def summary_lines(reports: Sequence[PolicyReport], steps: int) -> list[str]:
-    """One line per policy; a policy that never acted, or failed, says so first."""
+    """Format one line per policy; failures and policies that never acted come first in theirs."""
     lines = [f"kvplug summary after {steps:,} scheduler steps:"]
     if not reports:
         lines.append("  no policy configured; the engine ran as stock")

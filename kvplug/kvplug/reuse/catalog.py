@@ -29,7 +29,7 @@ from kvplug.reuse.file import (
 from kvplug.reuse.index import Hasher, Match, SegmentIndex
 from kvplug.reuse.settings import MIB, Store
 
-__all__ = ["Catalog", "Orders", "Segment", "State", "segment_id"]
+__all__ = ["Catalog", "CatalogEntry", "SegmentState", "StoreCommands", "segment_id"]
 
 logger = logging.getLogger("kvplug.reuse")
 
@@ -38,7 +38,7 @@ Tokens = NDArray[np.int32]
 _PREFETCHED = 16
 
 
-class State(StrEnum):
+class SegmentState(StrEnum):
     """Where a segment's bytes are."""
 
     SAVING = "saving"
@@ -52,7 +52,7 @@ class State(StrEnum):
 
 
 @dataclass(slots=True, eq=False)
-class Segment:
+class CatalogEntry:
     """A stored segment.
 
     Attributes:
@@ -75,7 +75,7 @@ class Segment:
     token_ids: Tokens
     context_ids: Tokens
     bytes: int
-    state: State
+    state: SegmentState
     on_disk: bool = False
     last_used: float = 0.0
     session: str = ""
@@ -91,7 +91,7 @@ class Segment:
     @property
     def ready(self) -> bool:
         """Whether its bytes can be put into pages now."""
-        return self.state is State.MEMORY and self.usable
+        return self.state is SegmentState.MEMORY and self.usable
 
     @property
     def candidate(self) -> Candidate:
@@ -99,18 +99,18 @@ class Segment:
         return Candidate(self.fingerprint, not self.cause, self.cause, self.valid)
 
     @property
-    def flying(self) -> bool:
+    def in_flight(self) -> bool:
         """Whether a worker is at it, so that nothing else can be done with it."""
-        return self.state in (State.SAVING, State.FETCHING)
+        return self.state in (SegmentState.SAVING, SegmentState.FETCHING)
 
     @property
     def in_memory(self) -> bool:
         """Whether its bytes take memory."""
-        return self.state is not State.DISK
+        return self.state is not SegmentState.DISK
 
 
 @dataclass(slots=True)
-class Orders:
+class StoreCommands:
     """What the workers are to do. No id is both fetched and given up, or saved in the same step and
     given up, so the order in which a worker does them does not matter.
 
@@ -128,7 +128,7 @@ class Orders:
         return bool(self.drop or self.fetch or self.delete)
 
 
-class _Order:
+class EvictionOrder:
     """Segments in the order in which they may go: ordinary ones before those of live sessions,
     and the least recently used first."""
 
@@ -136,7 +136,7 @@ class _Order:
         self._sorted: SortedSet = SortedSet()
         self._keys: dict[str, tuple[bool, float, str]] = {}
 
-    def put(self, segment: Segment, spared: bool) -> None:
+    def put(self, segment: CatalogEntry, spared: bool) -> None:
         self.discard(segment.id)
         key = self._keys[segment.id] = (spared, segment.last_used, segment.id)
         self._sorted.add(key)
@@ -165,8 +165,8 @@ class Catalog:
     Args:
         settings: Quotas, time to live, variants.
         token_bytes: Bytes of one token's KV, on all ranks together.
-        near: Also keep an index of near-equal text, for `prefetch`.
-        least: Tokens of a segment that must stand in a text for it to be found.
+        prefetch: Also keep an index of near-duplicate text, for `prefetch`.
+        min_tokens: Tokens of a segment that must stand in a text for it to be found.
         world: Ranks that each segment must have files of; any number if None.
         clock: Seconds since the epoch.
         hasher: Hash of token windows, another one in tests.
@@ -180,8 +180,8 @@ class Catalog:
         settings: Store,
         token_bytes: int,
         *,
-        near: bool = False,
-        least: int = 32,
+        prefetch: bool = False,
+        min_tokens: int = 32,
         world: int | None = None,
         clock: Callable[[], float] = time.time,
         hasher: Hasher | None = None,
@@ -195,11 +195,15 @@ class Catalog:
         self._writes = bool(settings.directory)
         self._world = world
         self._clock = clock
-        self._segments: dict[str, Segment] = {}
-        self._index = SegmentIndex(least, near=near, hasher=hasher)
-        self._least = least
+        self._segments: dict[str, CatalogEntry] = {}
+        self._index = SegmentIndex(min_tokens, near_duplicates=prefetch, hasher=hasher)
+        self._min_tokens = min_tokens
         # Segments that could be dropped from memory, deleted from the disk, or expire.
-        self._memory_order, self._disk_order, self._order = _Order(), _Order(), _Order()
+        self._memory_order, self._disk_order, self._order = (
+            EvictionOrder(),
+            EvictionOrder(),
+            EvictionOrder(),
+        )
         self._memory_bytes = self._disk_bytes = self._asleep = 0
         self._families: dict[tuple[object, ...], dict[str, None]] = {}
         self._sessions: dict[tuple[str, str], float] = {}
@@ -216,7 +220,7 @@ class Catalog:
     def __len__(self) -> int:
         return len(self._segments)
 
-    def __iter__(self) -> Iterator[Segment]:
+    def __iter__(self) -> Iterator[CatalogEntry]:
         return iter(self._segments.values())
 
     @property
@@ -224,13 +228,13 @@ class Catalog:
         """Segments by text, time and request."""
         return self._index
 
-    def get(self, segment: str) -> Segment | None:
+    def get(self, segment: str) -> CatalogEntry | None:
         """The segment of an id; None if there is none."""
         return self._segments.get(segment)
 
     # -- Finding -----------------------------------------------------------------------------------
 
-    def match(self, tokens: Tokens, tenant: str) -> list[tuple[Segment, Match]]:
+    def match(self, tokens: Tokens, tenant: str) -> list[tuple[CatalogEntry, Match]]:
         """Find a tenant's segments in a text, whatever their state; expired ones left out.
 
         Invalidated segments and those whose bytes turned out bad are among them until they
@@ -257,7 +261,7 @@ class Catalog:
         runs: Sequence[tuple[int, int]] | None = None,
         *,
         k: int = 4,
-        least: float = 0.5,
+        min_cosine: float = 0.5,
     ) -> list[str]:
         """Bring back from the disk what has nearly the text of a request, before it is asked for.
 
@@ -267,7 +271,7 @@ class Catalog:
             runs: ``(begin, end)`` of each run to look for, as the text would be cut into segments;
                 one run is all of it if None. The first 16 that are long enough are looked at.
             k: Most segments looked at for a run.
-            least: Estimated cosine of the sets of n-grams from which on it is worth it.
+            min_cosine: Estimated cosine of the sets of n-grams from which on it is worth it.
 
         Returns:
             Ids of those on their way.
@@ -275,11 +279,11 @@ class Catalog:
         ordered: list[str] = []
         if not self._asleep:
             return ordered
-        pieces = [(a, b) for a, b in runs or [(0, len(tokens))] if b - a >= self._least]
+        pieces = [(a, b) for a, b in runs or [(0, len(tokens))] if b - a >= self._min_tokens]
         for begin, end in pieces[:_PREFETCHED]:
             for segment, cosine in self._index.near(tokens[begin:end], tenant, k):
-                asleep = self._segments[segment].state is State.DISK
-                if asleep and cosine >= least and self.want(segment):
+                asleep = self._segments[segment].state is SegmentState.DISK
+                if asleep and cosine >= min_cosine and self.want(segment):
                     ordered.append(segment)
         self._counts["prefetched"] += len(ordered)
         return ordered
@@ -288,7 +292,7 @@ class Catalog:
 
     def plan_save(
         self, fingerprint: Fingerprint, token_ids: Tokens, context_ids: Tokens, session: str = ""
-    ) -> Segment | None:
+    ) -> CatalogEntry | None:
         """Make room for a segment that is being computed.
 
         Args:
@@ -318,10 +322,10 @@ class Catalog:
             raise ValueError("the fingerprint's hash is not that of the tokens")
         name, now = segment_id(fingerprint), self._clock()
         known = self._segments.get(name)
-        worse: Segment | None = None
+        worse: CatalogEntry | None = None
         if known is not None:
             better = known.usable and known.fingerprint.ancestry <= fingerprint.ancestry
-            if better or known.flying:
+            if better or known.in_flight:
                 self._adopt(known, session)
                 self.touch([name])
                 self._counts["known"] += 1
@@ -343,8 +347,8 @@ class Catalog:
             self._counts["replaced"] += 1
             self._forget(worse)
         self._give_up(*victims)
-        segment = Segment(
-            name, fingerprint, token_ids, context_ids, size, State.SAVING, session=session
+        segment = CatalogEntry(
+            name, fingerprint, token_ids, context_ids, size, SegmentState.SAVING, session=session
         )
         segment.last_used = now
         self._enter(segment)
@@ -358,13 +362,13 @@ class Catalog:
             measures: Stability measures, for its fingerprint.
         """
         known = self._segments.get(segment)
-        if known is None or known.state is not State.SAVING:
+        if known is None or known.state is not SegmentState.SAVING:
             self._counts["stale"] += 1
             return
         if measures:
             known.fingerprint = replace(known.fingerprint, measures=dict(measures))
         self._counts["saved"] += 1
-        self._change(known, State.MEMORY, writing=self._writes)
+        self._change(known, SegmentState.MEMORY, writing=self._writes)
         if not known.valid:
             self._bury(known)
 
@@ -383,11 +387,11 @@ class Catalog:
     def fetched(self, segment: str) -> None:
         """All workers have a segment's bytes in memory again."""
         known = self._segments.get(segment)
-        if known is None or known.state is not State.FETCHING:
+        if known is None or known.state is not SegmentState.FETCHING:
             self._counts["stale"] += 1
             return
         self._counts["fetched"] += 1
-        self._change(known, State.MEMORY)
+        self._change(known, SegmentState.MEMORY)
         if not known.valid:
             self._bury(known)
 
@@ -400,19 +404,19 @@ class Catalog:
         known = self._segments.get(segment)
         if known is None:
             return
-        if known.state is State.SAVING:
+        if known.state is SegmentState.SAVING:
             self._forget(known)
-        elif known.state is State.FETCHING:
+        elif known.state is SegmentState.FETCHING:
             known.cause = cause
             # Another rank may have fetched its part.
             self._drop[segment] = False
-            self._change(known, State.DISK)
+            self._change(known, SegmentState.DISK)
             if not known.valid:
                 self._bury(known)
         elif known.writing:
             self._delete[segment] = None
             self._change(known, writing=False)
-        elif known.state is State.MEMORY:
+        elif known.state is SegmentState.MEMORY:
             self._lose(known)
 
     # -- Using -------------------------------------------------------------------------------------
@@ -427,8 +431,8 @@ class Catalog:
         known = self._segments.get(segment)
         if known is None or not known.usable:
             return False
-        if known.state is not State.DISK:
-            return known.state is not State.SAVING
+        if known.state is not SegmentState.DISK:
+            return known.state is not SegmentState.SAVING
         now = self._clock()
         victims = self._room(known.bytes, 0, now, None)
         if victims is None:
@@ -439,12 +443,12 @@ class Catalog:
         if self._drop.get(segment):
             # Nobody has been told to drop it yet.
             del self._drop[segment]
-            self._change(known, State.MEMORY)
+            self._change(known, SegmentState.MEMORY)
             return True
         # Where it is in memory still it is overwritten.
         self._drop.pop(segment, None)
         self._fetch[segment] = None
-        self._change(known, State.FETCHING)
+        self._change(known, SegmentState.FETCHING)
         return True
 
     def touch(self, segments: Iterable[str]) -> None:
@@ -498,7 +502,7 @@ class Catalog:
             ):
                 segment.valid = False
                 count += 1
-                if not segment.flying:
+                if not segment.in_flight:
                     self._bury(segment)
         self._counts["invalidated"] += count
         return count
@@ -509,16 +513,16 @@ class Catalog:
         gone = [
             self._segments[segment]
             for segment in self._order.unused_since(now - self.settings.ttl)
-            if not self._segments[segment].flying
+            if not self._segments[segment].in_flight
         ]
         for segment in gone:
             self._forget(segment)
         self._counts["expired"] += len(gone)
         return len(gone)
 
-    def take_orders(self) -> Orders:
+    def take_commands(self) -> StoreCommands:
         """What the workers are to do since the last call; each order is given once."""
-        orders = Orders(list(self._drop), list(self._fetch), list(self._delete))
+        orders = StoreCommands(list(self._drop), list(self._fetch), list(self._delete))
         self._drop, self._fetch, self._delete = {}, {}, {}
         return orders
 
@@ -531,7 +535,7 @@ class Catalog:
         )
         return {
             "segments": len(self._segments),
-            **{f"segments_{state}": states[state] for state in State},
+            **{f"segments_{state}": states[state] for state in SegmentState},
             "memory_bytes": self._memory_bytes,
             "disk_bytes": self._disk_bytes,
             "sessions": len(self._sessions),
@@ -592,13 +596,13 @@ class Catalog:
                 self._counts["expired" if expired else "deleted"] += 1
                 self._delete[name] = None
                 continue
-            segment = Segment(
+            segment = CatalogEntry(
                 name,
                 header.fingerprint,
                 header.token_ids,
                 header.context_ids,
                 size,
-                State.DISK,
+                SegmentState.DISK,
                 on_disk=True,
                 last_used=used,
                 session=header.session,
@@ -626,8 +630,8 @@ class Catalog:
     # -- Room --------------------------------------------------------------------------------------
 
     def _room(
-        self, memory: int, disk: int, now: float, leaving: Segment | None
-    ) -> tuple[list[Segment], list[Segment]] | None:
+        self, memory: int, disk: int, now: float, leaving: CatalogEntry | None
+    ) -> tuple[list[CatalogEntry], list[CatalogEntry]] | None:
         """Who must leave memory and who the disk; None if that is not enough.
 
         `leaving` goes anyway. Nothing is changed here.
@@ -639,8 +643,8 @@ class Catalog:
         if leaving is not None:
             memory_used -= leaving.bytes * leaving.in_memory
             disk_used -= leaving.bytes * self._charged(leaving)
-        dropped: list[Segment] = []
-        deleted: list[Segment] = []
+        dropped: list[CatalogEntry] = []
+        deleted: list[CatalogEntry] = []
         if memory_used > self._memory_quota:
             for segment in self._leaving(self._memory_order, now, leaving):
                 dropped.append(segment)
@@ -661,7 +665,9 @@ class Catalog:
                 return None
         return dropped, deleted
 
-    def _leaving(self, order: _Order, now: float, leaving: Segment | None) -> Iterator[Segment]:
+    def _leaving(
+        self, order: EvictionOrder, now: float, leaving: CatalogEntry | None
+    ) -> Iterator[CatalogEntry]:
         """Segments in the order in which they go: expired ones, then that of `order`."""
         oldest = now - self.settings.ttl
         seen = set()
@@ -673,32 +679,32 @@ class Catalog:
             if segment not in seen and (leaving is None or segment != leaving.id):
                 yield self._segments[segment]
 
-    def _give_up(self, dropped: Iterable[Segment], deleted: Iterable[Segment]) -> None:
+    def _give_up(self, dropped: Iterable[CatalogEntry], deleted: Iterable[CatalogEntry]) -> None:
         for segment in dropped:
             self._counts["dropped"] += 1
             if segment.on_disk:
                 self._drop[segment.id] = True
-                self._change(segment, State.DISK)
+                self._change(segment, SegmentState.DISK)
             else:
                 self._forget(segment)
         for segment in deleted:
             self._counts["deleted"] += 1
-            if segment.state is State.DISK:
+            if segment.state is SegmentState.DISK:
                 self._forget(segment)
             else:
                 self._delete[segment.id] = None
                 self._change(segment, on_disk=False)
 
-    def _worst(self, family: Iterable[str], ancestry: int, now: float) -> Segment | None:
+    def _worst(self, family: Iterable[str], ancestry: int, now: float) -> CatalogEntry | None:
         """The variant that a new one of an ancestry may replace."""
         oldest = now - self.settings.ttl
 
-        def badness(segment: Segment) -> tuple[bool, int, float]:
+        def badness(segment: CatalogEntry) -> tuple[bool, int, float]:
             useless = not segment.usable or segment.last_used < oldest
             return useless, segment.fingerprint.ancestry, -segment.last_used
 
         worst = heapq.nlargest(
-            1, (s for i in family if not (s := self._segments[i]).flying), key=badness
+            1, (s for i in family if not (s := self._segments[i]).in_flight), key=badness
         )
         if worst and (badness(worst[0])[0] or worst[0].fingerprint.ancestry > ancestry):
             return worst[0]
@@ -706,24 +712,26 @@ class Catalog:
 
     # -- Books -------------------------------------------------------------------------------------
 
-    def _charged(self, segment: Segment) -> bool:
+    def _charged(self, segment: CatalogEntry) -> bool:
         """Whether it counts on the disk: its files are there or will be."""
         return (
-            segment.on_disk or segment.writing or (segment.state is State.SAVING and self._writes)
+            segment.on_disk
+            or segment.writing
+            or (segment.state is SegmentState.SAVING and self._writes)
         )
 
-    def _charge(self, segment: Segment, sign: int) -> None:
+    def _charge(self, segment: CatalogEntry, sign: int) -> None:
         if segment.in_memory:
             self._memory_bytes += sign * segment.bytes
         if self._charged(segment):
             self._disk_bytes += sign * segment.bytes
-        if segment.state is State.DISK and segment.on_disk and not segment.cause:
+        if segment.state is SegmentState.DISK and segment.on_disk and not segment.cause:
             self._asleep += sign
 
     def _change(
         self,
-        segment: Segment,
-        state: State | None = None,
+        segment: CatalogEntry,
+        state: SegmentState | None = None,
         *,
         on_disk: bool | None = None,
         writing: bool | None = None,
@@ -735,23 +743,23 @@ class Catalog:
         self._charge(segment, 1)
         self._file(segment)
 
-    def _file(self, segment: Segment) -> None:
+    def _file(self, segment: CatalogEntry) -> None:
         """Put a segment where its state and use say in the orders of leaving."""
         spared = (segment.fingerprint.tenant, segment.session) in self._sessions
         self._order.put(segment, spared)
-        if segment.state is State.MEMORY and segment.bytes:
+        if segment.state is SegmentState.MEMORY and segment.bytes:
             self._memory_order.put(segment, spared)
         else:
             self._memory_order.discard(segment.id)
-        if segment.on_disk and not segment.flying:
+        if segment.on_disk and not segment.in_flight:
             self._disk_order.put(segment, spared)
         else:
             self._disk_order.discard(segment.id)
 
-    def _enter(self, segment: Segment) -> None:
+    def _enter(self, segment: CatalogEntry) -> None:
         fingerprint = segment.fingerprint
         self._segments[segment.id] = segment
-        if segment.state is State.SAVING:
+        if segment.state is SegmentState.SAVING:
             # What is there of an earlier one is overwritten.
             self._drop.pop(segment.id, None)
             self._delete.pop(segment.id, None)
@@ -767,7 +775,7 @@ class Catalog:
         self._see_session(segment)
         self._file(segment)
 
-    def _forget(self, segment: Segment) -> None:
+    def _forget(self, segment: CatalogEntry) -> None:
         """Take a segment out, its bytes everywhere."""
         if segment.in_memory:
             self._drop[segment.id] = False
@@ -784,7 +792,7 @@ class Catalog:
         self._leave_session(segment)
         del self._segments[segment.id]
 
-    def _bury(self, segment: Segment) -> None:
+    def _bury(self, segment: CatalogEntry) -> None:
         """Give up the bytes of a segment that is invalid; what is known of it stays a while."""
         if segment.in_memory:
             self._drop[segment.id] = False
@@ -792,26 +800,26 @@ class Catalog:
             self._delete[segment.id] = None
         self._charge(segment, -1)
         segment.bytes = 0
-        segment.state, segment.on_disk, segment.writing = State.DISK, False, False
+        segment.state, segment.on_disk, segment.writing = SegmentState.DISK, False, False
         self._file(segment)
 
-    def _lose(self, segment: Segment) -> None:
+    def _lose(self, segment: CatalogEntry) -> None:
         """A worker has not the bytes that it should have in memory."""
         if segment.on_disk:
             self._drop[segment.id] = False
-            self._change(segment, State.DISK)
+            self._change(segment, SegmentState.DISK)
         else:
             self._forget(segment)
 
     # -- Sessions ----------------------------------------------------------------------------------
 
-    def _adopt(self, segment: Segment, session: str) -> None:
+    def _adopt(self, segment: CatalogEntry, session: str) -> None:
         """A session that computes what is there keeps it from now on."""
         if session and session != segment.session:
             self._leave_session(segment)
             segment.session = session
 
-    def _see_session(self, segment: Segment) -> None:
+    def _see_session(self, segment: CatalogEntry) -> None:
         if not segment.session:
             return
         key = (segment.fingerprint.tenant, segment.session)
@@ -831,7 +839,7 @@ class Catalog:
                 if other != segment.id:
                     self._file(self._segments[other])
 
-    def _leave_session(self, segment: Segment) -> None:
+    def _leave_session(self, segment: CatalogEntry) -> None:
         key = (segment.fingerprint.tenant, segment.session)
         members = self._members.get(key)
         if members is None or segment.id not in members:

@@ -36,7 +36,7 @@ LEAST_ENTROPY = 0.05
 """Nats a mean entropy counts as at least when a distance from it is taken."""
 
 
-class State(StrEnum):
+class BreakerState(StrEnum):
     """Of a family's breaker."""
 
     CLOSED = "closed"
@@ -82,7 +82,7 @@ class FamilyDrift:
     logprob: float
     over: bool
     history: History
-    state: State
+    state: BreakerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class FamilyReport:
     """
 
     family: str
-    state: State
+    state: BreakerState
     uses: int
     errors: int
     history: History | None
@@ -158,13 +158,13 @@ class _Family:
             self.logprob.spread,
         )
 
-    def state(self, now: float, rest: float) -> State:
+    def state(self, now: float, cooldown: float) -> BreakerState:
         if self.opened is None:
-            return State.CLOSED
-        return State.HALF_OPEN if now - self.opened >= rest else State.OPEN
+            return BreakerState.CLOSED
+        return BreakerState.HALF_OPEN if now - self.opened >= cooldown else BreakerState.OPEN
 
-    def recent(self, per: int) -> int:
-        while self.errors and self.errors[0] <= self.uses - per:
+    def recent(self, window: int) -> int:
+        while self.errors and self.errors[0] <= self.uses - window:
             self.errors.popleft()
         return len(self.errors)
 
@@ -233,8 +233,10 @@ class Guard:
         known = self._families.get(family)
         if known is None:
             return True
-        state = known.state(self._clock(), self._breaker.rest)
-        return state is State.CLOSED or (state is State.HALF_OPEN and known.trial is None)
+        state = known.state(self._clock(), self._breaker.cooldown)
+        return state is BreakerState.CLOSED or (
+            state is BreakerState.HALF_OPEN and known.trial is None
+        )
 
     def started(self, request_id: str, families: Sequence[str], approximate: bool) -> None:
         """Watch a request's answer.
@@ -263,12 +265,12 @@ class Guard:
             if (
                 known is not None
                 and known.trial is None
-                and known.state(now, self._breaker.rest) is State.HALF_OPEN
+                and known.state(now, self._breaker.cooldown) is BreakerState.HALF_OPEN
             ):
                 known.trial = request_id
                 self._counters.trials += 1
 
-    def heard(self, request_id: str, entropies: npt.ArrayLike, logprobs: npt.ArrayLike) -> None:
+    def observe(self, request_id: str, entropies: npt.ArrayLike, logprobs: npt.ArrayLike) -> None:
         """Take in what an answer's next distributions were like.
 
         Only the first ``settings.tokens`` count; numbers that are not finite do not, nor do those
@@ -334,7 +336,7 @@ class Guard:
         """What it saw, and how many breakers are not closed now."""
         states = [f.state for f in self.families()]
         found: dict[str, float] = {f"guard_{k}": v for k, v in vars(self._counters).items()}
-        found["guard_open"] = sum(s is not State.CLOSED for s in states)
+        found["guard_open"] = sum(s is not BreakerState.CLOSED for s in states)
         return found
 
     def families(self) -> list[FamilyReport]:
@@ -343,9 +345,9 @@ class Guard:
         return [
             FamilyReport(
                 name,
-                f.state(now, self._breaker.rest),
+                f.state(now, self._breaker.cooldown),
                 f.uses,
-                f.recent(self._breaker.per),
+                f.recent(self._breaker.window),
                 f.history() if f.entropy.count else None,
             )
             for name, f in self._families.items()
@@ -405,7 +407,7 @@ class Guard:
             drift.entropy / settings.max_entropy_drift, drift.logprob / settings.max_logprob_drift
         )
 
-    def _judged(self, known: _Family, request_id: str, over: bool) -> State:
+    def _judged(self, known: _Family, request_id: str, over: bool) -> BreakerState:
         """Count one compared answer of a family; its breaker's state afterwards."""
         now, breaker = self._clock(), self._breaker
         known.uses += 1
@@ -419,11 +421,11 @@ class Guard:
         else:
             if over:
                 known.errors.append(known.uses)
-            if known.recent(breaker.per) >= breaker.errors:
+            if known.recent(breaker.window) >= breaker.threshold:
                 known.opened = now
                 known.errors.clear()
                 self._counters.opened += 1
-        return known.state(now, breaker.rest)
+        return known.state(now, breaker.cooldown)
 
 
 def _beyond(x: float, mean: float, spread: float) -> float:

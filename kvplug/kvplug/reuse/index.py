@@ -272,36 +272,38 @@ class SegmentIndex:
     """Finds stored segments. Everything is kept apart by tenant.
 
     Args:
-        least: Tokens of a segment that must stand in a text for it to be found; all of a segment
-            that is shorter.
-        window: Tokens that are hashed of segments shorter than `least`.
-        near: Also keep what `near` needs.
+        min_tokens: Tokens of a segment that a text must contain for it to be found; of a shorter
+            segment, all of them.
+        window: Tokens that are hashed of segments shorter than `min_tokens`.
+        near_duplicates: Also keep what `near` needs.
         limit: Most different texts found at one place, those that go on longest first: thousands
             of conversations may begin alike.
         hasher: Hash of windows, another one in tests.
         seed: Of the hashes; drawn anew if None.
 
     Raises:
-        ValueError: `least`, `window` or `limit` is below one.
+        ValueError: `min_tokens`, `window` or `limit` is below one.
     """
 
     def __init__(
         self,
-        least: int = 32,
+        min_tokens: int = 32,
         *,
         window: int = 16,
-        near: bool = False,
+        near_duplicates: bool = False,
         limit: int = 32,
         hasher: Hasher | None = None,
         seed: int | None = None,
     ) -> None:
-        if min(least, window, limit) < 1:
-            raise ValueError(f"least, window and limit must be positive: {least, window, limit}")
-        self._least = least
-        self._window = min(window, least)
+        if min(min_tokens, window, limit) < 1:
+            raise ValueError(
+                f"min_tokens, window and limit must be positive: {min_tokens, window, limit}"
+            )
+        self._min_tokens = min_tokens
+        self._window = min(window, min_tokens)
         self._limit = limit
         self._hasher: Hasher = hasher or RollingHash(seed)
-        self._simhash = SimHash(seed=seed) if near else None
+        self._simhash = SimHash(seed=seed) if near_duplicates else None
         self._tenants: dict[str, _Tenant] = {}
         self._entries: dict[str, _Entry] = {}
         self._by_time: SortedSet = SortedSet()
@@ -314,8 +316,8 @@ class SegmentIndex:
         return segment in self._entries
 
     def _width(self, length: int) -> int:
-        # A long segment counts only with `least` tokens, so that many are hashed.
-        return self._least if length >= self._least else min(self._window, length)
+        # A long segment counts only with `min_tokens` tokens, so that many are hashed.
+        return self._min_tokens if length >= self._min_tokens else min(self._window, length)
 
     def add(
         self, segment: str, tokens: Tokens, tenant: str, created: float, request_id: str
@@ -381,8 +383,8 @@ class SegmentIndex:
             tenant: Whose segments.
 
         Returns:
-            Every segment of the tenant of which at least ``min(least, its length)`` first tokens
-            stand somewhere, once for each such place, as far as `limit` allows; by place, then
+            Every segment of the tenant whose first ``min(min_tokens, its length)`` tokens or more
+            are in the text, once for each such place, as far as `limit` allows; by place, then
             the longest first.
         """
         owner = self._tenants.get(tenant)
@@ -421,7 +423,7 @@ class SegmentIndex:
                 stored, length = bucket[left], before
                 left -= 1
                 before = _common(rest, bucket[left].tokens) if left >= 0 else -1
-            if length >= min(self._least, len(stored.tokens)):
+            if length >= min(self._min_tokens, len(stored.tokens)):
                 found.extend(Match(segment, place, length) for segment in stored.ids)
                 texts += 1
 
@@ -445,7 +447,7 @@ class SegmentIndex:
 
         Returns:
             Ids and an estimate of the cosine of the two sets of n-grams, from 1 to -1, the likest
-            first. Empty without ``near=True``.
+            first. Empty without ``near_duplicates=True``.
         """
         owner = self._tenants.get(tenant)
         text = np.ascontiguousarray(tokens, np.int32)

@@ -29,7 +29,7 @@ from kvplug.reuse.file import (
     write_segment,
 )
 
-__all__ = ["SegmentMemory", "StoreNews", "StoredSegment"]
+__all__ = ["SegmentMemory", "StoreReport", "StoredSegment"]
 
 logger = logging.getLogger("kvplug.reuse")
 
@@ -52,7 +52,7 @@ class StoredSegment:
 
 
 @dataclass(slots=True)
-class StoreNews:
+class StoreReport:
     """What the thread has done since it was last asked.
 
     Attributes:
@@ -87,7 +87,7 @@ class SegmentMemory:
         self._world = world
         self._segments: dict[str, StoredSegment] = {}
         self._lock = threading.Lock()
-        self._news = StoreNews()
+        self._report = StoreReport()
         # The latest job of each kind for an id; one that is not the latest any more does nothing.
         self._writes: dict[str, int] = {}
         self._marked: dict[str, float] = {}
@@ -98,7 +98,7 @@ class SegmentMemory:
         )
         self._thread: threading.Thread | None = None
         self._closed = False
-        self._told = False
+        self._write_failed = False
         self._counts = dict.fromkeys(
             ("written", "written_bytes", "fetched", "fetched_bytes", "deleted", "write_errors"), 0
         )
@@ -182,8 +182,8 @@ class SegmentMemory:
             with self._lock:
                 self._writes.pop(segment, None)
                 self._reads.pop(segment, None)
-                if segment in self._news.written:
-                    self._news.written.remove(segment)
+                if segment in self._report.written:
+                    self._report.written.remove(segment)
                 if not self._closed:
                     number = next(self._numbers)
                     job = lambda path=path: self._remove(path)  # noqa: E731
@@ -195,7 +195,7 @@ class SegmentMemory:
             path = self._path(segment)
             with self._lock:
                 if path is None or self._closed:
-                    self._news.failed[segment] = "missing"
+                    self._report.failed[segment] = "missing"
                     continue
                 number = self._reads[segment] = next(self._numbers)
                 job = lambda path=path, segment=segment, number=number: (  # noqa: E731
@@ -203,11 +203,11 @@ class SegmentMemory:
                 )
                 self._jobs.put((_SOON, number, job))
 
-    def news(self) -> StoreNews:
+    def take_report(self) -> StoreReport:
         """What has been done since the last call."""
         with self._lock:
-            news, self._news = self._news, StoreNews()
-        return news
+            report, self._report = self._report, StoreReport()
+        return report
 
     def counters(self) -> dict[str, float]:
         """Segments and bytes written, fetched and deleted; write errors; refused files by cause."""
@@ -269,8 +269,8 @@ class SegmentMemory:
             size = write_segment(path, header, planes)
         except Exception as error:
             cause = (getattr(error, "strerror", "") or "cannot be written").lower()
-            if not self._told:
-                self._told = True
+            if not self._write_failed:
+                self._write_failed = True
                 logger.error(
                     "a segment could not be written, and more may follow; they stay in memory "
                     "alone (%s: %s)",
@@ -283,11 +283,11 @@ class SegmentMemory:
             del self._writes[header.id]
             if cause:
                 self._counts["write_errors"] += 1
-                self._news.failed[header.id] = cause
+                self._report.failed[header.id] = cause
             else:
                 self._counts["written"] += 1
                 self._counts["written_bytes"] += size
-                self._news.written.append(header.id)
+                self._report.written.append(header.id)
 
     def _read(self, path: Path, segment: str, number: int) -> None:
         if self._reads.get(segment) != number:
@@ -319,10 +319,10 @@ class SegmentMemory:
                 self._segments[segment] = stored
                 self._counts["fetched"] += 1
                 self._counts["fetched_bytes"] += stored.header.size
-                self._news.fetched.append(segment)
+                self._report.fetched.append(segment)
             else:
                 self._refused[cause] = self._refused.get(cause, 0) + 1
-                self._news.failed[segment] = cause
+                self._report.failed[segment] = cause
 
     def _remove(self, path: Path) -> None:
         try:

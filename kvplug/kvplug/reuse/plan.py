@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvplug.contract.reuse import Verdict
-from kvplug.reuse.catalog import Segment, State
+from kvplug.reuse.catalog import CatalogEntry, SegmentState
 from kvplug.reuse.chain import ChainResult
 from kvplug.reuse.index import Match
 from kvplug.reuse.settings import Recompute
 
-Judge = Callable[[Segment, Match], ChainResult]
+Judge = Callable[[CatalogEntry, Match], ChainResult]
 """What the chain of checks says of a segment's first tokens where they stand in the text."""
 
 Span = tuple[int, int]
@@ -33,7 +33,7 @@ class Piece:
         verdict: What the chain found.
     """
 
-    segment: Segment
+    segment: CatalogEntry
     offset: int
     length: int
     start: int
@@ -46,7 +46,7 @@ class Piece:
 
 
 @dataclass(slots=True)
-class Plan:
+class ReusePlan:
     """One contiguous run of a request's tokens that need not be prefilled.
 
     Attributes:
@@ -78,21 +78,21 @@ class Plan:
         return self.end - self.begin
 
     @property
-    def computed(self) -> int:
+    def recomputed(self) -> int:
         """Tokens of it that are computed anew."""
         return sum(b - a for a, b in self.spans) + self.deviating
 
     @property
     def approximate_from(self) -> int | None:
         """First token whose KV is not exactly what the text gives, or None."""
-        for start, end in self.approximate:
+        for start, end in self.approximate_spans:
             at = _first_outside(start, end, self.spans)
             if at < end:
                 return at
         return None
 
     @property
-    def approximate(self) -> list[Span]:
+    def approximate_spans(self) -> list[Span]:
         """What approximate pieces cover, in order."""
         return [(p.start, p.end) for p in self.pieces if not p.verdict.exact]
 
@@ -117,16 +117,16 @@ class Planner:
     def __init__(self, recompute: Recompute, can_compute: bool):
         self.boundary = recompute.boundary if can_compute else 0
         self.gaps = recompute.gaps if can_compute else 0
-        self.share = recompute.share if can_compute else 0.0
-        self.most = recompute.most
+        self.fraction = recompute.fraction if can_compute else 0.0
+        self.max_fraction = recompute.max_fraction
 
     def plan(
         self,
         num_tokens: int,
         begin: int,
-        matches: Sequence[tuple[Segment, Match]],
+        matches: Sequence[tuple[CatalogEntry, Match]],
         judge: Judge,
-    ) -> Plan:
+    ) -> ReusePlan:
         """The run that starts at the engine's own hit.
 
         Args:
@@ -136,7 +136,7 @@ class Planner:
             judge: The chain of checks.
         """
         limit = num_tokens - 1
-        plan = Plan(begin, begin)
+        plan = ReusePlan(begin, begin)
         walk = _Walk(plan, matches, judge, limit)
         at, end, computed = begin, begin, 0
         taken: list[Piece] = []
@@ -158,7 +158,7 @@ class Planner:
             computed += gap + anew
             taken.append(piece)
             at = piece.end
-            if computed <= self.most * (at - begin) and anew < piece.length:
+            if computed <= self.max_fraction * (at - begin) and anew < piece.length:
                 end, kept = at, (len(taken), len(spans))
         # A span that was joined to a later one would reach beyond what is kept.
         plan.pieces = taken[: kept[0]]
@@ -166,20 +166,20 @@ class Planner:
         plan.end = end if end - begin >= SHORTEST else begin
         if plan.end == begin:
             plan.pieces, plan.spans = [], []
-        plan.deviating = deviating(plan.approximate, plan.spans, self.share)
+        plan.deviating = deviating(plan.approximate_spans, plan.spans, self.fraction)
         return plan
 
 
-def deviating(loose: Sequence[Span], spans: Sequence[Span], share: float) -> int:
+def deviating(approximate: Sequence[Span], spans: Sequence[Span], fraction: float) -> int:
     """How many tokens are computed anew besides those in spans.
 
     Args:
-        loose: What approximate pieces cover.
+        approximate: What approximate pieces cover.
         spans: What is computed anyway.
-        share: Of the tokens in ``loose``, how many are computed, those in spans among them.
+        fraction: Fraction of the tokens in ``approximate`` to compute, those in spans included.
     """
-    within = sum(max(0, min(b, d) - max(a, c)) for a, b in loose for c, d in spans)
-    return max(0, round(share * sum(b - a for a, b in loose)) - within)
+    within = sum(max(0, min(b, d) - max(a, c)) for a, b in approximate for c, d in spans)
+    return max(0, round(fraction * sum(b - a for a, b in approximate)) - within)
 
 
 def _add(spans: list[Span], span: Span) -> None:
@@ -194,7 +194,11 @@ class _Walk:
     """Looks up what can stand at a position; each segment is judged once per place."""
 
     def __init__(
-        self, plan: Plan, matches: Sequence[tuple[Segment, Match]], judge: Judge, limit: int
+        self,
+        plan: ReusePlan,
+        matches: Sequence[tuple[CatalogEntry, Match]],
+        judge: Judge,
+        limit: int,
     ):
         self._plan = plan
         self._matches = [(s, m) for s, m in matches if m.start < limit]
@@ -215,7 +219,7 @@ class _Walk:
                 return found
         return None
 
-    def _best(self, at: int, here: list[tuple[Segment, Match]]) -> Piece | None:
+    def _best(self, at: int, here: list[tuple[CatalogEntry, Match]]) -> Piece | None:
         found: list[Piece] = []
         # Longest first, and of a length what was computed exactly and in place: the first that
         # passes is taken unless an exact one follows.
@@ -238,19 +242,19 @@ class _Walk:
             found.append(piece)
         return max(found, key=lambda p: (p.length, p.verdict.confidence or 0.0), default=None)
 
-    def _verdict(self, segment: Segment, match: Match) -> Verdict | None:
+    def _verdict(self, segment: CatalogEntry, match: Match) -> Verdict | None:
         key = (segment.id, match.start)
         if key not in self._found:
             self._found[key] = self._asked(segment, match)
         return self._found[key]
 
-    def _asked(self, segment: Segment, match: Match) -> Verdict | None:
+    def _asked(self, segment: CatalogEntry, match: Match) -> Verdict | None:
         result = self._judge(segment, match)
         self._plan.costs_us.update(result.costs_us)
         if not result.verdict.ok:
             self._plan.refused[result.verdict.reason] += 1
             return None
-        if segment.state is not State.MEMORY:
+        if segment.state is not SegmentState.MEMORY:
             self._plan.waiting.append(segment.id)
             return None
         return result.verdict

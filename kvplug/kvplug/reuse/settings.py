@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +14,8 @@ MIB = 1 << 20
 
 class Splitting(PolicyOptions):
     """Where the segments of a text begin and end."""
+
+    renamed: ClassVar[Mapping[str, str]] = {"least": "min_tokens", "most": "max_tokens"}
 
     by: Literal["paragraph", "separator", "fixed", "request"] = Field(
         default="paragraph",
@@ -25,13 +28,13 @@ class Splitting(PolicyOptions):
     size: int = Field(
         default=256, ge=16, le=65536, description="tokens of a segment, with `by: fixed`"
     )
-    least: int = Field(
+    min_tokens: int = Field(
         default=32,
         ge=16,
         le=65536,
         description="tokens a segment has at least: shorter ones join the next",
     )
-    most: int = Field(
+    max_tokens: int = Field(
         default=4096,
         ge=16,
         le=1 << 20,
@@ -42,8 +45,8 @@ class Splitting(PolicyOptions):
     def _agree(self) -> Splitting:
         if self.by == "separator" and not self.separator:
             raise ValueError("by: separator needs a separator")
-        if self.least > self.most:
-            raise ValueError("least must not exceed most")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError("min_tokens must not exceed max_tokens")
         return self
 
 
@@ -79,17 +82,19 @@ class Store(PolicyOptions):
 class Recompute(PolicyOptions):
     """What is computed anew inside a reused run; needs vLLM's `--worker-extension-cls`."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"share": "fraction", "most": "max_fraction"}
+
     boundary: int = Field(
         default=0,
         ge=0,
         le=4096,
         description="first tokens of each approximate segment computed anew",
     )
-    share: float = Field(
+    fraction: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="share of an approximate run's tokens computed anew: those whose keys and "
+        description="fraction of an approximate run's tokens computed anew: those whose keys and "
         "values deviate most after one layer (CacheBlend)",
     )
     gaps: int = Field(
@@ -98,7 +103,7 @@ class Recompute(PolicyOptions):
         le=65536,
         description="most tokens between two stored segments computed anew",
     )
-    most: float = Field(
+    max_fraction: float = Field(
         default=0.5,
         ge=0,
         le=1,
@@ -108,7 +113,7 @@ class Recompute(PolicyOptions):
     @property
     def needed(self) -> bool:
         """Whether anything is to be computed inside a run."""
-        return bool(self.boundary or self.share or self.gaps)
+        return bool(self.boundary or self.fraction or self.gaps)
 
 
 class Memo(PolicyOptions):
@@ -131,6 +136,8 @@ class Memo(PolicyOptions):
 class ReuseSettings(PolicyOptions):
     """The keys beside ``reuse.use``."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"near": "prefetch"}
+
     approximate: bool = Field(
         default=False,
         description="allow reuse that is not exact, for requests that ask for it too "
@@ -143,7 +150,7 @@ class ReuseSettings(PolicyOptions):
     recompute: Recompute = Field(
         default_factory=lambda: Recompute(gaps=0), description="what is computed anew in a run"
     )
-    near: bool = Field(
+    prefetch: bool = Field(
         default=False,
         description="keep an index of near-equal text, which brings likely segments back from the "
         "folder before they are asked for",
@@ -156,13 +163,21 @@ class ReuseSettings(PolicyOptions):
 class Breaker(PolicyOptions):
     """When reuse of a family of segments stops, and starts again."""
 
-    errors: int = Field(
+    renamed: ClassVar[Mapping[str, str]] = {
+        "errors": "threshold",
+        "per": "window",
+        "rest": "cooldown",
+    }
+
+    threshold: int = Field(
         default=5, ge=1, description="drifting answers of a family that stop its reuse"
     )
-    per: int = Field(
+    window: int = Field(
         default=1000, ge=1, description="latest reuses of the family they are counted over"
     )
-    rest: float = Field(default=600.0, gt=0, description="seconds until one reuse is tried again")
+    cooldown: float = Field(
+        default=600.0, gt=0, description="seconds until one reuse is tried again"
+    )
 
 
 class GuardSettings(PolicyOptions):

@@ -100,7 +100,7 @@ class Splitter:
             ``(begin, end)`` of each run, in order; together they cover ``[0, n)``.
         """
         tokens = np.asarray(tokens)
-        size, most = len(tokens), self._settings.most
+        size, most = len(tokens), self._settings.max_tokens
         runs: list[tuple[int, int]] = []
         start = 0
         for length in lengths or ():
@@ -115,7 +115,7 @@ class Splitter:
             while boundary - start > most:
                 runs.append((start, start + most))
                 start += most
-            if boundary - start >= self._settings.least:
+            if boundary - start >= self._settings.min_tokens:
                 runs.append((start, boundary))
                 start = boundary
         while start < size:

@@ -1,4 +1,4 @@
-"""``kvplug bench``: what being there costs, as ratios and microseconds of one run."""
+"""``kvplug bench``: the overhead of kvplug, as ratios and microseconds of one run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvplug.cli.refusals import refusing
+from kvplug_lab.cli.inputs import smollm2
+from kvplug_lab.cli.options import Json, Model
+from kvplug_lab.cli.outputs import print_written
+
 
 def bench(
-    json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Model directory; SmolLM2-135M-Instruct by default.")
-    ] = None,
+    json: Json = None,
+    model: Model = None,
     rounds: Annotated[int, typer.Option(min=2, help="Turns each engine takes.")] = 12,
     steps: Annotated[int, typer.Option(min=2, help="Scheduler steps measured per row.")] = 200,
-    engines: Annotated[bool, typer.Option(help="Measure engine steps too.")] = True,
+    engines: Annotated[bool, typer.Option(help="Measure engine steps as well.")] = True,
 ) -> None:
-    """Measure what kvplug costs: engine steps side by side, and scheduler steps in microseconds."""
-    from kvplug.errors import KVPlugError
+    """Measure the overhead of kvplug in engine steps, scheduler steps and worker steps."""
     from kvplug_lab import models
     from kvplug_lab.engine import bench as host
 
@@ -34,9 +36,9 @@ def bench(
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     console = Console(soft_wrap=True)
     found: dict[str, Any] = {"machine": {"cpu": _cpu(), "cores": os.cpu_count()}}
-    try:
+    with refusing(1):
         if engines:
-            directory = model or models.smollm2()
+            directory = model or smollm2(console)
             found["engine_steps"] = host.engine_steps(directory, rounds, _say)
             table = Table(title="decode step of 16 requests, engines taking turns")
             for column in ("engine", "ms", "ratio to stock"):
@@ -71,13 +73,10 @@ def bench(
             found["worker_steps"][rows_] = spread
             table.add_row(str(rows_), spread.text(",.0f"))
         console.print(table)
-    except KVPlugError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(1) from None
     if json is not None:
         text = json_module.dumps(found, indent=1, default=_plain)
         json.write_text(text, encoding="utf-8")
-        console.print(f"figures: {json}", markup=False)
+        print_written(console, "figures", json)
 
 
 def _say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""``kvplug calibrate``: what a model's K and V are like, and which format each layer can bear.
+"""``kvplug calibrate``: statistics of a model's K and V, and a format for each layer.
 
 ``kvplug calibrate reuse`` is a command of its own; everything else after ``calibrate`` goes to
 ``formats``, whose name may be left out.
@@ -6,11 +6,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json as json_module
 import math
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
+
+from kvplug.cli.installed import CommandGroup
+from kvplug.cli.refusals import refusing
+from kvplug_lab.cli.inputs import (
+    check_outputs,
+    first_tokens,
+    model_directory,
+    need_transformers,
+    text_of,
+)
+from kvplug_lab.cli.options import Json, ModelArgument, Text, Threads
+from kvplug_lab.cli.outputs import counted, print_written, wide_console
 
 if TYPE_CHECKING:
     from kvplug.contract import EngineView
@@ -26,17 +34,19 @@ if TYPE_CHECKING:
     from kvplug_policies.calibration import Calibration
 
 WIDTH = 150
-"""Columns where there is no terminal to ask."""
+"""Columns where the output is not a terminal."""
 
 ERRORS = (0.01, 0.05, 0.1)
-"""Errors for which ranks are shown."""
+"""Errors that ranks are shown for."""
 
 
-class _Commands(TyperGroup):
-    """A group whose first command may go unnamed."""
+class _Commands(CommandGroup):
+    """A group whose first command need not be named."""
+
+    prefix = "calibrate."
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or args[0] not in self.commands:
+        if not args or not (args[0] in self.commands or self.absent(args[0])):
             args = ["formats", *args]
         return super().parse_args(ctx, args)
 
@@ -44,29 +54,19 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     add_completion=False,
-    help="Learn a model from text: for formats, or for reuse.",
+    help="Learn statistics of a model from text, for formats or for reuse.",
 )
 
 
 @app.command("formats")
 def calibrate(
-    model: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Model directory; SmolLM2-135M-Instruct by default.", show_default=False
-        ),
-    ] = None,
+    model: ModelArgument = None,
     output: Annotated[Path, typer.Option(help="The calibration file to write.")] = Path(
         "calibration.safetensors"
     ),
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="KVPLUG_TEXTS", help="Plain text to read from; Shakespeare by default."
-        ),
-    ] = None,
+    text: Text = None,
     tokens: Annotated[int, typer.Option(min=16, help="Tokens to learn from.")] = 8192,
-    window: Annotated[int, typer.Option(min=16, help="Tokens read at a time.")] = 512,
+    window: Annotated[int, typer.Option(min=16, help="Tokens read per pass.")] = 512,
     bytes_per_token: Annotated[
         int,
         typer.Option(
@@ -83,8 +83,8 @@ def calibrate(
         str,
         typer.Option(
             metavar="WHAT",
-            help="What an assignment is chosen by: divergence (of the next token's distribution), "
-            "perplexity, or error (of attention outputs; the quickest).",
+            help="Criterion of the assignment: divergence (of the next token's distribution), "
+            "perplexity, or error (of attention outputs; the fastest).",
         ),
     ] = "divergence",
     held_out: Annotated[int, typer.Option(min=16, help="Tokens to measure candidates on.")] = 512,
@@ -93,48 +93,35 @@ def calibrate(
         typer.Option(help="Write the chosen section as YAML; printed by default."),
     ] = None,
     block_size: Annotated[int, typer.Option(min=1, help="Tokens per block.")] = 32,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for torch's choice.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    threads: Threads = 0,
+    json: Json = None,
 ) -> None:
     """Learn a model's keys, values and queries from text, and choose a format for each layer.
 
-    The file it writes is what the formats lowrank, merge_heads and residual ask for. With
-    --bytes-per-token every candidate is measured in every layer, one layer at a time, and the best
+    The formats lowrank, merge_heads and residual need the file that it writes. With
+    --bytes-per-token every candidate is measured in every layer, one layer at a time; the best
     assignment within the budget is solved for, measured as a whole, and written as a section.
 
     Reuse of stored KV is calibrated by kvplug calibrate reuse.
     """
-    from kvplug.errors import DeploymentError, KVPlugError
-
-    terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(width=None if terminal else WIDTH)
-    try:
+    console = wide_console(WIDTH)
+    with refusing():
         _check(output, section, json, by)
         _run(
             console, model, output, text, tokens, window, bytes_per_token, candidates, by, held_out,
             section, block_size, threads, json,
         )  # fmt: skip
-    except DeploymentError as error:
-        for refusal in error.refusals:
-            typer.echo(" ".join(refusal.text(error.source).splitlines()), err=True)
-        raise typer.Exit(error.exit_code) from None
-    except KVPlugError as error:
-        typer.echo(" ".join(str(error).splitlines()), err=True)
-        raise typer.Exit(2) from None
 
 
 def _check(output: Path, section: Path | None, json: Path | None, by: str) -> None:
-    """Refuse what cannot work before minutes are spent."""
+    """Refuse what cannot work, before minutes are spent on it."""
     from kvplug.errors import KVPlugError
     from kvplug_lab.calibrate.run import WAYS
 
-    for option, path in (("--output", output), ("--section", section), ("--json", json)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise KVPlugError(f"{option}: {path} cannot be written: its folder must exist")
+    check_outputs(output=output, section=section, json=json)
     if by not in WAYS:
         raise KVPlugError(f"--by {by!r}: use one of {', '.join(WAYS)}")
-    if importlib.util.find_spec("transformers") is None:
-        raise KVPlugError("kvplug calibrate needs transformers: pip install 'kvplug[demo]'")
+    need_transformers("calibrate")
 
 
 def _run(
@@ -163,18 +150,14 @@ def _run(
     from kvplug_lab.calibrate.collect import collect
     from kvplug_lab.calibrate.run import plan, windows
     from kvplug_lab.calibrate.statistics import Source, calibration
-    from kvplug_lab.cli.eval import _bos, _shown
 
     wanted = known.candidates(asked, str(output)) if budget else []
-    if model is None:
-        directory = models.smollm2(progress=lambda line: console.print(line, markup=False))
-    else:
-        directory = _directory(model)
-    words = _text(text)
+    directory = model_directory(model, console, "MODEL")
+    words = text_of(text)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
     learn, measure = windows(
-        ids, _bos(directory, tokenizer), tokens, held_out if budget else 0, window
+        ids, first_tokens(directory, tokenizer), tokens, held_out if budget else 0, window
     )
     if threads:
         torch.set_num_threads(threads)
@@ -182,7 +165,7 @@ def _run(
     loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     loaded = loaded.eval()
     fingerprint = models.model_fingerprint(directory)
-    with _shown(len(learn)) as progress:
+    with counted(len(learn)) as progress:
         seen = collect(loaded, learn, progress)
     source = Source(fingerprint, directory.name, hashlib.sha256(words.encode()).hexdigest())
     made = calibration(seen, source, str(output))
@@ -197,7 +180,7 @@ def _run(
     engine = _engine(loaded, directory, block_size, fingerprint)
     runs = len(measure) * (len(wanted) * (len(engine.layers) if by != "error" else 0))
     uniform = len(measure) * (1 + len(wanted))
-    with _shown(runs + uniform) as progress:
+    with counted(runs + uniform) as progress:
         found = plan(loaded, engine, measure, wanted, budget, by, progress)
     _print_plan(console, found)
     about = [
@@ -209,33 +192,12 @@ def _run(
         console.print(yaml, markup=False, highlight=False, soft_wrap=True)
     else:
         section.write_text(yaml, encoding="utf-8")
-        console.print(f"section: {section}", markup=False, highlight=False, soft_wrap=True)
+        print_written(console, "section", section)
     if json is not None:
         _write_json(json, made, found)
 
 
 # -- what is asked for -----------------------------------------------------------------------------
-
-
-def _directory(model: Path) -> Path:
-    from kvplug.errors import KVPlugError
-
-    if not (model / "config.json").is_file():
-        raise KVPlugError(f"MODEL: {model} is no model directory: it has no config.json")
-    return model
-
-
-def _text(text: Path | None) -> str:
-    from kvplug.errors import KVPlugError
-    from kvplug_lab import texts
-
-    if text is None:
-        return texts.shakespeare()
-    try:
-        return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise KVPlugError(f"--text: {text} cannot be read: {reason}") from error
 
 
 def _engine(loaded: Any, directory: Path, block_size: int, fingerprint: str) -> EngineView:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json as json_module
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn
 from rich.table import Table
+
+from kvplug.cli.refusals import refusing
+from kvplug_lab.cli.inputs import smollm2
+from kvplug_lab.cli.options import Model
+from kvplug_lab.cli.outputs import bar, print_written
 
 if TYPE_CHECKING:
     from kvplug_lab.engine.trial import TrialResult, TrialSpec
@@ -24,32 +28,27 @@ STOCK_AT_ONCE = 4
 
 
 def demo(
-    json: Annotated[
-        Path | None, typer.Option(help="Write everything that was measured as JSON.")
-    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all measurements as JSON.")] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write a self-contained page with plots.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Deployment to show; configs/quickstart.yaml by default.")
+        Path | None, typer.Option(help="Deployment to run; configs/quickstart.yaml by default.")
     ] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Model directory; SmolLM2-135M-Instruct by default.")
-    ] = None,
+    model: Model = None,
     requests: Annotated[int, typer.Option(min=2, help="Requests sent at once.")] = 18,
     output_tokens: Annotated[int, typer.Option(min=1, help="Tokens each generates.")] = 144,
 ) -> None:
     """Run real vLLM twice on real text, stock and with policies, under the same KV memory."""
     from kvplug import configs
-    from kvplug.errors import DeploymentError, KVPlugError
     from kvplug.hosts.vllm.flags import read_config
-    from kvplug_lab import models, texts
+    from kvplug_lab import texts
     from kvplug_lab.engine.trial import TrialRequest, TrialSpec
 
     console = Console(soft_wrap=True)
-    try:
+    with refusing(1):
         file = read_config(config or configs.shipped("quickstart"))
-        directory = model or models.smollm2(progress=lambda line: console.print(line, markup=False))
+        directory = model or smollm2(console)
         prompts = texts.passages(texts.shakespeare(), requests, WORDS, seed=0)
         lengths = _lengths(directory, prompts)
         engine, blocks = _engine(dict(file.flags), max(lengths) + output_tokens)
@@ -65,13 +64,6 @@ def demo(
         kvplug = _run(
             console, file.path.stem, total, TrialSpec(str(directory), work, engine, section)
         )
-    except DeploymentError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(2) from None
-    except KVPlugError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(1) from None
-
     figures = compare(stock, kvplug)
     console.print()
     console.print(_table(figures, file.path.stem))
@@ -91,15 +83,15 @@ def demo(
             ),
             encoding="utf-8",
         )
-        console.print(f"figures: {json}", markup=False)
+        print_written(console, "figures", json)
     if html is not None:
         from kvplug_lab.cli.page import demo_page
 
         html.write_text(
-            demo_page(stock, kvplug, figures, file.path.stem, policy_lines(kvplug)),
+            demo_page(stock, kvplug, figures, ROWS, file.path.stem, policy_lines(kvplug)),
             encoding="utf-8",
         )
-        console.print(f"page: {html}", markup=False)
+        print_written(console, "page", html)
 
 
 def _lengths(model: Path, prompts: list[str]) -> list[int]:
@@ -120,34 +112,24 @@ def _engine(flags: dict[str, Any], longest: int) -> tuple[dict[str, Any], int]:
 
 
 @contextmanager
-def _shown(console: Console, name: str, total: int) -> Iterator[Any]:
-    """Shows progress: a bar on a terminal, a line every few seconds elsewhere."""
-    if console.is_terminal:
-        with Progress(
-            TextColumn("{task.description:<14}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[state]}"),
-            console=console,
-        ) as bar:
-            task = bar.add_task(name, total=total, state="")
+def _shown(console: Console, name: str, total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show a run's progress: a bar on a terminal, a line every few seconds elsewhere."""
+    state = TextColumn("{task.fields[state]}")
+    with bar("{task.description:<14}", state, console=console, transient=False) as progress:
+        task = progress.add_task(name, total=total, state="")
+        printed = 0.0
 
-            def update(what: dict[str, Any]) -> None:
-                bar.update(task, completed=what.get("tokens", 0), state=_state(what))
+        def update(what: dict[str, Any]) -> None:
+            nonlocal printed
+            progress.update(task, completed=what.get("tokens", 0), state=_state(what))
+            if not progress.disable:
+                return
+            if what["phase"] != "running" or time.monotonic() - printed > 5:
+                printed = time.monotonic()
+                share = f"{what['tokens'] / total:4.0%} " if "tokens" in what else ""
+                print(f"{name}: {share}{_state(what)}", flush=True)
 
-            yield update
-        return
-    said = 0.0
-
-    def say(what: dict[str, Any]) -> None:
-        nonlocal said
-        if what["phase"] != "running" or time.monotonic() - said > 5:
-            said = time.monotonic()
-            share = f"{what['tokens'] / total:4.0%} " if "tokens" in what else ""
-            print(f"{name}: {share}{_state(what)}", flush=True)
-
-    yield say
+        yield update
 
 
 def _state(what: dict[str, Any]) -> str:
@@ -155,7 +137,7 @@ def _state(what: dict[str, Any]) -> str:
         return f"engine is {what['phase']}"
     return (
         f"{what['running']} running, {what['waiting']} waiting, {what['finished']} done, "
-        f"{what['held']} blocks held"
+        f"{what['held']} blocks in use"
     )
 
 
@@ -168,7 +150,7 @@ def _run(console: Console, name: str, total: int, spec: TrialSpec) -> TrialResul
 
 
 def agreement(stock: TrialResult, kvplug: TrialResult) -> float:
-    """Share of stock's greedy tokens that the other run gave before its first difference."""
+    """Share of stock's greedy tokens that the other run gives before its first difference."""
     same = 0
     for theirs, ours in zip(stock.answers, kvplug.answers, strict=True):
         for a, b in zip(theirs.token_ids, ours.token_ids, strict=True):
@@ -210,8 +192,8 @@ def compare(stock: TrialResult, kvplug: TrialResult) -> dict[str, dict[str, floa
 
 ROWS: dict[str, tuple[str, str]] = {
     "pool_blocks": ("KV memory, blocks", ",.0f"),
-    "peak_blocks_held": ("peak blocks held", ",.0f"),
-    "most_blocks_of_one_request": ("most blocks one request held", ",.0f"),
+    "peak_blocks_held": ("peak blocks in use", ",.0f"),
+    "most_blocks_of_one_request": ("most blocks of one request", ",.0f"),
     "kv_tokens_per_running_request": ("KV tokens per running request", ",.0f"),
     "peak_requests_running": ("requests running at once", ",.0f"),
     "preemptions": ("preemptions", ",.0f"),

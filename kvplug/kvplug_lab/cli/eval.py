@@ -1,21 +1,30 @@
-"""``kvplug eval``: what dropping or coding tokens costs, on real text and a real model."""
+"""``kvplug eval``: what evicting or encoding tokens costs, on real text and a real model."""
 
 from __future__ import annotations
 
-import importlib.util
 import json as json_module
-import os
 import platform
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from kvplug.cli.refusals import refusing
+from kvplug_lab.cli.inputs import (
+    PLOTS,
+    check_outputs,
+    check_plot,
+    encoder_of,
+    first_tokens,
+    model_directory,
+    need_transformers,
+    text_of,
+)
+from kvplug_lab.cli.options import Model, Text, Threads
+from kvplug_lab.cli.outputs import counted, print_written, wide_console
 
 if TYPE_CHECKING:
     from kvplug_lab.fidelity.report import Row
@@ -25,9 +34,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 WIDTH = 150
-"""Columns where there is no terminal to ask."""
-
-PLOTS = (".png", ".svg", ".pdf")
+"""Columns where the output is not a terminal."""
 
 
 def evaluate(
@@ -50,14 +57,14 @@ def evaluate(
         ),
     ] = None,
     budget: Annotated[
-        str, typer.Option(metavar="PART,...", help="Parts of the context kept, by policies.")
+        str, typer.Option(metavar="PART,...", help="Shares of the context that policies keep.")
     ] = "0.25,0.5,0.75",
     task: Annotated[
         str | None,
         typer.Option(
             metavar="TASK,...",
             help="perplexity, greedy, passkey, passkey_later, multikey, multikey_later; all by "
-            "default. The later ones ask after the cut.",
+            "default. The later ones ask after the eviction.",
             show_default=False,
         ),
     ] = None,
@@ -69,41 +76,34 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of passages, keys and names.")] = 0,
     once: Annotated[
         bool,
-        typer.Option("--once", help="Cut contexts only, never while the text goes on."),
+        typer.Option("--once", help="Evict once, after the prompt; never during generation."),
     ] = False,
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            envvar="KVPLUG_TEXTS", help="Plain text to read from; Shakespeare by default."
-        ),
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="Model directory; SmolLM2-135M-Instruct by default.")
-    ] = None,
+    text: Text = None,
+    model: Model = None,
     block_size: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens per block; 16, or 32 under formats.", show_default=False),
     ] = None,
     chunk: Annotated[
-        int, typer.Option(min=1, help="Tokens of a context read in one pass, under formats.")
+        int, typer.Option(min=1, help="Tokens of a context read per pass, under formats.")
     ] = 512,
     piece: Annotated[
         int,
         typer.Option(
             min=1,
-            help="Scored tokens fed in one pass, under formats: 1 as in decoding; more are faster, "
-            "and flatter every format.",
+            help="Scored tokens fed per pass, under formats: 1 as in decoding; more is faster, and "
+            "makes every format look better.",
         ),
     ] = 1,
     dtype: Annotated[
-        str, typer.Option(metavar="TYPE", help=f"The model's type: {', '.join(DTYPES)}.")
+        str, typer.Option(metavar="TYPE", help=f"The model's dtype: {', '.join(DTYPES)}.")
     ] = "float32",
     device: Annotated[
-        str, typer.Option(help="Where to run, e.g. cpu or cuda:0; a GPU where there is one.")
+        str, typer.Option(help="Device, e.g. cpu or cuda:0; a GPU if there is one.")
     ] = "auto",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for torch's choice.")] = 0,
+    threads: Threads = 0,
     json: Annotated[
-        Path | None, typer.Option(help="Write rows, and the record of every prompt, as JSON.")
+        Path | None, typer.Option(help="Write the rows and the record of every prompt as JSON.")
     ] = None,
     plot: Annotated[
         Path | None,
@@ -111,32 +111,31 @@ def evaluate(
     ] = None,
     save_prompts: Annotated[
         Path | None,
-        typer.Option(help="Write the prompts, in tokens, for another program to run; then stop."),
+        typer.Option(help="Write the prompts, as tokens, for another program to run, and stop."),
     ] = None,
 ) -> None:
     """Measure what policies and formats cost: perplexity, retrieval and greedy agreement.
 
     The model runs under Hugging Face transformers with the policy objects that the engine runs.
-    Every prompt is read once, with the whole cache, and then cut by each policy to each budget;
-    the full cache is the row to compare with. With --format it is read in chunks under each
-    format instead, and what follows is computed from the codes. Intervals are 95 %, over the
+    Every prompt is read once, with the full cache, and then pruned by each policy to each budget;
+    the row of the full cache is the baseline. With --format it is read in chunks under each format
+    instead, and what follows is computed from the encoded cache. Intervals are 95 %, over the
     prompts.
     """
-    from kvplug.errors import DeploymentError, KVPlugError
+    from kvplug.errors import KVPlugError
     from kvplug_lab.fidelity import variants as wanted
     from kvplug_lab.fidelity.tasks import TASKS, Sizes
 
-    terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(width=None if terminal else WIDTH)
-    try:
+    console = wide_console(WIDTH)
+    with refusing():
         tasks = _tasks(task, TASKS)
-        _check_outputs(json, plot, save_prompts)
+        check_outputs(json=json, plot=plot, save_prompts=save_prompts)
+        check_plot(plot)
         if dtype not in DTYPES:
             raise KVPlugError(f"--dtype {dtype!r}: use one of {', '.join(DTYPES)}")
         if policy and format:
             raise KVPlugError(
-                "--policy and --format: measure one of them at a time; the engine runs both "
-                "together"
+                "--policy and --format cannot be measured together; an engine can run both"
             )
         variants: Sequence[Variant | FormatVariant]
         if format:
@@ -145,25 +144,19 @@ def evaluate(
             asked = {} if save_prompts else wanted.policies(policy)
             variants = wanted.variants(asked, wanted.budgets(budget), once)
         sizes = Sizes(context, samples, passages, scored, generated, seed)
-        directory = _model(model, console)
+        need_transformers("eval")
+        directory = model_directory(model, console)
         prompts = _prompts(directory, text, sizes, tasks)
         if save_prompts is not None:
             plain = {"sizes": vars(sizes), "prompts": [prompt.plain() for prompt in prompts]}
             save_prompts.write_text(json_module.dumps(plain) + "\n", encoding="utf-8")
-            console.print(f"prompts: {save_prompts}", markup=False, highlight=False, soft_wrap=True)
+            print_written(console, "prompts", save_prompts)
             return
         about: dict[str, Any] = {"block_size": block_size or 16, "dtype": dtype}
         if format:
             about |= {"block_size": block_size or 32, "chunk": chunk, "piece": piece}
         about |= {"once": once, **vars(sizes)}
         _measure(console, directory, prompts, variants, about, device, threads, json, plot)
-    except DeploymentError as error:
-        for refusal in error.refusals:
-            typer.echo(" ".join(refusal.text(error.source).splitlines()), err=True)
-        raise typer.Exit(error.exit_code) from None
-    except KVPlugError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
 
 
 def _measure(
@@ -200,12 +193,12 @@ def _measure(
     try:
         loaded = loaded.to(device).eval()
     except (RuntimeError, AssertionError) as error:
-        said = " ".join(str(error).split())
-        raise KVPlugError(f"--device {device!r} cannot be used: {said}") from error
+        cause = " ".join(str(error).split())
+        raise KVPlugError(f"--device {device!r} cannot be used: {cause}") from error
     formats = [variant for variant in variants if isinstance(variant, FormatVariant)]
     policies = [variant for variant in variants if isinstance(variant, Variant)]
     if formats:
-        # What an engine holds and codes, whatever the model is measured in.
+        # An engine encodes its KV dtype, whatever dtype the model is measured in.
         kv_dtype = torch.bfloat16 if about["dtype"] == "float32" else None
         host = Host(loaded, about["block_size"], about["chunk"], kv_dtype)
         for format in formats:
@@ -215,7 +208,7 @@ def _measure(
         for variant in policies:
             variant.build(host, about["context"])
     started, cpu = time.monotonic(), time.process_time()
-    with _shown(steps(prompts, variants)) as progress:
+    with counted(steps(prompts, variants)) as progress:
         if formats:
             records = list(run_formats(host, prompts, formats, progress, about["piece"]))
         else:
@@ -244,12 +237,12 @@ def _measure(
             **about,
         }
         Run(about, records).save(json, [row.plain() for row in rows])
-        console.print(f"rows: {json}", markup=False, highlight=False, soft_wrap=True)
+        print_written(console, "rows", json)
     if plot is not None:
         from kvplug_lab.fidelity.plot import draw
 
         draw(plot, rows)
-        console.print(f"plot: {plot}", markup=False, highlight=False, soft_wrap=True)
+        print_written(console, "plot", plot)
 
 
 # -- what is asked for -----------------------------------------------------------------------------
@@ -263,36 +256,8 @@ def _tasks(asked: str | None, known: Sequence[str]) -> list[str]:
     found = [one.strip() for one in asked.split(",") if one.strip()]
     unknown = [one for one in found if one not in known]
     if unknown or not found:
-        raise KVPlugError(f"--task {asked!r}: use some of {', '.join(known)}")
+        raise KVPlugError(f"--task {asked!r}: use any of {', '.join(known)}")
     return found
-
-
-def _check_outputs(json: Path | None, plot: Path | None, prompts: Path | None) -> None:
-    """Refuse outputs that cannot be written before minutes are spent on them."""
-    from kvplug.errors import KVPlugError
-
-    for option, path in (("--json", json), ("--plot", plot), ("--save-prompts", prompts)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise KVPlugError(f"{option}: {path} cannot be written: its folder must exist")
-    if plot is None:
-        return
-    if plot.suffix not in PLOTS:
-        raise KVPlugError(f"--plot: {plot} must end in {', '.join(PLOTS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise KVPlugError("--plot needs matplotlib: pip install 'kvplug[plots]'")
-
-
-def _model(asked: Path | None, console: Console) -> Path:
-    from kvplug.errors import KVPlugError
-    from kvplug_lab import models
-
-    if importlib.util.find_spec("transformers") is None:
-        raise KVPlugError("kvplug eval needs transformers: pip install 'kvplug[demo]'")
-    if asked is None:
-        return models.smollm2(progress=lambda line: console.print(line, markup=False))
-    if not (asked / "config.json").is_file():
-        raise KVPlugError(f"--model: {asked} is no model directory: it has no config.json")
-    return asked
 
 
 def _prompts(
@@ -300,81 +265,14 @@ def _prompts(
 ) -> list[Prompt]:
     from transformers import AutoTokenizer
 
-    from kvplug.errors import KVPlugError
-    from kvplug_lab import texts
     from kvplug_lab.fidelity.tasks import build
 
-    if text is None:
-        words = texts.shakespeare()
-    else:
-        try:
-            words = text.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-            raise KVPlugError(f"--text: {text} cannot be read: {reason}") from error
+    words = text_of(text)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-
-    def encode(part: str) -> list[int]:
-        ids: list[int] = tokenizer(part, add_special_tokens=False).input_ids
-        return ids
-
-    return build(encode, words, sizes, tasks, _bos(directory, tokenizer))
-
-
-def _bos(directory: Path, tokenizer: Any) -> list[int]:
-    """What a text begins with: what the tokenizer adds, and for Gemma what it should."""
-    config = json_module.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if str(config.get("model_type", "")).startswith("gemma"):
-        return [tokenizer.bos_token_id]
-    added: list[int] = tokenizer("").input_ids
-    return added[:1]
+    return build(encoder_of(tokenizer), words, sizes, tasks, first_tokens(directory, tokenizer))
 
 
 # -- what is shown ---------------------------------------------------------------------------------
-
-
-class _Bar:
-    def __init__(self, total: int):
-        self._progress = Progress(
-            TextColumn("{task.description:<36}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task = self._progress.add_task("reading", total=total)
-
-    def __enter__(self) -> Callable[[str], None]:
-        self._progress.start()
-        return lambda line: self._progress.update(self._task, advance=1, description=line)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-
-class _Lines:
-    """A line now and then, where there is no terminal for a bar."""
-
-    def __init__(self, total: int):
-        self._total, self._done, self._said = total, 0, 0
-
-    def __enter__(self) -> Callable[[str], None]:
-        return self._step
-
-    def _step(self, line: str) -> None:
-        self._done += 1
-        part = self._done * 20 // self._total
-        if part > self._said:
-            self._said = part
-            typer.echo(f"{self._done / self._total:4.0%} {line}", err=True)
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-def _shown(total: int) -> _Bar | _Lines | nullcontext[Callable[[str], None]]:
-    return _Bar(total) if Console(stderr=True).is_terminal else _Lines(total)
 
 
 def _print(console: Console, rows: Sequence[Row], context: int) -> None:

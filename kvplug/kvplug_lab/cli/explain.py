@@ -1,8 +1,7 @@
-"""``kvplug explain``: where a recorded answer with reuse and the computed one parted."""
+"""``kvplug explain``: where a recorded answer with reuse diverges from the computed one."""
 
 from __future__ import annotations
 
-import importlib.util
 import json as json_module
 from dataclasses import asdict
 from pathlib import Path
@@ -12,18 +11,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvplug.cli.refusals import refusing
+from kvplug_lab.cli.inputs import check_outputs, need_transformers
+from kvplug_lab.cli.options import Json, Threads
+from kvplug_lab.cli.outputs import print_written, wide_console
+
 if TYPE_CHECKING:
-    from kvplug.reuse.record import ReuseRecord
+    from kvplug.reuse.drift_record import DriftRecord
     from kvplug_lab.reuse.explain import Explanation, Parted
 
 RUNS = 5
-"""Runs whose layers are shown; the others are in the JSON."""
+"""Runs whose layers are shown; the rest are in the JSON."""
 
 TOKENS = 16
-"""Output tokens that are shown."""
+"""Output tokens shown."""
 
 WIDTH = 150
-"""Columns where there is no terminal to ask."""
+"""Columns where the output is not a terminal."""
 
 
 def explain(
@@ -32,65 +36,51 @@ def explain(
     ],
     model: Annotated[
         Path | None,
-        typer.Option(help="The model's directory; the one in the record if left out."),
+        typer.Option(help="Model directory; the record's by default."),
     ] = None,
-    threads: Annotated[
-        int, typer.Option(min=0, help="Threads to compute with; 0: as torch decides.")
-    ] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write all figures as JSON.")] = None,
+    threads: Threads = 0,
+    json: Json = None,
 ) -> None:
-    """Compute a recorded request again, with the stored KV it used and without.
+    """Recompute a recorded request with the stored KV it used and without.
 
-    Shows layer by layer how far K and V of each piece are from what computing gives, at which
-    output token the greedy answers part, how far the next-token distributions are apart, and
-    whether the recorded entropies are those of the replay.
+    Shows layer by layer how far K and V of each run are from computed ones, at which output token
+    the greedy answers diverge, how far apart the next-token distributions are, and whether the
+    recorded entropies match the recomputed ones.
     """
-    from kvplug.errors import DeploymentError, KVPlugError
-
-    try:
-        if json is not None and (json.is_dir() or not json.parent.is_dir()):
-            raise KVPlugError(f"--json: {json} cannot be written: its folder must exist")
+    with refusing():
+        check_outputs(json=json)
         found, read, tokenizer = _explained(record, model, threads)
-    except DeploymentError as error:
-        for refusal in error.refusals:
-            typer.echo(refusal.text(error.source), err=True)
-        raise typer.Exit(2) from None
-    except KVPlugError as error:
-        typer.echo(" ".join(str(error).splitlines()), err=True)
-        raise typer.Exit(2) from None
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
+    console = wide_console(WIDTH)
     show(console, found, read, tokenizer)
     if json is not None:
         text = json_module.dumps(asdict(found), indent=1) + "\n"
         json.write_text(text, encoding="utf-8")
-        console.print(f"figures: {json}", markup=False, highlight=False, soft_wrap=True)
+        print_written(console, "figures", json)
 
 
 def _explained(
     path: Path, model: Path | None, threads: int
-) -> tuple[Explanation, ReuseRecord, Any]:
+) -> tuple[Explanation, DriftRecord, Any]:
     from kvplug.errors import KVPlugError
     from kvplug.fingerprint import model_fingerprint
-    from kvplug.reuse.record import ReuseRecord
+    from kvplug.reuse.drift_record import DriftRecord
 
-    record = ReuseRecord.read(path)
+    record = DriftRecord.read(path)
     directory = model if model is not None else Path(record.model)
     if not (directory / "config.json").is_file():
         if model is None:
             raise KVPlugError(
-                f"{path}: model: {record.model} is no model directory here; name it by --model"
+                f"{path}: model: {record.model} is not a model directory on this machine; "
+                "pass one with --model"
             )
-        raise KVPlugError(f"--model: {model} is no model directory: it has no config.json")
+        raise KVPlugError(f"--model: {model} is not a model directory: it has no config.json")
     there = model_fingerprint(directory)
     if there != record.fingerprint:
         raise KVPlugError(
             f"{path}: fingerprint: {directory} is another model ({there or 'no weights'}, the "
-            f"record is of {record.fingerprint}); name the right one by --model"
+            f"record is of {record.fingerprint}); pass the right one with --model"
         )
-    if importlib.util.find_spec("transformers") is None:
-        raise KVPlugError("kvplug explain needs transformers: pip install 'kvplug[demo]'")
+    need_transformers("explain")
 
     from dataclasses import replace
 
@@ -103,7 +93,7 @@ def _explained(
 
     dtype = getattr(torch, record.dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise KVPlugError(f"{path}: dtype: {record.dtype!r} is no float dtype")
+        raise KVPlugError(f"{path}: dtype: {record.dtype!r} is not a float dtype")
     if threads:
         torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
@@ -124,7 +114,7 @@ def _explained(
 # -- what is shown ---------------------------------------------------------------------------------
 
 
-def show(console: Console, found: Explanation, record: ReuseRecord, tokenizer: Any = None) -> None:
+def show(console: Console, found: Explanation, record: DriftRecord, tokenizer: Any = None) -> None:
     """Print an explanation."""
 
     def say(line: str = "") -> None:
@@ -155,22 +145,24 @@ def show(console: Console, found: Explanation, record: ReuseRecord, tokenizer: A
     reused = sum(o.entropy_reused for o in found.outputs) / len(kl)
     say(f"mean entropy: {exact:.3f} nats computed, {reused:.3f} with reuse, after the same tokens")
     if found.entropy_off is not None:
-        say(f"recorded entropies: {found.entropy_off:.4f} nats from the replay's, on average")
+        say(
+            f"recorded entropies: {found.entropy_off:.4f} nats from the recomputed ones, on average"
+        )
     if record.output_ids:
         same = sum(o.recorded == o.reused for o in found.outputs)
-        why = "" if found.follows else ": it was sampled, or near ties fell otherwise in the engine"
-        say(f"recorded answer: {same} of {len(found.outputs)} tokens are the replay's choice{why}")
+        why = "" if found.follows else ": it was sampled, or the engine broke near ties differently"
+        say(f"recorded answer: {same} of {len(found.outputs)} tokens as in the recomputed one{why}")
     for note in found.notes:
         say(f"note: {note}")
 
 
 def _parting(found: Explanation) -> str:
     if found.parts_at is None:
-        return f"greedy answers: the same for all {len(found.outputs)} next tokens"
-    return f"greedy answers: part at output token {found.parts_at}"
+        return f"greedy answers: identical for all {len(found.outputs)} next tokens"
+    return f"greedy answers: diverge at output token {found.parts_at}"
 
 
-def _says(run: Parted) -> str:
+def _verdict(run: Parted) -> str:
     if run.exact is None:
         return "computed"
     return "exact" if run.exact else "approximate"
@@ -180,10 +172,10 @@ def _runs_table(runs: tuple[Parted, ...]) -> Table:
     shown = Table(title="what was reused", title_justify="left")
     for name in ("run", "segment"):
         shown.add_column(name)
-    for name in ("from", "to", "computed\nanew", "shift"):
+    for name in ("from", "to", "re-\ncomputed", "shift"):
         shown.add_column(name, justify="right")
-    shown.add_column("checks\nsaid")
-    for name in ("credi-\nbility", "K error", "V error", "worst\nlayer"):
+    shown.add_column("verdict")
+    for name in ("confi-\ndence", "K error", "V error", "worst\nlayer"):
         shown.add_column(name, justify="right")
     for i, run in enumerate(runs, 1):
         worst = max(range(len(run.key)), key=lambda layer: run.key[layer] + run.value[layer])
@@ -194,7 +186,7 @@ def _runs_table(runs: tuple[Parted, ...]) -> Table:
             str(run.end),
             str(run.computed),
             f"{run.shift:+d}" if run.shift else "",
-            _says(run),
+            _verdict(run),
             "" if run.confidence is None else f"{run.confidence:.2f}",
             _percent(sum(run.key) / len(run.key)),
             _percent(sum(run.value) / len(run.value)),

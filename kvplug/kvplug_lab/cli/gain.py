@@ -1,10 +1,9 @@
-"""``kvplug gain``: what sequence policies and formats win over stock vLLM in the same KV memory."""
+"""``kvplug gain``: sequence policies and formats against stock vLLM in the same KV memory."""
 
 from __future__ import annotations
 
 import json as json_module
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,11 +12,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from kvplug.cli.refusals import refusing
+from kvplug_lab.cli.inputs import smollm2
+from kvplug_lab.cli.options import Json, Model
+from kvplug_lab.cli.outputs import print_written
+
 if TYPE_CHECKING:
     from kvplug_lab.engine.trial import TrialRequest
 
 BLOCK = 32
-"""Tokens per block: one that vLLM takes on a CPU, too."""
+"""Tokens per block; a size that vLLM supports on CPUs, too."""
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "pool_tokens": ("pool, tokens", ",.0f"),
@@ -39,14 +43,14 @@ def gain(
         str,
         typer.Option(
             metavar="NAME,...",
-            help="Sequence policies, or all of them; all of them too where no --format is given.",
+            help="Sequence policies, or `all`; all of them if no --format is given.",
         ),
     ] = "",
     format: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME[:OPTION=VALUE...],...",
-            help="Formats, as `kvplug eval` takes them, or all of them; may be repeated.",
+            help="Formats as `kvplug eval` takes them, or `all`; may be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -61,20 +65,16 @@ def gain(
     rounds: Annotated[
         int, typer.Option(min=1, help="Times every engine runs, stock between the policies.")
     ] = 1,
-    model: Annotated[
-        Path | None, typer.Option(help="Model directory; SmolLM2-135M-Instruct by default.")
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    model: Model = None,
+    json: Json = None,
 ) -> None:
     """Serve long prompts and long outputs together, on stock vLLM and under each policy or format.
 
     Every engine has the same KV memory and gets the same requests at once. Stock runs first and
-    between the others; throughput is in ratios to the median of its runs. The pool's size is what
-    vLLM itself says when it starts.
+    between the others; throughputs are ratios to the median of its runs. The pool's size is the
+    one that vLLM reports when it starts.
     """
-    from kvplug.errors import DeploymentError, KVPlugError
     from kvplug.registry import plugins
-    from kvplug_lab import models
     from kvplug_lab.fidelity import variants as wanted
 
     console = Console(soft_wrap=True)
@@ -82,27 +82,20 @@ def gain(
     sections = {
         name: section_of(name, budget) for name in _names(asked, plugins().registry) if asked
     }
-    try:
+    with refusing():
         sections |= {
             own.label: {"format": {"use": own.policy.name, **own.options}}
             for own in wanted.formats(format or [])
         }
-    except DeploymentError as error:
-        for refusal in error.refusals:
-            print(refusal.text(error.source), file=sys.stderr)
-        raise typer.Exit(2) from None
-    try:
-        directory = model or models.smollm2(progress=lambda line: console.print(line, markup=False))
+    with refusing(1):
+        directory = model or smollm2(console)
         work = _work(long_prompts, long_outputs, words, output_tokens)
         figures = _measure(console, directory, work, sections, blocks, rounds)
-    except KVPlugError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(1) from None
     console.print(_table(figures))
     if json is not None:
         text = {"budget": budget, "blocks": blocks, "block_size": BLOCK, "runs": figures}
         json.write_text(json_module.dumps(text, indent=1), encoding="utf-8")
-        console.print(f"figures: {json}", markup=False)
+        print_written(console, "figures", json)
 
 
 def _names(asked: str, registry: Any) -> list[str]:
@@ -112,10 +105,8 @@ def _names(asked: str, registry: Any) -> list[str]:
     names = known if asked == "all" else [name for name in asked.split(",") if name]
     for name in names:
         if name not in known:
-            print(
-                f"--policy: unknown sequence policy {name!r}; installed: {', '.join(known)}.",
-                file=sys.stderr,
-            )
+            message = f"--policy: unknown sequence policy {name!r}; installed: {', '.join(known)}."
+            typer.echo(message, err=True)
             raise typer.Exit(2)
     return list(names)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -89,7 +89,8 @@ def _plot(
 def demo_page(
     stock: TrialResult,
     kvplug: TrialResult,
-    figures: dict[str, dict[str, float]],
+    figures: Mapping[str, Mapping[str, float]],
+    rows: Mapping[str, tuple[str, str]],
     name: str,
     policies: Sequence[str],
 ) -> str:
@@ -98,11 +99,11 @@ def demo_page(
     Args:
         stock: The run without kvplug.
         kvplug: The run with it.
-        figures: What `kvplug_lab.cli.demo.compare` returned for the two.
+        figures: Figures of ``stock`` and ``kvplug``, by name.
+        rows: Label and format of each figure shown, by name.
         name: Name of the deployment.
         policies: What each policy did, one line each.
     """
-    from kvplug_lab.cli.demo import ROWS
 
     def lines(what: str, over: str) -> str:
         series = []
@@ -113,15 +114,15 @@ def demo_page(
                 else [s.seconds for s in result.steps]
             )
             series.append((css, label, xs, [float(getattr(s, what)) for s in result.steps]))
-        label = "blocks held by requests" if what == "held" else "requests running"
+        label = "blocks in use by requests" if what == "held" else "requests running"
         cap = (float(stock.num_blocks), "the pool") if what == "held" else None
         return _plot(series, "engine step" if over == "step" else "seconds", label, cap)
 
     prompts = [a.prompt_tokens for a in stock.answers]
-    rows = "".join(
+    table = "".join(
         f"<tr><td>{escape(label)}</td><td>{figures['stock'][key]:{form}}</td>"
         f"<td>{figures['kvplug'][key]:{form}}</td></tr>"
-        for key, (label, form) in ROWS.items()
+        for key, (label, form) in rows.items()
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>kvplug demo</title>
@@ -131,8 +132,8 @@ def demo_page(
 <p>{len(stock.answers)} requests of {min(prompts):,} to {max(prompts):,} tokens on
 {stock.num_blocks:,} blocks of {stock.block_size} tokens ({stock.block_bytes / 1024:,.0f} KiB each):
 stock vLLM, and <b>{escape(name)}</b> with kvplug, each in a fresh process.</p>
-<table><tr><th></th><th>stock vLLM</th><th>{escape(name)}</th></tr>{rows}</table>
-<h2>Blocks held by requests, over steps</h2><figure>{lines("held", "step")}</figure>
+<table><tr><th></th><th>stock vLLM</th><th>{escape(name)}</th></tr>{table}</table>
+<h2>Blocks in use by requests, over steps</h2><figure>{lines("held", "step")}</figure>
 <h2>Requests running, over time</h2><figure>{lines("running", "seconds")}</figure>
 <h2>What each policy did</h2><pre>{escape(chr(10).join(policies))}</pre>
 </body></html>

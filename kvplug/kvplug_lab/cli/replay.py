@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from kvplug.cli.refusals import refusing
+from kvplug_lab.cli.inputs import check_outputs, smollm2
+from kvplug_lab.cli.options import Json, Model
+from kvplug_lab.cli.outputs import bar, print_written
 
 if TYPE_CHECKING:
     from kvplug_lab.engine.replay import Compared
 
 BLOCK = 32
-"""Tokens per block: one that vLLM takes on a CPU, too."""
+"""Tokens per block; a size that vLLM supports on CPUs, too."""
 
 
 def replay(
@@ -25,8 +30,8 @@ def replay(
         Path | None,
         typer.Argument(
             metavar="TRACE",
-            help="A trace whose first requests are sent; conversations about real text if left "
-            "out.",
+            help="A trace, whose first requests are sent; by default conversations about real "
+            "text.",
             show_default=False,
         ),
     ] = None,
@@ -39,34 +44,30 @@ def replay(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests sent together.")] = 1,
     sessions: Annotated[int, typer.Option(min=1, help="Conversations.")] = 12,
     turns: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 4,
-    visitors: Annotated[int, typer.Option(min=0, help="Requests that stay alone.")] = 12,
+    visitors: Annotated[int, typer.Option(min=0, help="Requests without a conversation.")] = 12,
     requests: Annotated[int, typer.Option(min=1, help="Requests taken from TRACE.")] = 200,
     output_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the conversations.")] = 0,
-    model: Annotated[
-        Path | None, typer.Option(help="Model directory; SmolLM2-135M-Instruct by default.")
-    ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    model: Model = None,
+    json: Json = None,
 ) -> None:
     """Serve a workload under each policy at one cache size, and compare with the simulator.
 
     The engine's run is recorded and the simulator replays the recording, at the same capacity
     and with the same policy. Prints both hit rates and the prefill tokens the cache saved.
     """
-    from kvplug.errors import DeploymentError, KVPlugError
     from kvplug.hosts.trace import traces
-    from kvplug_lab import models
     from kvplug_lab.engine import replay as host
 
     console = Console(soft_wrap=True)
     names = dict.fromkeys([host.BASELINE, *(n.strip() for n in policy.split(",") if n.strip())])
-    try:
-        if json is not None and (json.is_dir() or not json.parent.is_dir()):
-            raise host.ReplayError(f"--json: {json} cannot be written: its folder must exist")
+    with refusing():
+        check_outputs(json=json)
+    with refusing(1):
         for name in names:
             host.choice_of(name)
         loaded = traces.read(trace) if trace is not None else None
-        directory = model or models.smollm2(progress=lambda line: console.print(line, markup=False))
+        directory = model or smollm2(console)
         if loaded is not None:
             workload = host.from_trace(
                 loaded,
@@ -90,56 +91,32 @@ def replay(
         console.print(f"{workload.says}; a pool of {blocks} blocks of {BLOCK} tokens", markup=False)
         rows = []
         for name in names:
-            with _Shown(name, len(workload.requests)) as told:
+            with _shown(name, len(workload.requests)) as update:
                 rows.append(
-                    host.compare(directory, workload, name, blocks, block_size=BLOCK, progress=told)
+                    host.compare(
+                        directory, workload, name, blocks, block_size=BLOCK, progress=update
+                    )
                 )
-    except DeploymentError as error:
-        for refusal in error.refusals:
-            typer.echo(refusal.text(error.source), err=True)
-        raise typer.Exit(2) from None
-    except (host.ReplayError, traces.TraceError) as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
-    except KVPlugError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
     console.print(table(rows))
     if json is not None:
         figures = {"workload": workload.says, "rows": [figures_of(r, rows[0]) for r in rows]}
         json.write_text(json_module.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        console.print(f"figures: {json}", markup=False)
+        print_written(console, "figures", json)
 
 
-class _Shown:
-    """A bar on a terminal, a line per run elsewhere."""
-
-    def __init__(self, name: str, total: int):
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task(f"{name}: engine is starting", total=total)
-        self._name = name
-        if not console.is_terminal:
+@contextmanager
+def _shown(name: str, total: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show a run's progress: a bar on a terminal, one line elsewhere."""
+    with bar("{task.description}") as progress:
+        task = progress.add_task(f"{name}: engine is starting", total=total)
+        if progress.disable:
             typer.echo(f"{name}: {total} requests", err=True)
 
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        self._bar.start()
-        return self._told
+        def update(state: dict[str, Any]) -> None:
+            if state["phase"] == "running":
+                progress.update(task, description=name, completed=state["finished"])
 
-    def _told(self, what: dict[str, Any]) -> None:
-        if what["phase"] == "running":
-            self._bar.update(self._task, description=self._name, completed=what["finished"])
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        yield update
 
 
 def figures_of(row: Compared, lru: Compared) -> dict[str, Any]:

@@ -1,11 +1,10 @@
-"""``kvplug reuse``: what reuse beyond the exact prefix wins and costs, against stock vLLM."""
+"""``kvplug reuse``: gains and costs of reuse beyond the exact prefix, against stock vLLM."""
 
 from __future__ import annotations
 
 import json as json_module
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kvplug.cli.refusals import refusing
+from kvplug_lab.cli.inputs import check_outputs, smollm2
+from kvplug_lab.cli.options import Json, Model
+from kvplug_lab.cli.outputs import print_written, wide_console
+
 if TYPE_CHECKING:
     from kvplug_lab.reuse import chat as reuse_chat
     from kvplug_lab.reuse import checks as reuse_checks
@@ -26,42 +30,41 @@ if TYPE_CHECKING:
     from kvplug_lab.reuse.runs import Variant
 
 WIDTH = 180
-"""Columns where there is no terminal to ask."""
+"""Columns where the output is not a terminal."""
 
 GOAL = 3.0
-"""Times that time to first token is to fall by where documents are retrieved."""
+"""Speedup of the time to first token that is the goal where documents are retrieved."""
 
 VARIANTS = (
     "nothing",
     "boundary=16",
     "boundary=32",
-    "share=0.15",
+    "fraction=0.15",
     "compensate",
     "credibility",
     "gaps",
 )
-"""What `rag` compares unless told otherwise; two of them need a file from a calibration."""
+"""Compared by `rag` by default; two of them need a file from a calibration."""
 
 app = typer.Typer(no_args_is_help=True)
 
-Model = Annotated[
-    Path | None, typer.Option(help="Model directory; SmolLM2-135M-Instruct by default.")
-]
-Json = Annotated[Path | None, typer.Option(help="Write the figures as JSON.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of texts, orders and keys.")]
 Dtype = Annotated[
-    str, typer.Option(help="Of the model; in bfloat16, ties fall as batches happen to be rounded.")
+    str,
+    typer.Option(help="The model's dtype; in bfloat16, rounding varies with the batch."),
 ]
-Quick = Annotated[bool, typer.Option("--quick", help="A small run that tells no figures.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Smoke run; its figures mean nothing.")]
 File = Annotated[
     Path | None,
-    typer.Option("--deployment", help="A deployment with a reuse section; compared as well."),
+    typer.Option("--deployment", help="A deployment with a reuse section, compared as well."),
 ]
+Credibility = Annotated[Path | None, typer.Option(help="Model of the check `credibility`.")]
+Compensate = Annotated[Path | None, typer.Option(help="Corrections of the check `compensate`.")]
 
 
 @app.callback()
 def _reuse() -> None:
-    """Measure what reuse beyond the exact prefix wins and costs, against stock vLLM."""
+    """Measure the gains and costs of reuse beyond the exact prefix, against stock vLLM."""
 
 
 @app.command()
@@ -70,30 +73,26 @@ def rag(
         str,
         typer.Option(
             metavar="NAME[=VALUE][+NAME...],...",
-            help="Ways to reuse: nothing, boundary=N, share=X, gaps[=N], compensate, credibility, "
-            "joined by +. Each is an engine of its own.",
+            help="Ways to reuse: nothing, boundary=N, fraction=X, gaps[=N], compensate, "
+            "credibility, joined by +. Each is an engine of its own.",
         ),
     ] = ",".join(VARIANTS),
     deployment: File = None,
-    credibility: Annotated[
-        Path | None, typer.Option(help="Model of the check `credibility`.")
-    ] = None,
-    compensate: Annotated[
-        Path | None, typer.Option(help="Corrections of the check `compensate`.")
-    ] = None,
+    credibility: Credibility = None,
+    compensate: Compensate = None,
     requests: Annotated[int, typer.Option(min=3, help="Requests, of three kinds in turn.")] = 30,
-    documents: Annotated[int, typer.Option(min=2, help="Documents read once.")] = 20,
-    taken: Annotated[int, typer.Option(min=1, help="Documents a request takes.")] = 4,
+    documents: Annotated[int, typer.Option(min=2, help="Documents, each read once.")] = 20,
+    taken: Annotated[int, typer.Option(min=1, help="Documents per request.")] = 4,
     dtype: Dtype = "bfloat16",
     seed: Seed = 0,
     quick: Quick = False,
     model: Model = None,
     json: Json = None,
 ) -> None:
-    """Documents in random order before a question: time to first token, and what answers lose.
+    """Measure time to first token and answers with documents in random order before a question.
 
-    Every engine reads each document once behind a common prefix. Then all are asked the same
-    requests in turn, so a ratio compares one request in two engines, seconds apart.
+    Every engine reads each document once behind a common prefix. Then all serve the same requests
+    in turn, so that a ratio compares one request in two engines, seconds apart.
     """
     from kvplug_lab.reuse import rag as reuse_rag
 
@@ -107,7 +106,7 @@ def rag(
         found = reuse_rag.measure(
             run.model, run.text, sizes, chosen, run.logs, run.say, dtype=dtype
         )
-        run.tell(rag_tables(found), {"command": "rag", **found.plain()}, chosen)
+        run.show(rag_tables(found), {"command": "rag", **found.plain()}, chosen)
 
 
 @app.command()
@@ -119,12 +118,8 @@ def chat(
         ),
     ] = "gaps,gaps+boundary=16",
     deployment: File = None,
-    credibility: Annotated[
-        Path | None, typer.Option(help="Model of the check `credibility`.")
-    ] = None,
-    compensate: Annotated[
-        Path | None, typer.Option(help="Corrections of the check `compensate`.")
-    ] = None,
+    credibility: Credibility = None,
+    compensate: Compensate = None,
     turns: Annotated[int, typer.Option(min=2, help="Turns of the chat.")] = 30,
     window: Annotated[int, typer.Option(min=128, help="Tokens that the client keeps.")] = 1024,
     dtype: Dtype = "bfloat16",
@@ -133,7 +128,7 @@ def chat(
     model: Model = None,
     json: Json = None,
 ) -> None:
-    """A chat whose client drops the oldest turns: what is left is re-rotated, not read again."""
+    """Measure a chat whose client drops the oldest turns: the others are re-rotated, not reread."""
     from kvplug_lab.reuse import chat as reuse_chat
 
     sizes = replace(reuse_chat.Sizes(), turns=turns, window=window, seed=seed)
@@ -146,7 +141,7 @@ def chat(
         found = reuse_chat.measure(
             run.model, run.text, sizes, chosen, run.logs, run.say, dtype=dtype
         )
-        run.tell([chat_table(found)], {"command": "chat", **found.plain()}, chosen)
+        run.show([chat_table(found)], {"command": "chat", **found.plain()}, chosen)
 
 
 @app.command()
@@ -156,27 +151,23 @@ def mixed(
         typer.Option(metavar="NAME[=VALUE][+NAME...]", help="How to reuse, as `rag` takes it."),
     ] = "gaps+boundary=8",
     deployment: File = None,
-    credibility: Annotated[
-        Path | None, typer.Option(help="Model of the check `credibility`.")
-    ] = None,
-    compensate: Annotated[
-        Path | None, typer.Option(help="Corrections of the check `compensate`.")
-    ] = None,
+    credibility: Credibility = None,
+    compensate: Compensate = None,
     requests: Annotated[int, typer.Option(min=1, help="Mixed requests.")] = 1000,
     exact: Annotated[int, typer.Option(min=1, help="Exact requests that follow.")] = 50,
-    at_once: Annotated[int, typer.Option(min=1, help="Mixed requests at a time.")] = 8,
+    at_once: Annotated[int, typer.Option(min=1, help="Mixed requests in flight at once.")] = 8,
     dtype: Dtype = "float32",
     control: Annotated[
-        bool, typer.Option("--control", help="Serve the mixed requests on stock, too.")
+        bool, typer.Option("--control", help="Serve the mixed requests on stock as well.")
     ] = False,
     seed: Seed = 0,
     quick: Quick = False,
     model: Model = None,
     json: Json = None,
 ) -> None:
-    """Zero pollution: after many mixed requests, exact ones are answered as by a fresh engine.
+    """Check that, after many mixed requests, exact ones are answered as by a fresh engine.
 
-    Exits with code 1 where one is not, and says how sure the fresh engine was of its token there.
+    Exits with code 1 if one is not, and reports how sure the fresh engine was of its token there.
     """
     from kvplug_lab.reuse import mixed as reuse_mixed
 
@@ -199,12 +190,12 @@ def mixed(
             dtype=dtype,
             control=control,
         )
-        run.tell([mixed_table(found)], {"command": "mixed", **found.plain()}, [chosen])
+        run.show([mixed_table(found)], {"command": "mixed", **found.plain()}, [chosen])
     if found.mismatches:
-        print(
+        typer.echo(
             f"{len(found.mismatches)} of {found.compared} exact requests were not answered as by "
             "a fresh engine",
-            file=sys.stderr,
+            err=True,
         )
         raise typer.Exit(1)
 
@@ -217,20 +208,18 @@ def checks(
     rag: Annotated[
         Path | None,
         typer.Option(
-            help="Figures of `kvplug reuse rag --json`, whose times to first token the costs are "
-            "shares of; measured on a small run where not given."
+            help="Figures of `kvplug reuse rag --json`: the costs are shares of its times to first "
+            "token; measured in a small run by default."
         ),
     ] = None,
-    credibility: Annotated[
-        Path | None, typer.Option(help="Model of the check `credibility`.")
-    ] = None,
+    credibility: Credibility = None,
     rounds: Annotated[int, typer.Option(min=4, help="Requests measured per size.")] = 64,
     seed: Seed = 0,
     quick: Quick = False,
     model: Model = None,
     json: Json = None,
 ) -> None:
-    """What looking up and checking costs the scheduler, in microseconds and as a share of TTFT."""
+    """Measure lookups and checks in the scheduler, in microseconds and as a share of TTFT."""
     from kvplug_lab.reuse import checks as reuse_checks
     from kvplug_lab.reuse import rag as reuse_rag
 
@@ -239,7 +228,7 @@ def checks(
         if not sizes or min(sizes) < 20:
             raise ValueError
     except ValueError:
-        print("--segments: numbers from 20 on, with commas between them.", file=sys.stderr)
+        typer.echo("--segments: must be integers of at least 20, separated by commas.", err=True)
         raise typer.Exit(2) from None
     ttft = _ttft(rag) if rag is not None else None
     with _running(model, json) as run:
@@ -260,41 +249,41 @@ def checks(
             run.say,
         )
         data = {"command": "checks", "ttft_s": ttft, **found.plain()}
-        run.tell([checks_table(found, ttft)], data, [])
+        run.show([checks_table(found, ttft)], data, [])
 
 
 # -- what the commands share -----------------------------------------------------------------------
 
 CHAT_CHECKS = ({"structure": {"max_ancestry": 64}}, "position", "mask")
-"""A chat's own turns were computed over re-rotated ones once it is over its window."""
+"""Past its window, a chat's own turns were computed over re-rotated ones."""
 
 
 class _Run:
-    """Where a command reads and writes."""
+    """Inputs and outputs of a command."""
 
     def __init__(self, console: Console, model: Path, text: str, logs: Path, json: Path | None):
         self.console, self.model, self.text = console, model, text
         self.logs, self.json = logs, json
 
     def say(self, line: str) -> None:
-        """Progress, to standard error."""
-        print(line, file=sys.stderr, flush=True)
+        """Print progress to stderr."""
+        typer.echo(line, err=True)
 
-    def tell(
+    def show(
         self, tables: Sequence[Table], data: Mapping[str, Any], variants: Sequence[Variant]
     ) -> None:
-        """Print tables, and write the figures where asked."""
+        """Print tables, and write the figures if a file was asked for."""
         for table in tables:
             self.console.print(table)
         if self.json is not None:
             sections = {v.name: v.section for v in variants}
             plain = {**data, "model": self.model.name, "sections": sections}
             self.json.write_text(json_module.dumps(_finite(plain), indent=1), encoding="utf-8")
-            self.console.print(f"figures: {self.json}", markup=False)
+            print_written(self.console, "figures", self.json)
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for what JSON has no number for."""
+    """The same with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -305,27 +294,19 @@ def _finite(value: Any) -> Any:
 @contextmanager
 def _running(model: Path | None, json: Path | None) -> Iterator[_Run]:
     """Model, text and a folder for logs; errors become messages and exit codes."""
-    from kvplug.errors import DeploymentError, KVPlugError
-    from kvplug_lab import models, texts
+    from kvplug_lab import texts
 
-    console = Console(soft_wrap=True)
-    if not console.is_terminal:
-        console = Console(width=WIDTH, soft_wrap=True)
-    try:
-        directory = model or models.smollm2(progress=lambda line: console.print(line, markup=False))
+    console = wide_console(WIDTH)
+    with refusing(1):
+        check_outputs(json=json)
+        directory = model or smollm2(console)
         with _quiet(), tempfile.TemporaryDirectory(prefix="kvplug-reuse-") as logs:
             yield _Run(console, directory, texts.shakespeare(), Path(logs), json)
-    except DeploymentError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KVPlugError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(1) from None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Engines started within say only what goes wrong."""
+    """Engines started within log errors only."""
     ours = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     added = [name for name in ours if name not in os.environ]
     os.environ.update({name: ours[name] for name in added})
@@ -343,7 +324,7 @@ def _own(deployment: Path) -> Variant:
 
     section = read_checked(deployment).deployment.section
     if "reuse" not in section:
-        refusal = Refusal("kvplug.reuse", "there is no such section.", "name reuse checks in it.")
+        refusal = Refusal("kvplug.reuse", "is not set.", "add a reuse section with checks.")
         raise DeploymentError(str(deployment), [refusal])
     return Variant(deployment.stem, section)
 
@@ -357,11 +338,12 @@ def _variants(
     *,
     checks: Sequence[Any] | None = None,
 ) -> list[Variant]:
-    """The ways to reuse that were asked for; those without their file are named and left out where
-    they stand among others.
+    """The ways to reuse that were asked for.
+
+    One of the default ways whose file is not given is left out, with a message.
 
     Raises:
-        DeploymentError: One that is unknown, or cannot run.
+        DeploymentError: One is unknown or cannot run.
     """
     from kvplug_lab.reuse.runs import without_file
 
@@ -371,7 +353,7 @@ def _variants(
         lacking = without_file(name, files)
         if lacking and name in VARIANTS:
             console.print(
-                f"{name}: left out, it needs --{lacking} FILE (`kvplug calibrate reuse`)",
+                f"{name}: skipped, it needs --{lacking} FILE (from `kvplug calibrate reuse`)",
                 markup=False,
             )
             continue
@@ -389,7 +371,7 @@ def _variant(name: str, files: Mapping[str, Path | None], checks: Sequence[Any] 
     try:
         found = named(name, files, checks)
     except ValueError as error:
-        fix = "take names out of `kvplug reuse rag --help`."
+        fix = "use the names in `kvplug reuse rag --help`."
         raise DeploymentError("--variants", [Refusal(name, str(error), fix)]) from None
     load_deployment(dict(found.section))
     return found
@@ -399,12 +381,12 @@ def _ttft(file: Path) -> dict[str, float]:
     try:
         return _ttft_of(json_module.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        print(f"--rag: {file} holds no figures of `kvplug reuse rag`.", file=sys.stderr)
+        typer.echo(f"--rag: {file} does not hold figures of `kvplug reuse rag --json`.", err=True)
         raise typer.Exit(2) from None
 
 
 def _ttft_of(figures: Mapping[str, Any]) -> dict[str, float]:
-    """Median seconds to the first token: stock's, and that of the first way to reuse."""
+    """Median seconds to the first token: of stock, and of the first way to reuse."""
     rows = [figures["stock"][0], *figures["variants"][:1]]
     return {row["variant"]: float(row["ttft_s"]["median"]) for row in rows}
 
@@ -436,10 +418,10 @@ def rag_tables(found: reuse_rag.Result) -> list[Table]:
         Table(title=escape(title)),
         "",
         "time to first token, s",
-        "stock's by it",
+        "stock / this",
         "processor time",
         "tokens reused",
-        "computed inside",
+        "recomputed",
         "answers identical",
         "tokens before they differ",
         "perplexity",
@@ -467,8 +449,8 @@ def rag_tables(found: reuse_rag.Result) -> list[Table]:
         *[""] * 7,
     )
     table.caption = (
-        "answers are compared with stock's; processor time: the ratio in seconds of processor; "
-        f"perplexity of the true continuation where no document is shown: {found.bare:.2f}; "
+        "answers are compared with stock's; processor time: the same ratio in CPU seconds; "
+        f"perplexity of the true continuation without any document: {found.bare:.2f}; "
         f"CacheBlend: {plain['published']['source']}, against "
         f"{plain['published']['against']}"
     )
@@ -487,10 +469,10 @@ def chat_table(found: reuse_chat.Result) -> Table:
         "",
         "turns",
         "time to first token, s",
-        "stock's by it",
+        "stock / this",
         "processor time",
         "tokens reused",
-        "computed inside",
+        "recomputed",
         "replies identical",
         "tokens before they differ",
         "perplexity",
@@ -515,23 +497,23 @@ def chat_table(found: reuse_chat.Result) -> Table:
 
 def mixed_table(found: reuse_mixed.Result) -> Table:
     """What was served, and what differed afterwards."""
-    wishes = ", ".join(f"{n} {kind}" for kind, n in sorted(found.wishes.items()))
+    modes = ", ".join(f"{n} {kind}" for kind, n in sorted(found.wishes.items()))
     rows = {
-        "mixed requests": f"{sum(found.wishes.values()):,} ({wishes})",
+        "mixed requests": f"{sum(found.wishes.values()):,} ({modes})",
         "reused approximately": f"{found.approximate:,}",
         "reused exactly": f"{found.exact:,}",
         "tokens reused": f"{found.reused:,} of {found.prompt_tokens:,}",
         "preemptions": f"{found.preemptions:,}",
         "exact requests compared": f"{found.compared}",
         "reuse in their answers": ", ".join(f"{n} {k}" for k, n in found.served_as.items()),
-        "answered otherwise than by a fresh engine": f"{len(found.mismatches)}",
+        "answered differently than by a fresh engine": f"{len(found.mismatches)}",
     }
     if found.mismatches:
-        rows["how sure the fresh engine was of its token, nats"] = _margins(found.mismatches)
+        rows["margin of the fresh engine's token, nats"] = _margins(found.mismatches)
     if found.control is not None:
-        rows["the same after mixed requests on stock"] = f"{len(found.control)}"
+        rows["differing after mixed requests on stock"] = f"{len(found.control)}"
         if found.control:
-            rows["how sure it was there, nats"] = _margins(found.control)
+            rows["its margin there, nats"] = _margins(found.control)
     table = Table(title="exact requests after mixed ones", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
@@ -546,9 +528,9 @@ def _margins(differing: Sequence[reuse_mixed.Mismatch]) -> str:
 
 def checks_table(found: reuse_checks.Result, ttft: Mapping[str, float]) -> Table:
     """Microseconds per stored segments, a row per part of the work."""
-    said = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in ttft.items())
+    times = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in ttft.items())
     table = _columns(
-        Table(title=escape(f"microseconds, median [quartiles]; time to first token: {said}")),
+        Table(title=escape(f"microseconds, median [quartiles]; time to first token: {times}")),
         "",
         *(f"{n:,} segments" for n in found.sizes),
         *(f"share of TTFT, {name}" for name in ttft),

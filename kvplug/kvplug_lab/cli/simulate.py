@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json as json_module
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from kvplug.cli.refusals import refusing
+from kvplug_lab.cli.inputs import PLOTS, check_outputs, check_plot
+from kvplug_lab.cli.outputs import bar, print_written
 
 if TYPE_CHECKING:
     from kvplug.contract import EngineView, PrefixCachePolicy
@@ -21,9 +23,7 @@ if TYPE_CHECKING:
     from kvplug.hosts.trace.traces import Trace
 
 LINES = ("lru", "min")
-"""What every run is compared with: the order of stock vLLM, and the offline optimum."""
-
-PLOTS = (".png", ".svg", ".pdf")
+"""Every run is compared with these: the order of stock vLLM, and the offline optimum."""
 
 
 def simulate(
@@ -48,7 +48,7 @@ def simulate(
         str,
         typer.Option(
             metavar="BLOCKS|PERCENT%,...",
-            help="Cache sizes, in blocks or as a part of the trace's distinct blocks.",
+            help="Cache sizes, in blocks or as a share of the trace's distinct blocks.",
         ),
     ] = "1%,2%,5%,10%",
     json: Annotated[
@@ -59,20 +59,20 @@ def simulate(
         typer.Option(help=f"Draw hit rate against capacity ({', '.join(PLOTS)})."),
     ] = None,
     block_size: Annotated[
-        int, typer.Option(min=1, help="Tokens a block of a .jsonl; an .npz says its own.")
+        int, typer.Option(min=1, help="Tokens per block of a .jsonl; an .npz states its own.")
     ] = 512,
 ) -> None:
     """Replay traces through the policy objects an engine would run, and print their hit rates.
 
-    LRU (the order of stock vLLM) and MIN (the offline optimum) are in every table. A trace,
-    policy, capacity or file that is wrong ends it with one message and exit code 2.
+    LRU (the order of stock vLLM) and MIN (the offline optimum) are in every table. An invalid
+    trace, policy, capacity or file is reported in one message, with exit code 2.
     """
-    from kvplug.errors import DeploymentError, KVPlugError
     from kvplug.hosts.trace import traces as reader
-    from kvplug.hosts.trace.simulator import PolicyFailed, Replay
+    from kvplug.hosts.trace.simulator import Replay
 
-    try:
-        _check_outputs(json, plot)
+    with refusing():
+        check_outputs(json=json, plot=plot)
+        check_plot(plot)
         asked = _asked(policy)
         loaded = [reader.read(path, block_size) for path in traces]
         runs = [(t, _capacities(t, capacity)) for t in loaded]
@@ -87,29 +87,19 @@ def simulate(
                         built = one.build(trace, engine)
                         found = replay.run(built, size, one.label, step)
                         results[id(trace), size, one.label] = found
-    except DeploymentError as error:
-        for refusal in error.refusals:
-            typer.echo(" ".join(refusal.text(error.source).splitlines()), err=True)
-        raise typer.Exit(error.exit_code) from None
-    except PolicyFailed as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(error.exit_code) from None
-    except KVPlugError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(2) from None
     console = Console(soft_wrap=True)
     for trace, sizes in runs:
         rows = {a.label: [results[id(trace), size, a.label] for size in sizes] for a in asked}
         console.print(_table(trace, sizes, rows))
     if json is not None:
         json.write_text(_json(list(results.values())), encoding="utf-8")
-        console.print(f"rows: {json}", markup=False, highlight=False)
+        print_written(console, "rows", json)
     if plot is not None:
-        from kvplug.hosts.trace.plot import draw
+        from kvplug_lab.cli.simulate_plot import draw
 
         panels = [[r for (of, *_), r in results.items() if of == id(t)] for t in loaded]
         draw(plot, panels, LINES)
-        console.print(f"plot: {plot}", markup=False, highlight=False)
+        print_written(console, "plot", plot)
 
 
 # -- what is asked for -----------------------------------------------------------------------------
@@ -124,7 +114,7 @@ class _Asked:
 
 
 def _asked(texts: Sequence[str] | None) -> list[_Asked]:
-    """The policies to run: those named, or every one there is; LRU and MIN among them."""
+    """The policies to run: those named or all installed ones, and always LRU and MIN."""
     from kvplug.contract import Kind
     from kvplug.registry import plugins
 
@@ -139,7 +129,7 @@ def _asked(texts: Sequence[str] | None) -> list[_Asked]:
 
 
 def _runs_unasked(name: str) -> bool:
-    """Whether a policy orders anything and runs without being told more."""
+    """True for a policy that orders blocks itself and has no required options."""
     from pydantic import ValidationError
 
     from kvplug.contract import Kind
@@ -171,7 +161,7 @@ def _one(label: str) -> _Asked:
         deployment = read_config(Path(label)).deployment
         if deployment.choice(Kind.PREFIX_CACHE) is None:
             refusal = Refusal(
-                "prefix_cache", "chooses no policy.", "name a file whose kvplug section does."
+                "prefix_cache", "is not set.", "use a file whose kvplug section sets it."
             )
             raise DeploymentError(label, [refusal])
     else:
@@ -186,7 +176,7 @@ def _one(label: str) -> _Asked:
             if not equals or not key.strip():
                 refusal = Refusal(
                     label,
-                    f"{pair!r} is no option.",
+                    f"{pair!r} is not an option.",
                     "write NAME:OPTION=VALUE, e.g. lfu:half_life=9",
                 )
                 raise DeploymentError("--policy", [refusal])
@@ -214,51 +204,19 @@ def _capacities(trace: Trace, text: str) -> list[int]:
     except ValueError as error:
         raise KVPlugError(f"--capacity: {error}") from None
     if not found:
-        raise KVPlugError("--capacity: names no capacity: write e.g. 100,200 or 1%,5%")
+        raise KVPlugError("--capacity: must not be empty; write e.g. 100,200 or 1%,5%")
     return sorted(found)
-
-
-def _check_outputs(json: Path | None, plot: Path | None) -> None:
-    """Refuse outputs that cannot be written before minutes are spent on them."""
-    from kvplug.errors import KVPlugError
-
-    for option, path in (("--json", json), ("--plot", plot)):
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise KVPlugError(f"{option}: {path} cannot be written: its folder must exist")
-    if plot is None:
-        return
-    if plot.suffix not in PLOTS:
-        raise KVPlugError(f"--plot: {plot} must end in {', '.join(PLOTS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise KVPlugError("--plot needs matplotlib: pip install 'kvplug[plots]'")
 
 
 # -- what is shown ---------------------------------------------------------------------------------
 
 
-class _Bar:
-    def __init__(self, total: int):
-        self._progress = Progress(
-            TextColumn("replaying"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=total)
-
-    def __enter__(self) -> Callable[[int], None]:
-        self._progress.start()
-        return lambda n: self._progress.advance(self._task, n)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-
-def _shown(total: int) -> _Bar | nullcontext[None]:
+@contextmanager
+def _shown(total: int) -> Iterator[Callable[[int], None] | None]:
     """A progress bar on a terminal, nothing elsewhere."""
-    return _Bar(total) if Console(stderr=True).is_terminal else nullcontext()
+    with bar("replaying") as progress:
+        task = progress.add_task("", total=total)
+        yield None if progress.disable else lambda n: progress.advance(task, n)
 
 
 def _table(trace: Trace, sizes: list[int], rows: dict[str, list[Result]]) -> Table:

@@ -16,7 +16,7 @@ from kvplug_lab.engine.trial import connector_flags
 
 if TYPE_CHECKING:
     from kvplug.hosts.vllm.scheduler.reuse import ReuseScheduler
-    from kvplug.reuse.plan import Plan
+    from kvplug.reuse.plan import ReusePlan
 
 
 class LoneScheduler:
@@ -115,7 +115,7 @@ class LoneScheduler:
         self.reuse.on_new_request(request, parsed.options)
         return request, 1e6 * (time.perf_counter() - before)
 
-    def plan(self, request: Any, num_local: int) -> tuple[Plan, float]:
+    def plan(self, request: Any, num_local: int) -> tuple[ReusePlan, float]:
         """What the scheduler plans for a request, and the microseconds it takes to.
 
         Args:

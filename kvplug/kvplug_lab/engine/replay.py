@@ -48,7 +48,9 @@ SYSTEM = (
 
 
 class ReplayError(KVPlugError):
-    """A workload that cannot run in the memory it is given; the message says what to change."""
+    """A workload that does not fit the engine's memory; the message says what to change."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from kvplug.contract import EngineView, Kind, LayerView
 from kvplug.contract.reuse import Fingerprint, Placement, ReuseCheck, Verdict
 from kvplug.errors import KVPlugError
 from kvplug.parser import load_deployment
-from kvplug.reuse.record import PieceRecord, ReuseRecord
+from kvplug.reuse.drift_record import DriftRecord, PieceRecord
 from kvplug_lab.reuse.replay import Piece, capture, forward_reused
 
 __all__ = ["Explanation", "OutputToken", "Parted", "adapting_checks", "explain", "stored_pieces"]
@@ -113,7 +113,7 @@ class Explanation:
     notes: tuple[str, ...]
 
 
-def adapting_checks(record: ReuseRecord, engine: EngineView) -> list[ReuseCheck]:
+def adapting_checks(record: DriftRecord, engine: EngineView) -> list[ReuseCheck]:
     """The checks of a record's deployment that correct KV, built for a model.
 
     Raises:
@@ -138,7 +138,7 @@ def adapting_checks(record: ReuseRecord, engine: EngineView) -> list[ReuseCheck]
 
 @torch.inference_mode()
 def explain(
-    model: Any, record: ReuseRecord, checks: Sequence[ReuseCheck], layers: Sequence[LayerView]
+    model: Any, record: DriftRecord, checks: Sequence[ReuseCheck], layers: Sequence[LayerView]
 ) -> Explanation:
     """Compute a record's text both ways.
 
@@ -194,7 +194,7 @@ def explain(
     )
 
 
-def _notes(record: ReuseRecord) -> list[str]:
+def _notes(record: DriftRecord) -> list[str]:
     notes = []
     if any(p.ancestry for p in record.pieces):
         notes.append(
@@ -209,10 +209,10 @@ def _notes(record: ReuseRecord) -> list[str]:
     reuse = record.kvplug.get("reuse")
     beside = reuse if isinstance(reuse, dict) else {}
     recompute = beside.get("recompute")
-    if isinstance(recompute, dict) and recompute.get("share"):
+    if isinstance(recompute, dict) and recompute.get("fraction"):
         notes.append(
-            "The worker computed the most deviating tokens anew as well (recompute.share); which "
-            "ones is not in the record, so the engine was nearer than is shown."
+            "The worker recomputed the most deviating tokens as well (recompute.fraction); "
+            "which ones is not in the record, so the engine was nearer than is shown."
         )
     if beside.get("memo") is not None:
         notes.append("Attention over far pages that was reused (memo) is computed here.")
@@ -220,7 +220,7 @@ def _notes(record: ReuseRecord) -> list[str]:
 
 
 def stored_pieces(
-    model: Any, record: ReuseRecord, checks: Sequence[ReuseCheck], layers: Sequence[LayerView]
+    model: Any, record: DriftRecord, checks: Sequence[ReuseCheck], layers: Sequence[LayerView]
 ) -> list[Piece]:
     """Each piece's KV as the worker would have written it.
 
@@ -251,7 +251,7 @@ def stored_pieces(
     return found
 
 
-def _placement(record: ReuseRecord, piece: PieceRecord, layer: LayerView) -> Placement:
+def _placement(record: DriftRecord, piece: PieceRecord, layer: LayerView) -> Placement:
     scheme = "unknown"
     if layer.rope is not None:
         # What a digest would name is the model's own table, whose fingerprint was compared.
@@ -315,7 +315,7 @@ def _errors(
     )
 
 
-def _outputs(record: ReuseRecord, right: Tensor, reused: Tensor) -> tuple[OutputToken, ...]:
+def _outputs(record: DriftRecord, right: Tensor, reused: Tensor) -> tuple[OutputToken, ...]:
     found = []
     for i, (exact_row, reused_row) in enumerate(zip(right, reused, strict=True)):
         p, q = (torch.log_softmax(row.double(), -1) for row in (exact_row, reused_row))

@@ -226,7 +226,7 @@ def _near(
     graph: bool,
     seed: int,
 ) -> Iterator[NearCost]:
-    index = SegmentIndex(near=True, seed=seed)
+    index = SegmentIndex(near_duplicates=True, seed=seed)
     adds = {"exact": _fill(index, stored)}
     simhash = SimHash(seed=seed)
     hashes = np.stack([simhash(segment) for segment in stored])

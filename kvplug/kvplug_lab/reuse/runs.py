@@ -86,7 +86,7 @@ def section(
         checks: The first ones.
         recompute: Keys of ``reuse.recompute``; what is not said is off.
     """
-    again = {"boundary": 0, "share": 0.0, "gaps": 0} | recompute
+    again = {"boundary": 0, "fraction": 0.0, "gaps": 0} | recompute
     own = {"approximate": True, "segments": {"by": "request"}, "recompute": again}
     return {"reuse": {"use": [*checks, *learnt], **own}}
 
@@ -110,7 +110,7 @@ def named(
     """A way to reuse by its name: parts joined by ``+``, some with ``=VALUE``.
 
     Args:
-        name: ``nothing``, ``boundary=N``, ``share=X``, ``gaps[=N]``, ``compensate`` and
+        name: ``nothing``, ``boundary=N``, ``fraction=X``, ``gaps[=N]``, ``compensate`` and
             ``credibility``.
         files: The files of `LEARNT` checks.
         checks: What the chain begins with; `CHECKS` by default.
@@ -129,8 +129,8 @@ def named(
             learnt.append({word: {"model": str(file.resolve())}})
         elif word == "gaps":
             recompute["gaps"] = int(value or GAPS)
-        elif word in ("boundary", "share"):
-            recompute[word] = float(value) if word == "share" else int(value)
+        elif word in ("boundary", "fraction"):
+            recompute[word] = float(value) if word == "fraction" else int(value)
         elif word != "nothing":
             raise ValueError(f"{word!r} is no way to reuse")
     # A correction weighs what is credible, so it goes last.

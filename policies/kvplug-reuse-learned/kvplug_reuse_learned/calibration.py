@@ -1,4 +1,4 @@
-"""What `kvplug calibrate reuse` learned of a model's reuse: the file, its checks, its features.
+"""The calibration file of `kvplug calibrate reuse`: its tensors, its checks, its features.
 
 The file is safetensors: numbers and text, nothing that could run. Its metadata hold the format's
 name and version, the model's name and fingerprint, the SHA-256 of the text, the bounds of the
@@ -14,7 +14,7 @@ V of a token and ``X = W + 3``:
 | ``hidden.weight``, ``hidden.bias`` | ``[F, h]``, ``[h]`` | of a two-layer perceptron |
 | ``output.weight``, ``output.bias`` | ``[h]``, ``[1]`` | likewise |
 | ``layers.{i}.mean`` | ``[X]`` | mean of stale K (before RoPE), V and `decays` |
-| ``layers.{i}.encode`` | ``[X, R]`` | to what can be told of the residual, best first |
+| ``layers.{i}.encode`` | ``[X, R]`` | to the predictable directions of the residual, best first |
 | ``layers.{i}.decode`` | ``[R, W]`` | to the residual of K and V |
 | ``layers.{i}.residual`` | ``[W]`` | mean residual |
 | ``layers.{i}.norm`` | ``[2]`` | mean and deviation of the logarithm of a token's key norm |
@@ -62,10 +62,10 @@ FEATURES = (
     "share",
     "log_after",
 )
-"""What the estimator sees of a placement, in its order."""
+"""Features of a placement, in the estimator's order."""
 
 MEASURES = ("k_drift", "v_drift", "sparsity", "key_cosine", "outgoing")
-"""Features that are measures of a fingerprint; absent ones count as the mean of training."""
+"""Features taken from a fingerprint's measures; absent ones count as the training mean."""
 
 DECAYS = (4.0, 16.0, 64.0)
 """Tokens over which the regression's inputs of place fall by e: a residual is largest where a
@@ -74,7 +74,7 @@ segment begins."""
 KINDS = ("logistic", "mlp")
 
 _LARGEST = 1 << 16
-_ANEW = "run `kvplug calibrate reuse` again"
+_AGAIN = "run `kvplug calibrate reuse` again"
 _REQUIRED = (
     "format", "version", "fingerprint", "model", "text_sha256", "kind", "features", "geometry",
     "bounds", "report",
@@ -82,14 +82,14 @@ _REQUIRED = (
 
 
 def is_exact(candidate: Candidate, request: ReuseRequest) -> bool:
-    """Same place, same text before it, and nothing approximate behind it."""
+    """True for the same position, the same preceding text and no approximate ancestry."""
     stored, asked = candidate.fingerprint, request.fingerprint
     same = stored.start == asked.start and stored.context == asked.context
     return same and stored.ancestry == 0
 
 
 def features(candidate: Candidate, request: ReuseRequest) -> npt.NDArray[np.float64]:
-    """`FEATURES` of a placement, float64 ``[F]``; NaN for a measure that nobody took."""
+    """`FEATURES` of a placement, float64 ``[F]``; NaN for an absent measure."""
     stored, asked = candidate.fingerprint, request.fingerprint
     shift = asked.start - stored.start
     measures = [stored.measures.get(name, math.nan) for name in MEASURES]
@@ -127,7 +127,7 @@ class Estimator:
     tensors: Mapping[str, Floats]
 
     def standard(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Features ``[..., F]`` standardised; none further out than any in training."""
+        """Features ``[..., F]`` standardised and clipped to their range in training."""
         mean, deviation, least, largest = self.scale.astype(np.float64)
         inside = np.clip(np.where(np.isfinite(x), x, mean), least, largest)
         standard: npt.NDArray[np.float64] = (inside - mean) / deviation
@@ -151,7 +151,7 @@ class ReuseCalibration:
 
     Attributes:
         path: Where it lies, for messages.
-        fingerprint: `kvplug_lab.models.model_fingerprint` of the model; empty where it had none.
+        fingerprint: `kvplug.fingerprint.model_fingerprint` of the model; empty where it had none.
         model: Name of the model, for messages.
         text_sha256: SHA-256 of the text, hexadecimal.
         kind: Kind of the estimator, one of `KINDS`.
@@ -174,7 +174,7 @@ class ReuseCalibration:
 
     @property
     def estimator(self) -> Estimator:
-        """What gives the credibility."""
+        """The estimator of the credibility."""
         return Estimator(self.kind, self.tensors["features"], self.tensors)
 
     @property
@@ -192,9 +192,9 @@ class ReuseCalibration:
         """Raise ValueError unless this was calibrated on the engine's model."""
         if engine.model and self.fingerprint and engine.model != self.fingerprint:
             raise ValueError(
-                f"reuse calibration {self.path} is of another model ({self.model}, fingerprint "
-                f"{self.fingerprint[:12]}, and the engine runs {engine.model[:12]}); run `kvplug "
-                "calibrate reuse` on the model that is served"
+                f"reuse calibration {self.path} was made for another model ({self.model}, "
+                f"fingerprint {self.fingerprint[:12]}; the engine runs {engine.model[:12]}); run "
+                "`kvplug calibrate reuse` on the model that is served"
             )
 
     def check_layers(self, engine: EngineView) -> None:
@@ -241,7 +241,7 @@ class ReuseCalibration:
 
 
 def load(path: str | Path) -> ReuseCalibration:
-    """Read a calibration of reuse, and check that it is one, whole and as it was written.
+    """Read a calibration of reuse, and verify its format, version, checksum and tensors.
 
     Raises:
         ValueError: It is missing, another file, of another version, truncated, edited, or its
@@ -251,7 +251,7 @@ def load(path: str | Path) -> ReuseCalibration:
         stat = Path(path).stat()
     except OSError as error:
         raise ValueError(
-            f"reuse calibration {path} cannot be read ({error.strerror or error}); make it with "
+            f"reuse calibration {path} cannot be read ({error.strerror or error}); create it with "
             f"`kvplug calibrate reuse --output {path}`"
         ) from None
     return _load(str(path), stat.st_size, stat.st_mtime_ns)
@@ -260,7 +260,7 @@ def load(path: str | Path) -> ReuseCalibration:
 def calibration_for(path: str, engine: EngineView) -> ReuseCalibration | None:
     """`load`, checked against the engine's model.
 
-    None where no engine's layers are known, as in ``kvplug check``, and there is no file yet.
+    None if the engine's layers are unknown, as in ``kvplug check``, and there is no file yet.
     """
     if not engine.layers and not Path(path).exists():
         return None
@@ -282,23 +282,24 @@ def _load(path: str, size: int, changed: int) -> ReuseCalibration:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ValueError(
-            f"reuse calibration {path} is truncated or no safetensors file "
-            f"({' '.join(str(error).split())}); {_ANEW}"
+            f"reuse calibration {path} is truncated or not a safetensors file "
+            f"({' '.join(str(error).split())}); {_AGAIN}"
         ) from None
     if metadata.get("format") != MAGIC:
         raise ValueError(
-            f"{path} is no calibration of reuse: name a file that `kvplug calibrate reuse` wrote"
+            f"{path} is not a reuse calibration: name a file that `kvplug calibrate reuse` wrote"
         )
     if metadata.get("version") != str(VERSION):
         raise ValueError(
             f"reuse calibration {path} has version {metadata.get('version')!r}, this release reads "
-            f"{VERSION}; {_ANEW}"
+            f"{VERSION}; {_AGAIN}"
         )
-    said = metadata.pop("checksum", "")
+    checksum = metadata.pop("checksum", "")
     absent = [name for name in _REQUIRED if name not in metadata]
-    if absent or said != _checksum(metadata, tensors):
+    if absent or checksum != _checksum(metadata, tensors):
         raise ValueError(
-            f"reuse calibration {path} was edited or damaged (its checksum does not match); {_ANEW}"
+            f"reuse calibration {path} was edited or damaged (its checksum does not match); "
+            f"{_AGAIN}"
         )
     try:
         names = tuple(json.loads(metadata["features"]))
@@ -308,10 +309,10 @@ def _load(path: str, size: int, changed: int) -> ReuseCalibration:
         bounds = _numbers(json.loads(metadata["bounds"]))
         report = _numbers(json.loads(metadata["report"]))
     except (ValueError, TypeError, AttributeError, IndexError):
-        raise ValueError(f"reuse calibration {path} has unreadable metadata; {_ANEW}") from None
+        raise ValueError(f"reuse calibration {path} has unreadable metadata; {_AGAIN}") from None
     if names != FEATURES:
         raise ValueError(
-            f"reuse calibration {path} has other features than this release knows; {_ANEW}"
+            f"reuse calibration {path} has features that this release does not know; {_AGAIN}"
         )
     _check_tensors(path, metadata["kind"], geometry, tensors)
     return ReuseCalibration(
@@ -337,8 +338,8 @@ def _check_tensors(
     """Raise ValueError unless every tensor is there, float32, finite and of its shape."""
     if kind not in KINDS:
         raise ValueError(
-            f"reuse calibration {path} has an estimator of kind {kind!r}, known are "
-            f"{', '.join(KINDS)}; {_ANEW}"
+            f"reuse calibration {path} has an unknown kind of estimator {kind!r}; known: "
+            f"{', '.join(KINDS)}; {_AGAIN}"
         )
     count = len(FEATURES)
     shapes: dict[str, tuple[int | str, ...]] = {"features": (4, count), "credibility_mean": (1,)}
@@ -357,7 +358,7 @@ def _check_tensors(
     for name, shape in shapes.items():
         found = tensors.get(name)
         if found is None or found.dtype != np.float32 or not np.isfinite(found).all():
-            raise ValueError(f"reuse calibration {path} has no sound {name}; {_ANEW}")
+            raise ValueError(f"reuse calibration {path} lacks a valid tensor {name}; {_AGAIN}")
         fits = found.ndim == len(shape) and all(
             got == (sizes.setdefault(want, got) if isinstance(want, str) else want)
             and 0 < got <= _LARGEST
@@ -365,14 +366,14 @@ def _check_tensors(
         )
         if not fits:
             raise ValueError(
-                f"reuse calibration {path}: {name} has the shape {tuple(found.shape)}; {_ANEW}"
+                f"reuse calibration {path}: {name} has the shape {tuple(found.shape)}; {_AGAIN}"
             )
     if set(tensors) != set(shapes):
         other = sorted(set(tensors) - set(shapes))[0]
-        raise ValueError(f"reuse calibration {path} has an unknown tensor {other}; {_ANEW}")
+        raise ValueError(f"reuse calibration {path} has an unknown tensor {other}; {_AGAIN}")
     mean, deviation, least, largest = tensors["features"]
     if not ((deviation > 0).all() and (least <= mean).all() and (mean <= largest).all()):
-        raise ValueError(f"reuse calibration {path} has senseless features; {_ANEW}")
+        raise ValueError(f"reuse calibration {path} has inconsistent feature statistics; {_AGAIN}")
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> str:

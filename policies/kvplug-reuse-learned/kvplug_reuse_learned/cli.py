@@ -1,4 +1,4 @@
-"""``kvplug calibrate reuse``: when reuse of stored KV keeps an answer, and what corrects it."""
+"""``kvplug calibrate reuse``: fits the learned checks to a model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from kvplug_reuse_learned.fit_data import Effect, Trial
-    from kvplug_reuse_learned.fit_run import Learned, Settings
+    from kvplug_reuse_learned.effects import Effect
+    from kvplug_reuse_learned.learn import Learned, LearnSettings
+    from kvplug_reuse_learned.placements import PlacementTrial
 
 WIDTH = 120
-"""Columns where there is no terminal to ask."""
+"""Columns assumed without a terminal."""
 
 
 def reuse(
@@ -75,7 +76,7 @@ def reuse(
         typer.Option(min=0, help="Penalty of the correction, relative to its inputs' variance."),
     ] = 0.01,
     threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Credibility asked for where effects are measured.")
+        float, typer.Option(min=0, max=1, help="Credibility threshold where effects are measured.")
     ] = 0.5,
     effects: Annotated[
         bool, typer.Option("--effects", help="Measure what each way to reuse costs and keeps.")
@@ -99,14 +100,14 @@ def reuse(
                 raise KVPlugError(f"{option}: {path} cannot be written: its folder must exist")
         if importlib.util.find_spec("transformers") is None:
             raise KVPlugError(
-                "kvplug calibrate reuse needs transformers: pip install 'kvplug[demo]'"
+                "kvplug calibrate reuse needs transformers: pip install 'kvplug[lab]'"
             )
-        from kvplug_reuse_learned.fit import Bounds
-        from kvplug_reuse_learned.fit_data import Sizes
-        from kvplug_reuse_learned.fit_run import Settings
+        from kvplug_reuse_learned.documents import ExperimentSizes
+        from kvplug_reuse_learned.fit_estimator import Bounds
+        from kvplug_reuse_learned.learn import LearnSettings
 
-        settings = Settings(
-            Sizes(prompts, held_out, documents, least, most, placements, follow, seed),
+        settings = LearnSettings(
+            ExperimentSizes(prompts, held_out, documents, least, most, placements, follow, seed),
             Bounds(agreement, divergence),
             kind, rank, ridge, min(rank, 32), threshold, effects,
         )  # fmt: skip
@@ -122,7 +123,7 @@ def _run(
     output: Path,
     text: Path | None,
     prefix: str | None,
-    settings: Settings,
+    settings: LearnSettings,
     threads: int,
     json: Path | None,
 ) -> None:
@@ -130,30 +131,23 @@ def _run(
     import transformers
 
     from kvplug_lab import models
-    from kvplug_lab.cli.calibrate import _directory, _text
-    from kvplug_lab.cli.eval import _bos, _shown
-    from kvplug_reuse_learned.fit_data import PREFIX
-    from kvplug_reuse_learned.fit_run import learn
+    from kvplug_lab.cli.inputs import encoder_of, first_tokens, model_directory, text_of
+    from kvplug_lab.cli.outputs import counted
+    from kvplug_reuse_learned.learn import learn
+    from kvplug_reuse_learned.placements import PREFIX
 
-    if model is None:
-        directory = models.smollm2(progress=lambda line: console.print(line, markup=False))
-    else:
-        directory = _directory(model)
-    words = _text(text)
+    directory = model_directory(model, console, "MODEL")
+    words = text_of(text)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-
-    def encode(part: str) -> list[int]:
-        found: list[int] = tokenizer(part, add_special_tokens=False, verbose=False).input_ids
-        return found
-
+    encode = encoder_of(tokenizer)
     if threads:
         torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     sizes = settings.sizes
-    first = [*_bos(directory, tokenizer), *encode(PREFIX if prefix is None else prefix)]
+    first = [*first_tokens(directory, tokenizer), *encode(PREFIX if prefix is None else prefix)]
     rounds = sizes.prompts + sizes.held_out * (2 if settings.effects else 1)
-    with _shown(rounds) as progress:
+    with counted(rounds) as progress:
         learned = learn(
             loaded.eval(),
             encode,
@@ -175,8 +169,8 @@ def _run(
 # -- what is shown ---------------------------------------------------------------------------------
 
 
-def _print(console: Console, learned: Learned, settings: Settings) -> None:
-    from kvplug_reuse_learned.fit_data import SOURCES
+def _print(console: Console, learned: Learned, settings: LearnSettings) -> None:
+    from kvplug_reuse_learned.placements import SOURCES
 
     bounds = settings.bounds
     grid = Table(
@@ -231,7 +225,11 @@ def _print(console: Console, learned: Learned, settings: Settings) -> None:
 
 
 def _add_source(
-    grid: Table, source: str, trials: list[Trial], learned: Learned, settings: Settings
+    grid: Table,
+    source: str,
+    trials: list[PlacementTrial],
+    learned: Learned,
+    settings: LearnSettings,
 ) -> None:
     from statistics import median
 
@@ -254,7 +252,7 @@ def _add_source(
     )
 
 
-def _print_effects(console: Console, found: list[Effect], settings: Settings) -> None:
+def _print_effects(console: Console, found: list[Effect], settings: LearnSettings) -> None:
     sizes = settings.sizes
     grid = Table(
         title=f"all {sizes.documents} documents of {sizes.held_out} held-out prompts reused; "
@@ -267,7 +265,7 @@ def _print_effects(console: Console, found: list[Effect], settings: Settings) ->
     for row in found:
         grid.add_row(
             row.label,
-            f"{row.anew:.0%}",
+            f"{row.recomputed:.0%}",
             f"{row.divergence:.4f}",
             f"{row.error:.4f}",
             f"{row.agreement:.1%}",
@@ -277,7 +275,7 @@ def _print_effects(console: Console, found: list[Effect], settings: Settings) ->
 
 
 def _write_json(path: Path, learned: Learned) -> None:
-    def trial(found: Trial) -> dict[str, Any]:
+    def trial(found: PlacementTrial) -> dict[str, Any]:
         stored, asked = found.candidate.fingerprint, found.request.fingerprint
         return {
             "source": found.source,
@@ -308,7 +306,7 @@ def _write_json(path: Path, learned: Learned) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """NaN as null, which JSON knows."""
+    """Replace NaN by None: JSON has no NaN."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -2,14 +2,13 @@
 
 For each layer, calibration fits by ridge regression what is missing from a token's stored K and V
 (of all KV heads, K before its rotation) to what the text gives, and keeps the directions that tell
-most of it (reduced-rank regression: A. J. Izenman, Journal of Multivariate Analysis 5, 1975). Here
-it is added, as far as there is reason to.
+most of it (reduced-rank regression: A. J. Izenman, Journal of Multivariate Analysis 5, 1975). The
+policy adds it, scaled down where reuse is credible.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from pydantic import Field
@@ -52,7 +51,7 @@ class Correction:
     def residual_of(
         self, key: Tensor, value: Tensor, offset: int, alpha: float
     ) -> tuple[Tensor, Tensor]:
-        """What to add to keys before rotation, and to values; float32 ``[n, H, d]``.
+        """Corrections of keys before rotation, and of values; float32 ``[n, H, d]``.
 
         Args:
             key: ``[n, H, d]`` float32, before rotation.
@@ -78,64 +77,75 @@ class Correction:
 
 
 def places(offset: int, n: int, device: torch.device) -> Tensor:
-    """Inputs of place: ``exp(-token / decay)`` for each of `DECAYS`, float32 ``[n, 3]``."""
+    """Encode places in a segment: ``exp(-token / decay)`` for each of `DECAYS`, float32
+    ``[n, 3]``."""
     at = torch.arange(offset, offset + n, device=device, dtype=torch.float32)
     return torch.exp(-at[:, None] / torch.tensor(DECAYS, device=device))
 
 
-def turned(key: Tensor, shift: Tensor, rope: Rope | None, frequencies: Tensor | None) -> Tensor:
+def rerotated_by(
+    key: Tensor, shift: Tensor, rope: Rope | None, frequencies: Tensor | None
+) -> Tensor:
     """Keys ``[n, H, d]`` rotated by ``shift`` positions each (int64 ``[n]``), a new tensor."""
-    moved = key.clone(memory_format=torch.contiguous_format)
+    rerotated = key.clone(memory_format=torch.contiguous_format)
     if rope is not None and frequencies is not None and len(key):
-        slots = torch.arange(len(moved), device=moved.device)
+        slots = torch.arange(len(rerotated), device=rerotated.device)
         # One block that is as long as the run: [1, heads, tokens, head_size].
         rerotate(
-            moved.permute(1, 0, 2)[None], slots, shift, frequencies, interleaved=rope.interleaved
+            rerotated.permute(1, 0, 2)[None],
+            slots,
+            shift,
+            frequencies,
+            interleaved=rope.interleaved,
         )
-    return moved
+    return rerotated
 
 
 class Compensate(ReuseCheck):
-    """Moves K and V of approximate placements towards what their new text would have given."""
+    """Corrects K and V of approximate placements towards what recomputation would give."""
 
     name = "compensate"
-    changes = "adds a learned low-rank correction to stored KV that is used out of its context"
+    changes = "adds a learned low-rank correction to stored KV used out of its context"
     paper = "kvplug; reduced-rank ridge regression (Izenman 1975)"
     supports = ReuseCheck.supports - {Feature.TENSOR_PARALLEL}
 
     class Options(PolicyOptions):
-        """Knobs of `Compensate`."""
+        """Options of `Compensate`."""
 
         model: str = Field(
             "reuse.safetensors",
             min_length=1,
-            description="file that kvplug calibrate reuse wrote for this model",
+            description="calibration file written by kvplug calibrate reuse for this model",
         )
         rank: int = Field(
             32,
             ge=1,
             le=4096,
-            description="directions of the residual that are corrected, per layer; at most those "
-            "of the file",
+            description="directions of the residual corrected per layer; at most the rank of "
+            "the file",
         )
         keys: bool = Field(
             False,
-            description="correct keys too, not only values; on the model measured it did harm",
+            description="correct keys as well as values; worse on the model measured",
         )
         strength: float = Field(
-            1.0, ge=0, le=1, description="share of the correction where credibility is unknown"
+            1.0,
+            ge=0,
+            le=1,
+            description="share of the correction applied when no credibility is known",
         )
+
+    options: Options
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        known = cast(Compensate.Options, options)
-        self.rank, self.strength, self.keys = known.rank, known.strength, known.keys
-        self.calibration: ReuseCalibration | None = calibration_for(known.model, engine)
+        model = self.options.model
+        self.calibration: ReuseCalibration | None = calibration_for(model, engine)
         if self.calibration is not None:
             self.calibration.check_layers(engine)
             if not self.calibration.rank:
                 raise ValueError(
-                    f"reuse calibration {known.model} has no corrections; run `kvplug calibrate "
+                    f"reuse calibration {model} has no corrections; run `kvplug calibrate "
                     "reuse` with --rank above 0"
                 )
         self._made: dict[tuple[int, torch.device], tuple[Correction, Tensor | None]] = {}
@@ -148,24 +158,24 @@ class Compensate(ReuseCheck):
         return not placement.verdict.exact and self.alpha(placement) > 0
 
     def alpha(self, placement: Placement) -> float:
-        """Share of the correction: less where reuse is more credible than it mostly was."""
+        """Share of the correction to add: smaller for more credible placements."""
         if self.calibration is None:
             return 0.0
         credibility = placement.verdict.confidence
         if credibility is None:
-            return self.strength
+            return self.options.strength
         usual = max(1 - self.calibration.credibility_mean, 0.05)
-        return self.strength * min((1 - credibility) / usual, 1.0)
+        return self.options.strength * min((1 - credibility) / usual, 1.0)
 
     def adapt(
         self, layer: LayerView, placement: Placement, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Add the layer's correction to values, and to keys where `keys` says so: they come rotated
-        to where they are used and go so.
+        """Add the layer's correction to values, and to keys with the option `keys`. Keys come
+        in and go out rotated to their new position.
 
         Raises:
-            ValueError: The layer's heads are not those of the calibration, or its keys are
-                rotated and nobody knows how.
+            ValueError: The layer's heads are not those of the calibration, or the rotation of its
+                keys is unknown.
         """
         if not self.adapts(placement) or not len(key):
             return key, value
@@ -174,24 +184,24 @@ class Compensate(ReuseCheck):
         if 2 * width != correction.decode.shape[1]:
             raise ValueError(
                 f"layer {layer.index} has {key.shape[1]} KV heads of {key.shape[2]} here, and "
-                "the calibration of reuse is of others"
+                "the reuse calibration has other heads"
             )
         if layer.index == 0:
             self._placements += 1
         at = torch.arange(len(key), device=key.device) + placement.start
-        # In float32 all the way: a key rotated there and back in bfloat16 would be another.
-        bare = turned(key.float(), -at, layer.rope, frequencies)
+        # In float32: rotating a key there and back in bfloat16 would change it.
+        bare = rerotated_by(key.float(), -at, layer.rope, frequencies)
         for_key, for_value = correction.residual_of(
             bare, value.float(), placement.offset, self.alpha(placement)
         )
         if placement.fingerprint.start == 0 and placement.offset == 0:
-            # The first token of a text is a sink like no other token; nothing was fitted for it.
+            # The first token of a text is an attention sink; nothing was fitted for it.
             for_key[0], for_value[0] = 0, 0
         better = (value.float() + for_value).to(value.dtype)
-        if not self.keys:
+        if not self.options.keys:
             return key, better
         # What is added is rotated, not the sum: a key that gets nothing stays bit for bit.
-        for_key = turned(for_key, at, layer.rope, frequencies)
+        for_key = rerotated_by(for_key, at, layer.rope, frequencies)
         return (key.float() + for_key).to(key.dtype), better
 
     def counters(self) -> dict[str, float]:
@@ -202,7 +212,7 @@ class Compensate(ReuseCheck):
     ) -> tuple[Correction, Tensor | None]:
         assert self.calibration is not None
         if layer.rope is None and placement.fingerprint.position.startswith("rope"):
-            raise ValueError(f"the rotation of layer {layer.index} is not known")
+            raise ValueError(f"the rotation of layer {layer.index} is unknown")
         made = self._made.get((layer.index, device))
         if made is None:
             tensors, at = self.calibration.tensors, f"layers.{layer.index}."
@@ -217,8 +227,8 @@ class Compensate(ReuseCheck):
             mean, deviation = tensors[f"{at}norm"].tolist()
             correction = Correction(
                 given["mean"],
-                given["encode"][:, : self.rank].contiguous(),
-                given["decode"][: self.rank].contiguous(),
+                given["encode"][:, : self.options.rank].contiguous(),
+                given["decode"][: self.options.rank].contiguous(),
                 given["residual"],
                 (mean, deviation),
             )

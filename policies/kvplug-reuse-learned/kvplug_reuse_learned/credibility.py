@@ -1,4 +1,4 @@
-"""How likely is it that this stored KV keeps the answer?
+"""The probability that reusing stored KV keeps the answer.
 
 What reuse out of context costs depends on how a segment was computed and on where it goes: whether
 it stood at the front of a text, how much it leaned on what came before, how long it is. A small
@@ -7,8 +7,6 @@ left the model's next tokens as they were; `kvplug calibrate reuse` trains it.
 """
 
 from __future__ import annotations
-
-from typing import cast
 
 import numpy as np
 from pydantic import Field
@@ -27,32 +25,32 @@ BINS = 10
 
 
 class Credibility(ReuseCheck):
-    """Refuses placements that, by calibration, are not likely enough to keep the answer."""
+    """Refuses placements whose probability of keeping the answer is below the threshold."""
 
     name = "credibility"
-    changes = "refuses stored KV that a small trained model does not think would keep the answer"
+    changes = "refuses stored KV that a small trained model expects to change the answer"
     paper = "kvplug; what it predicts is in the spirit of CacheBlend, arXiv 2405.16444"
 
     class Options(PolicyOptions):
-        """Knobs of `Credibility`."""
+        """Options of `Credibility`."""
 
         model: str = Field(
             "reuse.safetensors",
             min_length=1,
-            description="file that kvplug calibrate reuse wrote for this model",
+            description="calibration file written by kvplug calibrate reuse for this model",
         )
         threshold: float = Field(
             0.5,
             ge=0,
             le=1,
-            description="least probability that reuse keeps the answer; below, it is computed",
+            description="least probability that reuse keeps the answer; less is recomputed",
         )
+
+    options: Options
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        known = cast(Credibility.Options, options)
-        self.threshold = known.threshold
-        found = calibration_for(known.model, engine)
+        found = calibration_for(self.options.model, engine)
         self.estimator: Estimator | None = None if found is None else found.estimator
         self._seen = np.zeros(BINS, dtype=np.int64)
 
@@ -63,7 +61,7 @@ class Credibility(ReuseCheck):
             return Verdict(False, "not calibrated", exact=False)
         chance = float(self.estimator.probability(features(candidate, request)))
         self._seen[min(int(chance * BINS), BINS - 1)] += 1
-        if chance < self.threshold:
+        if chance < self.options.threshold:
             return Verdict(False, "not credible", exact=False, confidence=chance)
         return Verdict(True, exact=False, confidence=chance)
 

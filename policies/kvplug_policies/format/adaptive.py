@@ -108,26 +108,26 @@ class Adaptive(FormatPolicy):
                 raise ValueError(f"start {self.start} is none of the {len(self.levels)} levels")
             return self
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        assert isinstance(options, Adaptive.Options)
-        self.knobs = options
-        self.levels = [self._build(level, engine) for level in options.levels]
-        self.current = range(len(self.levels))[options.start]
+        self.levels = [self._build(level, engine) for level in self.options.levels]
+        self.current = range(len(self.levels))[self.options.start]
         self.decisions: list[dict[str, Any]] = []
         self._errors: list[list[float]] = [[] for _ in self.levels]
         self._not_before = [0] * len(self.levels)
         self._given = [0] * len(self.levels)
         self._looks = 0
-        self._sampled = _spread(engine.layers, options.sample_layers)
+        self._sampled = _spread(engine.layers, self.options.sample_layers)
         self._shadows: dict[int, _Shadow] = {}
         self._of_block: dict[int, Tensor] = {}
         self._measured = [0.0] * (2 * len(self.levels))
 
     def _build(self, level: str | dict[str, Any], engine: EngineView) -> FormatPolicy:
-        found, knobs = self.knobs.inner(level)
+        found, inner = self.options.inner(level)
         try:
-            built = build_inner(found, knobs, engine)
+            built = build_inner(found, inner, engine)
         except ValueError as error:
             raise ValueError(f"level {found.name}: {error}") from None
         for layer in engine.layers:
@@ -153,15 +153,15 @@ class Adaptive(FormatPolicy):
             if looks:
                 self._looks += int(looks)
                 self._errors[level].append(total / looks)
-                del self._errors[level][: -self.knobs.patience]
+                del self._errors[level][: -self.options.patience]
         seen = self._errors[self.current]
-        if len(seen) < self.knobs.patience:
+        if len(seen) < self.options.patience:
             return None
         error = sum(seen) / len(seen)
         to = self.current
-        if error > self.knobs.high and self.current + 1 < n:
+        if error > self.options.high and self.current + 1 < n:
             to += 1
-        elif error < self.knobs.low and self.current > 0:
+        elif error < self.options.low and self.current > 0:
             to -= 1
             if self._looks < self._not_before[to]:
                 return None
@@ -172,9 +172,9 @@ class Adaptive(FormatPolicy):
     def _move(self, to: int, error: float) -> str:
         names = [level.name for level in self.levels]
         safer = to > self.current
-        bound = self.knobs.high if safer else self.knobs.low
+        bound = self.options.high if safer else self.options.low
         if safer:
-            self._not_before[self.current] = self._looks + self.knobs.retry
+            self._not_before[self.current] = self._looks + self.options.retry
         self._errors[to].clear()
         decision: dict[str, Any] = {
             "time": round(time.time(), 3),
@@ -188,8 +188,8 @@ class Adaptive(FormatPolicy):
         self.current = to
         self.decisions.append(decision)
         del self.decisions[:-TOLD]
-        if self.knobs.log:
-            with Path(self.knobs.log).open("a", encoding="utf-8") as file:
+        if self.options.log:
+            with Path(self.options.log).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(decision) + "\n")
         return (
             f"adaptive: new requests are stored as {decision['to']} instead of {decision['from']}: "
@@ -250,7 +250,7 @@ class Adaptive(FormatPolicy):
             own = WriteBatch(batch.key[mine], batch.value[mine], batch.slots[mine])
             policy.write(layer, own, self._own_pages(level, layer, cache))
         if layer.index in self._sampled:
-            shadow = self._shadows.setdefault(layer.index, _Shadow(self.knobs.shadow_pages, size))
+            shadow = self._shadows.setdefault(layer.index, _Shadow(self.options.shadow_pages, size))
             shadow.write(batch, valid)
 
     def read(self, layer: LayerView, cache: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,7 +281,7 @@ class Adaptive(FormatPolicy):
         shadow = self._shadows.get(layer.index)
         if shadow is not None:
             shadow.steps += 1
-            if shadow.steps % self.knobs.sample_every == 0:
+            if shadow.steps % self.options.sample_every == 0:
                 self._look(layer, batch, cache, of_row, shadow)
 
     def _look(

@@ -7,7 +7,7 @@ sixteenth of itself at most, or by some millionths of the largest where it is ti
 
 from __future__ import annotations
 
-from kvplug.contract import FormatOptions, LayerView
+from kvplug.contract import LayerView
 from kvplug_kernels.coding import CodedPage, Coding
 from kvplug_policies.coded import CodedFormat
 
@@ -18,9 +18,6 @@ class Fp8(CodedFormat):
     name = "fp8"
     changes = "stores K and V as 8-bit floating-point numbers, scaled per token and KV head"
     paper = "FP8 Formats for Deep Learning, arXiv 2209.05433"
-
-    class Options(FormatOptions):
-        """Knobs of `Fp8`."""
 
     def coding(self, layer: LayerView) -> CodedPage:
         both = Coding(layer.head_size, 8, "fp8")

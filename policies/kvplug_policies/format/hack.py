@@ -23,12 +23,12 @@ Differences from the paper:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from kvplug.contract import EngineView, LayerView, PolicyOptions
+from kvplug.contract import LayerView
 from kvplug_kernels.coding import CodedPage, Coding
 from kvplug_policies.coded import FIT, LAYERS, CodedFormat, LayerOptions, check_group, layer_bits
 from kvplug_policies.rotation import Rotation, hadamard_matrix
@@ -55,18 +55,21 @@ class Hack(CodedFormat):
         fit: int = Field(2, ge=0, le=8, description=FIT)
         layers: Mapping[str, Literal[2, 4, 8]] = Field(default_factory=dict, description=LAYERS)
 
-    def __init__(self, options: PolicyOptions, engine: EngineView):
-        self.own = cast(Hack.Options, options)
-        self._turn = Rotation().turn if self.own.rotate else None
-        self.rotation = "hadamard" if self.own.rotate else None
-        super().__init__(options, engine)
+    options: Options
+
+    def prepare(self) -> None:
+        self._turn = Rotation().turn if self.options.rotate else None
+        self.rotation = "hadamard" if self.options.rotate else None
 
     def coding(self, layer: LayerView) -> CodedPage:
-        own, width = self.own, layer.head_size
-        bits, group = layer_bits(own.layers, layer, own.bits), check_group(own.group, width)
-        if own.rotate:
+        options, width = self.options, layer.head_size
+        bits, group = (
+            layer_bits(options.layers, layer, options.bits),
+            check_group(options.group, width),
+        )
+        if options.rotate:
             hadamard_matrix(width)
-        fit = 0 if bits == 8 else own.fit
+        fit = 0 if bits == 8 else options.fit
         return CodedPage(
             Coding(width, bits, "int", group, sums=True, fit=fit),
             Coding(width, bits, "int", group, fit=fit),

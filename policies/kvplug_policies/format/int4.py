@@ -8,11 +8,11 @@ layers can have other widths.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Literal
 
 from pydantic import Field
 
-from kvplug.contract import EngineView, LayerView, PolicyOptions
+from kvplug.contract import LayerView
 from kvplug_kernels.coding import CodedPage, Coding
 from kvplug_policies.coded import FIT, LAYERS, CodedFormat, LayerOptions, check_group, layer_bits
 
@@ -34,13 +34,11 @@ class Int4(CodedFormat):
         fit: int = Field(0, ge=0, le=8, description=FIT)
         layers: Mapping[str, Literal[2, 3, 4, 8]] = Field(default_factory=dict, description=LAYERS)
 
-    def __init__(self, options: PolicyOptions, engine: EngineView):
-        self.own = cast(Int4.Options, options)
-        super().__init__(options, engine)
+    options: Options
 
     def coding(self, layer: LayerView) -> CodedPage:
-        own = self.own
-        group = check_group(own.group, layer.head_size)
-        bits = layer_bits(own.layers, layer, 4)
-        both = Coding(layer.head_size, bits, "int", group, fit=0 if bits == 8 else own.fit)
+        options = self.options
+        group = check_group(options.group, layer.head_size)
+        bits = layer_bits(options.layers, layer, 4)
+        both = Coding(layer.head_size, bits, "int", group, fit=0 if bits == 8 else options.fit)
         return CodedPage(both, both)

@@ -6,11 +6,9 @@ smallest to the largest element, so an element is off by half a 255th of that ra
 
 from __future__ import annotations
 
-from typing import cast
-
 from pydantic import Field
 
-from kvplug.contract import EngineView, FormatOptions, LayerView, PolicyOptions
+from kvplug.contract import FormatOptions, LayerView
 from kvplug_kernels.coding import CodedPage, Coding
 from kvplug_policies.coded import CodedFormat, check_group
 
@@ -29,11 +27,9 @@ class Int8(CodedFormat):
             0, ge=0, le=1024, description="channels of a head that share a scale; 0: all of them"
         )
 
-    def __init__(self, options: PolicyOptions, engine: EngineView):
-        self.own = cast(Int8.Options, options)
-        super().__init__(options, engine)
+    options: Options
 
     def coding(self, layer: LayerView) -> CodedPage:
-        group = check_group(self.own.group, layer.head_size)
+        group = check_group(self.options.group, layer.head_size)
         both = Coding(layer.head_size, 8, "int", group)
         return CodedPage(both, both)

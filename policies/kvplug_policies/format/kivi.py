@@ -21,11 +21,11 @@ Differences from the paper:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self, cast
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from kvplug.contract import EngineView, LayerView, PolicyOptions
+from kvplug.contract import LayerView
 from kvplug_kernels.coding import CodedPage, Coding
 from kvplug_policies.coded import FIT, LAYERS, CodedFormat, LayerOptions, check_group, layer_bits
 
@@ -61,35 +61,35 @@ class Kivi(CodedFormat):
                 )
             return self
 
-    def __init__(self, options: PolicyOptions, engine: EngineView):
-        self.own = cast(Kivi.Options, options)
-        group = self.own.group
-        if engine.block_size % group:
+    options: Options
+
+    def prepare(self) -> None:
+        group, size = self.options.group, self.engine.block_size
+        if size % group:
             raise ValueError(
-                f"groups of {group} tokens do not fill blocks of {engine.block_size}: start with "
-                f"--block-size {-(-engine.block_size // group) * group}, or choose a group that "
-                f"divides {engine.block_size}"
+                f"groups of {group} tokens do not fill blocks of {size}: start with "
+                f"--block-size {-(-size // group) * group}, or choose a group that "
+                f"divides {size}"
             )
-        super().__init__(options, engine)
 
     def coding(self, layer: LayerView) -> CodedPage:
-        own, width = self.own, layer.head_size
-        if width % own.group:
+        options, width = self.options, layer.head_size
+        if width % options.group:
             raise ValueError(
-                f"the scales of {width} channels cannot be spread over the {own.group} tokens of "
-                f"a group: choose a group that divides {width}"
+                f"the scales of {width} channels cannot be spread over the {options.group} tokens "
+                f"of a group: choose a group that divides {width}"
             )
-        bits = layer_bits(own.layers, layer, own.bits)
+        bits = layer_bits(options.layers, layer, options.bits)
         return CodedPage(
-            Coding(width, bits, "int", own.group, "tokens"),
+            Coding(width, bits, "int", options.group, "tokens"),
             Coding(
                 width,
                 bits,
                 "int",
-                check_group(own.value_group, width),
-                fit=0 if bits == 8 else own.fit,
+                check_group(options.value_group, width),
+                fit=0 if bits == 8 else options.fit,
             ),
         )
 
     def recent(self, layer: LayerView) -> int:
-        return self.own.group
+        return self.options.group

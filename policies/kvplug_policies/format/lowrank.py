@@ -111,32 +111,37 @@ class LowRank(CodedFormat):
                 raise ValueError(f"a rank must be a multiple of {STEP}")
             return value
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
-        assert isinstance(options, LowRank.Options)
-        self.knobs = options
-        self.calibration = calibration_for(options.calibration, engine)
-        self._maps = OnDevice()
         super().__init__(options, engine)
         pages = [(self.coded(layer), layer) for layer in engine.layers]
         if (
             whole_model(engine)
-            and options.bits == 16
+            and self.options.bits == 16
             and all(p.key.width == p.value.width == layer.head_size for p, layer in pages)
         ):
-            why = f"rank {options.rank}" if options.rank else f"max_error {options.max_error}"
+            rank, max_error = self.options.rank, self.options.max_error
+            why = f"rank {rank}" if rank else f"max_error {max_error}"
             raise ValueError(
                 f"lowrank with {why} leaves every layer at its full {pages[0][1].head_size} "
                 "coordinates: allow more error, set a smaller rank, or set bits to 8 or 4"
             )
 
+    def prepare(self) -> None:
+        self.calibration = calibration_for(self.options.calibration, self.engine)
+        self._maps = OnDevice()
+
     def ranks(self, layer: LayerView) -> tuple[int, int]:
         """Coordinates of keys and of values of a layer."""
-        if self.knobs.rank > layer.head_size:
-            raise ValueError(f"rank {self.knobs.rank} is more than the {layer.head_size} elements")
-        if self.knobs.rank:
-            return self.knobs.rank, self.knobs.rank
-        key = smallest_rank(self.calibration.of(layer, "key_energy"), self.knobs.max_error)
-        value = smallest_rank(self.calibration.of(layer, "value_energy"), self.knobs.max_error)
+        if self.options.rank > layer.head_size:
+            raise ValueError(
+                f"rank {self.options.rank} is more than the {layer.head_size} elements"
+            )
+        if self.options.rank:
+            return self.options.rank, self.options.rank
+        key = smallest_rank(self.calibration.of(layer, "key_energy"), self.options.max_error)
+        value = smallest_rank(self.calibration.of(layer, "value_energy"), self.options.max_error)
         return key, value
 
     def coding(self, layer: LayerView) -> CodedPage:
@@ -152,16 +157,16 @@ class LowRank(CodedFormat):
         for name, matrix in maps.items():
             rank = ranks[0] if name.startswith("key") else ranks[1]
             cut = matrix[..., :rank].double()
-            if self.knobs.bits < 16:
+            if self.options.bits < 16:
                 cut = cut @ spread(rank)
             maps[name] = cut.float().contiguous()
         maps["key_mean"], maps["value_mean"] = of(layer, "key_mean"), of(layer, "value_mean")
         self._maps.put(layer, maps)
-        if self.knobs.bits == 16:
+        if self.options.bits == 16:
             bits = plain_bits(layer.dtype)
             return CodedPage(Coding(ranks[0], bits, "plain"), Coding(ranks[1], bits, "plain"))
-        fit = self.knobs.fit if self.knobs.bits == 4 else 0
-        key, value = (Coding(rank, self.knobs.bits, fit=fit) for rank in ranks)
+        fit = self.options.fit if self.options.bits == 4 else 0
+        key, value = (Coding(rank, self.options.bits, fit=fit) for rank in ranks)
         return CodedPage(key, value)
 
     def into(self, layer: LayerView, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

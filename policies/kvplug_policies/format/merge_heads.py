@@ -89,36 +89,38 @@ class MergeHeads(CodedFormat):
             16, description="bits of an element: 16 (as computed), 8 or 4"
         )
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
-        assert isinstance(options, MergeHeads.Options)
-        self.knobs = options
-        self.calibration = calibration_for(options.calibration, engine)
-        self._maps = OnDevice()
-        self.shared: dict[int, Shared] = {}
-        self._padded: dict[int, int] = {}
         super().__init__(options, engine)
         if whole_model(engine) and all(s.stored == len(s.group) for s in self.shared.values()):
             index, best = min(self.shared.items(), key=lambda item: item[1].best)
             found = (
-                f"the best {options.fit} merge loses {best.best:.3g} (layer {index})"
+                f"the best {self.options.fit} merge loses {best.best:.3g} (layer {index})"
                 if best.best < float("inf")
                 else "no layer has two KV heads"
             )
             raise ValueError(
-                f"merge_heads may merge nothing: {found}, and max_error is {options.max_error}; "
-                "allow more error or choose another format"
+                f"merge_heads may merge nothing: {found}, and max_error is "
+                f"{self.options.max_error}; allow more error or choose another format"
             )
+
+    def prepare(self) -> None:
+        self.calibration = calibration_for(self.options.calibration, self.engine)
+        self._maps = OnDevice()
+        self.shared: dict[int, Shared] = {}
+        self._padded: dict[int, int] = {}
 
     def sharing(self, layer: LayerView) -> Shared:
         """What shares what: the calibration's merges, in order, as long as they are within
         ``max_error``."""
-        heads, fit = layer.num_kv_heads, self.knobs.fit
+        heads, fit = layer.num_kv_heads, self.options.fit
         if heads < 2:
             return Shared((0,) * heads, heads, 0.0, float("inf"))
         errors = self.calibration.of(layer, f"merge_{fit}.errors").tolist()
         groups = self.calibration.of(layer, f"merge_{fit}.groups").tolist()
         taken = 0
-        while taken < len(errors) and errors[taken] <= self.knobs.max_error:
+        while taken < len(errors) and errors[taken] <= self.options.max_error:
             taken += 1
         group = groups[taken - 1] if taken else list(range(heads))
         order = {g: i for i, g in enumerate(dict.fromkeys(group))}
@@ -141,7 +143,7 @@ class MergeHeads(CodedFormat):
             members = [h for h, g in enumerate(shared.group) if g == stored]
             if len(members) > 1:
                 self._fill(layer, members, maps)
-            elif self.knobs.bits == 16:
+            elif self.options.bits == 16:
                 # A head of its own is stored as it is, to the bit.
                 maps["key_mean"][members] = maps["value_mean"][members] = 0
         # The query heads of a stored head follow each other, and each has equally many: the places
@@ -155,15 +157,15 @@ class MergeHeads(CodedFormat):
         maps["group"], maps["places"] = torch.tensor(shared.group), torch.tensor(places)
         self._maps.put(layer, maps)
         self._padded[layer.index] = most * shared.stored
-        if self.knobs.bits == 16:
+        if self.options.bits == 16:
             coding = Coding(width, plain_bits(layer.dtype), "plain")
         else:
-            coding = Coding(width, self.knobs.bits, fit=2 if self.knobs.bits == 4 else 0)
+            coding = Coding(width, self.options.bits, fit=2 if self.options.bits == 4 else 0)
         return CodedPage(coding, coding)
 
     def _fill(self, layer: LayerView, members: list[int], maps: dict[str, Tensor]) -> None:
         """The maps of heads that were merged into one."""
-        of, fit = self.calibration.of, self.knobs.fit
+        of, fit = self.calibration.of, self.options.fit
         steps = len(of(layer, f"merge_{fit}.errors"))
         for step in range(steps):
             if of(layer, f"merge_{fit}.{step}.heads").tolist() != members:

@@ -101,23 +101,24 @@ class Mixed(FormatPolicy):
                 raise ValueError("exact_chunk is one for all layers: set it beside `layers`")
             return inner_format(section["use"], options, {"exact_chunk": self.exact_chunk})
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        assert isinstance(options, Mixed.Options)
-        self.exact_chunk = options.exact_chunk
-        self._ranges = tuple(options.layers)
+        self.exact_chunk = self.options.exact_chunk
+        self._ranges = tuple(self.options.layers)
         self._chosen: dict[int, str] = {}
-        mine: dict[str, list[LayerView]] = {where: [] for where in options.sections()}
+        mine: dict[str, list[LayerView]] = {where: [] for where in self.options.sections()}
         for layer in engine.layers:
             mine[self._section(layer)].append(layer)
         self.inner: dict[str, FormatPolicy] = {}
-        for where, section in options.sections().items():
+        for where, section in self.options.sections().items():
             if engine.layers and not mine[where]:
                 continue
             try:
-                found, knobs = options.inner(section)
+                found, inner = self.options.inner(section)
                 part = replace(engine, layers=tuple(mine[where]))
-                self.inner[where] = build_inner(found, knobs, part)
+                self.inner[where] = build_inner(found, inner, part)
             except ValueError as error:
                 raise ValueError(f"{_where(where)}: {error}") from None
         built = self.inner.values()

@@ -157,17 +157,17 @@ class Residual(CodedFormat):
                 raise ValueError(f"residual cannot correct {found.name}: name a format of codes")
             return found, options
 
-    def __init__(self, options: PolicyOptions, engine: EngineView):
-        assert isinstance(options, Residual.Options)
-        self.knobs = options
-        self.calibration = calibration_for(options.calibration, engine)
-        found, inner = options.inner()
-        built: FormatPolicy = build_inner(found, inner, engine)
+    options: Options
+
+    def prepare(self) -> None:
+        self.calibration = calibration_for(self.options.calibration, self.engine)
+        found, inner = self.options.inner()
+        built: FormatPolicy = build_inner(found, inner, self.engine)
         assert isinstance(built, CodedFormat)
         self.inner = built
         # Of the format corrected, not of the class.
         self.integer = built.integer  # type: ignore[misc]
-        if self.integer and options.outliers:
+        if self.integer and self.options.outliers:
             raise ValueError(
                 f"{built.name} multiplies codes of one width, as integers: set outliers to 0"
             )
@@ -175,16 +175,18 @@ class Residual(CodedFormat):
         self.moves_tokens = built.moves_tokens
         self._maps = OnDevice()
         self.corrected: dict[tuple[int, str], int] = {}
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
         for layer in engine.layers:
             self.corrected[layer.index, "key"] = self.corrected[layer.index, "value"] = 0
-            if options.rank1 or options.mean:
+            if self.options.rank1 or self.options.mean:
                 self._fit_once(layer)
 
     # -- codes ---------------------------------------------------------------------------------
 
     def coding(self, layer: LayerView) -> CodedPage:
-        page, n = self.inner.coded(layer), self.knobs.outliers
+        page, n = self.inner.coded(layer), self.options.outliers
         of, heads, width = self.calibration.of, layer.num_kv_heads, layer.head_size
         if n and type(self.inner).into is not CodedFormat.into:
             raise ValueError(
@@ -193,7 +195,7 @@ class Residual(CodedFormat):
         maps = {}
         for side, coding in (("key", page.key), ("value", page.value)):
             zero = torch.zeros(heads, width)
-            maps[f"{side}_mean"] = of(layer, f"{side}_mean").clone() if self.knobs.mean else zero
+            maps[f"{side}_mean"] = of(layer, f"{side}_mean").clone() if self.options.mean else zero
             maps[f"{side}_u"], maps[f"{side}_v"], maps[f"{side}_bias"] = zero, zero, zero
             if n and coding.axis == "channels":
                 order = of(layer, f"{side}_range").sort(dim=-1, descending=True, stable=True)[1]
@@ -238,7 +240,7 @@ class Residual(CodedFormat):
         maps = {k: v.clone() for k, v in self._maps.get(layer, torch.device("cpu")).items()}
         means = {side: maps[f"{side}_mean"].clone() for side in ("key", "value")}
         found = {}
-        for mean in (False, True) if self.knobs.mean else (False,):
+        for mean in (False, True) if self.options.mean else (False,):
             for side in means:
                 maps[f"{side}_mean"] = means[side] * mean
             self._maps.put(layer, maps)
@@ -249,9 +251,9 @@ class Residual(CodedFormat):
             trial = _Trial(query[:, head], wanted, [part[:, head] for part in found[False]])
             # Keys first: a correction of values is judged with the keys that it will meet.
             for at, side in enumerate(means):
-                if self.knobs.mean and not trial.nearer(at, found[True][at][:, head]):
+                if self.options.mean and not trial.nearer(at, found[True][at][:, head]):
                     maps[f"{side}_mean"][head] = 0
-                if not self.knobs.rank1:
+                if not self.options.rank1:
                     continue
                 weight = of(layer, "query_moment")[head] if side == "key" else eye
                 now = trial.now[at]

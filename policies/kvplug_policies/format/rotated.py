@@ -22,13 +22,13 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvplug.contract import EngineView, LayerView, PolicyOptions
+from kvplug.contract import LayerView
 from kvplug_kernels.coding import CodedPage, Coding
 from kvplug_policies.coded import FIT, LAYERS, CodedFormat, LayerOptions, Levels, layer_bits
 from kvplug_policies.rotation import Rotation, hadamard_matrix
@@ -82,26 +82,26 @@ class Rotated(CodedFormat):
         fit: int = Field(2, ge=0, le=8, description=FIT)
         layers: Mapping[str, Bits] = Field(default_factory=dict, description=LAYERS)
 
-    def __init__(self, options: PolicyOptions, engine: EngineView):
-        self.own = cast(Rotated.Options, options)
+    options: Options
+
+    def prepare(self) -> None:
         self._rotation = Rotation()
         self._levels: dict[tuple[int, torch.device], Tensor] = {}
-        super().__init__(options, engine)
 
     def coding(self, layer: LayerView) -> CodedPage:
-        own, width = self.own, layer.head_size
+        options, width = self.options, layer.head_size
         if width < 16:
             raise ValueError(f"{width} elements are too few to be mixed by a rotation; at least 16")
         hadamard_matrix(width)
-        key = layer_bits(own.layers, layer, own.key_bits or own.bits)
-        value = layer_bits(own.layers, layer, own.value_bits or own.bits)
-        kind: Literal["codebook", "int"] = "codebook" if own.levels == "gaussian" else "int"
+        key = layer_bits(options.layers, layer, options.key_bits or options.bits)
+        value = layer_bits(options.layers, layer, options.value_bits or options.bits)
+        kind: Literal["codebook", "int"] = "codebook" if options.levels == "gaussian" else "int"
         return CodedPage(
-            Coding(width, key, kind, fit=own.fit), Coding(width, value, kind, fit=own.fit)
+            Coding(width, key, kind, fit=options.fit), Coding(width, value, kind, fit=options.fit)
         )
 
     def levels(self, layer: LayerView, device: torch.device) -> Levels:
-        if self.own.levels == "uniform":
+        if self.options.levels == "uniform":
             return None, None
         page = self.coded(layer)
         return self._level(page.key.bits, device), self._level(page.value.bits, device)

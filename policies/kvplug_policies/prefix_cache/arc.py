@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from kvplug.contract import (
     BlockFact,
     EngineView,
-    Feature,
     PolicyOptions,
     PrefixCachePolicy,
     Released,
@@ -32,8 +31,6 @@ class Arc(PrefixCachePolicy):
     """Adaptive replacement cache. O(1) per block; about 500 bytes per cached block."""
 
     name = "arc"
-    changes = "which cached block is evicted first; outputs stay the same"
-    requires = frozenset({Feature.PREFIX_CACHING})
     needs = frozenset({BlockFact.KEY})
     paper = "Megiddo and Modha, ARC: a self-tuning, low overhead replacement cache, FAST 2003"
 

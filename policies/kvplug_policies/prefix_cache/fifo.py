@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
-from kvplug.contract import EngineView, Feature, PolicyOptions, PrefixCachePolicy, Released
+from kvplug.contract import EngineView, PolicyOptions, PrefixCachePolicy, Released
 
 
 class Fifo(PrefixCachePolicy):
     """First in, first out. O(log n) per block; about 200 bytes per cached block."""
 
     name = "fifo"
-    changes = "which cached block is evicted first; outputs stay the same"
-    requires = frozenset({Feature.PREFIX_CACHING})
     paper = "first in, first out"
 
     def __init__(self, options: PolicyOptions, engine: EngineView):

@@ -33,14 +33,12 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import groupby, pairwise
 from math import log2, sqrt
-from typing import cast
 
 from pydantic import Field
 
 from kvplug.contract import (
     BlockFact,
     EngineView,
-    Feature,
     PolicyOptions,
     PrefixCachePolicy,
     Released,
@@ -142,8 +140,6 @@ class Foresight(PrefixCachePolicy):
     """
 
     name = "foresight"
-    changes = "which cached block is evicted first; outputs stay the same"
-    requires = frozenset({Feature.PREFIX_CACHING})
     needs = frozenset({BlockFact.REQUEST, BlockFact.KEY, BlockFact.PARENT, BlockFact.FINISHED})
     paper = "ours: hazards of reuse learned online, Gittins index, leaves of the prefix tree first"
 
@@ -164,12 +160,13 @@ class Foresight(PrefixCachePolicy):
             description="observations after which what was learned counts half",
         )
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        knobs = cast(Foresight.Options, options)
         self._block_size = engine.block_size
-        self._model = ReuseModel(_SIZES, knobs.half_life)
-        self._limit = max(knobs.memory, 2 * engine.num_blocks)
+        self._model = ReuseModel(_SIZES, self.options.half_life)
+        self._limit = max(self.options.memory, 2 * engine.num_blocks)
         self._memory: OrderedDict[bytes | int, Run] = OrderedDict()
         self._sessions: OrderedDict[str, tuple[int, float]] = OrderedDict()
         self._now = 0.0

@@ -18,14 +18,12 @@ go, each is worth at least as much as those behind it (``chained``; off for the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 from pydantic import Field
 
 from kvplug.contract import (
     BlockFact,
     EngineView,
-    Feature,
     PolicyOptions,
     PrefixCachePolicy,
     Released,
@@ -40,8 +38,6 @@ class Gdsf(PrefixCachePolicy):
     """Greedy-Dual-Size-Frequency. O(log n) per block; about 400 bytes per cached block."""
 
     name = "gdsf"
-    changes = "which cached block is evicted first; outputs stay the same"
-    requires = frozenset({Feature.PREFIX_CACHING})
     needs = frozenset({BlockFact.POSITION})
     paper = "Cherkasova, Greedy-Dual-Size-Frequency caching policy, HPL-98-69R1, 1998"
 
@@ -59,14 +55,15 @@ class Gdsf(PrefixCachePolicy):
             True, description="whether a block is worth at least as much as those behind it"
         )
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        knobs = cast(Gdsf.Options, options)
         hidden = max((x.num_heads * x.head_size for x in engine.layers), default=0)
         # Per token and layer 24 h^2 operations outside attention (4 h^2 weights of projections,
         # 8 h^2 of the MLP, two operations each), and 4 h per token attended to.
-        self._quadratic = knobs.quadratic_tokens or 6 * (hidden or COMMON_HIDDEN)
-        self._chained = knobs.chained
+        self._quadratic = self.options.quadratic_tokens or 6 * (hidden or COMMON_HIDDEN)
+        self._chained = self.options.chained
         self._age = 0.0
         self._clock = 0
         self._uses: dict[int, int] = {}

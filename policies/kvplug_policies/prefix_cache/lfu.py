@@ -16,14 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf, log2
-from typing import cast
 
 from pydantic import Field
 
 from kvplug.contract import (
     BlockFact,
     EngineView,
-    Feature,
     PolicyOptions,
     PrefixCachePolicy,
     Released,
@@ -35,8 +33,6 @@ class Lfu(PrefixCachePolicy):
     """Least frequently used. O(log n) per block; about 700 bytes per cached block."""
 
     name = "lfu"
-    changes = "which cached block is evicted first; outputs stay the same"
-    requires = frozenset({Feature.PREFIX_CACHING})
     needs = frozenset({BlockFact.KEY})
     paper = "least frequently used; aging as in LRFU, IEEE Trans. Computers 50 (12), 2001"
 
@@ -56,16 +52,17 @@ class Lfu(PrefixCachePolicy):
             description="evicted blocks whose counts are remembered",
         )
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        knobs = cast(Lfu.Options, options)
-        self._half_life = knobs.half_life
+        self._half_life = self.options.half_life
         self._clock = 0
         self._ranking = Ranking()
         self._weight: dict[int, float] = {}
         self._key: dict[int, bytes] = {}
         self._hits: dict[int, int] = {}
-        self._history: Ghosts[float] = Ghosts(knobs.history)
+        self._history: Ghosts[float] = Ghosts(self.options.history)
 
     def on_release(self, released: Released) -> None:
         keys = released.keys or [b""] * len(released.ids)

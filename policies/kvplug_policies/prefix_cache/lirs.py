@@ -19,14 +19,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import chain, islice
-from typing import cast
 
 from pydantic import Field
 
 from kvplug.contract import (
     BlockFact,
     EngineView,
-    Feature,
     PolicyOptions,
     PrefixCachePolicy,
     Released,
@@ -41,8 +39,6 @@ class Lirs(PrefixCachePolicy):
     """Low inter-reference recency set. O(1) amortized; about 1,400 bytes per cached block."""
 
     name = "lirs"
-    changes = "which cached block is evicted first; outputs stay the same"
-    requires = frozenset({Feature.PREFIX_CACHING})
     needs = frozenset({BlockFact.KEY})
     paper = "Jiang and Zhang, LIRS, SIGMETRICS 2002"
 
@@ -56,11 +52,12 @@ class Lirs(PrefixCachePolicy):
             2.0, ge=0, le=64, description="evicted blocks remembered, as a multiple of the cache"
         )
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        knobs = cast(Lirs.Options, options)
         size = max(2, engine.num_blocks)
-        self._most_lir = size - max(1, round(knobs.hir * size))
+        self._most_lir = size - max(1, round(self.options.hir * size))
         self._clock = 0
         self._stack: OrderedDict[int, int] = OrderedDict()
         """Stamp to block, in order of last use."""
@@ -69,7 +66,7 @@ class Lirs(PrefixCachePolicy):
         self._known: dict[int, bytes] = {}
         self._queue: OrderedDict[int, None] = OrderedDict()
         self._lir_free: OrderedDict[int, None] = OrderedDict()
-        self._gone: Ghosts[int] = Ghosts(int(knobs.history * size))
+        self._gone: Ghosts[int] = Ghosts(int(self.options.history * size))
         self._gone_key: dict[int, bytes] = {}
 
     def on_release(self, released: Released) -> None:

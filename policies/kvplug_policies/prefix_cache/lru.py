@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import islice
 
-from kvplug.contract import EngineView, Feature, PolicyOptions, PrefixCachePolicy, Released
+from kvplug.contract import EngineView, PolicyOptions, PrefixCachePolicy, Released
 
 
 class Lru(PrefixCachePolicy):
@@ -18,7 +18,6 @@ class Lru(PrefixCachePolicy):
 
     name = "lru"
     changes = "nothing: the eviction order of stock vLLM, through kvplug"
-    requires = frozenset({Feature.PREFIX_CACHING})
     paper = "the order of vLLM's free block queue"
 
     def __init__(self, options: PolicyOptions, engine: EngineView):

@@ -32,7 +32,6 @@ from pydantic import Field, ValidationError, field_validator
 from kvplug.contract import (
     BlockFact,
     EngineView,
-    Feature,
     Kind,
     PolicyOptions,
     PrefixCachePolicy,
@@ -61,7 +60,6 @@ class Record(PrefixCachePolicy):
 
     name = "record"
     changes = "nothing: another policy decides, and what requests refer to is written to a file"
-    requires = frozenset({Feature.PREFIX_CACHING})
     needs = frozenset({BlockFact.FINISHED})
     paper = "the trace format of kvplug simulate; after Mooncake (FAST'25), arXiv 2407.00079"
 
@@ -91,14 +89,15 @@ class Record(PrefixCachePolicy):
                 raise ValueError("path must name an .npz file")
             return value
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        assert isinstance(options, self.Options)
-        self.inner = _inner(options.of, engine)
+        self.inner = _inner(self.options.of, engine)
         self.needs = self.inner.needs | {BlockFact.FINISHED}
         self._asks_inner = BlockFact.FINISHED in self.inner.needs
-        self._trace = _Trace(engine.block_size, options.memory << 20)
-        self._writer = _Writer(Path(options.path), options.every, self._trace.snapshot)
+        self._trace = _Trace(engine.block_size, self.options.memory << 20)
+        self._writer = _Writer(Path(self.options.path), self.options.every, self._trace.snapshot)
         self._failed = 0
 
     # -- the policy inside decides -------------------------------------------------------------

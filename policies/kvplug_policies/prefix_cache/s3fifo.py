@@ -19,14 +19,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import cast
 
 from pydantic import Field
 
 from kvplug.contract import (
     BlockFact,
     EngineView,
-    Feature,
     PolicyOptions,
     PrefixCachePolicy,
     Released,
@@ -42,8 +40,6 @@ class S3Fifo(PrefixCachePolicy):
     """S3-FIFO. O(log n) per block; about 750 bytes per cached block, keys of ghosts included."""
 
     name = "s3fifo"
-    changes = "which cached block is evicted first; outputs stay the same"
-    requires = frozenset({Feature.PREFIX_CACHING})
     needs = frozenset({BlockFact.KEY})
     paper = "Yang et al., FIFO queues are all you need for cache eviction, SOSP 2023"
 
@@ -52,10 +48,12 @@ class S3Fifo(PrefixCachePolicy):
 
         small: float = Field(0.1, gt=0, lt=1, description="part of the cache of the small queue")
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
         size = max(1, engine.num_blocks)
-        self._small_size = cast(S3Fifo.Options, options).small * size
+        self._small_size = self.options.small * size
         self._main_size = size - self._small_size
         self._clock = 0
         self._queues = (Ranking(), Ranking())

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from kvplug.contract import EngineView, Feature, PolicyOptions, PrefixCachePolicy, Released
+from kvplug.contract import EngineView, PolicyOptions, PrefixCachePolicy, Released
 from kvplug_policies.structures import Plan, Ranking
 
 WRAPPED = -1
@@ -26,8 +26,6 @@ class Sieve(PrefixCachePolicy):
     """SIEVE. O(log n) per block; about 330 bytes per cached block."""
 
     name = "sieve"
-    changes = "which cached block is evicted first; outputs stay the same"
-    requires = frozenset({Feature.PREFIX_CACHING})
     paper = "Zhang et al., SIEVE is simpler than LRU, NSDI 2024"
 
     def __init__(self, options: PolicyOptions, engine: EngineView):

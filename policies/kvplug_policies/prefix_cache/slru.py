@@ -16,19 +16,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import chain, islice
-from typing import cast
 
 from pydantic import Field
 
-from kvplug.contract import EngineView, Feature, PolicyOptions, PrefixCachePolicy, Released
+from kvplug.contract import EngineView, PolicyOptions, PrefixCachePolicy, Released
 
 
 class Slru(PrefixCachePolicy):
     """Segmented LRU. O(1) per block; about 240 bytes per candidate."""
 
     name = "slru"
-    changes = "which cached block is evicted first; outputs stay the same"
-    requires = frozenset({Feature.PREFIX_CACHING})
     paper = "Karedla et al., Caching strategies to improve disk system performance, Computer 1994"
 
     class Options(PolicyOptions):
@@ -38,9 +35,11 @@ class Slru(PrefixCachePolicy):
             0.8, ge=0, le=1, description="part of the cache that blocks hit before may fill"
         )
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        self._limit = int(cast(Slru.Options, options).protected * engine.num_blocks)
+        self._limit = int(self.options.protected * engine.num_blocks)
         self._probation: OrderedDict[int, None] = OrderedDict()
         self._protected: OrderedDict[int, None] = OrderedDict()
         self._hit: set[int] = set()

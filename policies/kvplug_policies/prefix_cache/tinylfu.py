@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from typing import cast
 from zlib import crc32
 
 from pydantic import Field
@@ -26,7 +25,6 @@ from pydantic import Field
 from kvplug.contract import (
     BlockFact,
     EngineView,
-    Feature,
     PolicyOptions,
     PrefixCachePolicy,
     Released,
@@ -107,8 +105,6 @@ class TinyLfu(PrefixCachePolicy):
     """W-TinyLFU. O(1) per block; about 400 bytes per cached block, sketch included."""
 
     name = "tinylfu"
-    changes = "which cached block is evicted first; outputs stay the same"
-    requires = frozenset({Feature.PREFIX_CACHING})
     needs = frozenset({BlockFact.KEY})
     paper = "Einziger et al., TinyLFU: a highly efficient cache admission policy, arXiv 1512.00727"
 
@@ -126,16 +122,17 @@ class TinyLfu(PrefixCachePolicy):
             description="references between halvings of the counts, as a multiple of the cache",
         )
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        knobs = cast(TinyLfu.Options, options)
         size = max(1, engine.num_blocks)
-        self._window_size = max(1, round(knobs.window * size))
+        self._window_size = max(1, round(self.options.window * size))
         self._size = size
         self._main_size = size - self._window_size
-        self._protected_size = int(knobs.protected * self._main_size)
+        self._protected_size = int(self.options.protected * self._main_size)
         self._in_main = 0
-        self._sketch = Sketch(size, knobs.sample * size)
+        self._sketch = Sketch(size, self.options.sample * size)
         self._lists: tuple[OrderedDict[int, None], ...] = (
             OrderedDict(),
             OrderedDict(),

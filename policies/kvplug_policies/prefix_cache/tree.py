@@ -19,7 +19,6 @@ from heapq import heapify, heappop, heappush
 from kvplug.contract import (
     BlockFact,
     EngineView,
-    Feature,
     PolicyOptions,
     PrefixCachePolicy,
     Released,
@@ -31,8 +30,6 @@ class Tree(PrefixCachePolicy):
     """Least recent leaf first. O(log n) per block; about 500 bytes per cached block."""
 
     name = "tree"
-    changes = "which cached block is evicted first; outputs stay the same"
-    requires = frozenset({Feature.PREFIX_CACHING})
     needs = frozenset({BlockFact.PARENT})
     paper = "Zheng et al., SGLang, arXiv 2312.07104: eviction of RadixAttention"
 

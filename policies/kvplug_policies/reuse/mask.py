@@ -12,7 +12,7 @@ import itertools
 import re
 from dataclasses import dataclass
 
-from kvplug.contract import Candidate, PolicyOptions, ReuseCheck, ReuseRequest, Verdict
+from kvplug.contract import Candidate, ReuseCheck, ReuseRequest, Verdict
 
 TEMPLATE = re.compile(
     r"(?:causal|window:(?P<window>[1-9]\d{0,9}))"
@@ -63,9 +63,6 @@ class Mask(ReuseCheck):
 
     name = "mask"
     changes = "refuses stored KV whose tokens saw others than they would where it is used"
-
-    class Options(PolicyOptions):
-        """No knobs."""
 
     def check(self, candidate: Candidate, request: ReuseRequest) -> Verdict:
         stored, wanted = candidate.fingerprint, request.fingerprint

@@ -7,8 +7,6 @@ s. ALiBi (arXiv 2108.12409) adds its bias to the scores, so nothing stored knows
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -54,9 +52,11 @@ class Position(ReuseCheck):
             description="most positions a segment is moved, either way",
         )
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        self.max_shift = cast(Position.Options, options).max_shift
+        self.max_shift = self.options.max_shift
         self.rotates = any(layer.rope is not None for layer in engine.layers)
         self._frequencies: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 

@@ -6,8 +6,6 @@ tenant's segments shows in the causes another is told.
 
 from __future__ import annotations
 
-from typing import cast
-
 from pydantic import Field
 
 from kvplug.contract import (
@@ -57,11 +55,12 @@ class Structure(ReuseCheck):
             0.0, ge=0, description="oldest segment used, in seconds since it was computed; 0: any"
         )
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        own = cast(Structure.Options, options)
-        self.max_ancestry = own.max_ancestry
-        self.max_age = own.max_age
+        self.max_ancestry = self.options.max_ancestry
+        self.max_age = self.options.max_age
 
     def check(self, candidate: Candidate, request: ReuseRequest) -> Verdict:
         stored, wanted = candidate.fingerprint, request.fingerprint

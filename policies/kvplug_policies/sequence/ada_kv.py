@@ -24,7 +24,7 @@ Other differences from the paper:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pydantic import Field, ValidationError, field_validator
@@ -134,9 +134,10 @@ class AdaKV(ScoringPolicy):
                     )
             return value
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        self.own = cast(AdaKV.Options, options)
         self.inner = self._scorer(engine)
         self.observation = self.inner.observation
         self.wants_totals = self.inner.wants_totals
@@ -146,7 +147,7 @@ class AdaKV(ScoringPolicy):
         self._widest = 0.0
 
     def _scorer(self, engine: EngineView) -> ScoringPolicy:
-        of = self.own.of
+        of = self.options.of
         name = of if isinstance(of, str) else str(of["use"])
         knobs = {} if isinstance(of, str) else {k: v for k, v in of.items() if k != "use"}
         registry = plugins().registry
@@ -158,7 +159,7 @@ class AdaKV(ScoringPolicy):
                 if issubclass(p, ScoringPolicy) and p.measure is ScoringPolicy.measure
             )
             raise ValueError(f"`of`: {name!r} is no scorer; use one of {', '.join(scorers)}")
-        common = {n: getattr(self.own, n) for n in ScoringOptions.model_fields}
+        common = {n: getattr(self.options, n) for n in ScoringOptions.model_fields}
         try:
             chosen = policy.Options.model_validate({**knobs, **common})
         except ValidationError as error:
@@ -187,12 +188,12 @@ class AdaKV(ScoringPolicy):
             give to one head, and 1 where nothing of the text was dropped before, else 0.
         """
         share, count = self.share(held.layer), held.held
-        always = (held.positions < self.knobs.sink) | latest(held, self.knobs.recent)
+        always = (held.positions < self.options.sink) | latest(held, self.options.recent)
         always |= scores >= ALWAYS / 2
         low = scores.masked_fill(always, ALWAYS).amin(-1, keepdim=True).clamp(max=0.0)
         open_ = (scores - low).masked_fill(always, 0.0)
         fixed = always.sum(-1).float().mean(-1)
-        asked = self.knobs.budget
+        asked = self.options.budget
         base = (
             torch.full_like(fixed, float(asked))
             if isinstance(asked, int)
@@ -201,10 +202,10 @@ class AdaKV(ScoringPolicy):
         budget = (base * share - fixed).round().long().clamp(1, count)
         pooled = _weighed(open_, budget).flatten(1).double().sort(-1, descending=True).values
         pooled = pooled.cumsum(-1)
-        enough = self.own.mass * pooled[:, -1:]
+        enough = self.options.mass * pooled[:, -1:]
         needed = (pooled < enough).sum(-1) + 1
         heads = scores.shape[1]
-        widest = head_budgets(open_, budget, self.own.safeguard).amax(-1) / budget
+        widest = head_budgets(open_, budget, self.options.safeguard).amax(-1) / budget
         whole = held.num_tokens <= count
         return torch.stack([(needed / heads + fixed) / share, base, widest, whole], -1).float()
 
@@ -213,7 +214,7 @@ class AdaKV(ScoringPolicy):
         if whole < 0.5:
             # What was dropped draws no attention: 0.9 of the rest would be less at every decision.
             return budget
-        spare = self.own.safeguard * base
+        spare = self.options.safeguard * base
         kept = max(1, round(min(max(wished, spare), 2 * base - spare)))
         self._resized += 1
         self._wished += wished / max(base, 1.0)

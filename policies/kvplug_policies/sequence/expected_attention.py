@@ -21,7 +21,6 @@ Differences from the paper, forced by paging or by serving:
 from __future__ import annotations
 
 import functools
-from typing import cast
 
 import torch
 from pydantic import Field
@@ -85,10 +84,11 @@ class ExpectedAttention(ScoringPolicy):
             True, description="multiply by the norm of the value: what the output would lose"
         )
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        self.own = cast(ExpectedAttention.Options, options)
-        self.observation = self.own.queries
+        self.observation = self.options.queries
 
     def score(self, held: HeldView) -> Tensor:
         mean, spread = self._future(held)
@@ -98,7 +98,7 @@ class ExpectedAttention(ScoringPolicy):
         group = heads // kv_heads
         mean = mean.view(rows, kv_heads, group, size)
         logits = torch.einsum("rhgd,rhtd->rhgt", mean, keys.float()) * held.scale
-        if self.own.covariance:
+        if self.options.covariance:
             spread = spread.view(rows, kv_heads, group, size, size)
 
             def variance(part: slice) -> Tensor:
@@ -108,12 +108,12 @@ class ExpectedAttention(ScoringPolicy):
             logits = logits + chunked(held.held, 8 * rows * heads * size, variance) * (
                 held.scale**2 / 2
             )
-        sink = held.positions < self.knobs.sink
+        sink = held.positions < self.options.sink
         # A sink draws attention whatever the query; it must not take it from those compared.
         logits = logits.masked_fill(sink[:, :, None], torch.finfo(torch.float32).min)
         expected = logits.softmax(-1).mean(2)
-        if self.own.value_norm:
-            expected = (expected + self.own.epsilon) * value_norms(held)
+        if self.options.value_norm:
+            expected = (expected + self.options.epsilon) * value_norms(held)
         return raised(expected, sink)
 
     def _future(self, held: HeldView) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ class ExpectedAttention(ScoringPolicy):
         if held.queries is None or held.query_positions is None:
             raise ValueError("expected_attention needs the queries it observes")
         queries, places = held.queries.float(), held.query_positions
-        counted = (places >= self.knobs.sink).float()[:, :, None, None]
+        counted = (places >= self.options.sink).float()[:, :, None, None]
         rope = held.layer.rope
         if rope is not None:
             cos, sin = _angles(rope, places.clamp(min=0))
@@ -131,7 +131,7 @@ class ExpectedAttention(ScoringPolicy):
         mean = (queries * counted).sum(1) / count
         centred = (queries - mean[:, None]) * counted
         if rope is not None:
-            ahead = torch.arange(self.own.horizon, device=places.device)
+            ahead = torch.arange(self.options.horizon, device=places.device)
             cos, sin = _angles(rope, held.num_tokens[:, None] + ahead)
             cos, sin = cos.mean(1)[:, None], sin.mean(1)[:, None]
             mean = rotated(mean, cos, sin, rope.interleaved)

@@ -15,16 +15,13 @@ Differences from the paper, forced by paging or by serving:
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from kvplug.contract import (
-    EngineView,
     HeldView,
-    PolicyOptions,
     ScoringOptions,
     ScoringPolicy,
 )
@@ -56,25 +53,23 @@ class H2O(ScoringPolicy):
             False, description="multiply by the norm of the value: what the output would lose"
         )
 
-    def __init__(self, options: PolicyOptions, engine: EngineView):
-        super().__init__(options, engine)
-        self.own = cast(H2O.Options, options)
+    options: Options
 
     def score(self, held: HeldView) -> Tensor:
         if held.totals is None:
             raise ValueError("h2o needs the attention totals of its host")
         heavy = held.totals.float()
-        if self.own.per_query:
+        if self.options.per_query:
             seen = held.num_tokens[:, None, None] - held.positions
             heavy = heavy / seen.clamp(min=1)
-        if self.own.value_norm:
+        if self.options.value_norm:
             heavy = heavy * value_norms(held)
         return raised(heavy, latest(held, self._recent(held)))
 
     def _recent(self, held: HeldView) -> Tensor:
         """Latest tokens that are kept whatever their total, ``[rows]``."""
-        own = self.own
-        part = own.recent_part * self.share(held.layer)
-        if isinstance(own.budget, int):
-            return torch.full_like(held.num_tokens, math.floor(own.budget * part))
-        return (held.num_prompt_tokens * (own.budget * part)).int()
+        options = self.options
+        part = options.recent_part * self.share(held.layer)
+        if isinstance(options.budget, int):
+            return torch.full_like(held.num_tokens, math.floor(options.budget * part))
+        return (held.num_prompt_tokens * (options.budget * part)).int()

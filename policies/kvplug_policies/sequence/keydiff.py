@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvplug.contract import HeldView, ScoringOptions, ScoringPolicy
+from kvplug.contract import HeldView, ScoringPolicy
 from kvplug_kernels.key_scores import KEY_TO_MEAN
 
 
@@ -30,9 +30,6 @@ class KeyDiff(ScoringPolicy):
         "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference, "
         "arXiv 2504.15364"
     )
-
-    class Options(ScoringOptions):
-        """Knobs of `KeyDiff`."""
 
     def score(self, held: HeldView) -> Tensor:
         return -held.key_scores[KEY_TO_MEAN]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvplug.contract import HeldView, ScoringOptions, ScoringPolicy
+from kvplug.contract import HeldView, ScoringPolicy
 from kvplug_kernels.key_scores import KEY_NORM
 
 
@@ -30,9 +30,6 @@ class Knorm(ScoringPolicy):
     paper = (
         "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, arXiv 2406.11430"
     )
-
-    class Options(ScoringOptions):
-        """Knobs of `Knorm`."""
 
     def score(self, held: HeldView) -> Tensor:
         return -held.key_scores[KEY_NORM]

@@ -18,7 +18,7 @@ Differences from the paper, forced by paging or by serving:
 
 from __future__ import annotations
 
-from typing import Literal, Self, cast
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -58,17 +58,18 @@ class MorphKV(ScoringPolicy):
                 )
             return self
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        self.own = cast(MorphKV.Options, options)
-        self.observation = self.own.window
+        self.observation = self.options.window
 
     def score(self, held: HeldView) -> Tensor:
-        window = self.own.window
-        if self.own.fusion == "max":
+        window = self.options.window
+        if self.options.fusion == "max":
             received = held.over_groups(per_query_max(held, window))
         else:
             received = held.over_groups(held.attention_mass(window))
-        if self.own.value_norm:
+        if self.options.value_norm:
             received = received * value_norms(held)
         return raised(received, latest(held, window))

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvplug.contract import HeldView, ScoringOptions, ScoringPolicy
+from kvplug.contract import HeldView, ScoringPolicy
 from kvplug_kernels.key_scores import KEY_NORM, VALUE_NORM
 from kvplug_policies.scores import TextOrder, raised
 
@@ -37,9 +37,6 @@ class PagedEviction(ScoringPolicy):
         "PagedEviction: Structured Block-wise KV Cache Pruning for Efficient Large Language Model "
         "Inference, arXiv 2509.04377"
     )
-
-    class Options(ScoringOptions):
-        """Knobs of `PagedEviction`."""
 
     def score(self, held: HeldView) -> Tensor:
         norms = held.key_scores
@@ -67,8 +64,8 @@ class PagedEviction(ScoringPolicy):
             taken = values.gather(-1, places.expand(-1, heads, -1, -1).flatten(2))
             return torch.where(inside, taken.view(-1, heads, *places.shape[2:]), 0)
 
-        always = (text.positions < self.knobs.sink) | (
-            text.positions >= (held.num_tokens - self.knobs.recent)[:, None, None]
+        always = (text.positions < self.options.sink) | (
+            text.positions >= (held.num_tokens - self.options.recent)[:, None, None]
         )
         sums = of_pages(text.sort(token)).sum(-1)
         mean = raised(sums / inside.sum(-1).clamp(min=1), of_pages(always).any(-1))

@@ -18,12 +18,10 @@ Differences from the paper, forced by paging or by serving:
 
 from __future__ import annotations
 
-from typing import cast
-
 from pydantic import Field
 
-from kvplug.contract import EngineView, LayerView, PolicyOptions
-from kvplug_policies.sequence.snapkv import SnapKV, SnapKVOptions
+from kvplug.contract import LayerView
+from kvplug_policies.sequence.snapkv import SnapKV
 
 
 class PyramidKV(SnapKV):
@@ -36,7 +34,7 @@ class PyramidKV(SnapKV):
         "arXiv 2406.02069"
     )
 
-    class Options(SnapKVOptions):
+    class Options(SnapKV.Options):
         """Knobs of `PyramidKV`."""
 
         beta: int = Field(
@@ -46,22 +44,20 @@ class PyramidKV(SnapKV):
             3, ge=1, le=64, description="steps of the pyramid; each is a KV-cache group"
         )
 
-    def __init__(self, options: PolicyOptions, engine: EngineView):
-        super().__init__(options, engine)
-        self.pyramid = cast(PyramidKV.Options, options)
+    options: Options
 
     def share(self, layer: LayerView) -> float:
-        own, depth = self.pyramid, layer.num_layers
-        steps = min(own.groups, depth)
+        options, depth = self.options, layer.num_layers
+        steps = min(options.groups, depth)
         step = layer.index * steps // depth
         members = [i for i in range(depth) if i * steps // depth == step]
         middle = sum(members) / len(members) / max(1, depth - 1)
-        most = 2.0 - 1.0 / own.beta
+        most = 2.0 - 1.0 / options.beta
         always = 0.0
-        if isinstance(own.budget, int):
-            always = min(1.0, (own.sink + max(own.recent, own.window)) / own.budget)
+        if isinstance(options.budget, int):
+            always = min(1.0, (options.sink + max(options.recent, options.window)) / options.budget)
         else:
-            most = min(most, 1.0 / own.budget)
+            most = min(most, 1.0 / options.budget)
         of_line = 1.0 if depth == 1 else most - middle * (2.0 * most - 2.0)
         # Rounded so that layers of a step agree to the last bit, whatever their weights below.
         return round(super().share(layer) * (always + (1.0 - always) * of_line), 6)

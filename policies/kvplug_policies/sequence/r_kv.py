@@ -21,8 +21,6 @@ Differences from the paper, forced by paging or by serving:
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -95,17 +93,20 @@ class RKV(ScoringPolicy):
                 raise ValueError("a pooling kernel must be odd")
             return value
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        self.own = cast(RKV.Options, options)
-        self.observation = self.own.window
+        self.observation = self.options.window
 
     def score(self, held: HeldView) -> Tensor:
-        own = self.own
+        options = self.options
         rows, kv_heads = held.positions.shape[:2]
-        mass = held.attention_mass(own.window).view(rows, kv_heads, -1, held.held)
-        importance = mass.amax(2) / query_count(held, own.window)
-        inside = latest(held, own.window)
-        importance = pool(importance.masked_fill(inside, 0.0), held.positions, own.kernel, "max")
-        repeated = redundancy(held.keys, held.positions, own.threshold, own.spare)
-        return raised(own.mix * importance - (1.0 - own.mix) * repeated, inside)
+        mass = held.attention_mass(options.window).view(rows, kv_heads, -1, held.held)
+        importance = mass.amax(2) / query_count(held, options.window)
+        inside = latest(held, options.window)
+        importance = pool(
+            importance.masked_fill(inside, 0.0), held.positions, options.kernel, "max"
+        )
+        repeated = redundancy(held.keys, held.positions, options.threshold, options.spare)
+        return raised(options.mix * importance - (1.0 - options.mix) * repeated, inside)

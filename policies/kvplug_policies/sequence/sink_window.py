@@ -16,12 +16,9 @@ Differences from the paper, forced by paging or by serving:
 
 from __future__ import annotations
 
-from typing import cast
-
 from pydantic import Field, field_validator
 
 from kvplug.contract import (
-    EngineView,
     Feature,
     LayerView,
     PolicyOptions,
@@ -81,18 +78,16 @@ class SinkWindow(SequencePolicy):
                     raise ValueError(f"window of layers {layers} must be at least 1 token")
             return value
 
-    def __init__(self, options: PolicyOptions, engine: EngineView):
-        super().__init__(options, engine)
-        self._options = cast(SinkWindow.Options, options)
+    options: Options
 
     def window(self, layer: LayerView) -> Window:
         block = self.engine.block_size
-        tokens = self._options.window
-        for layers, own in self._options.layers.items():
+        tokens = self.options.window
+        for layers, own in self.options.layers.items():
             first, last = layer_range(layers, layer.num_layers)
             if first <= layer.index <= last:
                 tokens = own
         return Window(
-            sink_blocks=-(-self._options.sink // block),
+            sink_blocks=-(-self.options.sink // block),
             window_blocks=-(-(tokens - 1) // block),
         )

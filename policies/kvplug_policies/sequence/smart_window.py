@@ -23,7 +23,7 @@ generated since the decision before, for what was dropped is gone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Self, cast
+from typing import Self
 
 import torch
 from pydantic import Field, model_validator
@@ -94,21 +94,22 @@ class SmartWindow(ScoringPolicy):
                 )
             return self
 
+    options: Options
+
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        self.own = cast(SmartWindow.Options, options)
-        self.observation = self.own.window
+        self.observation = self.options.window
         self._observed: tuple[HeldView, Tensor] | None = None
         self._verdicts = {"grew": 0, "stayed": 0, "shrank": 0}
         self._sizes: list[float] = [0.0, 0.0, 0.0]
         self._far = self._lost = 0.0
 
     def score(self, held: HeldView) -> Tensor:
-        own = self.own
+        options = self.options
         received = self._received(held)
         self._observed = held, received
-        inside = latest(held, own.window)
-        pooled = pool(received.masked_fill(inside, 0.0), held.positions, own.kernel)
+        inside = latest(held, options.window)
+        pooled = pool(received.masked_fill(inside, 0.0), held.positions, options.kernel)
         now = pooled * held.held
         return raised(torch.maximum(now, self._so_far(held, self._totals(held))), inside)
 
@@ -122,21 +123,21 @@ class SmartWindow(ScoringPolicy):
         observed, self._observed = self._observed, None
         same = observed is not None and observed[0] is held
         received = observed[1] if observed is not None and same else self._received(held)
-        count = query_count(held, self.own.window)
+        count = query_count(held, self.options.window)
         before = (self._totals(held) - received * count).clamp(min=0.0)
-        near = latest(held, max(self.own.window, self.knobs.recent))
-        always = near | (held.positions < self.knobs.sink)
+        near = latest(held, max(self.options.window, self.options.recent))
+        always = near | (held.positions < self.options.sink)
         worth = self._so_far(held, before).masked_fill(always, torch.inf)
         order = worth.argsort(dim=-1, descending=True, stable=True)
         rank = torch.arange(held.held, device=worth.device)
-        asked = self.knobs.budget
+        asked = self.options.budget
         base = (
             torch.full_like(held.num_tokens, asked)
             if isinstance(asked, int)
             else held.num_prompt_tokens * asked
         ).float()
         block = self.engine.block_size
-        since = -(-self.knobs.interval // block) * block
+        since = -(-self.options.interval // block) * block
         size = torch.where(
             held.num_tokens <= held.held, base * self.share(held.layer), float(held.held - since)
         )
@@ -146,14 +147,14 @@ class SmartWindow(ScoringPolicy):
         return torch.stack([paid.sum(-1).mean(-1), paid_lost.sum(-1).mean(-1), base], -1)
 
     def resize(self, measured: Sequence[float], budget: int, num_tokens: int) -> int:
-        own = self.own
+        options = self.options
         far, lost, base = measured
         size = float(budget)
-        if lost > own.grow:
-            size *= own.step
-        elif lost < own.shrink:
-            size /= own.step
-        size = min(max(size, own.min * base), own.max * base)
+        if lost > options.grow:
+            size *= options.step
+        elif lost < options.shrink:
+            size /= options.step
+        size = min(max(size, options.min * base), options.max * base)
         asked = max(1, round(size))
         verdict = "grew" if asked > budget else "shrank" if asked < budget else "stayed"
         self._verdicts[verdict] += 1
@@ -187,7 +188,7 @@ class SmartWindow(ScoringPolicy):
 
     def _received(self, held: HeldView) -> Tensor:
         """Attention of the latest queries per query, ``[rows, kv_heads, held]``."""
-        window = self.own.window
+        window = self.options.window
         return held.over_groups(held.attention_mass(window)) / query_count(held, window)
 
     @staticmethod

@@ -16,39 +16,13 @@ Differences from the paper, forced by paging or by serving:
 
 from __future__ import annotations
 
-from typing import Literal, Self, cast
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from kvplug.contract import EngineView, HeldView, PolicyOptions, ScoringOptions, ScoringPolicy
 from kvplug_policies.scores import latest, pool, query_count, raised, value_norms
-
-
-class SnapKVOptions(ScoringOptions):
-    """Knobs of `SnapKV`, and of policies that score as it does."""
-
-    window: int = Field(32, ge=1, le=1024, description="latest queries observed, and kept")
-    kernel: int = Field(7, ge=1, le=63, description="neighbouring tokens pooled, an odd number")
-    pooling: Literal["max", "mean"] = Field("max", description="how neighbours are pooled")
-    value_norm: bool = Field(
-        False, description="multiply by the norm of the value: what the output would lose"
-    )
-
-    @field_validator("kernel")
-    @classmethod
-    def _kernel_has_a_middle(cls, value: int) -> int:
-        if value % 2 == 0:
-            raise ValueError("a pooling kernel must be odd")
-        return value
-
-    @model_validator(mode="after")
-    def _budget_holds_the_window(self) -> Self:
-        if isinstance(self.budget, int) and self.budget < self.sink + self.window:
-            raise ValueError(
-                f"budget {self.budget} is smaller than sink + window = {self.sink + self.window}"
-            )
-        return self
 
 
 class SnapKV(ScoringPolicy):
@@ -58,19 +32,43 @@ class SnapKV(ScoringPolicy):
     changes = "drops the tokens the latest queries attend to least, per KV head, in clusters"
     paper = "SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469"
 
-    class Options(SnapKVOptions):
-        """Knobs of `SnapKV`."""
+    class Options(ScoringOptions):
+        """Options of `SnapKV`, and of policies that score as it does."""
+
+        window: int = Field(32, ge=1, le=1024, description="latest queries observed, and kept")
+        kernel: int = Field(7, ge=1, le=63, description="neighbouring tokens pooled, an odd number")
+        pooling: Literal["max", "mean"] = Field("max", description="how neighbours are pooled")
+        value_norm: bool = Field(
+            False, description="multiply by the norm of the value: what the output would lose"
+        )
+
+        @field_validator("kernel")
+        @classmethod
+        def _kernel_has_a_middle(cls, value: int) -> int:
+            if value % 2 == 0:
+                raise ValueError("a pooling kernel must be odd")
+            return value
+
+        @model_validator(mode="after")
+        def _budget_holds_the_window(self) -> Self:
+            if isinstance(self.budget, int) and self.budget < self.sink + self.window:
+                needed = self.sink + self.window
+                raise ValueError(f"budget {self.budget} is smaller than sink + window = {needed}")
+            return self
+
+    options: Options
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        self.own = cast(SnapKVOptions, options)
-        self.observation = self.own.window
+        self.observation = self.options.window
 
     def score(self, held: HeldView) -> Tensor:
-        own = self.own
-        mass = held.over_groups(held.attention_mass(own.window)) / query_count(held, own.window)
-        inside = latest(held, own.window)
-        pooled = pool(mass.masked_fill(inside, 0.0), held.positions, own.kernel, own.pooling)
-        if own.value_norm:
+        options, window = self.options, self.options.window
+        mass = held.over_groups(held.attention_mass(window)) / query_count(held, window)
+        inside = latest(held, window)
+        pooled = pool(
+            mass.masked_fill(inside, 0.0), held.positions, options.kernel, options.pooling
+        )
+        if options.value_norm:
             pooled = pooled * value_norms(held)
         return raised(pooled, inside)

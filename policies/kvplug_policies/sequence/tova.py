@@ -17,12 +17,10 @@ Differences from the paper, forced by paging or by serving:
 
 from __future__ import annotations
 
-from typing import cast
-
 from pydantic import Field
 from torch import Tensor
 
-from kvplug.contract import EngineView, HeldView, PolicyOptions, ScoringOptions, ScoringPolicy
+from kvplug.contract import HeldView, ScoringOptions, ScoringPolicy
 from kvplug_policies.scores import TextOrder, value_norms
 
 
@@ -43,13 +41,11 @@ class Tova(ScoringPolicy):
             False, description="multiply by the norm of the value: what the output would lose"
         )
 
-    def __init__(self, options: PolicyOptions, engine: EngineView):
-        super().__init__(options, engine)
-        self.own = cast(Tova.Options, options)
+    options: Options
 
     def score(self, held: HeldView) -> Tensor:
         received = held.over_groups(held.attention_mass(1))
-        if self.own.value_norm:
+        if self.options.value_norm:
             received = received * value_norms(held)
         # Heads hold the same tokens, though not always in the same slots.
         text = TextOrder(held.positions)

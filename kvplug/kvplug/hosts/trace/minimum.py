@@ -10,7 +10,6 @@ import numpy as np
 from kvplug.contract import (
     BlockFact,
     EngineView,
-    PolicyOptions,
     PrefixCachePolicy,
     Released,
 )
@@ -29,11 +28,10 @@ class Minimum(PrefixCachePolicy):
     """
 
     name = "min"
-    changes = "which cached block is evicted first; outputs stay the same"
     needs = frozenset({BlockFact.REQUEST})
 
     def __init__(self, trace: Trace, engine: EngineView):
-        super().__init__(PolicyOptions(), engine)
+        super().__init__(self.Options(), engine)
         self._off: list[int] = trace.off.tolist()
         self._next: list[int] = next_use(trace).tolist()
         self._entry: dict[int, tuple[int, int, int]] = {}

@@ -36,7 +36,7 @@ from kvplug.hosts.vllm.view import identity, token_bytes, tokenizer
 from kvplug.observe.events import EventType
 from kvplug.request_options import RequestOptions
 from kvplug.reuse.catalog import Catalog
-from kvplug.reuse.plan import Plan, Planner
+from kvplug.reuse.plan import Planner, ReusePlan
 from kvplug.reuse.splitting import Splitter
 
 logger = init_logger("vllm.kvplug")
@@ -70,8 +70,8 @@ class ReuseScheduler(KindScheduler):
         self.catalog = Catalog(
             self.settings.store,
             token_bytes(view, stored) * world,
-            near=self.settings.near,
-            least=self.settings.segments.least,
+            prefetch=self.settings.prefetch,
+            min_tokens=self.settings.segments.min_tokens,
             world=world,
         )
         common = identity(vllm_config, view, stored)
@@ -114,7 +114,7 @@ class ReuseScheduler(KindScheduler):
         self.requests[request.request_id] = reusing
         if self._drift is not None:
             self._drift.on_new_request(reusing)
-        if self.settings.near and reusing.approximate:
+        if self.settings.prefetch and reusing.approximate:
             self.catalog.prefetch(reusing.tokens, reusing.tenant, reusing.spans)
 
     def matched(self, request: Any, num_local: int) -> int | None:
@@ -172,11 +172,11 @@ class ReuseScheduler(KindScheduler):
             self._loads.append(take_run(reusing, plan, blocks))
             self.catalog.touch([p.segment.id for p in plan.pieces])
             self.counters.count_run(plan)
-            self.context.events.add(EventType.REUSED, self.kind, plan.length - plan.computed)
+            self.context.events.add(EventType.REUSED, self.kind, plan.length - plan.recomputed)
         if self._drift is not None:
             self._drift.started(reusing)
 
-    def _count_checks(self, reusing: ReusingRequest, plan: Plan) -> None:
+    def _count_checks(self, reusing: ReusingRequest, plan: ReusePlan) -> None:
         reusing.refused = plan.refused
         self.refused.update(plan.refused)
         self._costs_us.update(plan.costs_us)
@@ -220,9 +220,9 @@ class ReuseScheduler(KindScheduler):
                     slot = step.slots[request_id]
                     directives.saves += self._saver.completed(reusing, end, blocks, slot)
             self.catalog.expire()
-            orders = self.catalog.take_orders()
-            directives.drop, directives.fetch = orders.drop, orders.fetch
-            directives.delete = orders.delete
+            commands = self.catalog.take_commands()
+            directives.drop, directives.fetch = commands.drop, commands.fetch
+            directives.delete = commands.delete
         except Exception as error:
             # Loads were promised: they are sent whatever happens to what is stored.
             self.counters.errors += 1

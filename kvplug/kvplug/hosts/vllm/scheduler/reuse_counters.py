@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from kvplug.hosts.vllm.messages import ReuseReport
-from kvplug.reuse.plan import Plan
+from kvplug.reuse.plan import ReusePlan
 
 
 @dataclass
@@ -46,11 +46,11 @@ class ReuseCounters:
     check_us: float = 0.0
     errors: int = 0
 
-    def count_run(self, plan: Plan) -> None:
+    def count_run(self, plan: ReusePlan) -> None:
         """Count a run that a request takes."""
         self.requests += 1
         self.approximate_requests += plan.approximate_from is not None
-        self.tokens += plan.length - plan.computed
+        self.tokens += plan.length - plan.recomputed
         self.exact_tokens += sum(p.length for p in plan.pieces if p.verdict.exact)
         self.shifted_tokens += sum(p.length for p in plan.pieces if p.verdict.shift)
 

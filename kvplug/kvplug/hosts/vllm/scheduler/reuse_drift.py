@@ -12,9 +12,9 @@ from kvplug.contract import Placement
 from kvplug.hosts.vllm import compat
 from kvplug.hosts.vllm.scheduler.kind import SchedulerContext
 from kvplug.hosts.vllm.scheduler.reuse_requests import ReusingRequest
+from kvplug.reuse.drift_record import DriftRecord, FamilyRecord, PieceRecord
 from kvplug.reuse.file import digest
 from kvplug.reuse.guard import Drift, Guard
-from kvplug.reuse.record import FamilyRecord, PieceRecord, ReuseRecord
 from kvplug.reuse.settings import GuardSettings
 
 logger = init_logger("vllm.kvplug")
@@ -62,7 +62,7 @@ class DriftWatch:
             by_request.setdefault(request_id, []).append((entropy, logprob))
         for request_id, values in by_request.items():
             table = np.array(values, dtype=np.float32)
-            self.guard.heard(request_id, table[:, 0], table[:, 1])
+            self.guard.observe(request_id, table[:, 0], table[:, 1])
 
     def finished(self, reusing: ReusingRequest) -> Drift | None:
         """Judge the answer of a request that ended; a drift is recorded where that is on."""
@@ -78,7 +78,7 @@ class DriftWatch:
         request, plan, view = reusing.request, reusing.taken, self._context.engine
         assert plan is not None
         text: Any = request.all_token_ids
-        record = ReuseRecord(
+        record = DriftRecord(
             model=self._model,
             fingerprint=view.model,
             dtype=view.layers[0].dtype,

@@ -8,10 +8,10 @@ import numpy as np
 
 from kvplug.hosts.vllm.messages import LoadOrder, PieceOrder
 from kvplug.hosts.vllm.scheduler.reuse_requests import ReusingRequest
-from kvplug.reuse.plan import Plan
+from kvplug.reuse.plan import ReusePlan
 
 
-def take_run(reusing: ReusingRequest, plan: Plan, blocks: Any) -> LoadOrder:
+def take_run(reusing: ReusingRequest, plan: ReusePlan, blocks: Any) -> LoadOrder:
     """Give a request its run; returns the order that writes it into the request's blocks.
 
     Args:

@@ -10,11 +10,11 @@ from typing import Any
 
 from kvplug.contract import ReuseCheck, ReuseRequest
 from kvplug.hosts.vllm.scheduler.reuse_requests import ReusingRequest
-from kvplug.reuse.catalog import Catalog, Segment
+from kvplug.reuse.catalog import Catalog, CatalogEntry
 from kvplug.reuse.chain import ChainResult, run_chain
 from kvplug.reuse.guard import Guard
 from kvplug.reuse.index import Match
-from kvplug.reuse.plan import Plan, Planner
+from kvplug.reuse.plan import Planner, ReusePlan
 
 MAX_WAIT = 5.0
 """Seconds a request waits for a segment to come back from the folder."""
@@ -51,7 +51,7 @@ class RunMatcher:
         self._guard = guard
         self._identity = identity
 
-    def plan(self, reusing: ReusingRequest, num_local: int) -> Plan:
+    def plan(self, reusing: ReusingRequest, num_local: int) -> ReusePlan:
         """Plan the run that follows the engine's own hit of ``num_local`` tokens."""
         request, tokens = reusing.request, reusing.tokens
         allowed = reusing.approximate
@@ -59,7 +59,7 @@ class RunMatcher:
             self._guard is None or all(self._guard.allows(f) for f in reusing.families)
         )
 
-        def judge(segment: Segment, match: Match) -> ChainResult:
+        def judge(segment: CatalogEntry, match: Match) -> ChainResult:
             end = match.start + match.length
             would = reusing.fingerprint(self._identity, tokens, match.start, end)
             asked = ReuseRequest(
@@ -80,10 +80,10 @@ class RunMatcher:
         matches = self._catalog.match(tokens, reusing.tenant)
         return self._planner.plan(request.num_tokens, num_local, matches, judge)
 
-    def waits(self, reusing: ReusingRequest, plan: Plan) -> bool:
+    def waits(self, reusing: ReusingRequest, plan: ReusePlan) -> bool:
         """True while a segment that the request can take is on its way, for `MAX_WAIT`."""
         coming = [
-            segment.flying or self._catalog.want(name)
+            segment.in_flight or self._catalog.want(name)
             for name in plan.waiting
             if (segment := self._catalog.get(name)) is not None
         ]

@@ -16,7 +16,7 @@ from kvplug.contract import Fingerprint
 from kvplug.hosts.vllm.scheduler.kind import Answer
 from kvplug.request_options import RequestOptions
 from kvplug.reuse.file import digest
-from kvplug.reuse.plan import Plan
+from kvplug.reuse.plan import ReusePlan
 from kvplug.reuse.splitting import Splitter
 
 
@@ -69,8 +69,8 @@ class ReusingRequest:
     tenant: str
     lora: str
     spans: list[tuple[int, int]]
-    plan: Plan | None = None
-    taken: Plan | None = None
+    plan: ReusePlan | None = None
+    taken: ReusePlan | None = None
     approximate_from: int | None = None
     ancestry: int = 0
     next_span: int = 0
@@ -109,8 +109,8 @@ class ReusingRequest:
         run = self.taken
         if run is not None:
             answer.exact &= run.approximate_from is None
-            answer.fields["reused"] = run.length - run.computed
-            answer.fields["recomputed"] = run.computed
+            answer.fields["reused"] = run.length - run.recomputed
+            answer.fields["recomputed"] = run.recomputed
             answer.fields["segments"] = len(run.pieces)
             answer.fields["shifted"] = sum(p.length for p in run.pieces if p.verdict.shift)
         if self.refused:

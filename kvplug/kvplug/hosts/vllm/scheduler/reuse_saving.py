@@ -80,7 +80,7 @@ class SegmentSaver:
                 break
         found = []
         while start < computed:
-            end = min(start + self._settings.segments.most, computed)
+            end = min(start + self._settings.segments.max_tokens, computed)
             if -(-end // self._size) > len(blocks):
                 break
             order = self._save(reusing, (start, end), blocks, -1)
@@ -125,7 +125,7 @@ class SegmentSaver:
     ) -> SaveOrder | None:
         start, end = span
         taken = reusing.taken
-        if reusing.options.reuse == "off" or end - start < self._settings.segments.least:
+        if reusing.options.reuse == "off" or end - start < self._settings.segments.min_tokens:
             return None
         if taken is not None and any(
             p.start <= start and end <= p.end and p.offset + start - p.start == 0

@@ -189,7 +189,7 @@ class ReuseWorker(KindWorker):
 
     def report(self, into: StepReport) -> None:
         found, self._report = self._report, ReuseReport()
-        stored = self._memory.news()
+        stored = self._memory.take_report()
         found.written += stored.written
         found.fetched += stored.fetched
         found.failed |= stored.failed
@@ -229,7 +229,7 @@ class ReuseWorker(KindWorker):
             self._write(self._wanted[piece.segment], piece, blocks)
         spans = list(order.spans)
         approximate = [(p.start, p.start + p.length) for p in order.pieces if not p.exact]
-        if self.settings.recompute.share and approximate and self._recomputer.ready:
+        if self.settings.recompute.fraction and approximate and self._recomputer.ready:
             spans = self._with_deviating(order, blocks, spans, approximate)
         if spans:
             self._recomputer.compute(order.tokens, blocks, spans)
@@ -264,7 +264,7 @@ class ReuseWorker(KindWorker):
             from vllm.distributed import tensor_model_parallel_all_reduce
 
             found = tensor_model_parallel_all_reduce(found)
-        return with_deviating(found, begin, approximate, spans, self.settings.recompute.share)
+        return with_deviating(found, begin, approximate, spans, self.settings.recompute.fraction)
 
     def _write(self, stored: StoredSegment, piece: PieceOrder, blocks: Tensor) -> None:
         header = stored.header

@@ -220,7 +220,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
 
     refused(weight, "edited or damaged")
     refused(lambda m, t: m.update(version="2"), "version '2'")
-    refused(lambda m, t: m.update(format="kvplug-calibration"), "no calibration of reuse")
+    refused(lambda m, t: m.update(format="kvplug-calibration"), "is not a reuse calibration")
     refused(lambda m, t: m.update(model="other"), "edited or damaged")
     refused(lambda m, t: m.pop("bounds"), "edited or damaged")  # type: ignore[arg-type,return-value]
     logistic().save(path)
@@ -228,7 +228,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="truncated"):
         load(path)
     path.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         load(path)
     with pytest.raises(ValueError, match="kvplug calibrate reuse --output"):
         load(tmp_path / "absent.safetensors")
@@ -238,10 +238,13 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"logistic.weight": np.zeros(3, dtype=np.float32)}, "shape"),
-        ({"logistic.weight": np.full(F, np.nan, dtype=np.float32)}, "no sound logistic.weight"),
-        ({"features": np.zeros((4, F), dtype=np.float32)}, "senseless"),
+        (
+            {"logistic.weight": np.full(F, np.nan, dtype=np.float32)},
+            "lacks a valid tensor logistic.weight",
+        ),
+        ({"features": np.zeros((4, F), dtype=np.float32)}, "inconsistent feature statistics"),
         ({"other": np.zeros(1, dtype=np.float32)}, "unknown tensor other"),
-        ({"layers.0.mean": np.zeros(35, dtype=np.float32)}, "no sound layers.0.encode"),
+        ({"layers.0.mean": np.zeros(35, dtype=np.float32)}, "lacks a valid tensor layers.0.encode"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
@@ -264,7 +267,7 @@ def test_another_model_is_refused(check: Callable[..., Credibility], tmp_path: P
     layers = (LayerView(0, 2, 2, 4, 8), LayerView(1, 2, 2, 4, 8))
     check(logistic(), EngineView(16, layers=layers, model="f" * 64))
     check(logistic(), EngineView(16, layers=layers))
-    with pytest.raises(ValueError, match="of another model"):
+    with pytest.raises(ValueError, match="made for another model"):
         check(logistic(), EngineView(16, layers=layers, model="e" * 64))
 
 

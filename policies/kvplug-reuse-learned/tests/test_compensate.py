@@ -152,7 +152,7 @@ def test_keys_without_rotation_are_corrected_as_they_are(
     keys, values = expected(key, value, 0, RANK, 0, 1.0)
     torch.testing.assert_close(found[0].double(), keys, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found[1].double(), values, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="rotation of layer 0 is not known"):
+    with pytest.raises(ValueError, match="rotation of layer 0 is unknown"):
         policy().adapt(layer(rope=None), placement(), key, value)
 
 

@@ -22,35 +22,17 @@ from kvplug.reuse.measures import RunningScale, measures
 from kvplug_lab.models import tiny_llama
 from kvplug_lab.reuse.replay import Piece, capture
 from kvplug_reuse_learned.calibration import FEATURES, ReuseCalibration, load
-from kvplug_reuse_learned.fit import (
-    Bounds,
-    Explained,
-    Residuals,
-    auc,
-    built,
-    choose,
-    correcting,
-    fit,
-    report,
-    scale,
-)
-from kvplug_reuse_learned.fit_data import (
-    SOURCES,
-    Compared,
-    Document,
-    Lab,
-    Sizes,
-    Stored,
-    compare,
-    digest,
-    documents,
-    effects,
-    stored_elsewhere,
-    trials,
-)
-from kvplug_reuse_learned.fit_run import Settings, learn
+from kvplug_reuse_learned.documents import Document, ExperimentSizes, documents
+from kvplug_reuse_learned.effects import effects
+from kvplug_reuse_learned.experiment import Compared, Experiment, StoredKV, compare, digest
+from kvplug_reuse_learned.fit_correction import Explained, Residuals, built, correcting
+from kvplug_reuse_learned.fit_estimator import Bounds, auc, choose, fit, report, scale
+from kvplug_reuse_learned.learn import LearnSettings, learn
+from kvplug_reuse_learned.placements import SOURCES, stored_elsewhere, trials
 
-SMALL = Sizes(prompts=4, held_out=2, documents=2, least=30, most=60, placements=2, follow=8)
+SMALL = ExperimentSizes(
+    prompts=4, held_out=2, documents=2, least=30, most=60, placements=2, follow=8
+)
 
 
 def words(n: int, seed: int = 0) -> str:
@@ -83,8 +65,8 @@ def model(directory: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def lab(model: Any) -> Lab:
-    return Lab(model, encode("Read.\n\n"))
+def experiment(model: Any) -> Experiment:
+    return Experiment(model, encode("Read.\n\n"))
 
 
 @pytest.fixture(scope="module")
@@ -116,27 +98,29 @@ def test_documents_are_cut_at_empty_lines_and_never_share_text() -> None:
 # -- placements ------------------------------------------------------------------------------------
 
 
-def test_kv_computed_elsewhere_is_what_a_plain_forward_gives(lab: Lab, model: Any) -> None:
+def test_kv_computed_elsewhere_is_what_a_plain_forward_gives(
+    experiment: Experiment, model: Any
+) -> None:
     context, tokens = encode("some context"), encode("and a document")
-    stored = lab.compute(context, tokens)
+    stored = experiment.compute(context, tokens)
     key, value = capture(model, context, tokens)
     for layer in range(2):
         torch.testing.assert_close(stored.key[layer], key[layer])
         torch.testing.assert_close(stored.value[layer], value[layer])
     assert stored.start == 12 and stored.stats.shape == (3, 2, 5)
     assert torch.isfinite(stored.stats).all()
-    outgoing = lab.compute((), tokens).stats[..., 4]
+    outgoing = experiment.compute((), tokens).stats[..., 4]
     assert torch.equal(outgoing, torch.zeros(3, 2)), "nothing stands before it"
 
 
-def test_each_source_is_what_it_says(lab: Lab, found: list[Document]) -> None:
-    prompt = lab.prompt(found[:2])
+def test_each_source_is_what_it_says(experiment: Experiment, found: list[Document]) -> None:
+    prompt = experiment.prompt(found[:2])
     start = prompt.runs[1][0]
     others = found[2:5]
-    made = {s: stored_elsewhere(lab, prompt, 1, s, others) for s in SOURCES}
+    made = {s: stored_elsewhere(experiment, prompt, 1, s, others) for s in SOURCES}
     known = {s: m for s, m in made.items() if m is not None}
     assert set(known) == set(SOURCES)
-    prefix = tuple(lab.prefix)
+    prefix = tuple(experiment.prefix)
     assert known["prefix"].context == prefix
     assert known["documents"].context == prefix + others[0].tokens + others[1].tokens
     assert known["alone"].context == ()
@@ -151,15 +135,15 @@ def test_each_source_is_what_it_says(lab: Lab, found: list[Document]) -> None:
     assert not torch.allclose(again.key[2], truth.key[2], atol=1e-3)
     assert torch.allclose(again.key[1], truth.key[1], atol=1e-4)
     # The first document after the prefix is where it belongs.
-    assert stored_elsewhere(lab, prompt, 0, "prefix", others) is None
-    assert stored_elsewhere(lab, prompt, 0, "reused before", others) is None
+    assert stored_elsewhere(experiment, prompt, 0, "prefix", others) is None
+    assert stored_elsewhere(experiment, prompt, 0, "reused before", others) is None
 
 
-def test_true_kv_keeps_every_distribution(lab: Lab, found: list[Document]) -> None:
-    prompt = lab.prompt(found[:2])
+def test_true_kv_keeps_every_distribution(experiment: Experiment, found: list[Document]) -> None:
+    prompt = experiment.prompt(found[:2])
     follow = found[1].after
-    whole = lab.logits(prompt.tokens, [], follow)
-    loaded = lab.logits(prompt.tokens, [prompt.true_piece(0, len(prompt.tokens))], follow)
+    whole = experiment.logits(prompt.tokens, [], follow)
+    loaded = experiment.logits(prompt.tokens, [prompt.true_piece(0, len(prompt.tokens))], follow)
     outcome = compare(whole, loaded, follow)
     assert outcome.divergence == pytest.approx(0, abs=1e-6) and outcome.agreement == 1
     assert outcome.nll == pytest.approx(outcome.nll_recomputed, abs=1e-5)
@@ -181,14 +165,16 @@ def test_divergence_agreement_and_likelihood_by_hand() -> None:
     assert not Bounds(0.9, 0.05).kept(Compared(0.0, 0.89, 0, 0))
 
 
-def test_trials_are_the_same_each_time_and_never_exact(lab: Lab, found: list[Document]) -> None:
+def test_trials_are_the_same_each_time_and_never_exact(
+    experiment: Experiment, found: list[Document]
+) -> None:
     pairs: list[tuple[int, int]] = []
 
-    def watch(stored: Stored, placed: Piece, true: Piece) -> None:
+    def watch(stored: StoredKV, placed: Piece, true: Piece) -> None:
         pairs.append((stored.start, placed.start))
 
-    first = trials(Lab(lab.model, lab.prefix), found, SMALL, watch)
-    second = trials(Lab(lab.model, lab.prefix), found, SMALL)
+    first = trials(Experiment(experiment.model, experiment.prefix), found, SMALL, watch)
+    second = trials(Experiment(experiment.model, experiment.prefix), found, SMALL)
     assert first == second
     assert len(pairs) == len(first) == 8 * SMALL.placements
     assert {t.prompt for t in first} == set(range(4))
@@ -300,15 +286,15 @@ def test_the_kind_is_chosen_by_groups_left_out() -> None:
     assert choose(x, y, [i // 3 for i in range(60)])[0] in losses
 
 
-def test_a_correction_learns_a_linear_residual(lab: Lab, tmp_path: Path) -> None:
+def test_a_correction_learns_a_linear_residual(experiment: Experiment, tmp_path: Path) -> None:
     """Pieces whose true KV is a low-rank linear function of the stale one are put right."""
     source = torch.Generator().manual_seed(0)
     width = 2 * 2 * 32
     encoder = torch.randn(width, 3, generator=source) / width**0.5
     decoder = torch.randn(3, width, generator=source)
-    table = lab.frequencies
+    table = experiment.frequencies
 
-    def pair(n: int, at: int) -> tuple[Stored, Piece, Piece]:
+    def pair(n: int, at: int) -> tuple[StoredKV, Piece, Piece]:
         from kvplug_lab.reuse.replay import rotated
 
         place = torch.arange(at, at + n)
@@ -320,10 +306,10 @@ def test_a_correction_learns_a_linear_residual(lab: Lab, tmp_path: Path) -> None
                 into.append(rotated(part[:, : width // 2].view(n, 2, 32), place, table))
             values.append(stale[:, width // 2 :].view(n, 2, 32))
             true_values.append(true[:, width // 2 :].view(n, 2, 32))
-        stored = Stored(at + 5, (1,) * (at + 5), keys, values, torch.ones(3, 2, 5))
+        stored = StoredKV(at + 5, (1,) * (at + 5), keys, values, torch.ones(3, 2, 5))
         return stored, Piece(at, keys, values), Piece(at, true_keys, true_values)
 
-    residuals = Residuals(lab)
+    residuals = Residuals(experiment)
     for i in range(20):
         residuals(*pair(40, 10 * i + 1))
     count = len(FEATURES)
@@ -341,7 +327,7 @@ def test_a_correction_learns_a_linear_residual(lab: Lab, tmp_path: Path) -> None
     made.save(path)
     shares = {}
     for rank in (1, 2, 3, 8):
-        seen = Explained(correcting(built(str(path), rank, keys=True), lab))
+        seen = Explained(correcting(built(str(path), rank, keys=True), experiment))
         for i in range(3):
             seen(*pair(30, 17 * i))
         shares[rank] = min(seen.by_layer)
@@ -355,7 +341,7 @@ def test_a_correction_learns_a_linear_residual(lab: Lab, tmp_path: Path) -> None
 def test_learning_writes_a_file_that_says_what_was_measured(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "reuse.safetensors"
     lines: list[str] = []
-    settings = Settings(sizes=SMALL, rank=4, effects=True, bounds=Bounds(0.5, 10.0))
+    settings = LearnSettings(sizes=SMALL, rank=4, effects=True, bounds=Bounds(0.5, 10.0))
     learned = learn(
         model, encode, words(300), encode("Read.\n\n"), path, settings, "f" * 64, "tiny",
         lines.append,
@@ -372,21 +358,24 @@ def test_learning_writes_a_file_that_says_what_was_measured(model: Any, tmp_path
     assert len(by_label) == 3 + 3 + 1 + 3 + 9 + 5 + 2
     assert by_label["recompute"].divergence == 0 and by_label["recompute"].agreement == 1
     stale = by_label["shared prefix"]
-    assert stale.divergence > 0.001 and stale.anew == 0
+    assert stale.divergence > 0.001 and stale.recomputed == 0
     assert (
-        by_label["shared prefix + boundary 32"].anew > by_label["shared prefix + boundary 8"].anew
+        by_label["shared prefix + boundary 32"].recomputed
+        > by_label["shared prefix + boundary 8"].recomputed
     )
-    sizes = {by_label[f"shared prefix + 30% {how}"].anew for how in ("at random", "most deviating")}
+    sizes = {
+        by_label[f"shared prefix + 30% {how}"].recomputed for how in ("at random", "most deviating")
+    }
     assert len(sizes) == 1 and 0.25 < sizes.pop() < 0.35
     # Documents that end where the boundary does are computed whole: nothing stale is left.
     assert by_label["own sink + boundary 32"].divergence < by_label["own sink"].divergence
     assert math.isfinite(by_label["shared prefix + compensate"].divergence)
 
 
-def test_everything_computed_anew_is_recompute(lab: Lab, found: list[Document]) -> None:
+def test_recomputing_everything_is_recompute(experiment: Experiment, found: list[Document]) -> None:
     short = [dataclasses.replace(d, tokens=d.tokens[:30]) for d in found[:4]]
-    rows = {row.label: row for row in effects(lab, short, SMALL)}
-    assert rows["own sink + boundary 32"].anew == 1
+    rows = {row.label: row for row in effects(experiment, short, SMALL)}
+    assert rows["own sink + boundary 32"].recomputed == 1
     assert rows["own sink + boundary 32"].divergence == pytest.approx(0, abs=1e-5)
     assert rows["own sink + boundary 32"].agreement == 1
     assert rows["own sink"].divergence > 1e-3
@@ -396,10 +385,10 @@ def test_everything_computed_anew_is_recompute(lab: Lab, found: list[Document]) 
 def test_what_cannot_be_learned_is_refused(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "reuse.safetensors"
     for text, prefix, settings, said in (
-        (words(20), "a", Settings(sizes=SMALL), "passages"),
-        (words(300), "", Settings(sizes=SMALL), "--prefix"),
-        (words(300), "a", Settings(sizes=SMALL, kind="tree"), "--kind 'tree'"),
-        (words(300), "a", Settings(sizes=dataclasses.replace(SMALL, least=70)), "--least 70"),
+        (words(20), "a", LearnSettings(sizes=SMALL), "passages"),
+        (words(300), "", LearnSettings(sizes=SMALL), "--prefix"),
+        (words(300), "a", LearnSettings(sizes=SMALL, kind="tree"), "--kind 'tree'"),
+        (words(300), "a", LearnSettings(sizes=dataclasses.replace(SMALL, least=70)), "--least 70"),
     ):
         with pytest.raises(KVPlugError, match=said):
             learn(model, encode, text, encode(prefix), path, settings)
@@ -448,10 +437,10 @@ def test_the_command_says_what_is_wrong(directory: Path, tmp_path: Path) -> None
     text = tmp_path / "text.txt"
     text.write_text(words(20), encoding="utf-8")
     for arguments, said in (
-        ((tmp_path / "none",), "no model directory"),
+        ((tmp_path / "none",), "not a model directory"),
         ((directory, "--out", tmp_path / "a" / "b"), "--output"),
         ((directory, "--text", text, *ARGUMENTS), "passages"),
-        ((directory, "--text", tmp_path / "none.txt"), "cannot be read"),
+        ((directory, "--text", tmp_path / "none.txt"), "cannot read"),
     ):
         done = run(*arguments)
         assert done.exit_code == 2, done.output
@@ -464,4 +453,4 @@ def test_calibrating_formats_needs_no_name(directory: Path, tmp_path: Path) -> N
     assert done.exit_code == 0 and "bytes-per-token" in done.output
     for first in ([], ["formats"]):
         named = CliRunner().invoke(app, ["calibrate", *first, str(tmp_path / "none")])
-        assert named.exit_code == 2 and "no model directory" in named.output
+        assert named.exit_code == 2 and "not a model directory" in named.output

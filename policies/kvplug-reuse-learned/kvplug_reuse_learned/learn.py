@@ -1,4 +1,4 @@
-"""The steps of ``kvplug calibrate reuse``, without its printing."""
+"""The run behind ``kvplug calibrate reuse``: measure, fit, write the file, judge it."""
 
 from __future__ import annotations
 
@@ -14,50 +14,33 @@ import numpy as np
 from kvplug.contract.reuse import Candidate, ReuseRequest
 from kvplug.errors import KVPlugError
 from kvplug_reuse_learned.calibration import KINDS, ReuseCalibration, features, is_exact
-from kvplug_reuse_learned.fit import (
-    Bounds,
-    Explained,
-    Report,
-    Residuals,
-    built,
-    choose,
-    correcting,
-    fit,
-    report,
-    table,
-)
-from kvplug_reuse_learned.fit_data import (
-    Effect,
-    Improvers,
-    Lab,
-    Progress,
-    Sizes,
-    Trial,
-    documents,
-    effects,
-    trials,
-)
+from kvplug_reuse_learned.documents import ExperimentSizes, documents
+from kvplug_reuse_learned.effects import Effect, Improvers, effects
+from kvplug_reuse_learned.experiment import Experiment
+from kvplug_reuse_learned.fit_correction import Explained, Residuals, built, correcting
+from kvplug_reuse_learned.fit_estimator import Bounds, EstimatorReport, choose, fit, report, table
+from kvplug_reuse_learned.placements import PlacementTrial, Progress, trials
 
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What is learned, and how.
+class LearnSettings:
+    """Options of `learn`.
 
     Attributes:
-        sizes: Of the experiment.
+        sizes: Sizes of the experiment.
         bounds: When reuse kept an answer.
         kind: Of the estimator, one of `KINDS`, or `AUTO` for the one that predicts left-out
             prompts of training better.
         rank: Directions of the correction that are written; 0 for none.
         ridge: Penalty of the correction, relative to the mean variance of its inputs.
         corrected: Directions used where the correction is measured.
-        threshold: Credibility below which the effects compute a document anew.
+        threshold: Credibility below which the effects recompute a document.
         effects: Whether the effects are measured.
     """
 
-    sizes: Sizes = field(default_factory=Sizes)
+    sizes: ExperimentSizes = field(default_factory=ExperimentSizes)
     bounds: Bounds = field(default_factory=Bounds)
     kind: str = AUTO
     rank: int = 64
@@ -69,25 +52,25 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """What was found.
+    """Result of `learn`.
 
     Attributes:
         calibration: As it was written.
-        losses: Of each kind of estimator on left-out prompts of training, nats; empty where one
-            was asked for.
+        losses: Loss of each kind of estimator on left-out prompts of training, nats; empty where
+            one was requested.
         training: The placements that were learned from.
         held_out: Those that were not.
         report: Of the estimator, on the latter.
         explained: Share of the squared residual that the correction removes, by layer, on the
             latter; empty without one.
-        effects: Of all ways to reuse, on held-out prompts; empty where not asked for.
+        effects: Of every way to reuse, on held-out prompts; empty unless requested.
     """
 
     calibration: ReuseCalibration
     losses: dict[str, float]
-    training: list[Trial]
-    held_out: list[Trial]
-    report: Report
+    training: list[PlacementTrial]
+    held_out: list[PlacementTrial]
+    report: EstimatorReport
     explained: list[float]
     effects: list[Effect]
 
@@ -98,7 +81,7 @@ def learn(
     text: str,
     prefix: Sequence[int],
     output: Path,
-    settings: Settings,
+    settings: LearnSettings,
     fingerprint: str = "",
     name: str = "",
     progress: Progress | None = None,
@@ -132,9 +115,11 @@ def learn(
     learned_from = documents(text[:cut], encode, sizes.prompts * sizes.documents, sizes)
     others = documents(text[cut:], encode, sizes.held_out * sizes.documents, sizes)
 
-    lab = Lab(model, prefix)
-    residuals = Residuals(lab)
-    training = trials(lab, learned_from, sizes, residuals if settings.rank else None, progress)
+    experiment = Experiment(model, prefix)
+    residuals = Residuals(experiment)
+    training = trials(
+        experiment, learned_from, sizes, residuals if settings.rank else None, progress
+    )
     x, y = table(training, settings.bounds)
     # Half of them without what only some hosts measure, so that it does without it too.
     blind = x.copy()
@@ -170,10 +155,10 @@ def learn(
     made({}).save(output)
     correct = of_keys = None
     if settings.rank:
-        correct = correcting(built(str(output), settings.corrected), lab)
-        of_keys = correcting(built(str(output), settings.corrected, keys=True), lab)
+        correct = correcting(built(str(output), settings.corrected), experiment)
+        of_keys = correcting(built(str(output), settings.corrected, keys=True), experiment)
     explained = None if of_keys is None else Explained(of_keys)
-    held_out = trials(lab, others, sizes, explained, progress, first=sizes.prompts)
+    held_out = trials(experiment, others, sizes, explained, progress, first=sizes.prompts)
     hx, hy = table(held_out, settings.bounds)
     judged = report(estimator, hx, hy, float(y.mean()))
     measured: list[Effect] = []
@@ -185,7 +170,9 @@ def learn(
             chance = float(estimator.probability(features(candidate, request)))
             return chance >= settings.threshold
 
-        measured = effects(lab, others, sizes, Improvers(correct, of_keys, credible), progress)
+        measured = effects(
+            experiment, others, sizes, Improvers(correct, of_keys, credible), progress
+        )
     numbers = {
         "placements": float(judged.placements),
         "kept": judged.kept,

@@ -20,9 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kvplug.contract.reuse import Placement
 from kvplug.errors import KVPlugError
-from kvplug.reuse.guard import Drift, State
+from kvplug.reuse.guard import BreakerState, Drift
 
-__all__ = ["BadRecord", "FamilyRecord", "PieceRecord", "ReuseRecord"]
+__all__ = ["BadRecord", "DriftRecord", "FamilyRecord", "PieceRecord"]
 
 VERSION = 1
 MOST_BYTES = 256 << 20
@@ -136,7 +136,7 @@ class FamilyRecord(_Part):
     entropy_drift: Number
     logprob_drift: Number
     over: bool
-    state: State
+    state: BreakerState
 
     @classmethod
     def of(cls, drift: Drift) -> list[FamilyRecord]:
@@ -158,7 +158,7 @@ class FamilyRecord(_Part):
         ]
 
 
-class ReuseRecord(_Part):
+class DriftRecord(_Part):
     """One request.
 
     Attributes:
@@ -198,7 +198,7 @@ class ReuseRecord(_Part):
     families: list[FamilyRecord] = Field(default_factory=list)
 
     @model_validator(mode="after")
-    def _agrees(self) -> ReuseRecord:
+    def _agrees(self) -> DriftRecord:
         text = [*self.prompt_ids, *self.output_ids]
         at = 0
         for i, piece in enumerate(self.pieces):
@@ -246,7 +246,7 @@ class ReuseRecord(_Part):
         return path
 
     @classmethod
-    def read(cls, path: str | Path) -> ReuseRecord:
+    def read(cls, path: str | Path) -> DriftRecord:
         """Read a record.
 
         Raises:

@@ -1,0 +1,91 @@
+"""Commands of other distributions, and where to find those that are not installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+COMMANDS = "kvplug.commands"
+"""Entry-point group of commands: a function, or a `typer.Typer` of several. A name with a dot,
+``group.command``, adds the command to the group of another entry point."""
+
+EXTRAS = {
+    "lab": (
+        "simulate",
+        "replay",
+        "demo",
+        "gain",
+        "bench",
+        "explain",
+        "eval",
+        "calibrate",
+        "reuse",
+    ),
+    "reuse-learned": ("calibrate.reuse",),
+}
+"""kvplug's own commands that come with an extra, by extra; not installed with kvplug alone."""
+
+logger = logging.getLogger("kvplug")
+
+_broken: dict[str, str] = {}
+
+
+class CommandGroup(TyperGroup):
+    """A group that names the extra of a command that is not installed.
+
+    Attributes:
+        prefix: Name of the group followed by a dot; empty for the program itself.
+    """
+
+    prefix = ""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that the arguments name.
+
+        Raises:
+            typer.Exit: It comes with an extra or its distribution is broken; with code 2.
+        """
+        if args and args[0] not in self.commands and (problem := self.absent(args[0])):
+            typer.echo(problem, err=True)
+            raise typer.Exit(2)
+        return super().resolve_command(ctx, args)
+
+    def absent(self, name: str) -> str | None:
+        """Say how to get a known command that is not there, or None for an unknown name."""
+        full = f"{self.prefix}{name}"
+        command = f"`kvplug {full.replace('.', ' ')}`"
+        if full in _broken:
+            return f"{command} failed to load: {_broken[full]}. Fix: reinstall what brings it."
+        for extra, names in EXTRAS.items():
+            if full in names:
+                return f"{command} is not installed; it comes with pip install 'kvplug[{extra}]'."
+        return None
+
+
+def add_installed(app: typer.Typer) -> None:
+    """Add the commands of other distributions to the program.
+
+    One that fails to load is left out with a warning. One whose group is not installed is left
+    out silently: a distribution may serve without the commands that it adds to another's.
+    """
+    groups: dict[str, typer.Typer] = {"": app}
+    entries = importlib.metadata.entry_points(group=COMMANDS)
+    for entry in sorted(entries, key=lambda e: (e.name.count("."), e.name)):
+        above, _, name = entry.name.rpartition(".")
+        if above not in groups:
+            continue
+        try:
+            found = entry.load()
+        except Exception as error:
+            _broken[entry.name] = " ".join(f"{type(error).__name__}: {error}".split())
+            logger.warning("command %s failed to load: %s", entry.name, _broken[entry.name])
+            continue
+        if isinstance(found, typer.Typer):
+            groups[above].add_typer(found, name=name)
+            groups[entry.name] = found
+        else:
+            groups[above].command(name)(found)
