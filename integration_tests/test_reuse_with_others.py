@@ -1,4 +1,4 @@
-"""Reuse beside the rest: two ranks, a format, attention memory, and the guard with its breaker."""
+"""Reuse with other parts: two ranks, a format, and the guard with its breaker."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_two_ranks_keep_their_own_heads(
 
 
 def test_bytes_of_a_format_are_stored_and_come_back_as_they_were(run: Run, deep: Path) -> None:
-    """Exact reuse under int8 changes nothing; a shifted run is decoded, turned and coded anew."""
+    """Exact reuse under int8 changes nothing; a shifted run is re-rotated and encoded again."""
     chain = {"use": case.CHAIN, "approximate": True}
     chain["segments"] = {"by": "request", "min_tokens": 16}
     section = {"format": "int8", "reuse": chain | {"recompute": {"gaps": 64}}}
@@ -82,28 +82,6 @@ def test_bytes_of_a_format_are_stored_and_come_back_as_they_were(run: Run, deep:
     # Q, which the request before left with its answer, stands later here too.
     assert shifted.kvplug["shifted"] == 160 + len(case.Q) - 1
     assert [r["errors"] for r in result.reports] == [0, 0, 0, 0]
-
-
-def test_attention_memory_reuses_far_attention_and_keeps_out_of_the_prefix_cache(
-    run: Run, smollm2: Path, passages: Callable[..., list[str]]
-) -> None:
-    (prompt,) = passages(1, 260, seed=5)
-    work = [TrialRequest(prompt, 24, 0, case.ASKS), TrialRequest(prompt, 24, 1)]
-    engine = {"max_model_len": 1024, "num_gpu_blocks_override": 64, "dtype": "float32"}
-    stock = run(smollm2, work[1:], None, **engine)
-    section = case.section(memo={"cosine": 0.5, "near": 64, "every": 8})
-    result = run(smollm2, work, section, **engine)
-    memo, plain = result.answers
-    assert plain.token_ids == stock.answers[0].token_ids
-    assert memo.kvplug["exact"] is False
-    counters = result.reports[0]["counters"]
-    assert counters["memo_rows"] == 23 * 30, "every decode step but the first token's, each layer"
-    assert 0 < counters["memo_skipped"] < counters["memo_rows"]
-    # Blocks of the prompt alone were cached: nothing that followed a memory.
-    assert plain.cached_tokens <= plain.prompt_tokens
-    never = case.section(memo={"cosine": 1.0, "near": 64, "every": 8})
-    again = run(smollm2, work[:1], never, **engine)
-    assert again.answers[0].token_ids == plain.token_ids
 
 
 def test_a_drifting_answer_is_recorded_and_opens_the_breaker(

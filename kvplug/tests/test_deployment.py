@@ -233,7 +233,7 @@ REFUSALS = {
     "options beside a list": (
         "reuse:\n  use: [plain]\n  shift: 3\n",
         "3: reuse.shift: reuse has no option 'shift'. "
-        "Fix: options: approximate, segments, store, recompute, prefetch, memo.",
+        "Fix: options: approximate, segments, store, recompute, prefetch.",
     ),
     "option of a key beside a list": (
         "reuse:\n  use: [plain]\n  store: {memory: 0}\n",

@@ -155,9 +155,6 @@ class ReuseSettings(PolicyOptions):
         description="keep an index of near-equal text, which brings likely segments back from the "
         "folder before they are asked for",
     )
-    memo: Memo | None = Field(
-        default=None, description="reuse far attention while a query stays alike"
-    )
 
 
 class Breaker(PolicyOptions):

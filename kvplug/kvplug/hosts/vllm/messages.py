@@ -82,7 +82,7 @@ class SequenceDirectives:
 
 @dataclass
 class FormatDirectives:
-    """What a format that treats requests apart is told of a step.
+    """Assignments of requests, for a format that stores each in its own way.
 
     Attributes:
         assignments: Slot and assignment of each scheduled request, ``[n, 2]`` int32.
@@ -182,7 +182,7 @@ class ReuseDirectives:
 
 @dataclass
 class AttentionDirectives:
-    """What an attention policy is told of a step.
+    """What an attention policy may serve in a step.
 
     Attributes:
         slots: Slots of scheduled requests that it may serve, ``[n]`` int32.
