@@ -221,7 +221,9 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
 
     def _report(self) -> None:
         """Report what has arrived, oldest first."""
-        while self._in_flight and (self._in_flight[0][1].ready or len(self._in_flight) > MAX_PENDING):
+        while self._in_flight and (
+            self._in_flight[0][1].ready or len(self._in_flight) > MAX_PENDING
+        ):
             names, found = self._in_flight.popleft()
             assert self._state is not None
             reports = self._state.guard_reports

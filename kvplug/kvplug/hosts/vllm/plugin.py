@@ -23,7 +23,7 @@ def register() -> None:
 
     if not compat.is_tested(compat.version()):
         logger.warning(
-            "kvplug was tested on vLLM %s and stays off on %s; `kvplug doctor` lists the differences",
+            "kvplug was tested on vLLM %s and stays off on %s; see `kvplug doctor`",
             ", ".join(compat.TESTED),
             compat.version(),
         )
