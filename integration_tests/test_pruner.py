@@ -511,7 +511,7 @@ class Truth:
 
     def cut(self, cut: Cut, policy: Watcher, newest: bool = False) -> None:
         """The best of what the cut covers stay."""
-        knobs = policy.knobs
+        options = policy.options
         for h, held in enumerate(self.held):
             # Survivors of earlier cuts lie before the end too, whatever their position.
             covered = sorted(p for p in held if p < cut.end * BLOCK)
@@ -520,7 +520,7 @@ class Truth:
 
             def rank(i: int, covered: Any = covered, worth: Any = worth) -> tuple[bool, float]:
                 p = covered[i]
-                always = p < knobs.sink or p >= cut.at - knobs.recent
+                always = p < options.sink or p >= cut.at - options.recent
                 return always, float(p) if newest else worth[i]
 
             best = sorted(range(len(covered)), key=rank)[-cut.blocks * BLOCK :]

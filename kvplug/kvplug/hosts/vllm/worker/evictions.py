@@ -94,7 +94,7 @@ class LayerEvictions:
 
     def decide(self, decision: EvictionDecision) -> None:
         """Make one eviction, row by row where evicted tokens can be recalled."""
-        if not self.policy.knobs.on_demand:
+        if not self.policy.options.on_demand:
             self.evict(decision)
             return
         for row in decision.rows():
@@ -125,7 +125,7 @@ class LayerEvictions:
         view = self.residents.view(resident, decision)
         if not bool(resident.mixed[0]):
             self._stores.pop(slot, None)
-        store = self._stores.setdefault(slot, SpanStore(self.policy.knobs.on_demand))
+        store = self._stores.setdefault(slot, SpanStore(self.policy.options.on_demand))
         mine = Tokens(
             view.keys[0],
             view.values[0],

@@ -137,7 +137,7 @@ def ring_size(policy: ScoringPolicy) -> int:
     return max(
         policy.observation,
         FLUSH if policy.wants_totals else 0,
-        RECALL_QUERIES if policy.knobs.on_demand else 0,
+        RECALL_QUERIES if policy.options.on_demand else 0,
     )
 
 
