@@ -50,14 +50,14 @@ def attend(
     kvplug: Step | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Hold the new tokens of each text and let their queries see what is held.
+    """Append the new tokens of each text and attend for their queries.
 
     Args:
-        module: The attention module; its ``layer_idx`` says which layer.
+        module: The attention module; its ``layer_idx`` is the layer.
         query: ``[texts, num_heads, n, head_size]``, after RoPE.
         key: ``[texts, kv_heads, n, head_size]``, after RoPE.
         value: The same shape.
-        attention_mask: Not used: who sees whom follows from positions.
+        attention_mask: Not used: the mask follows from positions.
         scaling: Softmax scale.
         dropout: Not used: this host does not train.
         softcap: Soft cap of logits.
@@ -69,12 +69,12 @@ def attend(
         ``[texts, n, num_heads, head_size]``, and None.
 
     Raises:
-        KVPlugError: The model's attention does something this host does not know.
+        KVPlugError: The model's attention is not supported by this host.
     """
     if kvplug is None:
-        raise KVPlugError(f"{type(module).__name__} does not pass on what kvplug hands its model")
+        raise KVPlugError(f"{type(module).__name__} does not pass kwargs on to its attention")
     if kwargs.get("s_aux") is not None:
-        raise KVPlugError(f"{type(module).__name__} has learned attention sinks: not supported")
+        raise KVPlugError(f"{type(module).__name__}: learned attention sinks are not supported")
     rows = []
     for row, layers in enumerate(kvplug.texts):
         held = layers[int(module.layer_idx)]  # type: ignore[arg-type]
@@ -97,7 +97,7 @@ def attend(
 
 
 def _one(module: torch.nn.Module, held: LayerHeld, query: Tensor, positions: Tensor) -> Tensor:
-    """One text's attention, ``[1, n, num_heads, head_size]``."""
+    """Attend for one text, ``[1, n, num_heads, head_size]``."""
     new = query.shape[2]
     seen = None
     if held.masked:
@@ -118,7 +118,7 @@ def _one(module: torch.nn.Module, held: LayerHeld, query: Tensor, positions: Ten
 
 
 def _explicit(held: LayerHeld, query: Tensor, seen: Tensor | None, output: bool) -> Tensor:
-    """Attention with its weights spelled out: added to the totals, and applied if asked for."""
+    """Compute attention weights; add them to cumulative attention, apply them if asked to."""
     _, heads, new, size = query.shape
     kv_heads = held.view.num_kv_heads
     group = heads // kv_heads

@@ -1,4 +1,4 @@
-"""What a model's layers hold of one text under a format: pages of coded keys and values."""
+"""The KV cache of one text under a format: pages of coded keys and values per layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class LayerCoded(LayerHeld):
     """Coded keys and values of one text in one layer, written and attended by the format itself.
 
     The text has pages of its own, in order, so its block table counts up from 0. It is the only
-    request there is: lane 0, where the format keeps the latest tokens exact.
+    request there is: slot 0, where the format keeps the latest tokens exact.
 
     Args:
         view: The layer.
@@ -44,22 +44,22 @@ class LayerCoded(LayerHeld):
 
     @property
     def keys(self) -> Tensor:
-        """``[1, kv_heads, held, head_size]``, as near as the pages hold them."""
+        """``[1, kv_heads, held, head_size]``, decoded from the pages."""
         return self._read(0)
 
     @property
     def values(self) -> Tensor:
-        """``[1, kv_heads, held, head_size]``, as near as the pages hold them."""
+        """``[1, kv_heads, held, head_size]``, decoded from the pages."""
         return self._read(1)
 
     @property
     def positions(self) -> Tensor:
-        """``[1, kv_heads, held]`` int32: nothing is ever dropped."""
+        """``[1, kv_heads, held]`` int32: no token is ever evicted."""
         own = torch.arange(self.held, dtype=torch.int32, device=self.pages.device)
         return own.expand(1, self.view.num_kv_heads, -1)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Hold more tokens: the format writes them; `attend` goes before `keep_recent`."""
+        """Append tokens: the format writes them; `attend` goes before `keep_recent`."""
         new = keys.shape[2]
         self._make_room(self.held + new)
         self.format.write(
@@ -68,7 +68,7 @@ class LayerCoded(LayerHeld):
                 key=self._stored(keys),
                 value=self._stored(values),
                 slots=torch.arange(self.held, self.held + new, device=keys.device),
-                lanes=None if self.recent is None else self._lane(new),
+                lanes=None if self.recent is None else self._slot(new),
                 recent=self.recent,
             ),
             self.pages,
@@ -107,7 +107,7 @@ class LayerCoded(LayerHeld):
             key=self._stored(keys).to(dtype) if self.exact_chunk else None,
             value=self._stored(values).to(dtype) if self.exact_chunk else None,
             softcap=self.softcap,
-            lanes=None if recent is None else self._lane(1),
+            lanes=None if recent is None else self._slot(1),
             recent=recent,
         )
         self.format.attend(self.view, batch, self.pages, out)
@@ -115,7 +115,7 @@ class LayerCoded(LayerHeld):
         return out[None].to(query.dtype)
 
     def keep_recent(self, keys: Tensor, values: Tensor) -> None:
-        """Keep the latest tokens, ``[1, kv_heads, n, head_size]`` that are held already, exact."""
+        """Keep the latest tokens, ``[1, kv_heads, n, head_size]`` appended already, exact."""
         if self.recent is None:
             return
         size = self.recent.key.shape[1]
@@ -134,10 +134,10 @@ class LayerCoded(LayerHeld):
         return other
 
     def _stored(self, tokens: Tensor) -> Tensor:
-        """``[1, kv_heads, n, head_size]`` as ``[n, kv_heads, head_size]`` of the held dtype."""
+        """``[1, kv_heads, n, head_size]`` as ``[n, kv_heads, head_size]`` of the stored dtype."""
         return tokens[0].transpose(0, 1).to(self.dtype).contiguous()
 
-    def _lane(self, count: int) -> Tensor:
+    def _slot(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int64, device=self.pages.device)
 
     def _make_room(self, tokens: int) -> None:
