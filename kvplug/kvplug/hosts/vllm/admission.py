@@ -11,7 +11,7 @@ from kvplug.contract import (
 from kvplug.deployment import Choice, Deployment
 from kvplug.errors import DeploymentError, Refusal
 from kvplug.hosts.vllm import compat
-from kvplug.hosts.vllm.flags import EXTENSION, GUARD, RUNS
+from kvplug.hosts.vllm.flags import EXTENSION, GUARD, REQUEST_CHECK, REQUEST_CHECK_MIDDLEWARE, RUNS
 from kvplug.hosts.vllm.view import engine_view
 from kvplug.parser import load_deployment
 
@@ -57,9 +57,33 @@ def deployment_of(vllm_config: Any) -> Deployment:
             ],
         )
     deployment.require_compatible(view, runs=RUNS, host="vllm")
-    if refusals := _layer_refusals(deployment, vllm_config):
+    if refusals := [
+        *_request_refusals(deployment, vllm_config),
+        *_layer_refusals(deployment, vllm_config),
+    ]:
         raise DeploymentError(deployment.source, refusals)
     return deployment
+
+
+def _request_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    if deployment.on_bad_request != "refuse" or _has_processor(vllm_config, REQUEST_CHECK):
+        return []
+    return [
+        Refusal(
+            f"{SECTION}.on_bad_request" if deployment.source == "inline" else "on_bad_request",
+            "nothing checks requests before they enter the engine.",
+            f"set --logits-processors {REQUEST_CHECK} and, for HTTP 400 on streamed requests, "
+            f"--middleware {REQUEST_CHECK_MIDDLEWARE}; kvplug serve does.",
+        )
+    ]
+
+
+def _has_processor(vllm_config: Any, name: str) -> bool:
+    """True where a logits processor is configured by ``module:class`` or as the class itself."""
+    return any(
+        name == (f"{p.__module__}:{p.__qualname__}" if isinstance(p, type) else p)
+        for p in vllm_config.model_config.logits_processors or ()
+    )
 
 
 def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
@@ -110,9 +134,7 @@ def _reuse_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
                     f"nothing can be computed inside a run with {what}.",
                     "remove the recompute section.",
                 )
-    if deployment.guard is not None and not any(
-        GUARD in str(p) for p in vllm_config.model_config.logits_processors or ()
-    ):
+    if deployment.guard is not None and not _has_processor(vllm_config, GUARD):
         above = key.rsplit(".", 1)[0] if "." in key else ""
         found.append(
             Refusal(
