@@ -19,7 +19,7 @@ from kvplug.hosts.vllm.scheduler.blocks import computed_keys
 from kvplug.hosts.vllm.scheduler.half import SchedulerHalf
 from kvplug.hosts.vllm.scheduler.prefix_cache import PolicyQueue
 from kvplug_lab import models
-from kvplug_lab.engine import replay
+from kvplug_lab.engine import against_simulator as replay
 from kvplug_lab.engine.trial import TrialRequest, TrialResult
 from kvplug_policies.prefix_cache.lru import Lru
 
@@ -221,7 +221,7 @@ def test_a_conversation_goes_on_from_what_was_answered(
 
 def test_a_pool_too_small_is_refused(smollm2: Path) -> None:
     work = replay.Workload([TrialRequest([1], 8)], 1000, 2, "")
-    with pytest.raises(replay.ReplayError, match="give it at least 64"):
+    with pytest.raises(replay.WorkloadError, match="give it at least 64"):
         replay.compare(smollm2, work, "lru", 63)
 
 
