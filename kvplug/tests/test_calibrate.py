@@ -249,7 +249,7 @@ def test_windows_and_soft_caps_are_attended_as_models_do() -> None:
 
 
 def test_a_model_that_hides_its_attention_is_refused(model: Any) -> None:
-    with attached(model), pytest.raises(KVPlugError, match="does not pass on"):
+    with attached(model), pytest.raises(KVPlugError, match="does not pass kwargs on"):
         model(tokens(5)[None])
 
 

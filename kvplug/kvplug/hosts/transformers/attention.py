@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvplug.errors import KVPlugError
 from kvplug.hosts.transformers.coded import LayerCoded
+from kvplug.hosts.transformers.hook import check_call, hooked, softmax_scale
 
 if TYPE_CHECKING:
     from kvplug.hosts.transformers.held import LayerHeld
@@ -71,10 +72,8 @@ def attend(
     Raises:
         KVPlugError: The model's attention is not supported by this host.
     """
-    if kvplug is None:
-        raise KVPlugError(f"{type(module).__name__} does not pass kwargs on to its attention")
-    if kwargs.get("s_aux") is not None:
-        raise KVPlugError(f"{type(module).__name__}: learned attention sinks are not supported")
+    check_call(module, kvplug, kwargs)
+    assert kvplug is not None
     rows = []
     for row, layers in enumerate(kvplug.texts):
         held = layers[int(module.layer_idx)]  # type: ignore[arg-type]
@@ -86,7 +85,7 @@ def attend(
         positions = kvplug.positions[row]
         one = slice(row, row + 1)
         held.softcap = softcap or 0.0
-        held.scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        held.scale = softmax_scale(scaling, query)
         if isinstance(held, LayerCoded):
             rows.append(held.run(query[one], key[one], value[one], positions))
             continue
@@ -147,12 +146,5 @@ def _explicit(held: LayerHeld, query: Tensor, seen: Tensor | None, output: bool)
 AttentionInterface.register(NAME, attend)
 
 
-@contextmanager
-def attached(model: Any) -> Iterator[None]:
-    """Within it the model's attention is `attend`."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+attached = partial(hooked, name=NAME)
+"""Makes a model's attention `attend` within the block."""
