@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from kvplug.contract import AttendBatch, FormatPolicy, LayerView, Recent, WriteBatch
-from kvplug.hosts.transformers.held import LayerHeld, Watched
+from kvplug.hosts.transformers.cache import LayerCache, Watched
 
 
-class LayerCoded(LayerHeld):
+class LayerCoded(LayerCache):
     """Coded keys and values of one text in one layer, written and attended by the format itself.
 
     The text has pages of its own, in order, so its block table counts up from 0. It is the only
@@ -44,36 +44,36 @@ class LayerCoded(LayerHeld):
 
     @property
     def keys(self) -> Tensor:
-        """``[1, kv_heads, held, head_size]``, decoded from the pages."""
+        """``[1, kv_heads, kept, head_size]``, decoded from the pages."""
         return self._read(0)
 
     @property
     def values(self) -> Tensor:
-        """``[1, kv_heads, held, head_size]``, decoded from the pages."""
+        """``[1, kv_heads, kept, head_size]``, decoded from the pages."""
         return self._read(1)
 
     @property
     def positions(self) -> Tensor:
-        """``[1, kv_heads, held]`` int32: no token is ever evicted."""
-        own = torch.arange(self.held, dtype=torch.int32, device=self.pages.device)
+        """``[1, kv_heads, kept]`` int32: no token is ever evicted."""
+        own = torch.arange(self.kept, dtype=torch.int32, device=self.pages.device)
         return own.expand(1, self.view.num_kv_heads, -1)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Append tokens: the format writes them; `attend` goes before `keep_recent`."""
         new = keys.shape[2]
-        self._make_room(self.held + new)
+        self._make_room(self.kept + new)
         self.format.write(
             self.view,
             WriteBatch(
                 key=self._stored(keys),
                 value=self._stored(values),
-                slots=torch.arange(self.held, self.held + new, device=keys.device),
+                slots=torch.arange(self.kept, self.kept + new, device=keys.device),
                 lanes=None if self.recent is None else self._slot(new),
                 recent=self.recent,
             ),
             self.pages,
         )
-        self.held += new
+        self.kept += new
 
     def run(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """Write the new tokens, and attend for their queries.
@@ -100,10 +100,10 @@ class LayerCoded(LayerHeld):
             query=queries,
             query_start=torch.tensor([0, new], dtype=torch.int32, device=device),
             block_table=torch.arange(len(self.pages), dtype=torch.int32, device=device)[None],
-            seq_lens=torch.tensor([self.held], dtype=torch.int32, device=device),
+            seq_lens=torch.tensor([self.kept], dtype=torch.int32, device=device),
             scale=self.scale,
             max_query_len=new,
-            max_seq_len=self.held,
+            max_seq_len=self.kept,
             key=self._stored(keys).to(dtype) if self.exact_chunk else None,
             value=self._stored(values).to(dtype) if self.exact_chunk else None,
             softcap=self.softcap,
@@ -120,14 +120,14 @@ class LayerCoded(LayerHeld):
             return
         size = self.recent.key.shape[1]
         last = min(size, keys.shape[2])
-        places = torch.arange(self.held - last, self.held, device=keys.device) % size
+        places = torch.arange(self.kept - last, self.kept, device=keys.device) % size
         self.recent.key[0, places] = self._stored(keys)[-last:]
         self.recent.value[0, places] = self._stored(values)[-last:]
 
     def copy(self) -> LayerCoded:
         """Another text's layer with the same contents."""
         other = LayerCoded(self.view, self.scale, self.format, self.block_size, self._keys)
-        other.softcap, other.held = self.softcap, self.held
+        other.softcap, other.kept = self.softcap, self.kept
         other.pages = self.pages.clone()
         if self.recent is not None:
             other.recent = Recent(self.recent.key.clone(), self.recent.value.clone())
@@ -149,6 +149,6 @@ class LayerCoded(LayerHeld):
         self.pages = torch.cat([self.pages, self.pages.new_zeros(more, *self.pages.shape[1:])])
 
     def _read(self, which: int) -> Tensor:
-        blocks = torch.arange(-(-self.held // self.block_size), device=self.pages.device)
+        blocks = torch.arange(-(-self.kept // self.block_size), device=self.pages.device)
         pages = self.format.read(self.view, self.pages, blocks)[which]
-        return pages.transpose(0, 1).flatten(1, 2)[None, :, : self.held]
+        return pages.transpose(0, 1).flatten(1, 2)[None, :, : self.kept]

@@ -36,8 +36,8 @@ from kvplug.errors import KVPlugError
 from kvplug.fingerprint import model_fingerprint
 from kvplug.hosts.pruning import Cut, Limits, Plan, choose
 from kvplug.hosts.transformers.attention import Step, attached
+from kvplug.hosts.transformers.cache import LayerCache, Watched
 from kvplug.hosts.transformers.coded import LayerCoded
-from kvplug.hosts.transformers.held import LayerHeld, Watched
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -70,7 +70,7 @@ class Text:
 
     def __init__(
         self,
-        layers: list[LayerHeld],
+        layers: list[LayerCache],
         num_prompt_tokens: int,
         policy: SequencePolicy | FormatPolicy | None,
         block_size: int,
@@ -116,7 +116,7 @@ class Text:
     @property
     def held(self) -> float:
         """Tokens kept per KV head, mean over the layers a policy may prune."""
-        return sum(self.layers[i].held for i in self._prunable) / len(self._prunable)
+        return sum(self.layers[i].kept for i in self._prunable) / len(self._prunable)
 
     def can_branch(self, policy: SequencePolicy | FormatPolicy | None) -> bool:
         """True if the policy would have left the text as it is so far, all of it computed in one
@@ -178,19 +178,19 @@ class Text:
         other._act()
         return other
 
-    def _encoded(self, layer: LayerHeld, policy: FormatPolicy) -> LayerHeld:
+    def _encoded(self, layer: LayerCache, policy: FormatPolicy) -> LayerCache:
         """A layer's tokens under a format."""
         if layer.view.index not in self._prunable:
             return layer.fork(Watched())
         keys, values = layer.keys, layer.values
         coded = LayerCoded(layer.view, layer.scale, policy, self._block_size, keys)
         coded.softcap = layer.softcap
-        if layer.held:
+        if layer.kept:
             coded.append(keys, values, layer.positions[0, 0])
             coded.keep_recent(keys, values)
         return coded
 
-    def _coded(self, layers: list[LayerHeld], policy: FormatPolicy) -> Text:
+    def _coded(self, layers: list[LayerCache], policy: FormatPolicy) -> Text:
         other = Text(layers, self.num_prompt_tokens, policy, self._block_size, self._prunable)
         other.num_tokens = self.num_tokens
         return other
@@ -227,15 +227,15 @@ class Text:
                 continue
             cut, layer = due[share], self.layers[index]
             view = layer.view_for(needs, self.num_tokens, self.num_prompt_tokens)
-            candidates = layer.held - (cut.at - cut.end * self._block_size)
+            candidates = layer.kept - (cut.at - cut.end * self._block_size)
             count = min(cut.blocks * self._block_size, candidates)
             keep, scores = choose(policy, view, candidates, count)
             result = policy.measure(view, scores) if policy.resizes else None
             if result is not None:
                 measured.setdefault(share, []).append(result[0])
-            rest = torch.arange(candidates, layer.held, dtype=keep.dtype, device=keep.device)
+            rest = torch.arange(candidates, layer.kept, dtype=keep.dtype, device=keep.device)
             layer.keep(torch.cat([keep[0], rest.expand(keep.shape[1], -1)], 1))
-            left.append(layer.held)
+            left.append(layer.kept)
         for share, results in measured.items():
             self._measured[share] = torch.stack(results).float().mean(0).tolist()
         self.cuts.append((self.num_tokens, sum(left) / len(left)))
@@ -397,7 +397,7 @@ class Host:
         if watched is None:
             watched = watched_by(policy)
         like = next(self.model.parameters())
-        layers: list[LayerHeld] = []
+        layers: list[LayerCache] = []
         for view, kind in zip(self.layers, self._kinds, strict=True):
             window: tuple[Window, int] | None = None
             if kind == FULL and isinstance(policy, FormatPolicy):
@@ -408,7 +408,7 @@ class Host:
                 rule = policy.window(view)
                 window = None if rule is None else (rule, self.block_size)
             layers.append(
-                LayerHeld(
+                LayerCache(
                     view,
                     view.head_size**-0.5,
                     watched if kind == FULL else Watched(),
@@ -558,7 +558,7 @@ def generate(
     return host.generate(ids, built, max_new_tokens, eos)
 
 
-def _copied(layer: LayerHeld) -> LayerHeld:
+def _copied(layer: LayerCache) -> LayerCache:
     return layer.copy() if isinstance(layer, LayerCoded) else layer.fork(Watched())
 
 
