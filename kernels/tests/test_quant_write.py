@@ -850,7 +850,12 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(
+        COMPILED, ["int3 in groups, outliers and sums", "fp8 and plain", "codebook", "tokens"]
+    ),
+)
 def test_compiles_for_cuda(compile_for_cuda: CompileForCuda, name: str) -> None:
     layout = COMPILED[name]
     constants: dict[str, Any] = {**kernel_constants(layout, 8, 32), "RING": 32}

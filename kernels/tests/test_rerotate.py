@@ -627,8 +627,7 @@ def test_cuda_graph_replay(device: torch.device) -> None:
     assert torch.equal(keys, expected)
 
 
-@INTERLEAVED
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@grid(INTERLEAVED, pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"]))
 def test_compiles_for_cuda(compile_for_cuda: CompileForCuda, dtype: str, interleaved: bool) -> None:
     strides = ("stride_kb", "stride_kh", "stride_kt", "stride_cn")
     compile_for_cuda(
@@ -652,7 +651,11 @@ def test_compiles_for_cuda(compile_for_cuda: CompileForCuda, dtype: str, interle
 
 
 @pytest.mark.parametrize(
-    "name", ["int4 in groups", "int3 of 96", "outliers and sums", "fp8", "fitted codebook"]
+    "name",
+    mostly_slow(
+        ["int4 in groups", "int3 of 96", "outliers and sums", "fp8", "fitted codebook"],
+        ["outliers and sums", "fp8", "fitted codebook"],
+    ),
 )
 def test_coded_compiles_for_cuda(compile_for_cuda: CompileForCuda, name: str) -> None:
     coding = CODINGS[name]

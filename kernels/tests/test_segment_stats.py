@@ -231,9 +231,11 @@ def test_rejects(
         implementation(**moved)
 
 
-@pytest.mark.parametrize("asked", [True, False], ids=["queries", "no queries"])
-@pytest.mark.parametrize(
-    ("dtype", "size", "block_q"), [("bf16", 128, 32), ("fp16", 80, 64), ("fp32", 64, 16)]
+@grid(
+    pytest.mark.parametrize("asked", [True, False], ids=["queries", "no queries"]),
+    pytest.mark.parametrize(
+        ("dtype", "size", "block_q"), [("bf16", 128, 32), ("fp16", 80, 64), ("fp32", 64, 16)]
+    ),
 )
 def test_compiles_for_cuda(
     compile_for_cuda: CompileForCuda, dtype: str, size: int, block_q: int, asked: bool

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import hypothesis.strategies as st
 import pytest
 import torch
-from grid import implementations
+from grid import grid, implementations
 from hypothesis import HealthCheck, given, settings
 from paged_cases import to_device
 from torch import Tensor
@@ -96,9 +96,11 @@ def test_only_resident_tokens_take_part(
     assert implementation(scores, 3, lens).tolist() == [[expected]]
 
 
-@FAST
-@pytest.mark.parametrize("levels", [0, 1, 3])
-@pytest.mark.parametrize("n", [1, 2, 31, 64, 65, 5000])
+@grid(
+    FAST,
+    pytest.mark.parametrize("levels", [0, 1, 3]),
+    pytest.mark.parametrize("n", [1, 2, 31, 64, 65, 5000]),
+)
 def test_sizes(implementation: Implementation, n: int, levels: int, device: torch.device) -> None:
     scores = make_scores(2, 2, n, levels=levels, device=device)
     lens = torch.tensor([n, n // 2 + 1], dtype=torch.int32, device=device)
