@@ -218,7 +218,7 @@ def _near(
     hashes = np.stack([simhash(segment) for segment in stored])
 
     def exact(query: Tokens) -> list[int]:
-        return [int(name, 16) for name, _ in index.near(query, "", 10)]
+        return [int(name, 16) for name, _ in index.nearest(query, "", 10)]
 
     ways = {"exact": exact}
     if graph:
