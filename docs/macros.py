@@ -7,8 +7,9 @@ what the function of that name returns:
 * ``settings("module:Model")``: the fields of a pydantic model;
 * ``extension_points()``, ``attributes()``, ``subclasses()``: what kvplug uses of vLLM;
 * ``bytes_of(format, *options)``: bytes of a token under a format's own layout;
-* ``hit_rates``, ``ways``, ``scale``, ``workloads``, ``format_error``, ``calibrated``,
-  ``beyond_noise``, ``fidelity_formats``, ``near`` and ``rows(file, path, *columns)``: tables of figures in ``docs/figures``;
+* ``rows(file, path, *columns)``, ``hit_rates``, ``ways``, ``scale``, ``workloads``,
+  ``format_error``, ``calibrated``, ``beyond_noise``, ``fidelity_formats`` and ``near``: tables of
+  figures in ``docs/figures``;
 * ``figure(name)``: a drawing of ``docs/figures``, inline, so that it follows the page's colours.
 """
 
@@ -110,7 +111,13 @@ def _choices(annotation: Any) -> tuple[Any, ...]:
 def field_table(fields: Mapping[str, FieldInfo], key: str = "option") -> str:
     """A table of fields: name, default, range and description."""
     rows = [
-        (f"`{name}`", default_of(info), range_of(info), info.description or "")
+        # Brackets in prose would be attributes of the cell.
+        (
+            f"`{name}`",
+            default_of(info),
+            range_of(info),
+            (info.description or "").replace("{", "&#123;"),
+        )
         for name, info in fields.items()
     ]
     return table((key, "default", "range", "meaning"), rows)
@@ -323,7 +330,9 @@ def hit_rates(*policies: str) -> str:
             lines.append((trace if name == "lru" else "", shown, *rates, moved))
     said = []
     for name in policies:
-        apart = [a - b for t in traces for a, b in zip(found[t, name], found[t, "lru"], strict=True)]
+        apart = [
+            a - b for t in traces for a, b in zip(found[t, name], found[t, "lru"], strict=True)
+        ]
         better, worse = sum(d > 0.05 for d in apart), sum(d < -0.05 for d in apart)
         said.append(
             f"`{name}` is better than `lru` in {better} of {len(apart)} cells and worse in {worse}."
@@ -346,7 +355,9 @@ def ways() -> str:
     lines = []
     for name in dict.fromkeys(name for _, name in total if name not in ("lru", "min")):
         ends = [(total[t, "lru"], total[t, "min"], total[t, name]) for t in traces]
-        lines.append((f"`{name}`", *(f"{(own - lru) / (best - lru):.0%}" for lru, best, own in ends)))
+        lines.append(
+            (f"`{name}`", *(f"{(own - lru) / (best - lru):.0%}" for lru, best, own in ends))
+        )
     return table(("order", *traces), lines)
 
 

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from kvplug.cli import app
 from kvplug.hosts.vllm.flags import EXTENSION
 from kvplug.parser import load_deployment
-from kvplug.reuse.settings import Recompute
 from kvplug_lab.engine.trial import Answer, TrialResult
 from kvplug_lab.reuse import chat as reuse_chat
 from kvplug_lab.reuse import mixed as reuse_mixed
@@ -478,31 +477,6 @@ def test_the_checks_table_gives_shares_of_requests_only() -> None:
 # -- the page --------------------------------------------------------------------------------------
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reuse.md"
-
-
-def test_the_page_lists_what_may_be_computed_anew() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    table = page.split("| key of `recompute` |")[1].split("\n\n")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", table, re.MULTILINE))
-    fields = Recompute.model_fields
-    assert rows == {n: str(f.get_default(call_default_factory=True)) for n, f in fields.items()}
-    for name, info in fields.items():
-        (row,) = re.findall(rf"^\| `{name}` \|.*$", table, re.MULTILINE)
-        assert (info.description or "") in row.replace(r"\|", "|")
-        for bound in info.metadata:
-            limit = getattr(bound, "ge", getattr(bound, "le", None))
-            assert limit is None or str(limit) in row
-
-
-def test_the_page_lists_what_an_answer_says() -> None:
-    section = PAGE.read_text(encoding="utf-8").split("## What an answer says\n")[1]
-    rows = re.findall(r"^\| `(\w+)` \|", section.split("\n## ")[0], re.MULTILINE)
-    package = Path(str(importlib.import_module("kvplug").__file__)).parent
-    found = {"exact", "refused"}
-    for source in (package / "hosts/vllm/scheduler").glob("reuse*.py"):
-        text = source.read_text(encoding="utf-8")
-        found |= set(re.findall(r'(?:said|answer\.fields)\["(\w+)"\]', text))
-    assert set(rows) == found
 
 
 def test_the_commands_on_the_page_are_what_they_print() -> None:
