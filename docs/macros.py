@@ -37,6 +37,8 @@ VLLM_HOST = ROOT / "kvplug" / "kvplug" / "hosts" / "vllm"
 
 CALL = re.compile(r"^\{\{ (\w+)\((.*)\) \}\}$", re.MULTILINE)
 FIGURE = re.compile(r'<div data-figure="([\w-]+)"></div>')
+BRACKET = re.compile(r"\{(?=[^`]*(?:`[^`]*`[^`]*)*$)")
+"""A bracket outside code."""
 BULLET = re.compile(r"^\* (.+?)(?=^\* |^\S|\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -116,7 +118,7 @@ def field_table(fields: Mapping[str, FieldInfo], key: str = "option") -> str:
             f"`{name}`",
             default_of(info),
             range_of(info),
-            (info.description or "").replace("{", "&#123;"),
+            BRACKET.sub("&#123;", info.description or ""),
         )
         for name, info in fields.items()
     ]

@@ -338,17 +338,21 @@ def test_plugin_errors_on_the_page_are_what_the_registry_says() -> None:
 def answer_keys() -> set[str]:
     """Keys that the scheduler's parts put into an answer, read from their source."""
     folder = REPO / "kvplug" / "kvplug" / "hosts" / "vllm" / "scheduler"
-    found: set[str] = set()
+    found: set[object] = set()
     for path, source in SOURCES.items():
         if folder not in path.parents:
             continue
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.FunctionDef) and node.name in {"on_finished", "finished"}:
-                for part in ast.walk(node):
-                    if isinstance(part, ast.Dict):
-                        found |= {k.value for k in part.keys if isinstance(k, ast.Constant)}  # type: ignore[misc]
-                    elif isinstance(part, ast.Subscript) and isinstance(part.slice, ast.Constant):
-                        found.add(part.slice.value)  # type: ignore[arg-type]
+        tree = ast.parse(source)
+        ends = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        for node in [n for n in ends if n.name in {"on_finished", "finished"}]:
+            for part in ast.walk(node):
+                if isinstance(part, ast.Dict):
+                    found |= {k.value for k in part.keys if isinstance(k, ast.Constant)}
+                elif isinstance(part, ast.Subscript) and isinstance(part.slice, ast.Constant):
+                    found.add(part.slice.value)
+        for part in ast.walk(tree):
+            if isinstance(part, ast.Subscript) and ast.unparse(part.value).endswith(".fields"):
+                found |= {part.slice.value} if isinstance(part.slice, ast.Constant) else set()
     return {key for key in found if isinstance(key, str)} - {"kvplug"}
 
 
