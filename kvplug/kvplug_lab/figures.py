@@ -433,7 +433,7 @@ def draw(drawing: Drawing, name: str) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.family": "sans-serif",
@@ -449,7 +449,8 @@ def draw(drawing: Drawing, name: str) -> str:
             _axes(axis, panel, shared=i > 0 and panel.rows == drawing.panels[0].rows)
         for i, one in enumerate(drawing.series):
             _series(axes[one.panel], one, f"{name}-{i}")
-        handles, labels = [], []
+        handles: list[Any] = []
+        labels: list[str] = []
         for axis in axes:
             more, texts = axis.get_legend_handles_labels()
             handles, labels = handles + more, labels + texts
