@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-fast test-slow lint types docs bench gain eval lock clean
+.PHONY: help setup model demo test test-fast test-slow lint types docs bench gain eval figures lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ gain: $(STAMP) model ## serve a mixed load under every sequence policy; writes g
 
 eval: $(STAMP) model ## measure what sequence policies cost in answers; writes eval.json
 	$(BIN)/kvplug eval --policy all --json eval.json
+
+figures: $(STAMP) ## draw the figures of the pages from docs/figures/*.json
+	$(BIN)/python -m kvplug_lab.figures docs/figures
 
 lock: ## resolve requirements/*.in again into requirements/*.lock
 	@"$(PYTHON)" -m venv --clear .venv-lock

@@ -3,15 +3,16 @@ choice of attention backend per process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from oracle import Oracle
+from trial_server import TrialServer
 
 from kvplug_lab import models, texts
-from kvplug_lab.engine.trial import TrialRequest, TrialResult, TrialSpec, run_fresh
+from kvplug_lab.engine.trial import TrialRequest, TrialResult, TrialSpec
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,7 +46,16 @@ def passages() -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrialResult]:
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrialServer]:
+    server = TrialServer(tmp_path_factory.mktemp("trials") / "server.log")
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def run(
+    trials: TrialServer, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., TrialResult]:
     """Run requests on an engine in a fresh process."""
 
     def trial(
@@ -67,7 +77,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrialResult]:
             watched=watched,
         )
         log = tmp_path_factory.mktemp("engine") / "engine.log"
-        result = run_fresh(spec, env=env, log=log)
+        result = trials.run(spec, env=env, log=log)
         result.log = log.read_text(encoding="utf-8", errors="replace")  # type: ignore[attr-defined]
         return result
 

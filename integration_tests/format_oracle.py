@@ -1,7 +1,7 @@
 """What a model must answer when its KV is stored in a format, computed without a cache or kvplug.
 
 Plain transformers over the whole text for every token. What a query reads of a key depends on
-whether the key was computed in the query's own step, so the oracle is told where steps began.
+whether the key was computed in the query's own step, so the oracle takes where steps began.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def per_channel(bits: int, group: int) -> Stored:
     def stored(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         whole = k.shape[1] // group * group
         keys = k.clone()
-        cut = k[:, :whole].reshape(k.shape[0], -1, group, k.shape[2])
-        keys[:, :whole] = rounded(cut, bits, 2).reshape(k.shape[0], whole, k.shape[2])
+        groups = k[:, :whole].reshape(k.shape[0], -1, group, k.shape[2])
+        keys[:, :whole] = rounded(groups, bits, 2).reshape(k.shape[0], whole, k.shape[2])
         return keys, rounded(v, bits, -1)
 
     return stored

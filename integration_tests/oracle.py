@@ -1,7 +1,7 @@
 """What a windowed model must answer, computed without an engine, a cache or kvplug's code.
 
 Plain transformers with an attention mask that says, token by token, what a query may see. It runs
-the whole text anew for every token, so there is nothing to free, to compact or to get wrong.
+the whole text again for every token, so there is nothing to free, to compact or to get wrong.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ class ReuseOracle:
         _, seen = self.forward([*context, *tokens])
         return [(k[:, len(context) :].clone(), v[:, len(context) :].clone()) for k, v in seen]
 
-    def moved(self, layers: Layers, by: int) -> Layers:
-        """The same tokens' KV, keys turned to stand ``by`` positions later."""
+    def rerotated(self, layers: Layers, by: int) -> Layers:
+        """The same tokens' KV with keys re-rotated to positions ``by`` later."""
         angle = self.turns * by
         turn = torch.polar(torch.ones_like(angle), angle)
         found = []

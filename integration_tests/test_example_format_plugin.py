@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from format_oracle import FormatOracle
 from torch import Tensor
 
-from kvplug_lab.engine.trial import TrialRequest, TrialSpec, run_fresh
+from kvplug_lab.engine.trial import TrialRequest, TrialResult
 from kvplug_lab.models import tiny_llama
 
 LEVELS = torch.tensor(
@@ -30,15 +31,17 @@ def nearest(x: Tensor) -> Tensor:
     return LEVELS[(x[..., None] / scale[..., None] - LEVELS).abs().argmin(-1)] * scale
 
 
-def test_its_codes_are_what_a_real_engine_attends(tmp_path: Path) -> None:
+def test_its_codes_are_what_a_real_engine_attends(
+    run: Callable[..., TrialResult], tmp_path: Path
+) -> None:
     model = tiny_llama(tmp_path / "model", dtype="float32")
-    result = run_fresh(
-        TrialSpec(
-            str(model),
-            [TrialRequest(prompt, GENERATED) for prompt in PROMPTS],
-            engine={"dtype": "float32", "block_size": 32, "max_model_len": 512},
-            section={"format": {"use": "nf4", "exact_chunk": False}},
-        )
+    result = run(
+        model,
+        [TrialRequest(prompt, GENERATED) for prompt in PROMPTS],
+        {"format": {"use": "nf4", "exact_chunk": False}},
+        dtype="float32",
+        block_size=32,
+        max_model_len=512,
     )
     oracle = FormatOracle(model)
     assert [a.token_ids for a in result.answers] == [

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
-from kvplug_lab.engine.trial import TrialRequest, TrialResult, TrialSpec, run_fresh
+from kvplug_lab.engine.trial import TrialRequest, TrialResult
 from kvplug_lab.models import tiny_llama
 
 BLOCK = 32
@@ -16,6 +16,8 @@ PROMPT_BLOCKS = 4
 
 pytestmark = pytest.mark.engine
 
+Cycle = Callable[..., TrialResult]
+
 
 def prompt(which: int) -> list[int]:
     """Four blocks and one token, shared with no other prompt."""
@@ -23,7 +25,7 @@ def prompt(which: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def cycle(run: Callable[..., TrialResult], tmp_path_factory: pytest.TempPathFactory) -> Cycle:
     """Four prompts in a cycle, one after another, on a pool that holds three of them."""
     model = tiny_llama(tmp_path_factory.mktemp("model"), dtype="float32")
     requests = [
@@ -40,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def start(policy: str, protect: int | None = None) -> TrialResult:
         options = {} if protect is None else {"protect": protect}
         section = {"prefix_cache": {"use": policy, **options}} if policy else None
-        return run_fresh(TrialSpec(str(model), requests, engine=engine, section=section))
+        return run(model, requests, section, **engine)
 
     return start
 
@@ -49,8 +51,8 @@ def cached(result: TrialResult) -> list[int]:
     return [a.cached_tokens for a in result.answers]
 
 
-def test_mru_decides_what_a_real_engine_evicts(run: Any) -> None:
-    result = run("mru")
+def test_mru_decides_what_a_real_engine_evicts(cycle: Cycle) -> None:
+    result = cycle("mru")
     (report,) = result.reports
     assert (report["name"], report["errors"]) == ("mru", 0)
     assert report["counters"]["evicted"] > 0
@@ -59,8 +61,8 @@ def test_mru_decides_what_a_real_engine_evicts(run: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_outputs_are_those_of_stock_and_the_order_is_not(run: Any) -> None:
-    stock, lru, mru = run(""), run("lru"), run("mru")
+def test_the_outputs_are_those_of_stock_and_the_order_is_not(cycle: Cycle) -> None:
+    stock, lru, mru = cycle(""), cycle("lru"), cycle("mru")
 
     # A cycle longer than the cache is where the stock order never hits.
     assert cached(stock) == [0] * len(stock.answers)
@@ -79,9 +81,9 @@ def test_the_outputs_are_those_of_stock_and_the_order_is_not(run: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_knob_reaches_the_engine(run: Any) -> None:
+def test_the_option_reaches_the_engine(cycle: Cycle) -> None:
     """All blocks protected: the oldest of them goes, and a cycle never hits again."""
-    result = run("mru", protect=1000)
+    result = cycle("mru", protect=1000)
     (report,) = result.reports
     assert report["counters"]["evicted"] > 0
     assert report["errors"] == 0

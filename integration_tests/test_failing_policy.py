@@ -50,7 +50,7 @@ def cached(result: TrialResult) -> list[int]:
     return [a.cached_tokens for a in result.answers]
 
 
-def told(path: Path) -> list[dict[str, Any]]:
+def recorded(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -86,7 +86,7 @@ def failing_later(run: Run, tiny: Path, events: Path) -> TrialResult:
 
 
 def failed_once(result: TrialResult, stock: TrialResult, policy: str, cause: str) -> None:
-    """The engine went on as stock, and said once what happened."""
+    """The engine went on as stock, and logged once what happened."""
     log: str = result.log  # type: ignore[attr-defined]
     assert tokens(result) == tokens(stock)
     assert cached(result) == cached(stock), "these policies are LRU until they fail, as stock is"
@@ -126,7 +126,7 @@ def test_a_policy_that_never_works(
 def test_an_observer_hears_of_evictions_and_of_the_failure(
     failing_later: TrialResult, events: Path
 ) -> None:
-    start, *happened, stop = told(events)
+    start, *happened, stop = recorded(events)
     assert start == {"hook": "started", "num_blocks": 24, "block_size": BLOCK}
     (report,) = stop["reports"]
     assert stop["hook"] == "stopping"
@@ -186,15 +186,15 @@ def test_an_observer_hears_what_a_sequence_policy_frees_and_refuses(
         max_num_batched_tokens=128,
         **ENGINE | {"max_model_len": 1024},
     )
-    start, *happened, stop = told(path)
+    start, *happened, stop = recorded(path)
     assert (start["hook"], stop["hook"]) == ("started", "stopping")
     assert {(e["kind"], e["policy"]) for e in happened} == {("sequence", "sink_window")}
 
     freed = [e for e in happened if e["type"] == "freed"]
     assert len(freed) > 10, "as it happens, not in the end"
     assert all(e["count"] > 0 and not e["detail"] for e in freed)
-    said = [a.kvplug["blocks_freed"] for a in result.answers if a.kvplug]
-    assert sum(e["count"] for e in freed) == sum(said) == stop["reports"][0]["acted"]
+    freed_per_answer = [a.kvplug["blocks_freed"] for a in result.answers if a.kvplug]
+    assert sum(e["count"] for e in freed) == sum(freed_per_answer) == stop["reports"][0]["acted"]
 
     (refused,) = [e for e in happened if e["type"] == "refused"]
     assert "the pool has 24" in refused["detail"]

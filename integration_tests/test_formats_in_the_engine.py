@@ -75,9 +75,9 @@ def test_plain_pages_change_nothing(run: Run, tiny: Path, stock: TrialResult) ->
     )
     assert tokens(result) == tokens(stock)
     assert result.preemptions > 0
-    told = report(result)
-    assert told["acted"] > 0 and told["errors"] == 0
-    assert told["counters"]["bytes_per_token"] == told["counters"]["stock_bytes_per_token"]
+    own = report(result)
+    assert own["acted"] > 0 and own["errors"] == 0
+    assert own["counters"]["bytes_per_token"] == own["counters"]["stock_bytes_per_token"]
 
 
 def test_codes_read_back(
@@ -99,8 +99,12 @@ def test_codes_read_back(
     assert tokens(stock) != expected
     assert [a.cached_tokens for a in result.answers] == [0, 0, 0, 0, 0, 0, 128, 288]
     assert pool_tokens(result.log) / pool_tokens(stock.log) >= 2 * 3.5
-    said = result.answers[0].kvplug
-    assert said is not None and said["exact"] is False and said["format"].startswith("int4")
+    reported = result.answers[0].kvplug
+    assert (
+        reported is not None
+        and reported["exact"] is False
+        and reported["format"].startswith("int4")
+    )
 
 
 def test_a_step_sees_its_own_tokens_as_computed(
@@ -143,7 +147,7 @@ def test_open_groups_are_seen_as_computed(
 def test_requests_side_by_side_keep_their_own_recent_tokens(
     run: Run, tiny: Path, reads_back: FormatOracle
 ) -> None:
-    """All prompts fit one step, then all answer together; a lane is used again by a later request.
+    """All prompts fit one step, then all answer together; a slot is used again by a later request.
     Half of the later ones begin with a prefix hit, in the middle of nobody's group."""
     later = [TrialRequest(p, GENERATED, wave=1) for p in [*prompts(), *prompts(seed=1)]]
     result = run(
@@ -328,16 +332,16 @@ def test_requests_are_stored_by_what_was_measured(
         ),
         **ENGINE,
     )
-    told = [a.kvplug["format"].split(":")[0] for a in result.answers if a.kvplug]
-    assert told[0] == "adaptive/int8" and told[-2:] == ["adaptive/int4"] * 2
-    first = told.index("adaptive/int4")
+    formats = [a.kvplug["format"].split(":")[0] for a in result.answers if a.kvplug]
+    assert formats[0] == "adaptive/int8" and formats[-2:] == ["adaptive/int4"] * 2
+    first = formats.index("adaptive/int4")
     cached = [a.cached_tokens for a in result.answers]
     assert cached == [0 if i in (0, first) else 320 // 32 * 32 - 32 for i in range(4)]
     expected = {
         name: reads_back.greedy(prompt, GENERATED, per_token(bits))
         for name, bits in (("adaptive/int4", 4), ("adaptive/int8", 8))
     }
-    assert tokens(result) == [expected[name] for name in told]
+    assert tokens(result) == [expected[name] for name in formats]
     (decision,) = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert (decision["from"], decision["to"]) == ("int8", "int4")
     assert "adaptive: new requests are stored as int4 instead of int8" in result.log  # type: ignore[attr-defined]

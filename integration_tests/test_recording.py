@@ -23,7 +23,7 @@ from kvplug.hosts.vllm.scheduler.prefix_cache import PrefixCacheScheduler
 from kvplug.hosts.vllm.scheduler.queue import PolicyQueue
 from kvplug.request_options import RequestOptions
 from kvplug_lab import models
-from kvplug_lab.engine import replay
+from kvplug_lab.engine import against_simulator as replay
 from kvplug_lab.engine.trial import TrialRequest, TrialResult
 from kvplug_policies.prefix_cache.lru import Lru
 
@@ -201,9 +201,8 @@ def test_the_file_is_there_when_the_engine_of_a_process_of_its_own_has_stopped(
     path = tmp_path / "t.npz"
     first = list(range(10, 110))
     work = [TrialRequest(first, 4, 0, {"session_id": "a"}), TrialRequest([7], 4, 1, None, 0)]
-    # vLLM ends an engine whose workers are slow to go before it stops in order; a second is enough.
     section = {"prefix_cache": {"use": "record", "path": str(path), "every": 1}}
-    engine = {"max_model_len": 256, "num_gpu_blocks_override": 20, "shutdown_timeout": 10}
+    engine = {"max_model_len": 256, "num_gpu_blocks_override": 20}
     done = run(tiny, work, section, watched=False, **engine)
     assert [a.cached_tokens for a in done.answers] == [0, 96]
     trace = traces.read(path)
@@ -234,7 +233,7 @@ def test_a_conversation_goes_on_from_what_was_answered(
 
 def test_a_pool_too_small_is_refused(smollm2: Path) -> None:
     work = replay.Workload([TrialRequest([1], 8)], 1000, 2, "")
-    with pytest.raises(replay.ReplayError, match="give it at least 64"):
+    with pytest.raises(replay.WorkloadError, match="give it at least 64"):
         replay.compare(smollm2, work, "lru", 63)
 
 
@@ -290,7 +289,7 @@ def test_a_trace_becomes_prompts_with_its_structure(smollm2: Path, tmp_path: Pat
     assert common(prompts[0], prompts[2]) // 32 == 0
     assert common(prompts[1], prompts[3]) // 32 == 3
     assert [r.wave for r in work.requests] == [0, 1, 2, 3]
-    cut = replay.from_trace(trace, smollm2, block_size=32, longest=100, requests=2, concurrency=2)
-    assert [len(r.prompt) for r in cut.requests] == [97, 97]
-    assert [r.wave for r in cut.requests] == [0, 0]
-    assert cut.longest == 97 + 8
+    short = replay.from_trace(trace, smollm2, block_size=32, longest=100, requests=2, concurrency=2)
+    assert [len(r.prompt) for r in short.requests] == [97, 97]
+    assert [r.wave for r in short.requests] == [0, 0]
+    assert short.longest == 97 + 8

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, MambaConfig
+from trial_server import TrialServer
 
 from kvplug.contract import EngineView
 from kvplug.errors import DeploymentError, Refusal
@@ -21,7 +21,7 @@ from kvplug.hosts.vllm import admission
 from kvplug.hosts.vllm.admission import SECTION
 from kvplug.hosts.vllm.flags import EXTENSION, GUARD, RUNS
 from kvplug.parser import load_deployment
-from kvplug_lab.engine.trial import TrialFailed, TrialRequest, TrialSpec, connector_flags, run_fresh
+from kvplug_lab.engine.trial import TrialFailed, TrialRequest, TrialSpec, connector_flags
 
 PLUGINS = Path(__file__).parent / "plugins"
 WINDOW = {"sequence": {"use": "sink_window", "sink": 32, "window": 64}}
@@ -194,29 +194,27 @@ def model(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
 
 
 @pytest.fixture(scope="module")
-def starts(
-    model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[Refused]]]:
-    """Every case, two engines at a time: what takes long here is importing."""
+def start(
+    model: Callable[[str], Path], trials: TrialServer, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Refused]:
+    """Start the engine of a case."""
 
-    def start(directory: Path, case: Case) -> Refused:
+    def refused(name: str) -> Refused:
+        case = CASES[name]
         spec = TrialSpec(
-            str(directory), [TrialRequest([10, 11, 12], 2)], ENGINE | case.engine, case.section
+            str(model(case.model)),
+            [TrialRequest([10, 11, 12], 2)],
+            ENGINE | case.engine,
+            case.section,
         )
         log = tmp_path_factory.mktemp("refused") / "engine.log"
         phases: list[str] = []
         path = os.pathsep.join(filter(None, [str(PLUGINS), os.environ.get("PYTHONPATH")]))
         with pytest.raises(TrialFailed) as caught:
-            run_fresh(
-                spec,
-                lambda what: phases.append(what["phase"]),
-                env={"PYTHONPATH": path},
-                log=log,
-            )
+            trials.run(spec, log=log, env={"PYTHONPATH": path}, phases=phases)
         return Refused(caught.value, log.read_text(encoding="utf-8", errors="replace"), phases)
 
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(start, model(case.model), case) for name, case in CASES.items()}
+    return refused
 
 
 def sentences(text: str) -> list[str]:
@@ -226,16 +224,14 @@ def sentences(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_start_is_refused_in_one_sentence(
-    starts: dict[str, Future[Refused]], name: str
-) -> None:
-    refused = starts[name].result()
+def test_the_start_is_refused_in_one_sentence(start: Callable[[str], Refused], name: str) -> None:
+    refused = start(name)
     assert "ended with code 1" in str(refused.error)
     assert refused.phases == ["starting"], "a request was served"
-    said = sentences(refused.log)
+    found = sentences(refused.log)
     expected = CASES[name].refusals
-    assert len(said) == len(expected), said
-    for sentence, (key, problem, fix) in zip(said, expected, strict=True):
+    assert len(found) == len(expected), found
+    for sentence, (key, problem, fix) in zip(found, expected, strict=True):
         what, _, how = sentence.partition(" Fix: ")
         source, named, _ = what.split(": ", 2)
         assert source == "inline"
@@ -243,7 +239,7 @@ def test_the_start_is_refused_in_one_sentence(
         assert problem in what
         assert fix in how
         assert how.endswith(".")
-    assert sentences(str(refused.error)) == said, "whoever ran the trial reads it too"
+    assert sentences(str(refused.error)) == found, "whoever ran the trial reads it too"
 
 
 class TestLayersNoWindowFits:

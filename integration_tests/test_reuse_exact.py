@@ -18,7 +18,7 @@ ENGINE = {
     "num_gpu_blocks_override": 96,
     # The store is what is tested: nothing else may answer for it.
     "enable_prefix_caching": False,
-    # Where a prompt is cut depends on what was found; in bfloat16 that alone moves tokens.
+    # Where chunks of a prompt end depends on what was found; in bfloat16 that alone moves tokens.
     "dtype": "float32",
 }
 

@@ -69,8 +69,8 @@ def oracle(deep: Path) -> ReuseOracle:
 @pytest.fixture(scope="module")
 def loaded(oracle: ReuseOracle) -> list[tuple[int, Any]]:
     return [
-        (AT_B, oracle.moved(oracle.stored(S, B), AT_B - len(S))),
-        (AT_A, oracle.moved(oracle.stored(S, A), AT_A - len(S))),
+        (AT_B, oracle.rerotated(oracle.stored(S, B), AT_B - len(S))),
+        (AT_A, oracle.rerotated(oracle.stored(S, A), AT_A - len(S))),
     ]
 
 

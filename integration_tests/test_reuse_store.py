@@ -152,7 +152,7 @@ def test_damaged_files_are_refused_by_cause_and_requests_served(
         assert answer.token_ids == oracle.greedy(S + doc + Q, [], [], N)
         assert answer.kvplug is None or answer.kvplug["exact"]
     counters = result.reports[0]["counters"]
-    # What the header gives away is found when the folder is read, the rest when it is needed.
+    # What the header gives away is found when the folder is read, the others when they are needed.
     for cause in ("truncated", "other version", "not a segment file"):
         assert counters[f"refused {cause}"] == 1, cause
     assert counters["failed bad checksum"] == 1

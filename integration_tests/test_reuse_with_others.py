@@ -1,4 +1,4 @@
-"""Reuse with other parts: two ranks, a format, and the guard with its breaker."""
+"""Reuse beside other features: two ranks, a format, the guard and its breaker."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def oracle(deep: Path) -> ReuseOracle:
 def foreign(oracle: ReuseOracle) -> list[int]:
     """The answer with B and A from elsewhere and the gap between them computed."""
     loaded = [
-        (case.AT_B, oracle.moved(oracle.stored(case.S, case.B), case.AT_B - len(case.S))),
-        (case.AT_A, oracle.moved(oracle.stored(case.S, case.A), case.AT_A - len(case.S))),
+        (case.AT_B, oracle.rerotated(oracle.stored(case.S, case.B), case.AT_B - len(case.S))),
+        (case.AT_A, oracle.rerotated(oracle.stored(case.S, case.A), case.AT_A - len(case.S))),
     ]
     return oracle.greedy(case.WHOLE, loaded, [(194, 204)], case.N)
 
@@ -63,7 +63,7 @@ def test_two_ranks_keep_their_own_heads(
 
 
 def test_bytes_of_a_format_are_stored_and_come_back_as_they_were(run: Run, deep: Path) -> None:
-    """Exact reuse under int8 changes nothing; a shifted run is re-rotated and encoded again."""
+    """Exact reuse under int8 changes nothing; a shifted run is decoded, re-rotated and encoded."""
     chain = {"use": case.CHAIN, "approximate": True}
     chain["segments"] = {"by": "request", "min_tokens": 16}
     section = {"format": "int8", "reuse": chain | {"recompute": {"gaps": 64}}}
@@ -122,12 +122,12 @@ def test_a_drifting_answer_is_recorded_and_opens_the_breaker(
     assert refused.kvplug["exact"]
     assert refused.kvplug["not_reused"]["breaker open"] > 0
     (record,) = tmp_path.glob("*.json")
-    said = json.loads(record.read_text())
-    assert said["prompt_ids"] == case.WHOLE
-    assert [p["length"] for p in said["pieces"]][-2:] == [90, 70]
-    assert said["computed"] == [[194, 204]]
+    recorded = json.loads(record.read_text())
+    assert recorded["prompt_ids"] == case.WHOLE
+    assert [p["length"] for p in recorded["pieces"]][-2:] == [90, 70]
+    assert recorded["computed"] == [[194, 204]]
     figures = tmp_path / "figures"
     arguments = ["explain", str(record), "--model", str(deep), "--json", str(figures)]
-    told = CliRunner().invoke(app, arguments)
-    assert told.exit_code == 0, told.output
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
     assert figures.exists()

@@ -16,7 +16,7 @@ from kvplug.observe.events import Event
 
 
 class Recorder:
-    """Writes down what it is told."""
+    """Records every hook called."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -39,7 +39,7 @@ class Recorder:
 
 
 class Raiser:
-    """Fails whatever it is told."""
+    """Raises in every hook."""
 
     @hookimpl
     def kvplug_engine_started(self, engine: EngineView) -> None:

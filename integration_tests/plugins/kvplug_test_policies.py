@@ -31,7 +31,7 @@ class FailsLater(Lru):
     name = "fails_later"
 
     class Options(PolicyOptions):
-        """Knobs of `FailsLater`."""
+        """Options of `FailsLater`."""
 
         answers: int = Field(3, ge=0, description="calls of victims() that it answers")
 
@@ -67,7 +67,7 @@ class NamesStrangers(Lru):
 
 
 class Speechless(Lru):
-    """Works, and cannot say what it did."""
+    """Works, and raises where its counters are asked for."""
 
     name = "speechless"
 
@@ -110,7 +110,7 @@ class FailsToWrite(Plain):
     name = "fails_to_write"
 
     class Options(FormatOptions):
-        """Knobs of `FailsToWrite`."""
+        """Options of `FailsToWrite`."""
 
         after: int = Field(0, ge=0, description="writes that go well first")
         times: int = Field(1, ge=0, description="writes that fail then")

@@ -44,7 +44,7 @@ def measure(
         kept = {
             "recent_key": torch.randn(shape, device=target).bfloat16(),
             "recent_value": torch.randn(shape, device=target).bfloat16(),
-            "lanes": torch.arange(n_rows, device=target),
+            "recent_slots": torch.arange(n_rows, device=target),
             "recent_lens": torch.full((n_rows,), recent, dtype=torch.int32, device=target),
         }
     shape_said = (

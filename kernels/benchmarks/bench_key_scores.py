@@ -21,7 +21,7 @@ LARGE = [(1, 8192, 8, 128), (16, 1024, 8, 128)]
 
 def measure(n_rows: int, tokens: int, kv_heads: int, head_size: int, repetitions: int) -> list[Row]:
     """Full rows. The floor reads the keys once; the operation needs them twice, for the anchor
-    and then for the likeness to it."""
+    and then for the similarity to it."""
     target = device()
     rng = torch.Generator().manual_seed(0)
     keys, values, table = packed_pages(n_rows, tokens, kv_heads, head_size, rng)

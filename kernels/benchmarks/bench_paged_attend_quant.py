@@ -189,7 +189,7 @@ def best_wide(
         for name, call in calls.items():
             try:
                 timer = _timer(call, 1)
-            except RuntimeError as error:  # What a CUDA graph cannot hold is not timed.
+            except RuntimeError as error:  # Not timed where a CUDA graph cannot capture it.
                 print(f"{name} is left out: {str(error).splitlines()[:1]}")
                 continue
             times[name] = statistics.median(timer() for _ in range(7))

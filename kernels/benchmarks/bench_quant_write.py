@@ -68,14 +68,14 @@ def measure(
             more[f"{side}_levels"] = levels
     n_bytes = 2 * key.nbytes + slots.nbytes + tokens * heads * layout.bytes_per_token
     if layout.key.axis == "tokens" and decoding:
-        lanes = torch.arange(tokens, device=target)
-        more["lanes"] = lanes
+        recent_slots = torch.arange(tokens, device=target)
+        more["recent_slots"] = recent_slots
         more["recent_key"] = key[:, None].expand(tokens, GROUP, heads, head_size).contiguous()
-        # Each open group is read from what is kept exact, and coded anew.
+        # Each open group is read from what is kept exact, and coded again.
         before = BLOCK_SIZE // 2
         n_bytes += tokens * heads * before * (2 * head_size + layout.field("key_codes").size)
         scales = layout.field("key_scale").size + layout.field("key_zero").size
-        n_bytes += tokens * heads * (GROUP - 1) * scales + lanes.nbytes
+        n_bytes += tokens * heads * (GROUP - 1) * scales + recent_slots.nbytes
     what = "decoding" if decoding else "of a prompt"
     label = f"{name}, {tokens} tokens {what} x {heads} heads of {head_size}"
     paths = [("triton" if target.type == "cuda" else "vectorized", quant_write, 5)]

@@ -36,10 +36,10 @@ def measure(tokens: int, heads: int, size: int, repetitions: int) -> list[Row]:
     target = device()
     rng = torch.Generator().manual_seed(0)
     keys, values, block_table = packed_pages(1, tokens, heads, size, rng)
-    held = torch.arange(tokens, device=target)
-    slots = block_table[0].long()[held // BLOCK_SIZE] * BLOCK_SIZE + held % BLOCK_SIZE
+    token = torch.arange(tokens, device=target)
+    slots = block_table[0].long()[token // BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE
     frequencies = (10000.0 ** -(torch.arange(size // 2) / (size // 2))).to(target)
-    shifts = {"one shift": 100, "a shift each": held % 512 + 1}
+    shifts = {"one shift": 100, "a shift each": token % 512 + 1}
     path = "triton" if target.type == "cuda" else "vectorized"
     slow = target.type == "cpu" and tokens <= SMALL[0]
     shape = f"{tokens} tokens, {heads} heads of {size}"

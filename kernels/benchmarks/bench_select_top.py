@@ -19,7 +19,7 @@ LARGE = [(1, 8, 8192), (1, 8, 131_072), (16, 8, 1024)]
 
 
 def measure(n_rows: int, heads: int, n: int, repetitions: int) -> list[Row]:
-    """A quarter of random scores, all of them held but five."""
+    """A quarter of random scores, all of them resident but five."""
     target = device()
     rng = torch.Generator().manual_seed(0)
     scores = torch.randn(n_rows, heads, n, generator=rng).to(target)

@@ -1,4 +1,4 @@
-"""What decoding over quantized pages is held against: the fastest paged decode over 16-bit pages.
+"""Baseline of decoding over quantized pages: the fastest paged decode over 16-bit pages.
 
 That is the Triton kernel below, written for the purpose, or FlashInfer's or vLLM's FlashAttention
 where one can be imported; every one that runs is timed, and the fastest counts.
@@ -54,7 +54,7 @@ def decode_kernel(
     i_p = tl.program_id(0).to(tl.int64)
     i_s = tl.program_id(1)
     i_r, i_h = i_p // HEADS, i_p % HEADS
-    n_held = tl.load(lens + i_r)
+    n_resident = tl.load(lens + i_r)
     o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     m_m, m_d = o_m < QUERY_GROUP, o_d < HEAD_SIZE
     o_head = i_h * QUERY_GROUP + o_m
@@ -63,10 +63,10 @@ def decode_kernel(
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_norm = tl.zeros([BLOCK_M], tl.float32)
     b_sum = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    n_chunk = (n_held + SPLITS * BLOCK_T - 1) // (SPLITS * BLOCK_T) * BLOCK_T
-    for i_t in range(i_s * n_chunk, tl.minimum((i_s + 1) * n_chunk, n_held), BLOCK_T):
+    n_chunk = (n_resident + SPLITS * BLOCK_T - 1) // (SPLITS * BLOCK_T) * BLOCK_T
+    for i_t in range(i_s * n_chunk, tl.minimum((i_s + 1) * n_chunk, n_resident), BLOCK_T):
         o_t = i_t + tl.arange(0, BLOCK_T)
-        m_t = o_t < n_held
+        m_t = o_t < n_resident
         m = m_t[:, None] & m_d[None, :]
         p_table = block_table + i_r * stride_br + o_t // BLOCK_SIZE
         i_b = tl.load(p_table, mask=m_t, other=0).to(tl.int64)
@@ -222,7 +222,7 @@ def decoders(
         try:
             call = make(query, pages, table, lens, scale)
             call()
-        except Exception as error:  # Whatever keeps it from running is said, and it is left out.
+        except Exception as error:  # Anything that keeps it from running is reported.
             print(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[:1]}")
         else:
             found[name] = call

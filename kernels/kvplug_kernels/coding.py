@@ -1,4 +1,4 @@
-"""How coded K and V lie in a page, and the plain specification of the codes.
+"""Layout of coded K and V in a page, and the plain specification of the codes.
 
 A page of ``block_size`` tokens of one KV head is ``block_size * bytes_per_token`` bytes, cut into
 planes: field ``f`` of token ``t`` begins at byte ``block_size * f.offset + t * f.size``. So every
@@ -26,7 +26,7 @@ FP16_MAX = 65504.0
 
 @dataclass(frozen=True)
 class Coding:
-    """How one vector (K or V of one token and KV head) is coded.
+    """Coding of one vector (K or V of one token and KV head).
 
     Attributes:
         width: Elements of the vector.
@@ -36,18 +36,18 @@ class Coding:
             elements themselves, as float16 or bfloat16 (16 bits) or float32 (32).
         group: Elements that share a scale; it divides ``width`` (along channels) or the block size
             (along tokens).
-        axis: Whether a group runs along the channels of one token or along the tokens of one
-            channel.
-        sums: Whether the sum of each group's codes is stored (``int`` along channels only): the
+        axis: ``channels``: a group runs along the channels of one token. ``tokens``: along the
+            tokens of one channel.
+        sums: Store the sum of each group's codes (``int`` along channels only): the
             correction term of a product with asymmetric codes.
         outliers: Leading elements coded apart, as 8-bit ``int`` codes with a scale and a zero of
-            their own per token. They count in ``width`` and are no part of the groups.
+            their own per token. They count in ``width`` and are not in the groups.
         fit: Times that scale (and zero) are fitted to the chosen codes by least squares and codes
-            chosen anew, for ``int`` along channels and ``codebook``. Each round lowers the squared
+            chosen again, for ``int`` along channels and ``codebook``. Each round lowers the squared
             error at no byte more.
 
     Raises:
-        ValueError: The vector cannot be coded so; the message says what does not fit.
+        ValueError: The options do not fit each other; the message names which.
     """
 
     width: int
@@ -67,7 +67,7 @@ class Coding:
             raise ValueError(f"{self.kind} codes have {allowed[self.kind]} bits, not {self.bits}")
         pack = {2: 4, 3: 8, 4: 2}.get(self.bits, 1)
         if self.width < 1 or self.outliers < 0 or self.inner < 1:
-            raise ValueError(f"{self.outliers} outliers leave nothing of {self.width} elements")
+            raise ValueError(f"{self.outliers} outliers leave no elements of {self.width}")
         if self.inner % pack:
             raise ValueError(f"{self.inner} elements of {self.bits} bits do not fill whole bytes")
         if self.kind == "plain" and (self.outliers or self.sums):
@@ -89,7 +89,7 @@ class Coding:
 
     @property
     def inner(self) -> int:
-        """Elements in groups: those that are no outliers."""
+        """Elements in groups: those that are not outliers."""
         return self.width - self.outliers
 
     @property
@@ -204,8 +204,8 @@ class CodedPage:
         return plane(pages, self.field(name))
 
 
-class Placed(Protocol):
-    """Whatever lies somewhere in a cell."""
+class Extent(Protocol):
+    """Run of bytes in a cell."""
 
     @property
     def offset(self) -> int:
@@ -216,7 +216,7 @@ class Placed(Protocol):
         """Its bytes."""
 
 
-def plane(pages: Tensor, field: Placed) -> Tensor:
+def plane(pages: Tensor, field: Extent) -> Tensor:
     """One field of all pages, as `CodedPage.plane`."""
     blocks, heads, size, _ = pages.shape
     return pages.as_strided(
@@ -300,8 +300,8 @@ def _unfold(packed: Tensor, bits: int) -> Tensor:
 
 
 def finite(x: Tensor) -> Tensor:
-    """float32 with NaN and infinities as 0, and the rest within what float16 can scale. There is
-    no negative zero, so that the smallest element has one bit pattern."""
+    """float32 with NaN and infinities as 0, and other numbers clamped to the range of float16.
+    There is no negative zero, so that the smallest element has one bit pattern."""
     return torch.nan_to_num(x.float(), 0.0, 0.0, 0.0).clamp_(-FP16_MAX, FP16_MAX).add_(0.0)
 
 
@@ -365,7 +365,7 @@ def quantize_codebook(x: Tensor, levels: Tensor, fit: int = 0) -> tuple[Tensor, 
     Args:
         x: Finite float32 ``[..., n]``.
         levels: float32 ``[2**bits]``, ascending, for elements of variance 1.
-        fit: Rounds of choosing codes anew with the scale that was fitted.
+        fit: Rounds of choosing codes again with the scale that was fitted.
 
     Returns:
         Codes uint8 ``[..., n]`` and scale float16 ``[..., 1]``.

@@ -1,45 +1,18 @@
-"""What the operations on a paged cache share: argument checks and gathering on a CPU.
+"""Code that the operations on a paged cache share: argument checks and gathering on a CPU.
 
-A page is ``[kv_heads, block_size, head_size]``. Held token ``t`` of row ``r`` lies in the slot
-``(block_table[r, t // block_size], t % block_size)``, and row ``r`` holds ``lens[r]`` tokens.
+A page is ``[kv_heads, block_size, head_size]``. Resident token ``t`` of row ``r`` lies in the slot
+``(block_table[r, t // block_size], t % block_size)``, and row ``r`` has ``lens[r]`` resident
+tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-INT32 = (torch.int32,)
-
-
-def check_tensor(
-    name: str,
-    tensor: Tensor,
-    dtypes: Sequence[torch.dtype],
-    shape: Sequence[int | str],
-    device: torch.device,
-) -> None:
-    """Raise ValueError unless the tensor has one of the dtypes, the shape (a string names a free
-    dimension), the device and a contiguous last dimension."""
-    if tensor.dtype not in dtypes:
-        allowed = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{name} must have dtype {allowed}, got {tensor.dtype}.")
-    fits = tensor.ndim == len(shape) and all(
-        isinstance(want, str) or want == size
-        for want, size in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(str(size) for size in shape)
-        raise ValueError(f"{name} must have shape [{wanted}], got {tuple(tensor.shape)}.")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like the others, got {tensor.device}.")
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}."
-        )
+from .arguments import FLOATS, check_tensor
 
 
 def check_pages(name: str, cache: Tensor, device: torch.device) -> None:
@@ -47,20 +20,12 @@ def check_pages(name: str, cache: Tensor, device: torch.device) -> None:
     shape = ("num_blocks", "kv_heads", "block_size", "head_size")
     check_tensor(name, cache, FLOATS, shape, device)
     if min(cache.shape[1:]) < 1:
-        raise ValueError(f"{name} must have no empty page, got shape {tuple(cache.shape)}.")
-
-
-def check_separate(out: Tensor | None, inputs: Mapping[str, Tensor | None]) -> None:
-    """Raise ValueError when ``out`` starts at the address of an input."""
-    if out is None or out.numel() == 0:
-        return
-    for name, tensor in inputs.items():
-        if tensor is not None and tensor.numel() > 0 and tensor.data_ptr() == out.data_ptr():
-            raise ValueError(f"out must not share memory with {name}.")
+        raise ValueError(f"{name} must not have empty pages, got shape {tuple(cache.shape)}.")
 
 
 def batches(rows: int, heads: int, at_once: int) -> Iterator[tuple[slice, slice]]:
-    """Cut rows x heads into rectangles of at most ``at_once`` pairs: whole rows where they fit."""
+    """Split rows x heads into rectangles of at most ``at_once`` pairs: whole rows where they
+    fit."""
     row_step = max(at_once // heads, 1)
     head_step = min(max(at_once, 1), heads)
     for row in range(0, rows, row_step):
@@ -78,9 +43,9 @@ def as_runs(pages: Tensor, run: int) -> Tensor | None:
     return pages.as_strided((last // run + 1, run), (run, 1))
 
 
-def gather_held(cache: Tensor, block_table: Tensor, n: int) -> Tensor:
-    """The first ``n`` held tokens of each row as ``[rows, kv_heads, n, head_size]``, dense, of the
-    dtype of the cache. Entries of the block table that hold none of them must still be blocks."""
+def gather_resident(cache: Tensor, block_table: Tensor, n: int) -> Tensor:
+    """The first ``n`` resident tokens of each row as ``[rows, kv_heads, n, head_size]``, dense, of
+    the dtype of the cache. Entries of the block table without any of them must still be blocks."""
     _, heads, block_size, size = cache.shape
     width = -(-n // block_size)
     table = block_table[:, :width].long()
@@ -92,17 +57,17 @@ def gather_held(cache: Tensor, block_table: Tensor, n: int) -> Tensor:
         if runs is not None:
             at = table[:, None, :] * (cache.stride(0) // page)
             at = at + (head * (cache.stride(1) // page))[:, None]
-            held = runs.index_select(0, at.flatten())
-            return held.view(rows, heads, width * block_size, size)[:, :, :n]
+            tokens = runs.index_select(0, at.flatten())
+            return tokens.view(rows, heads, width * block_size, size)[:, :, :n]
     runs = as_runs(cache, size)
     if runs is not None:
         at = table[:, None, :, None] * (cache.stride(0) // size)
         at = at + (head * (cache.stride(1) // size))[:, None, None]
         at = at + torch.arange(block_size, device=cache.device) * (cache.stride(2) // size)
-        held = runs.index_select(0, at.flatten())
-        return held.view(rows, heads, width * block_size, size)[:, :, :n]
-    held = cache[table[:, None, :], head[:, None]]
-    return held.reshape(rows, heads, width * block_size, size)[:, :, :n]
+        tokens = runs.index_select(0, at.flatten())
+        return tokens.view(rows, heads, width * block_size, size)[:, :, :n]
+    tokens = cache[table[:, None, :], head[:, None]]
+    return tokens.reshape(rows, heads, width * block_size, size)[:, :, :n]
 
 
 def live_table(block_table: Tensor, lens: Tensor, block_size: int) -> Tensor:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,24 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 COMPILE = """
-import importlib, json, sys
+import importlib, json, sys, traceback
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-module, name, signature, constants = json.loads(sys.argv[1])
-kernel = getattr(importlib.import_module(module), name)
-types = {arg: signature.get(arg, "constexpr") for arg in kernel.arg_names}
-source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-binary = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
-assert len(binary) > 0
+for line in sys.stdin:
+    path, module, name, signature, constants = json.loads(line)
+    error = ""
+    try:
+        sys.path[:] = path
+        kernel = getattr(importlib.import_module(module), name)
+        types = {arg: signature.get(arg, "constexpr") for arg in kernel.arg_names}
+        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+        binary = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+        assert len(binary) > 0, "empty cubin"
+    except Exception:
+        error = traceback.format_exc()
+    print(json.dumps(error), flush=True)
 """
 
 
@@ -80,30 +87,70 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]
     return seen
 
 
+class Compiler:
+    """A process that compiles kernels for CUDA without a GPU, one after another. It is apart from
+    the tests because Triton is interpreted there, and is started once for all of them because it
+    takes longer to import torch than to compile a kernel."""
+
+    def __init__(self, cache: Path) -> None:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = str(cache)
+        environment["PYTHONPATH"] = os.pathsep.join(self._path())
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", COMPILE],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    @staticmethod
+    def _path() -> list[str]:
+        """The import path of the tests, Triton's folder first."""
+        paths = [str(Path(str(triton.__file__)).parents[1]), *sys.path]
+        return [path for path in paths if path]
+
+    def compile(
+        self, module: str, name: str, signature: dict[str, str], constants: dict[str, Any]
+    ) -> str:
+        """Compile one kernel. Returns the error, or an empty string."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(
+            json.dumps([self._path(), module, name, signature, constants]),
+            file=self.process.stdin,
+            flush=True,
+        )
+        answer = self.process.stdout.readline()
+        error: str = json.loads(answer) if answer else "the compiler's process died"
+        return error
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def compilers() -> Iterator[list[Compiler]]:
+    """The compiler, once a test has started it."""
+    started: list[Compiler] = []
+    yield started
+    for compiler in started:
+        compiler.close()
+
+
 @pytest.fixture
 def compile_for_cuda(
-    tmp_path: Path,
+    compilers: list[Compiler], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str, dict[str, str], dict[str, int | None]], None]:
     """Compile a kernel down to a cubin without a GPU: the interpreter accepts more than the
-    compiler does. In a process of its own, because this one may have Triton interpreted."""
+    compiler does."""
 
     def compile_kernel(
         module: str, name: str, signature: dict[str, str], constants: dict[str, int | None]
     ) -> None:
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = str(tmp_path)
-        # The same packages in the child, Triton's folder first.
-        paths = [str(Path(str(triton.__file__)).parents[1]), *sys.path]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        arguments = json.dumps([module, name, signature, constants])
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILE, arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        if not compilers or compilers[-1].process.poll() is not None:
+            compilers.append(Compiler(tmp_path_factory.mktemp("triton")))
+        error = compilers[-1].compile(module, name, signature, constants)
+        assert not error, error
 
     return compile_kernel

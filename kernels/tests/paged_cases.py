@@ -1,4 +1,4 @@
-"""Paged caches for the tests: every layout of pages, and NaN wherever no token is held."""
+"""Paged caches for the tests: every layout of pages, and NaN wherever no token is resident."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_pages(
     device: torch.device,
     seed: int = 0,
 ) -> Tensor:
-    """Random tokens in the slots that are held, NaN in all others."""
+    """Random tokens in the slots of resident tokens, NaN in all others."""
     rng = torch.Generator().manual_seed(seed)
     pages = torch.full((num_blocks, heads, block_size, head_size), float("nan"))
     for r, n in enumerate(lens):

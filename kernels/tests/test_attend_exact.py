@@ -1,15 +1,12 @@
 from __future__ import annotations
 
 import itertools
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from grid import grid, implementations
 from paged_cases import to_device
 from torch import Tensor
 
@@ -27,28 +24,9 @@ Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, int | None]], None]
 
 NAN, INF = float("nan"), float("inf")
-FAST = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(attend_exact_triton, id="triton"),
-        pytest.param(attend_exact_vectorized, id="vectorized"),
-    ],
-)
-ALL = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(attend_exact_naive, id="naive"),
-        pytest.param(attend_exact_triton, id="triton"),
-        pytest.param(attend_exact_vectorized, id="vectorized"),
-    ],
-)
-MERGES = pytest.mark.parametrize(
-    "merge",
-    [
-        pytest.param(merge_attention_naive, id="naive"),
-        pytest.param(merge_attention_triton, id="triton"),
-        pytest.param(merge_attention_vectorized, id="vectorized"),
-    ],
+FAST, ALL = implementations(attend_exact_naive, attend_exact_triton, attend_exact_vectorized)
+_, MERGES = implementations(
+    merge_attention_naive, merge_attention_triton, merge_attention_vectorized, name="merge"
 )
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
@@ -78,14 +56,14 @@ def make_case(
     case |= {"scale": head_size**-0.5, "max_query_len": max(widths, default=0)}
     if recent is not None:
         rows = len(widths)
-        lanes = torch.randperm(rows + 2, generator=rng)[:rows]
+        recent_slots = torch.randperm(rows + 2, generator=rng)[:rows]
         for name in ("recent_key", "recent_value"):
             x = torch.full((rows + 2, size, kv_heads, head_size), NAN)
-            for lane, n in zip(lanes.tolist(), recent, strict=True):
-                x[lane, : max(n, 0)] = torch.randn(x[lane, : max(n, 0)].shape, generator=rng)
+            for slot, n in zip(recent_slots.tolist(), recent, strict=True):
+                x[slot, : max(n, 0)] = torch.randn(x[slot, : max(n, 0)].shape, generator=rng)
             case[name] = x.to(device, dtype)
-        lanes[torch.tensor(recent) <= 0] = -1
-        case["lanes"] = lanes.to(device)
+        recent_slots[torch.tensor(recent) <= 0] = -1
+        case["recent_slots"] = recent_slots.to(device)
         case["recent_lens"] = torch.tensor(recent, dtype=torch.int32, device=device)
     return case
 
@@ -113,9 +91,9 @@ def test_against_dense_softmax(implementation: Implementation, device: torch.dev
     out, lse = implementation(**case)
     q, k, v = (case[n].cpu().double() for n in ("query", "key", "value"))
     for row, (a, b, n) in enumerate([(0, 5, 4), (5, 8, 0)]):
-        lane = int(case["lanes"][row]) if n else 0
-        keys = torch.cat([case["recent_key"][lane, :n].cpu().double(), k[a:b]])
-        values = torch.cat([case["recent_value"][lane, :n].cpu().double(), v[a:b]])
+        slot = int(case["recent_slots"][row]) if n else 0
+        keys = torch.cat([case["recent_key"][slot, :n].cpu().double(), k[a:b]])
+        values = torch.cat([case["recent_value"][slot, :n].cpu().double(), v[a:b]])
         logits = torch.einsum("qhgd,thd->hgqt", q[a:b].unflatten(1, (2, 2)), keys) * case["scale"]
         seen = torch.arange(n + b - a) <= n + torch.arange(b - a)[:, None]
         logits = logits.masked_fill(~seen, -INF)
@@ -125,9 +103,11 @@ def test_against_dense_softmax(implementation: Implementation, device: torch.dev
         torch.testing.assert_close(lse[a:b].cpu().double(), total, rtol=1e-5, atol=1e-5)
 
 
-@FAST
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("recent", [None, [3, 0, 8, -2, 20, 1]])
+@grid(
+    FAST,
+    pytest.mark.parametrize("dtype", TOLERANCE, ids=str),
+    pytest.mark.parametrize("recent", [None, [3, 0, 8, -2, 20, 1]]),
+)
 def test_rows_of_different_widths(
     implementation: Implementation,
     recent: list[int] | None,
@@ -171,7 +151,9 @@ def test_softcap(implementation: Implementation, device: torch.device) -> None:
 
 
 @FAST
-def test_writes_where_it_is_told(implementation: Implementation, device: torch.device) -> None:
+def test_writes_into_the_given_outputs(
+    implementation: Implementation, device: torch.device
+) -> None:
     case = make_case([3, 1], padding=1, device=device)
     out = torch.full((5, 4, 16), NAN, device=device)
     lse = torch.full((5, 4), NAN, device=device)
@@ -270,11 +252,11 @@ def test_rejects(
     [
         ("recent_key", torch.zeros(2, 8, 2, 8)),
         ("recent_value", torch.zeros(2, 7, 2, 16)),
-        ("lanes", torch.zeros(2, dtype=torch.int32)),
+        ("recent_slots", torch.zeros(2, dtype=torch.int32)),
         ("recent_lens", torch.zeros(2, dtype=torch.int64)),
     ],
 )
-def test_rejects_what_is_recent(
+def test_rejects_recent_tokens(
     implementation: Implementation, name: str, value: Tensor, device: torch.device
 ) -> None:
     case = make_case([3, 1], [1, 0], device=device)
@@ -292,7 +274,7 @@ def make_parts(device: torch.device) -> list[Tensor]:
         parts += [torch.randn(9, 3, 24, generator=rng), torch.randn(9, 3, generator=rng) * 4]
     parts[1][0], parts[3][1] = -INF, -INF
     parts[1][2] = parts[3][2] = -INF
-    # What nobody saw is not looked at.
+    # What no query saw is not read.
     parts[0][0] = parts[2][1] = parts[0][2] = parts[2][2] = NAN
     # Far apart: one weighs nothing.
     parts[1][3], parts[3][3] = 200.0, -200.0
@@ -333,13 +315,13 @@ def test_two_halves_merge_into_the_whole(
     """Recent tokens attended by themselves, then merged, are recent tokens attended."""
     case = make_case([1, 1], [5, 8], device=device)
     whole, whole_lse = attend_exact_naive(**case)
-    plain = {k: v for k, v in case.items() if not k.startswith("recent") and k != "lanes"}
+    plain = {k: v for k, v in case.items() if not k.startswith("recent")}
     own, own_lse = implementation(**plain)
     past, past_lse = torch.zeros_like(whole), torch.zeros_like(whole_lse)
     for row, n in enumerate((5, 8)):
-        lane = case["lanes"][row]
+        slot = case["recent_slots"][row]
         key, value = (
-            case[f"recent_{x}"][lane, :n].repeat_interleave(2, 1) for x in ("key", "value")
+            case[f"recent_{x}"][slot, :n].repeat_interleave(2, 1) for x in ("key", "value")
         )
         logits = torch.einsum("hd,thd->ht", case["query"][row], key) * case["scale"]
         past[row] = torch.einsum("ht,thd->hd", logits.softmax(-1), value)
@@ -402,7 +384,7 @@ def test_compiles_for_cuda(
         {
             **dict.fromkeys(tensors, f"*{element}"),
             **dict.fromkeys(("query_start", "recent_lens"), "*i32"),
-            "lanes": "*i64",
+            "recent_slots": "*i64",
             **dict.fromkeys(("out", "lse"), "*fp32"),
             **dict.fromkeys(("scale", "softcap"), "fp32"),
             **dict.fromkeys(("recent_size", *strides), "i32"),
@@ -436,12 +418,3 @@ def test_merge_compiles_for_cuda(compile_for_cuda: CompileForCuda, element: str)
         },
         {"HEADS": 32, "HEAD_SIZE": 96, "BLOCK_P": 16, "BLOCK_D": 128},
     )
-
-
-def test_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_attend_exact.py"
-    report = tmp_path / "rows.json"
-    command = [sys.executable, str(script), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, timeout=120)
-    rows = json.loads(report.read_text())
-    assert rows and all(row["ratio_median"] > 0 and row["bytes"] > 0 for row in rows)

@@ -5,6 +5,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+from grid import grid
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -32,8 +33,10 @@ def halves(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.float16).float()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("units", [1, 2, 3, 8, 12, 32])
+@grid(
+    pytest.mark.parametrize("bits", [2, 3, 4, 8]),
+    pytest.mark.parametrize("units", [1, 2, 3, 8, 12, 32]),
+)
 def test_packing_round_trips(bits: int, units: int) -> None:
     n = GRAINS[bits] * units
     rng = torch.Generator().manual_seed(n)
@@ -156,10 +159,13 @@ def test_encoded_fields_have_the_sizes_of_the_layout(coding: Coding, seed: int) 
     assert decode_vectors(fields, coding, levels, x.dtype).shape == x.shape
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 300.0, 3e4])
-@pytest.mark.parametrize("shift", [0.0, 10.0, -5000.0])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("group", [0, 16])
+@grid(
+    pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0, 300.0, 3e4]),
+    pytest.mark.parametrize("shift", [0.0, 10.0, -5000.0]),
+    pytest.mark.parametrize("bits", [2, 3, 4, 8]),
+    pytest.mark.parametrize("group", [0, 16]),
+    pairs=[("bits", "scale")],
+)
 def test_int_codes_are_half_a_step_off_at_most(
     bits: int, group: int, scale: float, shift: float
 ) -> None:

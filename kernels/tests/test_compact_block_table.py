@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
+from grid import grid, implementations
 from hypothesis import HealthCheck, given, settings
+from paged_cases import to_device
 from torch import Tensor
 
 from kvplug_kernels.compact_block_table import compact_block_table
@@ -22,20 +20,8 @@ Implementation = Callable[..., tuple[Tensor, Tensor]]
 Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, int | None]], None]
 
-FAST = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(compact_block_table_triton, id="triton"),
-        pytest.param(compact_block_table_vectorized, id="vectorized"),
-    ],
-)
-ALL = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(compact_block_table_naive, id="naive"),
-        pytest.param(compact_block_table_triton, id="triton"),
-        pytest.param(compact_block_table_vectorized, id="vectorized"),
-    ],
+FAST, ALL = implementations(
+    compact_block_table_naive, compact_block_table_triton, compact_block_table_vectorized
 )
 
 
@@ -81,12 +67,6 @@ def make_batch(
     return batch
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor with its strides, which ``Tensor.to`` does not always keep."""
-    moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    return moved.copy_(tensor)
-
-
 def assert_same(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(got[0], expected[0], rtol=0, atol=0)
     torch.testing.assert_close(got[1], expected[1], rtol=0, atol=0)
@@ -115,10 +95,13 @@ def test_worked_example(implementation: Implementation, device: torch.device) ->
     assert got[0].dtype == got[1].dtype == torch.int32
 
 
-@FAST
-@pytest.mark.parametrize("gaps", [False, True], ids=["nulls", "nulls+gaps"])
-@pytest.mark.parametrize("width", [1, 7, 33, 130])
-@pytest.mark.parametrize("n_rows", [1, 3, 17])
+@grid(
+    FAST,
+    pytest.mark.parametrize("gaps", [False, True], ids=["nulls", "nulls+gaps"]),
+    pytest.mark.parametrize("width", [1, 7, 33, 130]),
+    pytest.mark.parametrize("n_rows", [1, 3, 17]),
+    pairs=[("width", "gaps")],
+)
 def test_matches_naive(
     implementation: Implementation, n_rows: int, width: int, gaps: bool, device: torch.device
 ) -> None:
@@ -146,9 +129,11 @@ def test_rows_longer_than_one_chunk(
     assert_matches_naive(implementation, batch)
 
 
-@FAST
-@pytest.mark.parametrize("rows_dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("n_source", [2, 40])
+@grid(
+    FAST,
+    pytest.mark.parametrize("rows_dtype", [torch.int32, torch.int64]),
+    pytest.mark.parametrize("n_source", [2, 40]),
+)
 def test_rows_select_and_repeat(
     implementation: Implementation, n_source: int, rows_dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -320,7 +305,9 @@ def test_rejects_outputs_on_inputs(implementation: Implementation, device: torch
 
 def test_rejects_another_device() -> None:
     table = torch.zeros(3, 7, dtype=torch.int32)
-    with pytest.raises(ValueError, match="seq_lens must be on cpu like block_table, got meta"):
+    with pytest.raises(
+        ValueError, match="seq_lens must be on cpu like the other tensors, got meta"
+    ):
         compact_block_table(table, torch.zeros(3, dtype=torch.int32, device="meta"), 16)
 
 
@@ -372,12 +359,3 @@ def test_compiles_for_cuda(compile_for_cuda: CompileForCuda, optional: str | Non
         signature,
         constants,
     )
-
-
-def test_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_compact_block_table.py"
-    report = tmp_path / "rows.json"
-    command = [sys.executable, str(script), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, timeout=120)
-    rows = json.loads(report.read_text())
-    assert rows and all(row["ratio_median"] > 0 and row["bytes"] > 0 for row in rows)

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
+from grid import grid, implementations
 from hypothesis import HealthCheck, given, settings
 from paged_cases import LAYOUTS, lay_out, to_device
 from torch import Tensor
@@ -24,29 +21,8 @@ Implementation = Callable[..., Tensor]
 Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, int | None]], None]
 
-FAST = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(compact_kv_triton, id="triton"),
-        pytest.param(compact_kv_vectorized, id="vectorized"),
-    ],
-)
-ALL = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(compact_kv_naive, id="naive"),
-        pytest.param(compact_kv_triton, id="triton"),
-        pytest.param(compact_kv_vectorized, id="vectorized"),
-    ],
-)
-PLANS = pytest.mark.parametrize(
-    "plan",
-    [
-        pytest.param(plan_moves_naive, id="naive"),
-        pytest.param(plan_moves_triton, id="triton"),
-        pytest.param(plan_moves_vectorized, id="vectorized"),
-    ],
-)
+FAST, ALL = implementations(compact_kv_naive, compact_kv_triton, compact_kv_vectorized)
+_, PLANS = implementations(plan_moves_naive, plan_moves_triton, plan_moves_vectorized, name="plan")
 DTYPES = [
     torch.bfloat16,
     torch.float16,
@@ -87,8 +63,8 @@ def make_keep(
     return kept.sort(-1).values.int().to(device)
 
 
-def held_tokens(cache: Tensor, table: Tensor, r: int, h: int) -> Tensor:
-    """What row ``r`` holds in head ``h``, in held order, with its bits as bytes."""
+def row_tokens(cache: Tensor, table: Tensor, r: int, h: int) -> Tensor:
+    """Tokens of row ``r`` in head ``h``, in stored order, with their bits as bytes."""
     tokens = cache[table[r].long(), h].flatten(0, 1)
     return tokens.contiguous().view(tokens.shape[0], -1).view(torch.uint8)
 
@@ -190,9 +166,11 @@ def test_worked_example(implementation: Implementation, device: torch.device) ->
     assert cache.flatten().tolist() == [3, 1, 2, 3, 4, 5, 1, 7]
 
 
-@FAST
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@grid(
+    FAST,
+    pytest.mark.parametrize("layout", LAYOUTS),
+    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+)
 def test_dtypes_and_layouts(
     implementation: Implementation, dtype: torch.dtype, layout: str, device: torch.device
 ) -> None:
@@ -248,12 +226,12 @@ def test_caches_of_one_row_move_together(
     for cache, old in zip(caches, before, strict=True):
         for r in range(2):
             for h in range(3):
-                now, then = held_tokens(cache, table, r, h), held_tokens(old, table, r, h)
+                now, then = row_tokens(cache, table, r, h), row_tokens(old, table, r, h)
                 kept = sorted(then[keep[r, h].long()].tolist())
                 assert sorted(now[:30].tolist()) == kept
                 assert torch.equal(now[30:], then[30:])
-    moved = [held_tokens(cache, table, 1, 2)[:30] for cache in caches]
-    old = [held_tokens(cache, table, 1, 2) for cache in before]
+    moved = [row_tokens(cache, table, 1, 2)[:30] for cache in caches]
+    old = [row_tokens(cache, table, 1, 2) for cache in before]
     rows = {bytes(p.tolist()): t for t, p in enumerate(old[2])}
     origin = [rows[bytes(p.tolist())] for p in moved[2]]
     assert all(torch.equal(new, was[origin]) for new, was in zip(moved, old, strict=True))
@@ -379,7 +357,9 @@ def test_rejects_output_on_input(implementation: Implementation, device: torch.d
 
 
 def test_rejects_another_device() -> None:
-    with pytest.raises(ValueError, match=r"caches\[0\] must be on cpu like the others, got meta"):
+    with pytest.raises(
+        ValueError, match=r"caches\[0\] must be on cpu like the other tensors, got meta"
+    ):
         compact_kv([CACHE.to("meta")], TABLE, KEEP, count=5)
 
 
@@ -439,12 +419,3 @@ def test_move_compiles_for_cuda(compile_for_cuda: CompileForCuda, element: str) 
         },
         {"HEADS": 8, "BLOCK_SIZE": 24, "CONTENT": 200, "BLOCK_R": 16, "BLOCK_C": 256},
     )
-
-
-def test_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_compact_kv.py"
-    report = tmp_path / "rows.json"
-    command = [sys.executable, str(script), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, timeout=120)
-    rows = json.loads(report.read_text())
-    assert rows and all(row["ratio_median"] > 0 and row["bytes"] > 0 for row in rows)

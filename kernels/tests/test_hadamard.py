@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from grid import grid, implementations
 from paged_cases import to_device
 from torch import Tensor
 
@@ -21,21 +18,7 @@ Implementation = Callable[..., Tensor]
 Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, Any]], None]
 
-FAST = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(hadamard_triton, id="triton"),
-        pytest.param(hadamard_vectorized, id="vectorized"),
-    ],
-)
-ALL = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(hadamard_naive, id="naive"),
-        pytest.param(hadamard_triton, id="triton"),
-        pytest.param(hadamard_vectorized, id="vectorized"),
-    ],
-)
+FAST, ALL = implementations(hadamard_naive, hadamard_triton, hadamard_vectorized)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WIDTHS = [16, 32, 48, 64, 80, 96, 128, 192, 256]
 
@@ -89,10 +72,13 @@ def test_blocks_do_not_mix(implementation: Implementation, device: torch.device)
         torch.testing.assert_close(whole[:, part], alone, rtol=1e-6, atol=1e-6)
 
 
-@FAST
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
+@grid(
+    FAST,
+    pytest.mark.parametrize("inverse", [False, True]),
+    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+    pytest.mark.parametrize("width", WIDTHS),
+    pairs=[("width", "inverse")],
+)
 def test_widths(
     implementation: Implementation,
     width: int,
@@ -277,12 +263,3 @@ def test_compiles_for_cuda(
             "BLOCK_R": 4096 // (low * high),
         },
     )
-
-
-def test_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_hadamard.py"
-    report = tmp_path / "rows.json"
-    command = [sys.executable, str(script), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, timeout=120)
-    rows = json.loads(report.read_text())
-    assert rows and all(row["ratio_median"] > 0 and row["bytes"] > 0 for row in rows)

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from grid import grid, implementations
 from paged_cases import LAYOUTS, make_pages, make_table, to_device
 from torch import Tensor
 
@@ -30,21 +27,7 @@ Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, int | None]], None]
 
 KERNELS = ["tile_scores_kernel", "anchor_kernel", "key_to_mean_kernel"]
-FAST = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(key_scores_triton, id="triton"),
-        pytest.param(key_scores_vectorized, id="vectorized"),
-    ],
-)
-ALL = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(key_scores_naive, id="naive"),
-        pytest.param(key_scores_triton, id="triton"),
-        pytest.param(key_scores_vectorized, id="vectorized"),
-    ],
-)
+FAST, ALL = implementations(key_scores_naive, key_scores_triton, key_scores_vectorized)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -103,9 +86,11 @@ def test_worked_example(implementation: Implementation, device: torch.device) ->
     assert got[KEY_TO_PREVIOUS] == pytest.approx([0, 0, 0, 1])
 
 
-@FAST
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@grid(
+    FAST,
+    pytest.mark.parametrize("layout", LAYOUTS),
+    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+)
 def test_dtypes_and_layouts(
     implementation: Implementation, dtype: torch.dtype, layout: str, device: torch.device
 ) -> None:
@@ -300,7 +285,7 @@ def test_rejects_output_on_input(implementation: Implementation, device: torch.d
 
 
 def test_rejects_another_device() -> None:
-    with pytest.raises(ValueError, match="lens must be on cpu like the others, got meta"):
+    with pytest.raises(ValueError, match="lens must be on cpu like the other tensors, got meta"):
         key_scores(PAGES, PAGES, integers(2, 3), integers(2).to("meta"))
 
 
@@ -362,12 +347,3 @@ def test_compiles_for_cuda(
         {name: types.get(name, "i32") for name in names if name not in constants},
         {name: constants[name] for name in names if name in constants},
     )
-
-
-def test_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_key_scores.py"
-    report = tmp_path / "rows.json"
-    command = [sys.executable, str(script), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, timeout=120)
-    rows = json.loads(report.read_text())
-    assert rows and all(row["ratio_median"] > 0 and row["bytes"] > 0 for row in rows)

@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+from grid import grid, implementations, unless_gpu
 from hypothesis import HealthCheck, given, settings
 from paged_cases import NO_BLOCK, to_device
 from torch import Tensor
@@ -31,20 +29,8 @@ CompileForCuda = Callable[[str, str, dict[str, str], dict[str, int | None]], Non
 
 NAN, INF = float("nan"), float("inf")
 KERNELS = ["attend_kernel", "merge_splits_kernel"]
-FAST = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(paged_attend_quant_triton, id="triton"),
-        pytest.param(paged_attend_quant_vectorized, id="vectorized"),
-    ],
-)
-ALL = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(paged_attend_quant_naive, id="naive"),
-        pytest.param(paged_attend_quant_triton, id="triton"),
-        pytest.param(paged_attend_quant_vectorized, id="vectorized"),
-    ],
+FAST, ALL = implementations(
+    paged_attend_quant_naive, paged_attend_quant_triton, paged_attend_quant_vectorized
 )
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -217,9 +203,9 @@ def dense_attention(case: dict[str, Any], softcap: float = 0.0) -> tuple[Tensor,
 # -- The codes -------------------------------------------------------------------------------------
 
 
-@ALL
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", LAYOUTS)
+@grid(
+    ALL, pytest.mark.parametrize("causal", [False, True]), pytest.mark.parametrize("name", LAYOUTS)
+)
 def test_every_coding(
     implementation: Implementation, name: str, causal: bool, device: torch.device
 ) -> None:
@@ -229,12 +215,14 @@ def test_every_coding(
     assert_same(implementation(**case), dense_attention(case), TOLERANCE[torch.float32])
 
 
-@FAST
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "layout",
-    [LAYOUTS["int4"], LAYOUTS["outliers"], LAYOUTS["codebook"], both(32, 16, "plain")],
-    ids=["int4", "outliers", "codebook", "plain-16"],
+@grid(
+    FAST,
+    pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str),
+    pytest.mark.parametrize(
+        "layout",
+        [LAYOUTS["int4"], LAYOUTS["outliers"], LAYOUTS["codebook"], both(32, 16, "plain")],
+        ids=["int4", "outliers", "codebook", "plain-16"],
+    ),
 )
 def test_narrow_queries(
     implementation: Implementation, layout: CodedPage, dtype: torch.dtype, device: torch.device
@@ -289,9 +277,9 @@ def test_softcap(implementation: Implementation, device: torch.device) -> None:
 # -- Integer products ------------------------------------------------------------------------------
 
 
-@FAST
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("name", INTEGER)
+@grid(
+    FAST, pytest.mark.parametrize("causal", [False, True]), pytest.mark.parametrize("name", INTEGER)
+)
 def test_integer(
     implementation: Implementation, name: str, causal: bool, device: torch.device
 ) -> None:
@@ -463,7 +451,9 @@ def test_lengths_are_cut(implementation: Implementation, device: torch.device) -
 
 
 @ALL
-def test_writes_where_it_is_told(implementation: Implementation, device: torch.device) -> None:
+def test_writes_into_the_given_outputs(
+    implementation: Implementation, device: torch.device
+) -> None:
     case = make_case(LAYOUTS["int4"], [20, 0], [1, 2], padding=1, device=device)
     out = torch.full((4, 4, 32), NAN, device=device)
     lse = torch.full((4, 4), NAN, device=device)
@@ -648,7 +638,7 @@ def test_rejects_output_on_input() -> None:
     out = ARGUMENTS["query"].view(3, 4, 32)
     with pytest.raises(ValueError, match="out must not share memory with query"):
         paged_attend_quant(**ARGUMENTS, out=out)
-    with pytest.raises(ValueError, match="lse must not share memory"):
+    with pytest.raises(ValueError, match="lse must not share memory with query"):
         paged_attend_quant(**ARGUMENTS, lse=out.flatten()[:12].view(3, 4))
 
 
@@ -709,10 +699,13 @@ COMPILED: list[tuple[str, CodedPage, str, bool, int]] = [
 ]
 
 
+# Others show all that these two do.
+SLOW_TO_COMPILE = ("int4", "hack-2")
+
+
 @pytest.mark.parametrize(
     ("layout", "element", "integer", "tile"),
-    [c[1:] for c in COMPILED],
-    ids=[c[0] for c in COMPILED],
+    [pytest.param(*c[1:], id=c[0], marks=unless_gpu(c[0] in SLOW_TO_COMPILE)) for c in COMPILED],
 )
 def test_compiles_for_cuda(
     compile_for_cuda: CompileForCuda, layout: CodedPage, element: str, integer: bool, tile: int
@@ -818,12 +811,3 @@ def test_the_baseline_of_the_benchmark_compiles_for_cuda(
             "BLOCK_D": 128,
         },
     )
-
-
-def test_benchmark_runs(tmp_path: Path) -> None:
-    script = BENCHMARKS / "bench_paged_attend_quant.py"
-    report = tmp_path / "rows.json"
-    command = [sys.executable, str(script), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, timeout=120)
-    rows = json.loads(report.read_text())
-    assert rows and all(row["ratio_median"] > 0 and row["bytes"] > 0 for row in rows)

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from grid import grid, implementations
 from paged_cases import to_device
 from torch import Tensor
 
@@ -21,21 +18,7 @@ Implementation = Callable[..., Tensor]
 Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, Any]], None]
 
-FAST = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(project_latent_triton, id="triton"),
-        pytest.param(project_latent_vectorized, id="vectorized"),
-    ],
-)
-ALL = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(project_latent_naive, id="naive"),
-        pytest.param(project_latent_triton, id="triton"),
-        pytest.param(project_latent_vectorized, id="vectorized"),
-    ],
-)
+FAST, ALL = implementations(project_latent_naive, project_latent_triton, project_latent_vectorized)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -85,10 +68,13 @@ def test_worked_example(implementation: Implementation, device: torch.device) ->
     assert implementation(x, basis, mean).tolist() == [[[11.0], [4100.0]]]
 
 
-@FAST
-@pytest.mark.parametrize("centred", [False, True])
-@pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@grid(
+    FAST,
+    pytest.mark.parametrize("centred", [False, True]),
+    pytest.mark.parametrize("narrow", [False, True]),
+    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+    pairs=[("dtype", "narrow")],
+)
 def test_dtypes(
     implementation: Implementation,
     dtype: torch.dtype,
@@ -100,10 +86,12 @@ def test_dtypes(
     assert_matches_naive(implementation, x, basis, mean if centred else None)
 
 
-@FAST
-@pytest.mark.parametrize("d", [64, 96, 128, 256])
-@pytest.mark.parametrize("r", [1, 16, 40, 100])
-@pytest.mark.parametrize("n", [1, 17, 70])
+@grid(
+    FAST,
+    pytest.mark.parametrize("d", [64, 96, 128, 256]),
+    pytest.mark.parametrize("r", [1, 16, 40, 100]),
+    pytest.mark.parametrize("n", [1, 17, 70]),
+)
 def test_shapes(
     implementation: Implementation, n: int, d: int, r: int, device: torch.device
 ) -> None:
@@ -264,12 +252,3 @@ def test_compiles_for_cuda(
         },
         constants if mean else {**constants, "mean": None},
     )
-
-
-def test_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_project_latent.py"
-    report = tmp_path / "rows.json"
-    command = [sys.executable, str(script), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, timeout=120)
-    rows = json.loads(report.read_text())
-    assert rows and all(row["ratio_median"] > 0 and row["bytes"] > 0 for row in rows)

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from grid import grid, implementations, mostly_slow
 from paged_cases import to_device
 from torch import Tensor
 
@@ -30,21 +27,7 @@ Implementation = Callable[..., None]
 Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, Any]], None]
 
-FAST = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(quant_write_triton, id="triton"),
-        pytest.param(quant_write_vectorized, id="vectorized"),
-    ],
-)
-ALL = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(quant_write_naive, id="naive"),
-        pytest.param(quant_write_triton, id="triton"),
-        pytest.param(quant_write_vectorized, id="vectorized"),
-    ],
-)
+FAST, ALL = implementations(quant_write_naive, quant_write_triton, quant_write_vectorized)
 NO_BYTE = 0xAA
 LEVELS = {
     2: [-1.51, -0.453, 0.453, 1.51],
@@ -93,6 +76,22 @@ CODINGS = {
     "tokens, 8 bits": CodedPage(Coding(128, 8, group=32, axis="tokens"), Coding(128, 16, "plain")),
 }
 BY_NAME = pytest.mark.parametrize("name", CODINGS)
+# Every kind, number of bits, axis and field of its own.
+CORE = [
+    "int8",
+    "int3 of 96",
+    "int2 in three groups",
+    "odd outliers",
+    "outliers and sums",
+    "fp8 in groups",
+    "codebook with outliers",
+    "narrow plain",
+    "fitted int4",
+    "plain keys",
+    "tokens, 2 bits",
+    "tokens, 8 bits",
+]
+CORE_BY_NAME = pytest.mark.parametrize("name", mostly_slow(CODINGS, CORE))
 
 
 def empty_pages(
@@ -161,7 +160,7 @@ def write(
 
 
 def unit_vectors(x: Tensor, coding: Coding) -> Tensor:
-    """What is compared with a codebook's bounds, in float64: ``[..., inner]``."""
+    """Elements as compared with a codebook's bounds, in float64: ``[..., inner]``."""
     grouped = x.double()[..., coding.outliers :].unflatten(-1, (coding.groups, -1))
     return (grouped / grouped.square().mean(-1, keepdim=True).sqrt()).flatten(-2)
 
@@ -287,7 +286,7 @@ def test_worked_example(implementation: Implementation, device: torch.device) ->
 
 @BY_NAME
 def test_naive_is_the_code_of_each_vector(name: str, device: torch.device) -> None:
-    """The specification reads back as the plain functions of the codes say."""
+    """The specification reads back what the plain functions of the codes give."""
     layout = CODINGS[name]
     pages, (key, value) = empty_pages(layout, device), vectors(layout, 11, device)
     slots = torch.arange(11, device=device) + 32
@@ -323,8 +322,7 @@ def test_every_coding(implementation: Implementation, name: str, device: torch.d
     )
 
 
-@ALL
-@BY_NAME
+@grid(ALL, CORE_BY_NAME)
 def test_no_byte_but_those_of_the_tokens(
     implementation: Implementation, name: str, device: torch.device
 ) -> None:
@@ -347,21 +345,23 @@ def test_no_byte_but_those_of_the_tokens(
 
 
 def ring(
-    layout: CodedPage, n: int, heads: int, device: torch.device, size: int = 0, lane: int = 1
+    layout: CodedPage, n: int, heads: int, device: torch.device, size: int = 0, slot: int = 1
 ) -> dict[str, Tensor]:
-    """Exact keys of some lanes, where the layout has use of them."""
+    """Exact recent keys of some slots, where the layout has use of them."""
     if layout.key.axis == "channels":
         return {}
     rng = torch.Generator().manual_seed(5)
     shape = (3, size or layout.key.group, heads, layout.key.width)
     recent = torch.randn(shape, generator=rng).to(device, torch.bfloat16)
-    lanes = torch.full((n,), lane, dtype=torch.int64, device=device)
-    return {"recent_key": recent, "lanes": lanes}
+    recent_slots = torch.full((n,), slot, dtype=torch.int64, device=device)
+    return {"recent_key": recent, "recent_slots": recent_slots}
 
 
-@FAST
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["int4", "int3", "sums", "outliers", "fp8", "tokens, 2 bits"])
+@grid(
+    FAST,
+    pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str),
+    pytest.mark.parametrize("name", ["int4", "int3", "sums", "outliers", "fp8", "tokens, 2 bits"]),
+)
 def test_dtypes(
     implementation: Implementation, name: str, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -391,9 +391,11 @@ def test_plain_vectors_keep_their_bits(
     assert torch.equal(*as_bytes)
 
 
-@FAST
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-@pytest.mark.parametrize("head_size", [64, 96, 128, 256])
+@grid(
+    FAST,
+    pytest.mark.parametrize("block_size", [16, 32, 64, 128]),
+    pytest.mark.parametrize("head_size", [64, 96, 128, 256]),
+)
 def test_shapes(
     implementation: Implementation, head_size: int, block_size: int, device: torch.device
 ) -> None:
@@ -448,9 +450,7 @@ def test_strides(implementation: Implementation, name: str, device: torch.device
     assert (memory == NO_BYTE).all()
 
 
-@ALL
-@BY_NAME
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@grid(ALL, CORE_BY_NAME, pytest.mark.parametrize("bad", [float("nan"), float("inf")]))
 def test_what_is_not_finite_is_zero_and_counted(
     implementation: Implementation, name: str, bad: float, device: torch.device
 ) -> None:
@@ -469,9 +469,12 @@ def test_what_is_not_finite_is_zero_and_counted(
     assert torch.equal(pages, expected)
 
 
-@FAST
-@pytest.mark.parametrize("name", ["int2", "fp8", "codebook of 4 bits", "tokens, 2 bits"])
-@pytest.mark.parametrize("content", ["zeros", "constant", "huge", "tiny", "signed zeros"])
+@grid(
+    FAST,
+    pytest.mark.parametrize("name", ["int2", "fp8", "codebook of 4 bits", "tokens, 2 bits"]),
+    pytest.mark.parametrize("content", ["zeros", "constant", "huge", "tiny", "signed zeros"]),
+    pairs=[("name", "content")],
+)
 def test_extreme_vectors(
     implementation: Implementation, name: str, content: str, device: torch.device
 ) -> None:
@@ -547,7 +550,7 @@ def test_groups_end_as_if_written_at_once(
     done = 0
     for n in steps:
         part = slice(done, done + n)
-        lanes = torch.ones(n, dtype=torch.int64, device=device)
+        recent_slots = torch.ones(n, dtype=torch.int64, device=device)
         write(
             implementation,
             layout,
@@ -556,7 +559,7 @@ def test_groups_end_as_if_written_at_once(
             value[part],
             slots[part],
             recent_key=recent,
-            lanes=lanes,
+            recent_slots=recent_slots,
         )
         for t in range(done, done + n):
             recent[1, t % group] = key[t]
@@ -566,13 +569,15 @@ def test_groups_end_as_if_written_at_once(
         assert torch.equal(pages, expected)
 
 
-@FAST
-@pytest.mark.parametrize("name", ["tokens, 2 bits", "tokens, 3 bits", "tokens, 8 bits"])
-@pytest.mark.parametrize("rings", [1, 2])
-def test_lanes_and_codes_before_a_step(
+@grid(
+    FAST,
+    pytest.mark.parametrize("name", ["tokens, 2 bits", "tokens, 3 bits", "tokens, 8 bits"]),
+    pytest.mark.parametrize("rings", [1, 2]),
+)
+def test_recent_keys_and_codes_before_a_step(
     implementation: Implementation, name: str, rings: int, device: torch.device
 ) -> None:
-    """Groups that begin before the step, with a lane and without one, in one call."""
+    """Groups that begin before the step, with a recent slot and without one, in one call."""
     layout = CODINGS[name]
     group = layout.key.group
     key, value = vectors(layout, 9, device)
@@ -584,14 +589,14 @@ def test_lanes_and_codes_before_a_step(
     runs = [range(7, 10), range(71, 74), range(64 + group + 7, 64 + group + 10)]
     slots = torch.tensor([s for run in runs for s in run], device=device)
     more = ring(layout, 9, 2, device, size=group * rings)
-    more["lanes"] = torch.tensor([2, 2, 2, -1, -1, -1, 0, 0, 0], device=device).int()
-    # One element of a lane's keys is not finite; it was counted when it came.
+    more["recent_slots"] = torch.tensor([2, 2, 2, -1, -1, -1, 0, 0, 0], device=device).int()
+    # One element of the recent keys is not finite; it was counted when it came.
     more["recent_key"][0, 1, 1, 5] = float("nan")
     assert_matches_naive(implementation, layout, pages, key, value, slots, **more)
 
 
 @ALL
-def test_codes_of_an_open_group_drift_little_without_a_lane(
+def test_codes_of_an_open_group_drift_little_without_recent_keys(
     implementation: Implementation, device: torch.device
 ) -> None:
     layout = CODINGS["tokens, 8 bits"]
@@ -749,12 +754,12 @@ RECENT = torch.zeros(2, 16, 2, 64)
             {"key_levels": torch.zeros(8), "value_levels": torch.zeros(8).half()},
             id="levels-dtype",
         ),
-        pytest.param(r"lanes must be given", TOKENS, {"recent_key": RECENT}, id="no-lanes"),
+        pytest.param(r"recent_slots must be given", TOKENS, {"recent_key": RECENT}, id="no-slots"),
         pytest.param(
-            r"lanes must have dtype",
+            r"recent_slots must have dtype",
             TOKENS,
-            {"recent_key": RECENT, "lanes": torch.zeros(5)},
-            id="lanes-dtype",
+            {"recent_key": RECENT, "recent_slots": torch.zeros(5)},
+            id="recent_slots-dtype",
         ),
         pytest.param(
             r"recent_key must have shape", TOKENS, {"recent_key": RECENT[:, :, :1]}, id="recent"
@@ -794,7 +799,7 @@ def test_rejects_another_device() -> None:
     layout = CODINGS["int4"]
     key, value = vectors(layout, 3, torch.device("cpu"))
     pages = empty_pages(layout, torch.device("cpu"))
-    with pytest.raises(ValueError, match="slots must be on cpu like the others, got meta"):
+    with pytest.raises(ValueError, match="slots must be on cpu like the other tensors, got meta"):
         quant_write(key, value, pages, torch.zeros(3, dtype=torch.int64, device="meta"), layout)
 
 
@@ -845,7 +850,12 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(
+        COMPILED, ["int3 in groups, outliers and sums", "fp8 and plain", "codebook", "tokens"]
+    ),
+)
 def test_compiles_for_cuda(compile_for_cuda: CompileForCuda, name: str) -> None:
     layout = COMPILED[name]
     constants: dict[str, Any] = {**kernel_constants(layout, 8, 32), "RING": 32}
@@ -861,19 +871,17 @@ def test_compiles_for_cuda(compile_for_cuda: CompileForCuda, name: str) -> None:
         signature |= {f"{side}_words": "*i16"} if coding.kind == "plain" else {}
         signature |= {f"{side}_levels": "*fp32"} if coding.kind == "codebook" else {}
     if layout.key.axis == "tokens":
-        signature |= {"recent": "*bf16", "lanes": "*i64"}
-    for name_ in ("key_words", "value_words", "key_levels", "value_levels", "recent", "lanes"):
+        signature |= {"recent": "*bf16", "recent_slots": "*i64"}
+    for name_ in (
+        "key_words",
+        "value_words",
+        "key_levels",
+        "value_levels",
+        "recent",
+        "recent_slots",
+    ):
         if name_ not in signature:
             constants[name_] = None
     compile_for_cuda(
         "kvplug_kernels.quant_write.kernel", "quant_write_kernel", signature, constants
     )
-
-
-def test_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_quant_write.py"
-    report = tmp_path / "rows.json"
-    command = [sys.executable, str(script), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, timeout=120)
-    rows = json.loads(report.read_text())
-    assert rows and all(row["ratio_median"] > 0 and row["bytes"] > 0 for row in rows)

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from grid import grid, implementations, mostly_slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_cases import LAYOUTS, lay_out, to_device
@@ -25,12 +22,6 @@ from kvplug_kernels.rerotate.vectorized import rerotate_coded_vectorized, rerota
 Implementation = Callable[..., None]
 Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, Any]], None]
-
-
-def implementations(naive: Any, triton: Any, vectorized: Any) -> tuple[Any, Any]:
-    fast = [pytest.param(triton, id="triton"), pytest.param(vectorized, id="vectorized")]
-    every = [pytest.param(naive, id="naive"), *fast]
-    return tuple(pytest.mark.parametrize("implementation", of) for of in (fast, every))
 
 
 FAST, ALL = implementations(rerotate_naive, rerotate_triton, rerotate_vectorized)
@@ -130,10 +121,15 @@ def test_worked_example(
     assert keys[0, 0, 0].tolist() == [1, 2, 3, 4, 5]
 
 
-@ALL
-@INTERLEAVED
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("size", "pairs"), [(16, 8), (64, 32), (96, 48), (64, 8), (80, 5), (7, 0)])
+@grid(
+    ALL,
+    INTERLEAVED,
+    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+    pytest.mark.parametrize(
+        ("size", "pairs"), [(16, 8), (64, 32), (96, 48), (64, 8), (80, 5), (7, 0)]
+    ),
+    pairs=[("size", "interleaved")],
+)
 def test_sizes(
     implementation: Implementation,
     size: int,
@@ -149,9 +145,11 @@ def test_sizes(
     assert_rotates(implementation, keys, slots, -777, frequencies, interleaved)
 
 
-@FAST
-@pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@grid(
+    FAST,
+    pytest.mark.parametrize("integer", [torch.int32, torch.int64], ids=str),
+    pytest.mark.parametrize("layout", LAYOUTS),
+)
 def test_page_layouts(
     implementation: Implementation, layout: str, integer: torch.dtype, device: torch.device
 ) -> None:
@@ -172,9 +170,7 @@ def test_what_lies_between_pages_stays(
     assert torch.equal(memory.isnan(), hole)
 
 
-@ALL
-@INTERLEAVED
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@grid(ALL, INTERLEAVED, pytest.mark.parametrize("dtype", DTYPES, ids=str))
 def test_no_shift_leaves_the_bytes(
     implementation: Implementation, dtype: torch.dtype, interleaved: bool, device: torch.device
 ) -> None:
@@ -190,10 +186,12 @@ def test_no_shift_leaves_the_bytes(
     assert torch.equal(keys.view(torch.uint8), bits)
 
 
-@ALL
-@INTERLEAVED
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shift", [1, 4096, 100_000])
+@grid(
+    ALL,
+    INTERLEAVED,
+    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+    pytest.mark.parametrize("shift", [1, 4096, 100_000]),
+)
 def test_there_and_back_is_one_rounding_each(
     implementation: Implementation,
     shift: int,
@@ -415,6 +413,19 @@ CODINGS = {
     "narrow plain": Coding(13, 16, "plain"),
 }
 BY_NAME = pytest.mark.parametrize("name", CODINGS)
+# Every kind, number of bits and field of its own.
+CORE = [
+    "int8",
+    "int3 of 96",
+    "odd outliers",
+    "outliers and sums",
+    "fitted int4",
+    "fp8 in groups",
+    "codebook with outliers",
+    "bfloat16",
+    "float32",
+]
+CORE_BY_NAME = pytest.mark.parametrize("name", mostly_slow(CODINGS, CORE))
 
 
 def book(coding: Coding, device: torch.device) -> Tensor | None:
@@ -454,9 +465,7 @@ def some_slots(device: torch.device) -> tuple[Tensor, Tensor]:
     return slots, torch.tensor([7, 9, -350, 0, 4000, 1, 2, -3, 100_000, 12], device=device)
 
 
-@FAST_CODED
-@INTERLEAVED
-@BY_NAME
+@grid(FAST_CODED, INTERLEAVED, BY_NAME)
 def test_coded_keys_are_unpacked_turned_and_packed(
     implementation: Implementation, name: str, interleaved: bool, device: torch.device
 ) -> None:
@@ -492,8 +501,7 @@ def close(got: Tensor, expected: Tensor, layout: CodedPage, levels: Tensor | Non
         )
 
 
-@ALL_CODED
-@BY_NAME
+@grid(ALL_CODED, CORE_BY_NAME)
 def test_coded_keys_are_near_the_rotation(
     implementation: Implementation, name: str, device: torch.device
 ) -> None:
@@ -514,8 +522,7 @@ def test_coded_keys_are_near_the_rotation(
     assert error.norm() <= 1.05 * own.norm() + 2**-8 * want.norm()
 
 
-@ALL_CODED
-@BY_NAME
+@grid(ALL_CODED, CORE_BY_NAME)
 def test_coded_bytes_that_stay(
     implementation: Implementation, name: str, device: torch.device
 ) -> None:
@@ -620,8 +627,7 @@ def test_cuda_graph_replay(device: torch.device) -> None:
     assert torch.equal(keys, expected)
 
 
-@INTERLEAVED
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@grid(INTERLEAVED, pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"]))
 def test_compiles_for_cuda(compile_for_cuda: CompileForCuda, dtype: str, interleaved: bool) -> None:
     strides = ("stride_kb", "stride_kh", "stride_kt", "stride_cn")
     compile_for_cuda(
@@ -645,7 +651,11 @@ def test_compiles_for_cuda(compile_for_cuda: CompileForCuda, dtype: str, interle
 
 
 @pytest.mark.parametrize(
-    "name", ["int4 in groups", "int3 of 96", "outliers and sums", "fp8", "fitted codebook"]
+    "name",
+    mostly_slow(
+        ["int4 in groups", "int3 of 96", "outliers and sums", "fp8", "fitted codebook"],
+        ["outliers and sums", "fp8", "fitted codebook"],
+    ),
 )
 def test_coded_compiles_for_cuda(compile_for_cuda: CompileForCuda, name: str) -> None:
     coding = CODINGS[name]
@@ -659,24 +669,15 @@ def test_coded_compiles_for_cuda(compile_for_cuda: CompileForCuda, name: str) ->
             "pages": "*u8",
             "halves": "*i16",
             "slots": "*i64",
-            **dict.fromkeys(("cosine", "sine", "turned"), "*fp32"),
+            **dict.fromkeys(("cosine", "sine", "rotated"), "*fp32"),
             **({"levels": "*fp32"} if codebook else {}),
             **dict.fromkeys(("n_rows", "stride_pb", "stride_ph", "stride_cn"), "i32"),
         },
         {
             **({} if codebook else {"levels": None}),
             **known,
-            "TURNS": coding.width // 2,
+            "PAIRS": coding.width // 2,
             "INTERLEAVED": False,
             "BLOCK_D": 1 << (coding.width - 1).bit_length(),
         },
     )
-
-
-def test_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_rerotate.py"
-    report = tmp_path / "rows.json"
-    command = [sys.executable, str(script), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, timeout=120)
-    rows = json.loads(report.read_text())
-    assert rows and all(row["ratio_median"] > 0 and row["bytes"] > 0 for row in rows)

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from grid import grid, implementations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_cases import to_device
@@ -31,21 +28,7 @@ Implementation = Callable[..., Tensor]
 Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, Any]], None]
 
-FAST = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(segment_stats_triton, id="triton"),
-        pytest.param(segment_stats_vectorized, id="vectorized"),
-    ],
-)
-ALL = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(segment_stats_naive, id="naive"),
-        pytest.param(segment_stats_triton, id="triton"),
-        pytest.param(segment_stats_vectorized, id="vectorized"),
-    ],
-)
+FAST, ALL = implementations(segment_stats_naive, segment_stats_triton, segment_stats_vectorized)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -129,9 +112,11 @@ def test_what_is_undefined(implementation: Implementation, device: torch.device)
     )
 
 
-@FAST
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [16, 40, 64, 128, 192])
+@grid(
+    FAST,
+    pytest.mark.parametrize("dtype", DTYPES, ids=str),
+    pytest.mark.parametrize("size", [16, 40, 64, 128, 192]),
+)
 def test_sizes(
     implementation: Implementation, size: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -246,9 +231,11 @@ def test_rejects(
         implementation(**moved)
 
 
-@pytest.mark.parametrize("asked", [True, False], ids=["queries", "no queries"])
-@pytest.mark.parametrize(
-    ("dtype", "size", "block_q"), [("bf16", 128, 32), ("fp16", 80, 64), ("fp32", 64, 16)]
+@grid(
+    pytest.mark.parametrize("asked", [True, False], ids=["queries", "no queries"]),
+    pytest.mark.parametrize(
+        ("dtype", "size", "block_q"), [("bf16", 128, 32), ("fp16", 80, 64), ("fp32", 64, 16)]
+    ),
 )
 def test_compiles_for_cuda(
     compile_for_cuda: CompileForCuda, dtype: str, size: int, block_q: int, asked: bool
@@ -289,12 +276,3 @@ def test_the_merge_compiles_for_cuda(compile_for_cuda: CompileForCuda, before: b
         },
         {"HEAD_SIZE": 128, "OUTGOING": True, "BEFORE": before, "BLOCK_N": 16, "BLOCK_Q": 64},
     )
-
-
-def test_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_segment_stats.py"
-    report = tmp_path / "rows.json"
-    command = [sys.executable, str(script), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, timeout=120)
-    rows = json.loads(report.read_text())
-    assert rows and all(row["ratio_median"] > 0 and row["bytes"] > 0 for row in rows)

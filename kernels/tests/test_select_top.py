@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 import torch
+from grid import grid, implementations
 from hypothesis import HealthCheck, given, settings
 from paged_cases import to_device
 from torch import Tensor
@@ -23,21 +20,7 @@ Implementation = Callable[..., Tensor]
 Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, int | None]], None]
 
-FAST = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(select_top_triton, id="triton"),
-        pytest.param(select_top_vectorized, id="vectorized"),
-    ],
-)
-ALL = pytest.mark.parametrize(
-    "implementation",
-    [
-        pytest.param(select_top_naive, id="naive"),
-        pytest.param(select_top_triton, id="triton"),
-        pytest.param(select_top_vectorized, id="vectorized"),
-    ],
-)
+FAST, ALL = implementations(select_top_naive, select_top_triton, select_top_vectorized)
 INF, NAN = math.inf, math.nan
 
 
@@ -93,7 +76,7 @@ def test_worked_examples(
 
 @ALL
 @pytest.mark.parametrize(
-    ("held", "expected"),
+    ("resident", "expected"),
     [
         (9, [1, 4, 5]),
         (6, [1, 4, 5]),
@@ -104,18 +87,20 @@ def test_worked_examples(
         (-4, [0, 1, 2]),
     ],
 )
-def test_only_held_tokens_take_part(
-    implementation: Implementation, held: int, expected: list[int], device: torch.device
+def test_only_resident_tokens_take_part(
+    implementation: Implementation, resident: int, expected: list[int], device: torch.device
 ) -> None:
-    """A row that holds fewer than count keeps them all and the next indices."""
+    """A row with fewer than count keeps them all and the next indices."""
     scores = torch.tensor([[[-INF, 3, NAN, -2, INF, 8]]], device=device)
-    lens = torch.tensor([held], dtype=torch.int32, device=device)
+    lens = torch.tensor([resident], dtype=torch.int32, device=device)
     assert implementation(scores, 3, lens).tolist() == [[expected]]
 
 
-@FAST
-@pytest.mark.parametrize("levels", [0, 1, 3])
-@pytest.mark.parametrize("n", [1, 2, 31, 64, 65, 5000])
+@grid(
+    FAST,
+    pytest.mark.parametrize("levels", [0, 1, 3]),
+    pytest.mark.parametrize("n", [1, 2, 31, 64, 65, 5000]),
+)
 def test_sizes(implementation: Implementation, n: int, levels: int, device: torch.device) -> None:
     scores = make_scores(2, 2, n, levels=levels, device=device)
     lens = torch.tensor([n, n // 2 + 1], dtype=torch.int32, device=device)
@@ -227,7 +212,7 @@ def test_rejects_output_on_input(implementation: Implementation, device: torch.d
 
 def test_rejects_another_device() -> None:
     lens = torch.zeros(2, dtype=torch.int32, device="meta")
-    with pytest.raises(ValueError, match="lens must be on cpu like the others, got meta"):
+    with pytest.raises(ValueError, match="lens must be on cpu like the other tensors, got meta"):
         select_top(SCORES, 5, lens)
 
 
@@ -262,12 +247,3 @@ def test_compiles_for_cuda(compile_for_cuda: CompileForCuda, with_lens: bool) ->
         },
         constants if with_lens else {**constants, "lens": None},
     )
-
-
-def test_benchmark_runs(tmp_path: Path) -> None:
-    script = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_select_top.py"
-    report = tmp_path / "rows.json"
-    command = [sys.executable, str(script), "--quick", "--json", str(report)]
-    subprocess.run(command, check=True, timeout=120)
-    rows = json.loads(report.read_text())
-    assert rows and all(row["ratio_median"] > 0 and row["bytes"] > 0 for row in rows)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from kvplug.contract import EngineView, Feature, Kind, Policy, PolicyOptions
 from kvplug.errors import DeploymentError, Refusal
@@ -24,6 +24,9 @@ from kvplug.reuse.settings import GuardSettings, ReuseSettings
 
 ALWAYS = ("structure", "position")
 """Checks without which stored KV would be taken for what it is not."""
+
+OnBadRequest = Literal["report", "refuse"]
+ON_BAD_REQUEST_VALUES = get_args(OnBadRequest)
 
 SWITCH_OFF: dict[Feature, str] = {
     Feature.PREFIX_CACHING: "--no-enable-prefix-caching",
@@ -72,6 +75,8 @@ class Deployment:
         section: The section as plain data.
         reuse: What stands beside ``reuse.use``; the defaults where nothing does.
         guard: The ``guard`` key, or None.
+        on_bad_request: ``refuse`` where a request whose options are invalid is answered with an
+            error, ``report`` where the invalid ones are ignored and named in its answer.
     """
 
     source: str
@@ -80,6 +85,7 @@ class Deployment:
     section: Mapping[str, Any] = field(default_factory=dict)
     reuse: ReuseSettings = field(default_factory=ReuseSettings)
     guard: GuardSettings | None = None
+    on_bad_request: OnBadRequest = "report"
 
     def choice(self, kind: Kind) -> Choice | None:
         """The policy chosen for a kind that takes one, or None."""

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from kvplug.contract import EngineView, Kind, PolicyOptions
-from kvplug.deployment import Choice, Deployment
+from kvplug.deployment import ON_BAD_REQUEST_VALUES, Choice, Deployment
 from kvplug.errors import DeploymentError, Refusal
 from kvplug.registry import Plugins, plugins
 from kvplug.reuse.settings import GuardSettings, ReuseSettings
@@ -23,6 +23,9 @@ MANY = frozenset({Kind.REUSE})
 
 
 GUARD = "guard"
+ON_BAD_REQUEST = "on_bad_request"
+SECTION_KEYS = frozenset({*KINDS, GUARD, ON_BAD_REQUEST})
+"""Keys of a section."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -157,7 +160,7 @@ class _Parser:
 
     def parse(self, section: Any) -> Deployment:
         choices: dict[Kind, tuple[Choice, ...]] = {}
-        beside: dict[str, PolicyOptions] = {}
+        beside: dict[str, Any] = {}
         if not isinstance(section, Mapping):
             self.refuse(
                 self.path() or "file",
@@ -169,8 +172,11 @@ class _Parser:
                 if name == GUARD:
                     self.settings(GuardSettings, value, GUARD, beside)
                     continue
+                if name == ON_BAD_REQUEST:
+                    self.on_bad_request(value, beside)
+                    continue
                 if name not in KINDS:
-                    known = [*KINDS, GUARD]
+                    known = [*KINDS, GUARD, ON_BAD_REQUEST]
                     near = difflib.get_close_matches(str(name), known, n=1)
                     self.refuse(
                         self.path(str(name)),
@@ -188,7 +194,7 @@ class _Parser:
             self.together(choices, beside)
         if self.refusals:
             raise DeploymentError(self.source, self.refusals)
-        deployment = Deployment(self.source, choices, self.lines, section, **beside)  # type: ignore[arg-type]
+        deployment = Deployment(self.source, choices, self.lines, section, **beside)
         try:
             self.plugins.manager.hook.kvplug_deployment_loaded(deployment=deployment)
         except Exception as error:
@@ -205,8 +211,19 @@ class _Parser:
             ) from error
         return deployment
 
+    def on_bad_request(self, value: Any, into: dict[str, Any]) -> None:
+        """Validate what is done with a request whose options are invalid."""
+        if value in ON_BAD_REQUEST_VALUES:
+            into[ON_BAD_REQUEST] = value
+            return
+        self.refuse(
+            self.path(ON_BAD_REQUEST),
+            f"must be {' or '.join(ON_BAD_REQUEST_VALUES)}, got {value!r}.",
+            "report answers the request and names the refused options; refuse answers HTTP 400.",
+        )
+
     def settings(
-        self, model: type[PolicyOptions], value: Any, name: str, into: dict[str, PolicyOptions]
+        self, model: type[PolicyOptions], value: Any, name: str, into: dict[str, Any]
     ) -> None:
         """Validate keys that belong to no policy."""
         if not isinstance(value, Mapping):
@@ -220,7 +237,7 @@ class _Parser:
             self.invalid(error, model, name, self.path(name))
 
     def together(
-        self, choices: Mapping[Kind, tuple[Choice, ...]], beside: Mapping[str, PolicyOptions]
+        self, choices: Mapping[Kind, tuple[Choice, ...]], beside: Mapping[str, Any]
     ) -> None:
         """Refuse what is right by itself and makes no sense together."""
         if GUARD in beside and Kind.REUSE not in choices and not self.refusals:

@@ -381,7 +381,7 @@ def _make(target: Path, say: Callable[[str], None]) -> None:
 
 def _convert(gguf: Path, directory: Path) -> None:
     """Convert in a child process, which takes its memory and its threads with it."""
-    command = [sys.executable, "-c", "from kvplug import models; models._convert_here()"]
+    command = [sys.executable, "-c", "from kvplug_lab import models; models._convert_here()"]
     command += [str(gguf), str(directory)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     paths = [str(Path(__file__).resolve().parents[1]), environment.get("PYTHONPATH", "")]

@@ -30,7 +30,7 @@ transformers = pytest.importorskip("transformers")
 from kvplug.hosts.transformers import Host  # noqa: E402
 from kvplug_lab.calibrate.attention import How, attached  # noqa: E402
 from kvplug_lab.calibrate.collect import collect  # noqa: E402
-from kvplug_lab.calibrate.run import plan, windows  # noqa: E402
+from kvplug_lab.calibrate.run import search_assignments, windows  # noqa: E402
 from kvplug_lab.calibrate.sensitivity import Meter, stored  # noqa: E402
 from kvplug_lab.calibrate.statistics import Collector, Source, calibration, received  # noqa: E402
 
@@ -249,7 +249,7 @@ def test_windows_and_soft_caps_are_attended_as_models_do() -> None:
 
 
 def test_a_model_that_hides_its_attention_is_refused(model: Any) -> None:
-    with attached(model), pytest.raises(KVPlugError, match="does not pass on"):
+    with attached(model), pytest.raises(KVPlugError, match="does not pass kwargs on"):
         model(tokens(5)[None])
 
 
@@ -324,7 +324,7 @@ def test_a_plan_fits_its_budget_and_says_what_it_measured(
     held = [tokens(48)]
     sizes = [c.build(engine).layout(engine.layers[0]).token_bytes(engine.layers[0]) for c in known]
     budget = sizes[0] + 2 * sizes[2]
-    found = plan(model, engine, held, known, budget, by)
+    found = search_assignments(model, engine, held, known, budget, by)
     assert found.choices[0].bytes_per_token <= budget
     assert [c.label for c in found.choices[1:]] == ["int8", "int4"]
     assert found.uniform is not None
@@ -337,12 +337,14 @@ def test_a_plan_fits_its_budget_and_says_what_it_measured(
     assert found.choices[0].measured.divergence == loss.divergence
     assert found.nll == nll
     with pytest.raises(KVPlugError, match="too few"):
-        plan(model, engine, held, known, 3 * sizes[2] - 4, by)
+        search_assignments(model, engine, held, known, 3 * sizes[2] - 4, by)
 
 
 def test_a_candidate_the_model_cannot_have_is_named(model: Any, engine: EngineView) -> None:
     with pytest.raises(KVPlugError, match=r"--candidates kivi:group=64: .*groups of 64"):
-        plan(model, engine, [tokens(48)], candidates("kivi:group=64", "c.st"), 10**6, "error")
+        search_assignments(
+            model, engine, [tokens(48)], candidates("kivi:group=64", "c.st"), 10**6, "error"
+        )
 
 
 # -- the command -----------------------------------------------------------------------------------

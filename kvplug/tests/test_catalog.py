@@ -73,7 +73,9 @@ class Desk:
 
     def __init__(self, folder: str = "", token: int = TOKEN, **options: Any) -> None:
         self.clock = Clock()
-        extra = {k: options.pop(k) for k in ("near", "least", "hasher", "world") if k in options}
+        extra = {
+            k: options.pop(k) for k in ("prefetch", "min_tokens", "hasher", "world") if k in options
+        }
         options = {"memory": 1, "disk": 2, "directory": folder, **options}
         self.catalog = Catalog(Store.model_validate(options), token, clock=self.clock, **extra)
         self.memory: set[str] = set()
@@ -469,7 +471,7 @@ def test_what_is_invalid_goes_at_once_and_is_known_a_while() -> None:
     assert again == name and desk.found(0) == [name]
     renewed = desk.catalog.get(name)
     assert renewed is not None and renewed.ready and renewed is not segment
-    assert desk.catalog._asleep == 0
+    assert desk.catalog._inventory.quota.on_disk_only == 0
 
 
 def test_invalidation_by_tenant_and_model() -> None:
@@ -583,7 +585,7 @@ def test_prefetch_wakes_near_equal_text_of_the_tenant_alone() -> None:
     assert desk.catalog.counters()["prefetched"] == 1
 
 
-def test_without_near_nothing_is_prefetched() -> None:
+def test_nothing_is_prefetched_unless_asked_for() -> None:
     desk = Desk("/somewhere")
     for n in range(5):
         desk.save(n)
@@ -697,11 +699,11 @@ class AnythingInAnyOrder(RuleBasedStateMachine):
     """Workers answer late and in any order; what the catalog believes must stay true."""
 
     @initialize(folder=st.booleans(), prefetch=st.booleans(), disk=st.integers(1, 2))
-    def start(self, folder: bool, near: bool, disk: int) -> None:
+    def start(self, folder: bool, prefetch: bool, disk: int) -> None:
         self.desk = Desk(
             "/somewhere" if folder else "",
-            prefetch=near,
-            least=8,
+            prefetch=prefetch,
+            min_tokens=8,
             disk=disk,
             ttl=60.0,
             session_ttl=25.0,
@@ -842,7 +844,7 @@ class AnythingInAnyOrder(RuleBasedStateMachine):
         assert counters["disk_bytes"] == disk <= self.catalog.settings.disk << 20
         assert counters["segments"] == len(all_of_it) == len(self.catalog.index)
         asleep = sum(s.state is SegmentState.DISK and s.usable for s in all_of_it)
-        assert self.catalog._asleep == asleep
+        assert self.catalog._inventory.quota.on_disk_only == asleep
         families: dict[Any, int] = {}
         for segment in all_of_it:
             known = segment.fingerprint

@@ -220,7 +220,7 @@ def test_the_table_of_a_replay() -> None:
 
     from rich.console import Console
 
-    from kvplug_lab.engine.replay import Compared
+    from kvplug_lab.engine.against_simulator import Compared
 
     lru = Compared("lru", 150, 60, 1000, 40_000, 12_800, 400, 400, 400, 9, 0, 1.0)
     other = Compared("other", 150, 60, 1000, 40_000, 16_000, 500, 490, 480, 8, 0, 1.0)

@@ -153,7 +153,7 @@ REFUSALS = {
     "unknown key like no other": (
         "zzz: 1\n",
         "1: zzz: unknown key. Fix: use one of prefix_cache, sequence, format, reuse, transfer, "
-        "lifecycle, guard.",
+        "lifecycle, guard, on_bad_request.",
     ),
     "kind of a wrong type": (
         "\nsequence: 7\n",
@@ -239,6 +239,16 @@ REFUSALS = {
         "reuse:\n  use: [plain]\n  store: {memory: 0}\n",
         "3: reuse.store.memory: Input should be greater than or equal to 1, got 0. Fix: set it "
         "accordingly (MiB of host memory for segments, on each rank's own host share).",
+    ),
+    "value of on_bad_request": (
+        "on_bad_request: refused\n",
+        "1: on_bad_request: must be report or refuse, got 'refused'. Fix: report answers the "
+        "request and names the refused options; refuse answers HTTP 400.",
+    ),
+    "on_bad_request that is a list": (
+        "on_bad_request: [refuse]\n",
+        "1: on_bad_request: must be report or refuse, got ['refuse']. Fix: report answers the "
+        "request and names the refused options; refuse answers HTTP 400.",
     ),
     "guard of nothing": (
         "guard: {}\n",
@@ -595,3 +605,9 @@ def test_a_plugin_that_fails_is_a_refusal_too(installed: Plugins, load: Load, fi
     assert loaded.startswith(f"{file}: file: RuntimeError: no time.")
     (chosen,) = refused(load, "prefix_cache: auto\n")
     assert "the plugin that chooses for `auto` failed: RuntimeError: no idea." in chosen
+
+
+def test_bad_requests_are_reported_unless_the_section_says_otherwise(load: Load) -> None:
+    assert load("{}").on_bad_request == "report"
+    assert load("on_bad_request: report\n").on_bad_request == "report"
+    assert load("on_bad_request: refuse\n").on_bad_request == "refuse"

@@ -4,45 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from kvplug.contract.policy import PolicyOptions
 from kvplug.reuse import guard
 from kvplug.reuse.guard import BreakerState
-from kvplug.reuse.settings import Breaker, GuardSettings
 from kvplug_lab.cli.explain import explain
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "guard.md").read_text(encoding="utf-8")
-
-
-def table(heading: str) -> dict[str, list[str]]:
-    body = PAGE.split(f"| {heading} |")[1].split("\n\n")[0]
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", body, re.MULTILINE)
-    return {name: [cell.strip() for cell in rest.split("|")] for name, rest in rows}
-
-
-def limits(info: Any) -> str:
-    said = {k: getattr(m, k) for m in info.metadata for k in ("ge", "gt", "le") if hasattr(m, k)}
-    if "gt" in said:
-        return f"above {said['gt']}"
-    return f"{said['ge']} to {said['le']}" if "le" in said else f"{said['ge']} or more"
-
-
-@pytest.mark.parametrize(
-    ("heading", "model"), [("key of `guard`", GuardSettings), ("key of `breaker`", Breaker)]
-)
-def test_the_keys_are_those_of_the_settings(heading: str, model: type[PolicyOptions]) -> None:
-    rows = table(heading)
-    assert list(rows) == list(model.model_fields)
-    for name, info in model.model_fields.items():
-        default, bounds, meaning = rows[name]
-        assert meaning == info.description
-        if name != "breaker":
-            assert default.strip("`").strip() == str(info.default)
-        if info.metadata:
-            assert bounds == limits(info)
 
 
 def test_the_numbers_are_those_of_the_guard() -> None:

@@ -24,11 +24,11 @@ from kvplug_lab.fidelity import compare, report, variants
 from kvplug_lab.fidelity.peer_formats import PEERS
 from kvplug_lab.fidelity.records import FULL, BadRecords, Record, Run
 from kvplug_lab.fidelity.run import FormatVariant, Variant, bytes_per_token, run, run_formats, steps
-from kvplug_lab.fidelity.tasks import KEYS, TASKS, BadText, Prompt, Sizes, build
+from kvplug_lab.fidelity.tasks import KEYS, TASKS, BadText, Prompt, PromptSizes, build
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = Sizes(context=896, samples=2, passages=2, scored=24, generated=6, seed=3)
+SIZES = PromptSizes(context=896, samples=2, passages=2, scored=24, generated=6, seed=3)
 LINE = "the {} man went to the {} house and said nothing of the {} sea.\n"
 TEXT = "".join(LINE.format(i, i * i, i % 7) for i in range(3000))
 
@@ -607,7 +607,7 @@ def test_the_real_model_retrieves_and_policies_differ() -> None:
         ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
         return ids
 
-    sizes = Sizes(context=512, samples=3, passages=1, scored=64, generated=8)
+    sizes = PromptSizes(context=512, samples=3, passages=1, scored=64, generated=8)
     made = build(real, texts.shakespeare(), sizes, ["passkey", "perplexity"])
     asked = [variant("tova", 0.5), variant("snapkv", 1.0), variant("sink_window", 0.25)]
     found = {

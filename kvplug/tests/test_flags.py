@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,15 @@ import pytest
 
 from kvplug.contract import Feature
 from kvplug.errors import DeploymentError
-from kvplug.hosts.vllm.flags import engine_from_flags, features_from_flags, read_config
+from kvplug.hosts.vllm.flags import (
+    GUARD,
+    REQUEST_CHECK,
+    REQUEST_CHECK_MIDDLEWARE,
+    engine_from_flags,
+    features_from_flags,
+    read_config,
+    request_check_flags,
+)
 
 DEFAULT = frozenset(
     {
@@ -199,3 +208,38 @@ def test_broken_json_text_is_refused_with_its_line(tmp_path: Path) -> None:
     file.write_text("block-size: 32\nkv-transfer-config: '{\"kv_connector\": '\n")
     with pytest.raises(DeploymentError, match=r"x\.yaml:2: kv-transfer-config: is not JSON"):
         read_config(file)
+
+
+def test_a_section_with_nothing_but_settings_is_a_file_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "section.yaml"
+    path.write_text("on_bad_request: refuse\n")
+    config = read_config(path)
+    assert config.standalone and config.deployment.on_bad_request == "refuse"
+
+
+@pytest.mark.parametrize(
+    ("flags", "added"),
+    [
+        (
+            {},
+            ["--logits-processors", REQUEST_CHECK, "--middleware", REQUEST_CHECK_MIDDLEWARE],
+        ),
+        (
+            {"logits-processors": GUARD, "middleware": ["a.B"]},
+            ["--logits-processors", GUARD, REQUEST_CHECK, "--middleware", REQUEST_CHECK_MIDDLEWARE],
+        ),
+        (
+            {"logits-processors": [REQUEST_CHECK], "middleware": REQUEST_CHECK_MIDDLEWARE},
+            [],
+        ),
+    ],
+)
+def test_refusing_adds_the_flags_that_a_file_leaves_out(
+    tmp_path: Path, flags: dict[str, Any], added: list[str]
+) -> None:
+    path = tmp_path / "section.yaml"
+    path.write_text("on_bad_request: refuse\n")
+    config = read_config(path)
+    assert request_check_flags(dataclasses.replace(config, flags=flags)) == added
+    path.write_text("on_bad_request: report\n")
+    assert request_check_flags(dataclasses.replace(read_config(path), flags=flags)) == []

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ def test_what_a_killed_conversion_left_is_removed(
 
 def test_two_callers_at_once_convert_once(conversion: FakeConversion, tmp_path: Path) -> None:
     both_started = threading.Event()
-    conversion.hold = lambda: both_started.wait(20) and None
+    conversion.hold = lambda: both_started.wait(300) and None
     found: list[Path] = []
     callers = [
         threading.Thread(target=lambda: found.append(models.smollm2(tmp_path))) for _ in range(2)
@@ -187,7 +188,7 @@ def test_two_callers_at_once_convert_once(conversion: FakeConversion, tmp_path: 
         caller.start()
     both_started.set()
     for caller in callers:
-        caller.join(30)
+        caller.join(300)
     assert len(found) == 2
     assert found[0] == found[1]
     assert conversion.calls == 1
@@ -196,7 +197,7 @@ def test_two_callers_at_once_convert_once(conversion: FakeConversion, tmp_path: 
 RACER = """
 import sys, time
 from pathlib import Path
-from kvplug import models
+from kvplug_lab import models
 
 def convert(gguf, directory):
     (root / f"converted-{sys.argv[2]}").touch()
@@ -228,8 +229,9 @@ def test_two_processes_at_once_convert_once(tmp_path: Path) -> None:
     ]
     while len(list(tmp_path.glob("ready-*"))) < 2:
         assert all(racer.poll() is None for racer in racers)
+        time.sleep(0.01)
     (tmp_path / "go").touch()
-    printed = {racer.communicate(timeout=60)[0] for racer in racers}
+    printed = {racer.communicate(timeout=300)[0] for racer in racers}
     assert [racer.returncode for racer in racers] == [0, 0]
     assert printed == {f"{tmp_path / 'cache' / 'models' / 'smollm2-135m-instruct'}\n"}
     assert len(list(tmp_path.glob("converted-*"))) == 1

@@ -15,17 +15,15 @@ from typer.testing import CliRunner
 from kvplug.cli import app
 from kvplug.hosts.vllm.flags import EXTENSION
 from kvplug.parser import load_deployment
-from kvplug.reuse.settings import Recompute
 from kvplug_lab.engine.trial import Answer, TrialResult
 from kvplug_lab.reuse import chat as reuse_chat
 from kvplug_lab.reuse import mixed as reuse_mixed
 from kvplug_lab.reuse import rag as reuse_rag
-from kvplug_lab.reuse.checks import MATCH, Result
+from kvplug_lab.reuse.checks import MATCH, CheckCosts
 from kvplug_lab.reuse.runs import (
     CHECKS,
     STOCK,
     Agreement,
-    Spread,
     TooFew,
     agreement,
     named,
@@ -36,6 +34,7 @@ from kvplug_lab.reuse.runs import (
     without_file,
     worker_extension,
 )
+from kvplug_lab.spread import Spread
 
 cli: Any = importlib.import_module("kvplug_lab.cli.reuse")
 
@@ -55,7 +54,7 @@ def answer(tokens: list[int], **told: Any) -> Answer:
     return Answer(prompt_tokens=100, cached_tokens=20, token_ids=tokens, **rest)
 
 
-SMALL = reuse_rag.Sizes(
+SMALL = reuse_rag.RagSizes(
     documents=8, shortest=120, longest=150, taken=3, requests=9, generated=4, scored=6, keys=3
 )
 
@@ -136,12 +135,12 @@ def test_a_continuation_is_what_follows_a_document_in_the_book(
 
 def test_the_same_seed_asks_the_same(work: reuse_rag.Workload) -> None:
     assert reuse_rag.workload(encode, [7], TEXT, SMALL) == work
-    other = reuse_rag.Sizes(**(SMALL.__dict__ | {"seed": 1}))
+    other = reuse_rag.RagSizes(**(SMALL.__dict__ | {"seed": 1}))
     assert reuse_rag.workload(encode, [7], TEXT, other) != work
 
 
 def test_too_many_keys_and_too_little_text_are_refused() -> None:
-    sizes = reuse_rag.Sizes(**(SMALL.__dict__ | {"keys": 7}))
+    sizes = reuse_rag.RagSizes(**(SMALL.__dict__ | {"keys": 7}))
     with pytest.raises(TooFew, match="7 pass keys leave fewer than 2 without"):
         reuse_rag.workload(encode, [], TEXT, sizes)
     with pytest.raises(TooFew, match="8 are needed"):
@@ -209,7 +208,7 @@ def test_a_turn_that_does_not_fit_the_window_is_refused() -> None:
 
 
 def test_user_and_assistant_speak_the_text_in_turns() -> None:
-    sizes = reuse_chat.Sizes(turns=3, said=40, reply=10)
+    sizes = reuse_chat.ChatSizes(turns=3, said=40, reply=10)
     spoken = ""
     for user, follows in reuse_chat.speeches(encode, TEXT, sizes):
         one = words(user)
@@ -238,7 +237,7 @@ def test_turns_over_the_window_are_summed_up_apart() -> None:
 
 
 def mixed_work(requests: int = 200) -> reuse_mixed.Workload:
-    sizes = reuse_mixed.Sizes(requests=requests, exact=12, at_once=8, pieces=10)
+    sizes = reuse_mixed.MixedSizes(requests=requests, exact=12, at_once=8, pieces=10)
     return reuse_mixed.workload(encode, [], TEXT, sizes)
 
 
@@ -276,7 +275,7 @@ def test_a_difference_from_the_fresh_engine_is_a_mismatch() -> None:
     right = [answer([i, i + 1]) for i in range(12)]
     wrong = [answer([0, 9]), *right[1:11], answer([11])]
     report = {"kind": "reuse", "counters": {"tokens": 96.0}}
-    sizes = reuse_mixed.Sizes(requests=2, exact=12)
+    sizes = reuse_mixed.MixedSizes(requests=2, exact=12)
     ours, fresh = result_of([loose, exact, *wrong], [report]), result_of(right, [])
     found = reuse_mixed.judge(work, ours, fresh, sizes)
     assert [(m.index, m.at, m.cached) for m in found.mismatches] == [(0, 1, 20), (11, 1, 20)]
@@ -316,8 +315,6 @@ def test_agreement_ends_at_the_first_difference() -> None:
 
 def test_perplexity_and_spread_of_nothing_are_no_numbers() -> None:
     assert math.isnan(perplexity([])) and perplexity([-1.0]) == pytest.approx(math.e)
-    assert math.isnan(Spread.of([]).median) and Spread.of([2.0]).low == 2.0
-    assert Spread.of([1.0, 2.0, 3.0]).text(".1f") == "2.0 [1.5, 2.5]"
     assert cli._finite({"a": math.nan, "b": [1.0, math.inf], 3: "x"}) == {
         "a": None,
         "b": [1.0, None],
@@ -451,7 +448,7 @@ def test_the_rag_table_has_every_variant_and_what_was_published(
         stock.add(asked, slow, slow, (1.0, 1.0))
         own = answer([1, 3], ttft=0.5, logprobs=[-1.5], text=" no")
         ours.add(asked, own, slow, (0.5, 1.0))
-    found = reuse_rag.Result(SMALL, [stock], [ours], 31.0, {}, Spread.of([500.0]))
+    found = reuse_rag.RagFigures(SMALL, [stock], [ours], 31.0, {}, Spread.of([500.0]))
     (table,) = cli.rag_tables(found)
     text = shown(table)
     assert "median [quartiles]; goal 3x" in text
@@ -463,14 +460,16 @@ def test_the_rag_table_has_every_variant_and_what_was_published(
 
 def test_the_chat_table_leaves_out_what_never_happened() -> None:
     turn = reuse_chat.Turn(1, 0, 100, 50, 0, 1.0, 1.0, 1.0, 1.0, 4, 4, 1.0, False)
-    found = reuse_chat.Result(reuse_chat.Sizes(), {STOCK: [turn]}, {})
+    found = reuse_chat.ChatFigures(reuse_chat.ChatSizes(), {STOCK: [turn]}, {})
     text = shown(cli.chat_table(found))
     assert "stock, within the window" in text and "over the window" not in text
 
 
 def test_the_checks_table_gives_shares_of_requests_only() -> None:
     costs = {100: {"mask": Spread.of([1.0]), MATCH: Spread.of([90.0])}}
-    text = shown(cli.checks_table(Result([100], ["mask", MATCH], ["mask"], costs), {STOCK: 0.9}))
+    text = shown(
+        cli.checks_table(CheckCosts([100], ["mask", MATCH], ["mask"], costs), {STOCK: 0.9})
+    )
     rows = [line for line in text.splitlines() if "mask" in line or MATCH in line]
     assert "%" not in rows[0] and "0.010%" in rows[1]
 
@@ -478,31 +477,6 @@ def test_the_checks_table_gives_shares_of_requests_only() -> None:
 # -- the page --------------------------------------------------------------------------------------
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reuse.md"
-
-
-def test_the_page_lists_what_may_be_computed_anew() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    table = page.split("| key of `recompute` |")[1].split("\n\n")[0]
-    rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", table, re.MULTILINE))
-    fields = Recompute.model_fields
-    assert rows == {n: str(f.get_default(call_default_factory=True)) for n, f in fields.items()}
-    for name, info in fields.items():
-        (row,) = re.findall(rf"^\| `{name}` \|.*$", table, re.MULTILINE)
-        assert (info.description or "") in row.replace(r"\|", "|")
-        for bound in info.metadata:
-            limit = getattr(bound, "ge", getattr(bound, "le", None))
-            assert limit is None or str(limit) in row
-
-
-def test_the_page_lists_what_an_answer_says() -> None:
-    section = PAGE.read_text(encoding="utf-8").split("## What an answer says\n")[1]
-    rows = re.findall(r"^\| `(\w+)` \|", section.split("\n## ")[0], re.MULTILINE)
-    package = Path(str(importlib.import_module("kvplug").__file__)).parent
-    found = {"exact", "refused"}
-    for source in (package / "hosts/vllm/scheduler").glob("reuse*.py"):
-        text = source.read_text(encoding="utf-8")
-        found |= set(re.findall(r'(?:said|answer\.fields)\["(\w+)"\]', text))
-    assert set(rows) == found
 
 
 def test_the_commands_on_the_page_are_what_they_print() -> None:

@@ -25,7 +25,7 @@ from kvplug.reuse.guard import Guard
 from kvplug.reuse.settings import GuardSettings
 from kvplug_lab.models import tiny_llama
 from kvplug_lab.reuse.explain import Explanation, adapting_checks, explain
-from kvplug_lab.reuse.replay import Piece, forward_reused, frequencies, rotated
+from kvplug_lab.reuse.partial_forward import Piece, forward_reused, frequencies, rotated
 
 Run = Callable[..., Result]
 SECTION: dict[str, Any] = {"reuse": {"use": ["structure", "position", "mask"], "approximate": True}}

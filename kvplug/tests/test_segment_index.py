@@ -156,7 +156,7 @@ def test_what_is_removed_is_not_found() -> None:
     index.remove("a")
     index.remove("c")
     assert index.match(segment, "t") == []
-    assert index.near(segment, "t") == []
+    assert index.nearest(segment, "t") == []
     assert index.since(0.0) == [] == index.of_request("r")
     with pytest.raises(KeyError):
         index.remove("a")
@@ -183,10 +183,10 @@ def test_two_tenants_with_equal_text_never_share(hasher: Any) -> None:
     index.add("theirs", segment, "them", 1.0, "r")
     for tenant, name in (("me", "mine"), ("them", "theirs")):
         assert {m.segment for m in index.match(segment, tenant)} == {name}
-        assert {name for name, _ in index.near(segment, tenant)} == {name}
+        assert {name for name, _ in index.nearest(segment, tenant)} == {name}
     for nobody in ("", "me ", "me\0", "them,me"):
         assert index.match(segment, nobody) == []
-        assert index.near(segment, nobody) == []
+        assert index.nearest(segment, nobody) == []
 
 
 def test_a_collision_finds_nothing_that_is_not_there() -> None:
@@ -290,19 +290,19 @@ def test_near_equal_text_is_found_likest_first() -> None:
     changed = texts[123].copy()
     changed[::10] = -7
     index.add("changed", changed, "", 1.0, "r")
-    found = index.near(texts[123], "", 5)
+    found = index.nearest(texts[123], "", 5)
     assert [name for name, _ in found[:2]] == ["123", "changed"]
     assert found[0][1] == 1.0
     assert 0.5 < found[1][1] < 1.0 and found[2][1] < 0.5
     assert len(found) == 5
     index.remove("123")
-    assert index.near(texts[123], "", 1)[0][0] == "changed"
+    assert index.nearest(texts[123], "", 1)[0][0] == "changed"
 
 
 def test_near_is_off_unless_asked_for() -> None:
     index = SegmentIndex()
     index.add("a", random_ids(0, 64), "", 1.0, "r")
-    assert index.near(random_ids(0, 64), "") == []
+    assert index.nearest(random_ids(0, 64), "") == []
     asked = SegmentIndex(near_duplicates=True)
     asked.add("a", random_ids(0, 64), "", 1.0, "r")
-    assert asked.near(ids(), "") == [] == asked.near(random_ids(0, 64), "", 0)
+    assert asked.nearest(ids(), "") == [] == asked.nearest(random_ids(0, 64), "", 0)

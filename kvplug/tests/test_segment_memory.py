@@ -73,7 +73,7 @@ class Gate:
 
         def held(*arguments: Any) -> Any:
             self.reached.set()
-            assert self.open.wait(20)
+            assert self.open.wait(300)
             return real(*arguments)
 
         monkeypatch.setattr(module, name, held)
@@ -164,7 +164,7 @@ def test_what_waits_to_be_written_is_given_up_with_its_file(
     gate = Gate(monkeypatch, "write_segment")
     busy, waiting = made(1), made(2)
     store.put(*busy)
-    assert gate.reached.wait(20)
+    assert gate.reached.wait(300)
     store.put(*waiting)
     store.drop([busy[0].id, waiting[0].id])
     store.delete([busy[0].id, waiting[0].id])
@@ -182,7 +182,7 @@ def test_a_segment_saved_anew_is_the_one_on_the_disk(
     gate = Gate(monkeypatch, "write_segment")
     blocker, first, second = made(9), made(1, ancestry=3), made(1)
     store.put(*blocker)
-    assert gate.reached.wait(20)
+    assert gate.reached.wait(300)
     store.put(*first)
     store.delete([first[0].id])
     store.put(*second)
@@ -212,7 +212,7 @@ def test_fetches_come_before_writes(
 
         monkeypatch.setattr(store, name, told)
     store.put(*blocker)
-    assert gate.reached.wait(20)
+    assert gate.reached.wait(300)
     store.put(*late)
     store.fetch([stored[0].id])
     gate.open.set()
@@ -230,7 +230,7 @@ def test_a_fetch_that_nobody_waits_for_brings_nothing(
     store.take_report()
     gate = Gate(monkeypatch, "read_segment")
     store.fetch([header.id])
-    assert gate.reached.wait(20)
+    assert gate.reached.wait(300)
     store.drop([header.id])
     gate.open.set()
     store.flush()

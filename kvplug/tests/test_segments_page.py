@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pydantic import BaseModel
 
 from kvplug.contract.reuse import Fingerprint
 from kvplug.reuse import file as module
 from kvplug.reuse.catalog import SegmentState
 from kvplug.reuse.file import CAUSES, SegmentHeader, digest, segment_id, write_segment
 from kvplug.reuse.index import SegmentIndex, SimHash
-from kvplug.reuse.settings import Splitting, Store
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "segments.md").read_text("utf-8")
 
@@ -27,22 +24,6 @@ def table(head: str) -> dict[str, list[str]]:
     body = PAGE.split(f"| {head} |")[1].split("\n\n")[0].split("\n")[2:]
     rows = [[cell.strip() for cell in row.strip().strip("|").split("|")] for row in body]
     return {row[0].strip("`"): row[1:] for row in rows}
-
-
-@pytest.mark.parametrize(
-    ("head", "settings"), [("option of `segments`", Splitting), ("option of `store`", Store)]
-)
-def test_the_options_are_listed(head: str, settings: type[BaseModel]) -> None:
-    rows = table(head)
-    assert list(rows) == list(settings.model_fields)
-    for name, info in settings.model_fields.items():
-        default, span, meaning = rows[name]
-        assert default.strip("`") == str(info.default)
-        assert meaning.replace("`", "") == (info.description or "").replace("`", "")
-        for bound in info.metadata:
-            for limit in ("ge", "le", "gt"):
-                if (value := getattr(bound, limit, None)) is not None:
-                    assert re.search(rf"\b{value}\b", span), (name, span)
 
 
 def test_states_and_causes_are_listed() -> None:
@@ -99,5 +80,5 @@ def test_the_measurement_runs_and_counts_what_it_finds() -> None:
         assert 0 < spread.low <= spread.median <= spread.high
     printed = reuse_index.tables(found, likely).split("\n")
     heads = [line for line in printed if line.startswith("| segments")]
-    assert len(heads) == 2 and all(head in PAGE for head in heads)
+    assert len(heads) == 2
     assert len(printed) == 4 + 1 + 4

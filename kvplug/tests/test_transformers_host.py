@@ -107,7 +107,7 @@ def ids() -> Tensor:
 
 
 def plain(model: Any, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits of the plain model; ``mask [n, n]`` says who sees whom."""
+    """Logits of the plain model; ``mask [n, n]`` masks attention."""
     with torch.inference_mode():
         found: Tensor = model(
             ids[None], attention_mask=None if mask is None else mask[None, None]
@@ -228,7 +228,7 @@ def test_a_long_prompt_is_read_under_its_cap(host: Host, ids: Tensor) -> None:
     most = 0
     for token in ids:
         host.feed(text, token[None])
-        most = max(most, *(layer.held for layer in text.layers))
+        most = max(most, *(layer.kept for layer in text.layers))
     # A cut is made when the 80 tokens are full, and they are held until it is.
     assert most <= 80 and text.held <= 32 + 16
     at_once, _ = host.read(ids, chosen)
@@ -238,7 +238,7 @@ def test_a_long_prompt_is_read_under_its_cap(host: Host, ids: Tensor) -> None:
 
 def test_layers_keep_their_share(host: Host, ids: Tensor) -> None:
     text, _ = host.read(ids[:144], policy(host, Oldest, budget=64, layers={"0": 1.5, "-1": 0.5}))
-    assert [layer.held for layer in text.layers] == [96, 64, 32]
+    assert [layer.kept for layer in text.layers] == [96, 64, 32]
     assert text.held == 64
 
 
@@ -444,7 +444,7 @@ def test_sliding_layers_are_left_alone(gemma: Any, ids: Tensor) -> None:
     )
     assert [layer.index for layer in host.engine.layers] == [1]
     text, _ = host.read(ids[:144], policy(host, Oldest, budget=64))
-    assert [layer.held for layer in text.layers] == [144, 64, 144]
+    assert [layer.kept for layer in text.layers] == [144, 64, 144]
     assert text.held == 64
     after = host.feed(text, ids[144:160])
     assert torch.isfinite(after).all()

@@ -230,7 +230,7 @@ class CodedFormat(FormatPolicy):
             self.coded(layer),
             key_levels=key_levels,
             value_levels=value_levels,
-            lanes=batch.lanes,
+            recent_slots=batch.lanes,
             recent_key=batch.recent.key if batch.recent is not None else None,
             nonfinite=self._nonfinite,
         )
@@ -300,7 +300,7 @@ class CodedFormat(FormatPolicy):
             max_query_len=batch.max_query_len,
             recent_key=recent.key if kept is not None and recent is not None else None,
             recent_value=recent.value if kept is not None and recent is not None else None,
-            lanes=batch.lanes if kept is not None else None,
+            recent_slots=batch.lanes if kept is not None else None,
             recent_lens=kept,
         )
         merge_attention(past, past_lse, now, now_lse, out)

@@ -20,7 +20,7 @@ from kvplug.reuse.guard import Guard
 from kvplug.reuse.settings import GuardSettings
 from kvplug_lab import models, texts
 from kvplug_lab.reuse.explain import adapting_checks, explain, stored_pieces
-from kvplug_lab.reuse.replay import greedy
+from kvplug_lab.reuse.partial_forward import greedy
 
 SECTION = {
     "reuse": {"use": ["structure", "position", "mask"], "approximate": True},

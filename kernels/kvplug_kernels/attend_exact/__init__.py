@@ -20,18 +20,18 @@ def attend_exact(
     max_query_len: int,
     recent_key: Tensor | None = None,
     recent_value: Tensor | None = None,
-    lanes: Tensor | None = None,
+    recent_slots: Tensor | None = None,
     recent_lens: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention of each row's queries among the row's own tokens, as they were computed.
 
-    Before a row's own tokens come the ``recent_lens[row]`` tokens ``recent_key[lanes[row], :]``,
-    which every query of the row sees. Query head ``h`` reads head ``h // (num_heads // kv_heads)``.
-    A logit is ``scale * q . k``, or ``softcap * tanh(scale * q . k / softcap)`` when ``softcap`` is
-    positive. Logits and sums are float32; the CPU path holds at most 64 MB of logits at a time.
-    Nothing synchronises with the host on CUDA.
+    Before a row's own tokens come the first ``recent_lens[row]`` tokens of
+    ``recent_key[recent_slots[row]]``, which every query of the row sees. Query head ``h`` reads
+    head ``h // (num_heads // kv_heads)``. A logit is ``scale * q . k``, or ``softcap * tanh(scale *
+    q . k / softcap)`` when ``softcap`` is positive. Logits and sums are float32; the CPU path holds
+    at most 64 MB of logits at a time. Nothing synchronises with the host on CUDA.
 
     Args:
         query: float32, float16 or bfloat16 ``[num_tokens, num_heads, head_size]``.
@@ -42,11 +42,12 @@ def attend_exact(
         scale: Factor of the logits, finite.
         softcap: Bound of the logits, 0 for none.
         max_query_len: At least the most tokens of a row.
-        recent_key: ``[num_lanes, size, kv_heads, head_size]`` of the same dtype. What lies beyond
-            ``recent_lens`` does not matter. Given with the next three, or none of them.
+        recent_key: ``[num_slots, size, kv_heads, head_size]`` of the same dtype. What lies beyond
+            ``recent_lens`` does not matter. Given with the next three, or all four omitted.
         recent_value: The same shape and dtype.
-        lanes: int64 ``[rows]``; what a row without recent tokens says is not read.
-        recent_lens: int32 ``[rows]``, cut to ``size``.
+        recent_slots: int64 ``[rows]``, slot of each row in ``recent_key``; not read for a row
+            without recent tokens.
+        recent_lens: int32 ``[rows]``, clamped to ``size``.
         out: float32 ``[num_tokens, num_heads, head_size]``, contiguous.
         lse: float32 ``[num_tokens, num_heads]``, contiguous.
 
@@ -56,7 +57,8 @@ def attend_exact(
 
     Raises:
         ValueError: An argument has the wrong dtype, shape, stride or device, some but not all of
-            what describes recent tokens is given, or an output starts at the address of an input.
+            the arguments of recent tokens are given, or an output starts at the address of an
+            input.
     """
     if query.is_cuda:
         from .kernel import attend_exact_triton
@@ -74,7 +76,7 @@ def attend_exact(
         max_query_len=max_query_len,
         recent_key=recent_key,
         recent_value=recent_value,
-        lanes=lanes,
+        recent_slots=recent_slots,
         recent_lens=recent_lens,
         out=out,
         lse=lse,
@@ -89,7 +91,7 @@ def merge_attention(
     Args:
         out_a: float32 ``[num_tokens, num_heads, head_size]``, normalized over the first set.
         lse_a: float32 ``[num_tokens, num_heads]``, log-sum-exp of its logits; -inf where nothing
-            was seen, and then ``out_a`` is not looked at.
+            was seen, and then ``out_a`` is not read.
         out_b: As ``out_a``, over the second set.
         lse_b: As ``lse_a``.
         out: ``[num_tokens, num_heads, head_size]``, float32, float16 or bfloat16; it may be

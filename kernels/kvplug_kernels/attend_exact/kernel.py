@@ -7,16 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import attention_outputs, checked
+from ..tiles import cap_logits
 from .naive import check_exact, check_merge
 
 MERGE_TILE = 16
-
-
-@triton.jit
-def _tanh(b_x):
-    b_decay = tl.exp(-2 * tl.abs(b_x))
-    b_tanh = (1 - b_decay) / (1 + b_decay)
-    return tl.where(b_x < 0, -b_tanh, b_tanh)
 
 
 @triton.jit
@@ -43,7 +38,7 @@ def _step(
     b_value = tl.load(p_value[:, None] + o_d[None, :], mask=m, other=0).to(DTYPE)
     b_logit = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scale
     if SOFTCAP:
-        b_logit = softcap * _tanh(b_logit / softcap)
+        b_logit = cap_logits(b_logit, softcap)
     b_logit = tl.where(m_seen, b_logit, float("-inf"))
     b_top = tl.maximum(b_max, tl.max(b_logit, 1))
     # A query that has seen nothing yet has no maximum to take off.
@@ -64,7 +59,7 @@ def attend_exact_kernel(
     query_start,
     recent_key,
     recent_value,
-    lanes,
+    recent_slots,
     recent_lens,
     out,
     lse,
@@ -114,15 +109,15 @@ def attend_exact_kernel(
     b_last = tl.where(m_m, o_query, -1)
     n_end = tl.max(b_last, 0) + 1
     if RECENT:
-        n_held = tl.minimum(tl.load(recent_lens + i_r), recent_size)
-        i_lane = tl.load(lanes + i_r)
-        p_key = recent_key + i_lane * stride_rkl + i_h * stride_rkh
-        p_value = recent_value + i_lane * stride_rvl + i_h * stride_rvh
+        n_recent = tl.minimum(tl.load(recent_lens + i_r), recent_size)
+        i_slot = tl.load(recent_slots + i_r)
+        p_key = recent_key + i_slot * stride_rkl + i_h * stride_rkh
+        p_value = recent_value + i_slot * stride_rvl + i_h * stride_rvh
         # A tile without queries has nothing to read.
-        n_held = tl.where(n_end > 0, n_held, 0)
-        for i_t in range(0, n_held, BLOCK_T):
+        n_recent = tl.where(n_end > 0, n_recent, 0)
+        for i_t in range(0, n_recent, BLOCK_T):
             o_t = i_t + tl.arange(0, BLOCK_T)
-            m_t = o_t < n_held
+            m_t = o_t < n_recent
             b_max, b_norm, b_sum = _step(
                 b_query,
                 p_key + o_t * stride_rkt,
@@ -215,6 +210,7 @@ def merge_attention_kernel(
     tl.store(p_out[:, None] + o_d[None, :], b_out.to(out.dtype.element_ty), mask=m)
 
 
+@checked(check_exact)
 def attend_exact_triton(
     query: Tensor,
     key: Tensor,
@@ -226,33 +222,15 @@ def attend_exact_triton(
     max_query_len: int,
     recent_key: Tensor | None = None,
     recent_value: Tensor | None = None,
-    lanes: Tensor | None = None,
+    recent_slots: Tensor | None = None,
     recent_lens: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`kvplug_kernels.attend_exact.attend_exact`."""
-    check_exact(
-        query,
-        key,
-        value,
-        query_start,
-        scale,
-        softcap,
-        max_query_len,
-        recent_key,
-        recent_value,
-        lanes,
-        recent_lens,
-        out,
-        lse,
-    )
     tokens, num_heads, head_size = query.shape
     kv_heads, rows = key.shape[1], query_start.shape[0] - 1
-    if out is None:
-        out = query.new_empty((tokens, num_heads, head_size), dtype=torch.float32)
-    if lse is None:
-        lse = query.new_empty((tokens, num_heads), dtype=torch.float32)
+    out, lse = attention_outputs(query, head_size, out, lse)
     # Tokens behind the last row's belong to no program.
     out.zero_()
     lse.fill_(float("-inf"))
@@ -277,7 +255,7 @@ def attend_exact_triton(
             query_start,
             old_key,
             old_value,
-            query_start if lanes is None else lanes,
+            query_start if recent_slots is None else recent_slots,
             query_start if recent_lens is None else recent_lens,
             out,
             lse,
@@ -304,11 +282,11 @@ def attend_exact_triton(
     return out, lse
 
 
+@checked(check_merge)
 def merge_attention_triton(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.attend_exact.merge_attention`."""
-    check_merge(out_a, lse_a, out_b, lse_b, out)
     tokens, num_heads, head_size = out.shape
     pairs = tokens * num_heads
     if out.numel() == 0:

@@ -8,9 +8,16 @@ import math
 import torch
 from torch import Tensor
 
-from ..paging import FLOATS, INT32, check_separate, check_tensor
-
-FLOAT32 = (torch.float32,)
+from ..arguments import (
+    FLOAT32,
+    FLOATS,
+    INT32,
+    attention_outputs,
+    check_contiguous,
+    check_separate,
+    check_tensor,
+    checked,
+)
 
 
 def check_exact(
@@ -19,14 +26,15 @@ def check_exact(
     value: Tensor,
     query_start: Tensor,
     scale: float,
-    softcap: float,
+    *,
+    softcap: float = 0.0,
     max_query_len: int,
-    recent_key: Tensor | None,
-    recent_value: Tensor | None,
-    lanes: Tensor | None,
-    recent_lens: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor | None,
+    recent_key: Tensor | None = None,
+    recent_value: Tensor | None = None,
+    recent_slots: Tensor | None = None,
+    recent_lens: Tensor | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
     device = query.device
@@ -53,18 +61,18 @@ def check_exact(
     recent = {
         "recent_key": recent_key,
         "recent_value": recent_value,
-        "lanes": lanes,
+        "recent_slots": recent_slots,
         "recent_lens": recent_lens,
     }
     missing = [name for name, tensor in recent.items() if tensor is None]
     if len(missing) not in (0, 4):
-        raise ValueError(f"{missing[0]} must be given too: what is recent goes together.")
+        raise ValueError(f"{missing[0]} must be given with the other arguments of recent tokens.")
     if recent_key is not None and recent_value is not None:
-        assert lanes is not None and recent_lens is not None
-        shape: tuple[int | str, ...] = ("lanes", "size", kv_heads, head_size)
+        assert recent_slots is not None and recent_lens is not None
+        shape: tuple[int | str, ...] = ("num_slots", "size", kv_heads, head_size)
         check_tensor("recent_key", recent_key, dtype, shape, device)
         check_tensor("recent_value", recent_value, dtype, tuple(recent_key.shape), device)
-        check_tensor("lanes", lanes, (torch.int64,), (rows,), device)
+        check_tensor("recent_slots", recent_slots, (torch.int64,), (rows,), device)
         check_tensor("recent_lens", recent_lens, INT32, (rows,), device)
     for name, tensor, wanted in (
         ("out", out, (tokens, num_heads, head_size)),
@@ -73,9 +81,9 @@ def check_exact(
         if tensor is None:
             continue
         check_tensor(name, tensor, FLOAT32, wanted, device)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}.")
-    check_separate(out, {"query": query, "key": key, "value": value, **recent})
+        check_contiguous(name, tensor)
+    inputs = {"query": query, "key": key, "value": value, **recent}
+    check_separate("out", out, inputs)
 
 
 def check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor) -> None:
@@ -89,6 +97,7 @@ def check_merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out:
         check_tensor(name, tensor, FLOAT32, shape[:2], device)
 
 
+@checked(check_exact)
 def attend_exact_naive(
     query: Tensor,
     key: Tensor,
@@ -100,48 +109,29 @@ def attend_exact_naive(
     max_query_len: int,
     recent_key: Tensor | None = None,
     recent_value: Tensor | None = None,
-    lanes: Tensor | None = None,
+    recent_slots: Tensor | None = None,
     recent_lens: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`kvplug_kernels.attend_exact.attend_exact`, in float64."""
-    check_exact(
-        query,
-        key,
-        value,
-        query_start,
-        scale,
-        softcap,
-        max_query_len,
-        recent_key,
-        recent_value,
-        lanes,
-        recent_lens,
-        out,
-        lse,
-    )
-    tokens, num_heads, head_size = query.shape
-    kv_heads = key.shape[1]
-    if out is None:
-        out = query.new_empty((tokens, num_heads, head_size), dtype=torch.float32)
-    if lse is None:
-        lse = query.new_empty((tokens, num_heads), dtype=torch.float32)
+    num_heads, kv_heads = query.shape[1], key.shape[1]
+    out, lse = attention_outputs(query, query.shape[2], out, lse)
     out.zero_()
     lse.fill_(float("-inf"))
     starts = query_start.tolist()
     for r, (first, end) in enumerate(itertools.pairwise(starts)):
         before = 0
-        if recent_key is not None and lanes is not None and recent_lens is not None:
+        if recent_key is not None and recent_slots is not None and recent_lens is not None:
             before = min(max(int(recent_lens[r]), 0), recent_key.shape[1])
         for h in range(num_heads):
             head = h // (num_heads // kv_heads)
             keys, values = key[first:end, head].double(), value[first:end, head].double()
             if before and recent_key is not None and recent_value is not None:
-                assert lanes is not None
-                lane = int(lanes[r])
-                keys = torch.cat([recent_key[lane, :before, head].double(), keys])
-                values = torch.cat([recent_value[lane, :before, head].double(), values])
+                assert recent_slots is not None
+                slot = int(recent_slots[r])
+                keys = torch.cat([recent_key[slot, :before, head].double(), keys])
+                values = torch.cat([recent_value[slot, :before, head].double(), values])
             for token in range(first, end):
                 seen = before + token - first + 1
                 logits = keys[:seen] @ query[token, h].double() * scale
@@ -152,11 +142,11 @@ def attend_exact_naive(
     return out, lse
 
 
+@checked(check_merge)
 def merge_attention_naive(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.attend_exact.merge_attention`, in float64."""
-    check_merge(out_a, lse_a, out_b, lse_b, out)
     for t in range(out.shape[0]):
         for h in range(out.shape[1]):
             parts = [(out_a[t, h], lse_a[t, h]), (out_b[t, h], lse_b[t, h])]

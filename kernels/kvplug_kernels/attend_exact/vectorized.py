@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import attention_outputs, checked
 from ..paging import bucket_rows
 from .naive import check_exact, check_merge
 
@@ -14,6 +15,7 @@ KEYS_BYTES = 16 << 20
 """Keys, and as many values, that are gathered at a time; one row may need more."""
 
 
+@checked(check_exact)
 def attend_exact_vectorized(
     query: Tensor,
     key: Tensor,
@@ -25,32 +27,14 @@ def attend_exact_vectorized(
     max_query_len: int,
     recent_key: Tensor | None = None,
     recent_value: Tensor | None = None,
-    lanes: Tensor | None = None,
+    recent_slots: Tensor | None = None,
     recent_lens: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`kvplug_kernels.attend_exact.attend_exact`."""
-    check_exact(
-        query,
-        key,
-        value,
-        query_start,
-        scale,
-        softcap,
-        max_query_len,
-        recent_key,
-        recent_value,
-        lanes,
-        recent_lens,
-        out,
-        lse,
-    )
-    tokens, num_heads, head_size = query.shape
-    if out is None:
-        out = query.new_empty((tokens, num_heads, head_size), dtype=torch.float32)
-    if lse is None:
-        lse = query.new_empty((tokens, num_heads), dtype=torch.float32)
+    head_size = query.shape[2]
+    out, lse = attention_outputs(query, head_size, out, lse)
     out.zero_()
     lse.fill_(float("-inf"))
     starts = query_start.long()
@@ -60,17 +44,17 @@ def attend_exact_vectorized(
         recent = None
         before = 0
         if recent_key is not None and recent_value is not None:
-            assert lanes is not None and recent_lens is not None
+            assert recent_slots is not None and recent_lens is not None
             lens = recent_lens.long().clamp(0, recent_key.shape[1])
             before = int(lens[bucket].max())
-            recent = recent_key[:, :before], recent_value[:, :before], lanes, lens
+            recent = recent_key[:, :before], recent_value[:, :before], recent_slots, lens
         if width == 1 and before == 0:
             # A token alone sees itself: the value is the output.
             at = starts[bucket]
             _attend_alone(query, key, value, at, scale, softcap, out, lse)
             continue
-        held = (before + width) * key.shape[1] * head_size * 4
-        for rows in torch.split(bucket, max(1, KEYS_BYTES // max(held, 1))):
+        key_bytes = (before + width) * key.shape[1] * head_size * 4
+        for rows in torch.split(bucket, max(1, KEYS_BYTES // max(key_bytes, 1))):
             _attend_rows(
                 query, key, value, starts, widths, rows, width, recent, scale, softcap, out, lse
             )
@@ -122,13 +106,13 @@ def _attend_rows(
     before = 0
     first_seen = None
     if recent is not None and recent[0].shape[1] > 0:
-        old_key, old_value, lanes, lens = recent
+        old_key, old_value, recent_slots, lens = recent
         before = old_key.shape[1]
-        held = lens[rows]
-        lane = torch.where(held > 0, lanes[rows], 0)
-        beyond = torch.arange(before, device=query.device) >= held[:, None]
-        old_values = old_value[lane].float().masked_fill(beyond[..., None, None], 0.0)
-        keys = torch.cat([old_key[lane].float().transpose(1, 2), keys], 2)
+        n_recent = lens[rows]
+        slot = torch.where(n_recent > 0, recent_slots[rows], 0)
+        beyond = torch.arange(before, device=query.device) >= n_recent[:, None]
+        old_values = old_value[slot].float().masked_fill(beyond[..., None, None], 0.0)
+        keys = torch.cat([old_key[slot].float().transpose(1, 2), keys], 2)
         values = torch.cat([old_values.transpose(1, 2), values], 2)
         first_seen = beyond if bool(beyond.any()) else None
     grouped = (query[token].float() * scale).view(len(rows), width, kv_heads, group, head_size)
@@ -159,11 +143,11 @@ def _attend_rows(
         out[to], lse[to] = sums[own], total[own]
 
 
+@checked(check_merge)
 def merge_attention_vectorized(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.attend_exact.merge_attention`."""
-    check_merge(out_a, lse_a, out_b, lse_b, out)
     top = torch.maximum(lse_a, lse_b)
     top = torch.where(top == float("-inf"), 0.0, top)
     a, b = (lse_a - top).exp(), (lse_b - top).exp()

@@ -1,4 +1,4 @@
-"""How much attention the last queries of a request pay to each token it holds."""
+"""Attention that the last queries of a request pay to each of its resident tokens."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def attention_mass(
     """Sum the attention weights of an observation window over the keys of a paged cache.
 
     ``out[r, h, t]`` is the sum over the ``w`` queries of row ``r`` and query head ``h`` of the
-    softmax weight of held token ``t``: the score of SnapKV (arXiv 2404.14469) before pooling and,
-    with a growing window, of H2O (arXiv 2306.14048). Held token ``t`` of row ``r`` lies in the
-    slot ``(block_table[r, t // block_size], t % block_size)``; query head ``h`` reads the keys of
-    head ``h // (num_heads // kv_heads)``. A logit is ``scale * q . k``, or
-    ``softcap * tanh(scale * q . k / softcap)`` when ``softcap`` is positive.
+    softmax weight of resident token ``t``: the score of SnapKV (arXiv 2404.14469) before pooling
+    and, with a growing window, of H2O (arXiv 2306.14048). Resident token ``t`` of row ``r`` lies in
+    the slot ``(block_table[r, t // block_size], t % block_size)``; query head ``h`` reads the keys
+    of head ``h // (num_heads // kv_heads)``. A logit is ``scale * q . k``, or ``softcap *
+    tanh(scale * q . k / softcap)`` when ``softcap`` is positive.
 
     A key is visible to a query when its position is at most the query's. Without positions the
-    held order is the text order and the queries are the last ``w`` held tokens. A query of
+    stored order is the text order and the queries are the last ``w`` resident tokens. A query of
     negative position is padding; it contributes nothing, and neither does a query that sees no
-    key. The mass beyond the held tokens is 0.
+    key. The mass beyond the resident tokens is 0.
 
     The softmax is exact: the log-sum-exp of each query comes first, then the weights. Logits and
     sums are float32, whatever the cache stores; the CPU path holds at most 64 MB of logits at a
-    time and the GPU path none in memory. Lengths are cut to ``width * block_size`` and to
+    time and the GPU path none in memory. Lengths are clamped to ``width * block_size`` and to
     ``max_len``; the caller guarantees that the entries of the block table that hold a token are
     blocks, which is not checked on the device. Nothing synchronises with the host on CUDA, so
     with ``out`` given the call can be captured in a CUDA graph.
@@ -48,9 +48,9 @@ def attention_mass(
         key_cache: ``[num_blocks, kv_heads, block_size, head_size]`` of the dtype of ``query``,
             any strides with the last dimension contiguous.
         block_table: int32 ``[rows, width]``.
-        lens: int32 ``[rows]``, held tokens of each row.
+        lens: int32 ``[rows]``, resident tokens of each row.
         scale: factor of the logits, finite.
-        key_positions: int32 ``[rows, kv_heads, max_len]``, text position of each held token of
+        key_positions: int32 ``[rows, kv_heads, max_len]``, text position of each resident token of
             each head. Given with ``query_positions``.
         query_positions: int32 ``[rows, w]``, text position of each query.
         softcap: bound of the logits, 0 for none.

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import checked
+from ..tiles import cap_logits, load_tokens
 from .naive import check_arguments
 
 TILE_BYTES = 32768
@@ -18,56 +20,74 @@ MAX_WINDOW_TILE = {torch.float32: 16, torch.float16: 64, torch.bfloat16: 64}
 @triton.jit
 def _load_keys(
     key_cache,
-    p_table,
+    block_table,
+    key_positions,
+    i_r,
     i_h,
     o_t,
     m_t,
     stride_cb,
     stride_ch,
     stride_ct,
+    stride_br,
+    stride_kr,
+    stride_kh,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Keys of the held tokens ``o_t`` of one row and head, zero where ``m_t`` is not set."""
-    o_d = tl.arange(0, BLOCK_D)
-    i_b = tl.load(p_table + o_t // BLOCK_SIZE, mask=m_t, other=0).to(tl.int64)
-    p_key = (
-        key_cache + i_b * stride_cb + i_h * stride_ch + (o_t % BLOCK_SIZE).to(tl.int64) * stride_ct
+    """Keys of the resident tokens ``o_t`` of one row and head, zero where ``m_t`` is not set, and
+    their text positions."""
+    b_key = load_tokens(
+        key_cache,
+        block_table + i_r * stride_br,
+        i_h,
+        o_t,
+        m_t,
+        stride_cb,
+        stride_ch,
+        stride_ct,
+        BLOCK_SIZE,
+        HEAD_SIZE,
+        BLOCK_D,
     )
-    m_key = m_t[:, None] & (o_d < HEAD_SIZE)[None, :]
-    b_key = tl.load(p_key[:, None] + o_d[None, :], mask=m_key, other=0)
     if WIDEN:
         b_key = b_key.to(tl.float32)
-    return b_key
+    b_position = o_t
+    if key_positions is not None:
+        p_position = key_positions + i_r * stride_kr + i_h * stride_kh
+        b_position = tl.load(p_position + o_t, mask=m_t, other=0)
+    return b_key, b_position
 
 
 @triton.jit
-def _window(query_positions, i_r, o_w, n_held, stride_pr, W: tl.constexpr):
-    """Text position of each query of the window, and which of them are no padding."""
-    m_w = o_w < W
-    b_position = n_held - W + o_w
-    if query_positions is not None:
-        b_position = tl.load(query_positions + i_r * stride_pr + o_w, mask=m_w, other=-1)
-    return b_position, m_w & (b_position >= 0)
-
-
-@triton.jit
-def _logits(
+def _window_logits(
     b_key,
+    b_position,
+    m_t,
     p_query,
+    query_positions,
+    i_r,
     o_w,
-    m_q,
+    n_resident,
     stride_qw,
+    stride_pr,
     scale,
     softcap,
     SOFTCAP: tl.constexpr,
+    W: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Logits of a tile of keys against a tile of one head's queries, ``[keys, queries]``."""
+    """Logits ``[keys, queries]`` of a tile of keys against the queries ``o_w`` of one head's
+    window, which of them are visible, and which queries are no padding."""
+    m_w = o_w < W
+    b_seen_by = n_resident - W + o_w
+    if query_positions is not None:
+        b_seen_by = tl.load(query_positions + i_r * stride_pr + o_w, mask=m_w, other=-1)
+    m_q = m_w & (b_seen_by >= 0)
     o_d = tl.arange(0, BLOCK_D)
     m_query = (o_d < HEAD_SIZE)[:, None] & m_q[None, :]
     p_query = p_query + o_w[None, :].to(tl.int64) * stride_qw + o_d[:, None]
@@ -76,11 +96,9 @@ def _logits(
         b_query = b_query.to(tl.float32)
     b_logit = tl.dot(b_key, b_query, input_precision="ieee") * scale
     if SOFTCAP:
-        b_scaled = b_logit / softcap
-        b_decay = tl.exp(-2 * tl.abs(b_scaled))
-        b_tanh = (1 - b_decay) / (1 + b_decay)
-        b_logit = softcap * tl.where(b_scaled < 0, -b_tanh, b_tanh)
-    return b_logit
+        b_logit = cap_logits(b_logit, softcap)
+    m_seen = m_t[:, None] & m_q[None, :] & (b_position[:, None] <= b_seen_by[None, :])
+    return b_logit, m_seen, m_q
 
 
 @triton.jit
@@ -125,53 +143,59 @@ def tile_lse_kernel(
     WIDEN: tl.constexpr,
 ):
     """Each program holds one tile of keys of a row and head, and writes the log-sum-exp over it
-    of every query, ``[rows, n_tiles, heads, W]``. Tiles beyond the held tokens stay unwritten."""
+    of every query, ``[rows, n_tiles, heads, W]``. Tiles beyond the resident tokens stay
+    unwritten."""
     i_p = tl.program_id(0).to(tl.int64)
     i_t = tl.program_id(1)
     i_r, i_h = i_p // KV_HEADS, i_p % KV_HEADS
-    n_held = tl.minimum(tl.load(lens + i_r), limit)
-    if i_t * BLOCK_T < n_held:
+    n_resident = tl.minimum(tl.load(lens + i_r), limit)
+    if i_t * BLOCK_T < n_resident:
         o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-        m_t = o_t < n_held
-        b_key = _load_keys(
+        m_t = o_t < n_resident
+        b_key, b_position = _load_keys(
             key_cache,
-            block_table + i_r * stride_br,
+            block_table,
+            key_positions,
+            i_r,
             i_h,
             o_t,
             m_t,
             stride_cb,
             stride_ch,
             stride_ct,
+            stride_br,
+            stride_kr,
+            stride_kh,
             BLOCK_SIZE,
             HEAD_SIZE,
             BLOCK_D,
             WIDEN,
         )
-        b_position = o_t
-        if key_positions is not None:
-            p_position = key_positions + i_r * stride_kr + i_h * stride_kh
-            b_position = tl.load(p_position + o_t, mask=m_t, other=0)
         for i_g in range(GROUP):
             i_q = i_h * GROUP + i_g
             p_query = query + i_r * stride_qr + i_q * stride_qh
             p_lse = tile_lse + ((i_r * n_tiles + i_t) * (KV_HEADS * GROUP) + i_q) * W
             for i_w in range(0, W, BLOCK_W):
                 o_w = i_w + tl.arange(0, BLOCK_W)
-                b_seen_by, m_q = _window(query_positions, i_r, o_w, n_held, stride_pr, W)
-                b_logit = _logits(
+                b_logit, m_seen, _ = _window_logits(
                     b_key,
+                    b_position,
+                    m_t,
                     p_query,
+                    query_positions,
+                    i_r,
                     o_w,
-                    m_q,
+                    n_resident,
                     stride_qw,
+                    stride_pr,
                     scale,
                     softcap,
                     SOFTCAP,
+                    W,
                     HEAD_SIZE,
                     BLOCK_D,
                     WIDEN,
                 )
-                m_seen = m_t[:, None] & m_q[None, :] & (b_position[:, None] <= b_seen_by[None, :])
                 b_logit = tl.where(m_seen, b_logit, float("-inf"))
                 b_max = tl.max(b_logit, 0)
                 b_max = tl.where(b_max == float("-inf"), 0.0, b_max)
@@ -197,8 +221,8 @@ def merge_lse_kernel(
     i_r, i_b = i_p // n_blocks, i_p % n_blocks
     o_q = i_b * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m_q = o_q < N_QUERIES
-    n_held = tl.maximum(tl.minimum(tl.load(lens + i_r), limit), 0)
-    n_live = (n_held + BLOCK_T - 1) // BLOCK_T
+    n_resident = tl.maximum(tl.minimum(tl.load(lens + i_r), limit), 0)
+    n_live = (n_resident + BLOCK_T - 1) // BLOCK_T
     b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
     for i_n in range(0, n_live, BLOCK_N):
@@ -255,30 +279,31 @@ def mass_kernel(
     i_p = tl.program_id(0).to(tl.int64)
     i_t = tl.program_id(1)
     i_r, i_h = i_p // KV_HEADS, i_p % KV_HEADS
-    n_held = tl.minimum(tl.load(lens + i_r), limit)
+    n_resident = tl.minimum(tl.load(lens + i_r), limit)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     m_out = o_t < max_len
     p_out = out + i_r * stride_or + o_t
-    if i_t * BLOCK_T < n_held:
-        m_t = o_t < n_held
-        b_key = _load_keys(
+    if i_t * BLOCK_T < n_resident:
+        m_t = o_t < n_resident
+        b_key, b_position = _load_keys(
             key_cache,
-            block_table + i_r * stride_br,
+            block_table,
+            key_positions,
+            i_r,
             i_h,
             o_t,
             m_t,
             stride_cb,
             stride_ch,
             stride_ct,
+            stride_br,
+            stride_kr,
+            stride_kh,
             BLOCK_SIZE,
             HEAD_SIZE,
             BLOCK_D,
             WIDEN,
         )
-        b_position = o_t
-        if key_positions is not None:
-            p_position = key_positions + i_r * stride_kr + i_h * stride_kh
-            b_position = tl.load(p_position + o_t, mask=m_t, other=0)
         for i_g in range(GROUP):
             i_q = i_h * GROUP + i_g
             p_query = query + i_r * stride_qr + i_q * stride_qh
@@ -286,21 +311,25 @@ def mass_kernel(
             b_mass = tl.zeros([BLOCK_T], tl.float32)
             for i_w in range(0, W, BLOCK_W):
                 o_w = i_w + tl.arange(0, BLOCK_W)
-                b_seen_by, m_q = _window(query_positions, i_r, o_w, n_held, stride_pr, W)
-                b_logit = _logits(
+                b_logit, m_seen, m_q = _window_logits(
                     b_key,
+                    b_position,
+                    m_t,
                     p_query,
+                    query_positions,
+                    i_r,
                     o_w,
-                    m_q,
+                    n_resident,
                     stride_qw,
+                    stride_pr,
                     scale,
                     softcap,
                     SOFTCAP,
+                    W,
                     HEAD_SIZE,
                     BLOCK_D,
                     WIDEN,
                 )
-                m_seen = m_t[:, None] & m_q[None, :] & (b_position[:, None] <= b_seen_by[None, :])
                 b_lse = tl.load(p_lse + o_w, mask=m_q, other=0)
                 # Only queries that see nothing have -inf, and none of their keys is seen.
                 b_lse = tl.where(b_lse == float("-inf"), 0.0, b_lse)
@@ -313,6 +342,7 @@ def mass_kernel(
             tl.store(p_out + i_q * stride_oh, tl.zeros([BLOCK_T], tl.float32), mask=m_out)
 
 
+@checked(check_arguments)
 def attention_mass_triton(
     query: Tensor,
     key_cache: Tensor,
@@ -326,17 +356,6 @@ def attention_mass_triton(
     out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.attention_mass.attention_mass`."""
-    check_arguments(
-        query,
-        key_cache,
-        block_table,
-        lens,
-        scale,
-        key_positions,
-        query_positions,
-        softcap,
-        out,
-    )
     rows, w, num_heads, head_size = query.shape
     _, kv_heads, block_size, _ = key_cache.shape
     capacity = block_table.shape[1] * block_size

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..paging import INT32, check_pages, check_separate, check_tensor
+from ..arguments import FLOAT32, INT32, check_separate, check_tensor, checked
+from ..paging import check_pages
 
 
 def check_arguments(
@@ -16,10 +17,11 @@ def check_arguments(
     block_table: Tensor,
     lens: Tensor,
     scale: float,
-    key_positions: Tensor | None,
-    query_positions: Tensor | None,
-    softcap: float,
-    out: Tensor | None,
+    *,
+    key_positions: Tensor | None = None,
+    query_positions: Tensor | None = None,
+    softcap: float = 0.0,
+    out: Tensor | None = None,
 ) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
     device = key_cache.device
@@ -39,11 +41,13 @@ def check_arguments(
     if not (math.isfinite(softcap) and softcap >= 0):
         raise ValueError(f"softcap must be finite and at least 0, got {softcap}.")
     if out is not None:
-        check_tensor("out", out, (torch.float32,), (rows, num_heads, "max_len"), device)
+        check_tensor("out", out, FLOAT32, (rows, num_heads, "max_len"), device)
     max_len = block_table.shape[1] * block_size if out is None else out.shape[2]
     if (key_positions is None) != (query_positions is None):
         missing = "key_positions" if key_positions is None else "query_positions"
-        raise ValueError(f"{missing} must be given too: positions go together.")
+        raise ValueError(
+            f"{missing} must be given too: key_positions and query_positions go together."
+        )
     if key_positions is not None and query_positions is not None:
         key_shape = (rows, kv_heads, max_len)
         check_tensor("key_positions", key_positions, INT32, key_shape, device)
@@ -56,9 +60,10 @@ def check_arguments(
         "key_positions": key_positions,
         "query_positions": query_positions,
     }
-    check_separate(out, inputs)
+    check_separate("out", out, inputs)
 
 
+@checked(check_arguments)
 def attention_mass_naive(
     query: Tensor,
     key_cache: Tensor,
@@ -72,17 +77,6 @@ def attention_mass_naive(
     out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.attention_mass.attention_mass`, in float64."""
-    check_arguments(
-        query,
-        key_cache,
-        block_table,
-        lens,
-        scale,
-        key_positions,
-        query_positions,
-        softcap,
-        out,
-    )
     rows, w, num_heads, _ = query.shape
     _, kv_heads, block_size, _ = key_cache.shape
     capacity = block_table.shape[1] * block_size

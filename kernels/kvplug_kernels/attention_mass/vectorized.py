@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..paging import batches, gather_held, live_table
+from ..arguments import checked
+from ..paging import batches, gather_resident, live_table
 from .naive import check_arguments
 
 LOGITS_BYTES = 4 << 20
 KEYS_BYTES = 4 << 20
 
 
+@checked(check_arguments)
 def attention_mass_vectorized(
     query: Tensor,
     key_cache: Tensor,
@@ -25,32 +27,23 @@ def attention_mass_vectorized(
     out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.attention_mass.attention_mass`."""
-    check_arguments(
-        query,
-        key_cache,
-        block_table,
-        lens,
-        scale,
-        key_positions,
-        query_positions,
-        softcap,
-        out,
-    )
     rows, w, num_heads, head_size = query.shape
     _, kv_heads, block_size, _ = key_cache.shape
     group = num_heads // kv_heads
     capacity = block_table.shape[1] * block_size
     if out is None:
         out = query.new_empty((rows, num_heads, capacity), dtype=torch.float32)
-    n_held = lens.clamp(0, min(capacity, out.shape[2])).long()
-    longest = int(n_held.max()) if rows > 0 else 0
+    n_resident = lens.clamp(0, min(capacity, out.shape[2])).long()
+    longest = int(n_resident.max()) if rows > 0 else 0
     out.zero_()
     if longest == 0 or w == 0:
         return out
-    table = live_table(block_table, n_held, block_size)
+    table = live_table(block_table, n_resident, block_size)
     grouped_out = out.view(rows, kv_heads, group, out.shape[2])
     offset = torch.arange(w, device=query.device)
-    q_position = n_held[:, None] - w + offset if query_positions is None else query_positions.long()
+    q_position = (
+        n_resident[:, None] - w + offset if query_positions is None else query_positions.long()
+    )
     scaled = query.permute(0, 2, 1, 3).float() * scale
     scaled = scaled.view(rows, kv_heads, group, w, head_size)
 
@@ -61,13 +54,13 @@ def attention_mass_vectorized(
     group_step = min(max(LOGITS_BYTES // (w * longest * 4), 1), group)
     w_step = min(max(LOGITS_BYTES // (longest * 4), 1), w)
     for in_rows, in_heads in batches(rows, kv_heads, at_once):
-        held = n_held[in_rows]
-        n = int(held.max())
+        resident = n_resident[in_rows]
+        n = int(resident.max())
         if n == 0:
             continue
-        keys = gather_held(key_cache[:, in_heads], table[in_rows], n).float()
+        keys = gather_resident(key_cache[:, in_heads], table[in_rows], n).float()
         token = torch.arange(n, device=query.device)
-        beyond = (token >= held[:, None])[:, None]
+        beyond = (token >= resident[:, None])[:, None]
         position = token.expand(*keys.shape[:3])
         if key_positions is not None:
             position = key_positions[in_rows, in_heads, :n].long()

@@ -21,7 +21,7 @@ def compact_block_table(
     out_table: Tensor | None = None,
     out_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compact the live entries of a block table, whole batch in one launch.
+    """Compact the live entries of a block table, the whole batch in one launch.
 
     Output row ``r`` is read from row ``rows[r]`` of ``block_table`` (row ``r`` without
     ``rows``). Its live entries are the first ``ceil(seq_lens[r] / block_size)``, clipped to

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import checked
 from .naive import check_arguments
 
 MAX_CHUNK = 1024
@@ -63,6 +64,7 @@ def compact_block_table_kernel(
     tl.store(out_lens + i_r, (b_len - n_dropped * block_size).to(tl.int32))
 
 
+@checked(check_arguments)
 def compact_block_table_triton(
     block_table: Tensor,
     seq_lens: Tensor,
@@ -76,9 +78,6 @@ def compact_block_table_triton(
     out_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`kvplug_kernels.compact_block_table.compact_block_table`."""
-    check_arguments(
-        block_table, seq_lens, block_size, rows, gap_start, gap_end, null_block, out_table, out_lens
-    )
     n_rows, width = seq_lens.shape[0], block_table.shape[1]
     if out_table is None:
         out_table = block_table.new_empty((n_rows, width))

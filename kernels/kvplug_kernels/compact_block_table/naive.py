@@ -5,60 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def _check_tensor(
-    name: str, tensor: Tensor, ndim: int, dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> None:
-    if tensor.dtype not in dtypes:
-        allowed = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{name} must have dtype {allowed}, got {tensor.dtype}.")
-    if tensor.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {tuple(tensor.shape)}.")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like block_table, got {tensor.device}.")
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(
-            f"{name} must be contiguous in its last dimension, got strides {tensor.stride()}."
-        )
+from ..arguments import INT32, INTEGERS, check_separate, check_tensor, checked
 
 
 def check_arguments(
     block_table: Tensor,
     seq_lens: Tensor,
     block_size: int,
-    rows: Tensor | None,
-    gap_start: Tensor | None,
-    gap_end: Tensor | None,
-    null_block: int,
-    out_table: Tensor | None,
-    out_lens: Tensor | None,
+    *,
+    rows: Tensor | None = None,
+    gap_start: Tensor | None = None,
+    gap_end: Tensor | None = None,
+    null_block: int = 0,
+    out_table: Tensor | None = None,
+    out_lens: Tensor | None = None,
 ) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
     device = block_table.device
-    int32 = (torch.int32,)
     if block_size < 1:
         raise ValueError(f"block_size must be at least 1, got {block_size}.")
     if not -(2**31) <= null_block < 2**31:
         raise ValueError(f"null_block must fit int32, got {null_block}.")
-    _check_tensor("block_table", block_table, 2, int32, device)
-    _check_tensor("seq_lens", seq_lens, 1, int32, device)
+    check_tensor("block_table", block_table, INT32, ("S", "W"), device)
     n_source, width = block_table.shape
+    check_tensor("seq_lens", seq_lens, INT32, ("R" if rows is not None else n_source,), device)
     n_rows = seq_lens.shape[0]
-    if rows is None:
-        if n_source != n_rows:
-            raise ValueError(
-                f"seq_lens must have one entry per row of block_table when rows is not given, "
-                f"got {n_rows} for {n_source} rows."
-            )
-    else:
-        _check_tensor("rows", rows, 1, (torch.int32, torch.int64), device)
+    if rows is not None:
+        check_tensor("rows", rows, INTEGERS, (n_rows,), device)
     if (gap_start is None) != (gap_end is None):
         missing = "gap_start" if gap_start is None else "gap_end"
-        raise ValueError(f"gap_start and gap_end go together, but {missing} was not given.")
+        raise ValueError(f"{missing} must be given too: gap_start and gap_end go together.")
     if gap_start is not None and gap_end is not None:
-        _check_tensor("gap_start", gap_start, 1, int32, device)
-        _check_tensor("gap_end", gap_end, 1, int32, device)
-
+        check_tensor("gap_start", gap_start, INT32, (n_rows,), device)
+        check_tensor("gap_end", gap_end, INT32, (n_rows,), device)
     inputs = {
         "block_table": block_table,
         "seq_lens": seq_lens,
@@ -66,40 +45,23 @@ def check_arguments(
         "gap_start": gap_start,
         "gap_end": gap_end,
     }
-    for name in ("rows", "gap_start", "gap_end"):
-        tensor = inputs[name]
-        if tensor is not None and tensor.shape[0] != n_rows:
-            raise ValueError(
-                f"{name} must have one entry per entry of seq_lens ({n_rows}), "
-                f"got {tensor.shape[0]}."
-            )
-
     if out_table is not None:
-        _check_tensor("out_table", out_table, 2, int32, device)
+        check_tensor("out_table", out_table, INT32, (">=R", ">=W"), device)
         if out_table.shape[0] < n_rows or out_table.shape[1] < width:
             raise ValueError(
-                f"out_table must be at least {n_rows} x {width}, "
-                f"got shape {tuple(out_table.shape)}."
+                f"out_table must be at least {n_rows} x {width}, got {tuple(out_table.shape)}."
             )
+        check_separate("out_table", out_table, inputs)
     if out_lens is not None:
-        _check_tensor("out_lens", out_lens, 1, int32, device)
+        check_tensor("out_lens", out_lens, INT32, (">=R",), device)
         if out_lens.shape[0] < n_rows:
             raise ValueError(
                 f"out_lens must have at least {n_rows} entries, got {out_lens.shape[0]}."
             )
-    for out_name, out in (("out_table", out_table), ("out_lens", out_lens)):
-        if out is None or out.numel() == 0:
-            continue
-        for name, tensor in (*inputs.items(), ("out_table", out_table)):
-            if (
-                tensor is not None
-                and name != out_name
-                and tensor.numel() > 0
-                and tensor.data_ptr() == out.data_ptr()
-            ):
-                raise ValueError(f"{out_name} must not share memory with {name}.")
+        check_separate("out_lens", out_lens, {**inputs, "out_table": out_table})
 
 
+@checked(check_arguments)
 def compact_block_table_naive(
     block_table: Tensor,
     seq_lens: Tensor,
@@ -113,9 +75,6 @@ def compact_block_table_naive(
     out_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`kvplug_kernels.compact_block_table.compact_block_table`."""
-    check_arguments(
-        block_table, seq_lens, block_size, rows, gap_start, gap_end, null_block, out_table, out_lens
-    )
     n_rows, width = seq_lens.shape[0], block_table.shape[1]
     source = list(range(n_rows)) if rows is None else rows.tolist()
     starts = [0] * n_rows if gap_start is None else gap_start.tolist()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from .naive import check_arguments
 
 
+@checked(check_arguments)
 def compact_block_table_vectorized(
     block_table: Tensor,
     seq_lens: Tensor,
@@ -21,9 +23,6 @@ def compact_block_table_vectorized(
     out_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`kvplug_kernels.compact_block_table.compact_block_table`."""
-    check_arguments(
-        block_table, seq_lens, block_size, rows, gap_start, gap_end, null_block, out_table, out_lens
-    )
     n_rows, width = seq_lens.shape[0], block_table.shape[1]
     if out_table is None:
         out_table = block_table.new_empty((n_rows, width))

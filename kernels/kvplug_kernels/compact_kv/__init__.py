@@ -12,7 +12,7 @@ __all__ = ["compact_kv", "plan_moves"]
 
 
 def plan_moves(keep: Tensor, count: int, *, out: Tensor | None = None) -> Tensor:
-    """Say which held token each of the first ``count`` slots takes.
+    """Plan which resident token each of the first ``count`` slots takes.
 
     A kept token that lies below ``count`` stays. The others fill, in ascending order, the slots
     below ``count`` whose tokens are not kept, in ascending order. So sources lie at or above
@@ -21,13 +21,13 @@ def plan_moves(keep: Tensor, count: int, *, out: Tensor | None = None) -> Tensor
     a CUDA graph.
 
     Args:
-        keep: int32 ``[rows, kv_heads, count]``, indices of the held tokens to keep, ascending and
-            distinct along the last dimension, which is contiguous.
+        keep: int32 ``[rows, kv_heads, count]``, indices of the resident tokens to keep, ascending
+            and distinct along the last dimension, which is contiguous.
         count: tokens to keep.
         out: int32 ``[rows, kv_heads, count]``, last dimension contiguous.
 
     Returns:
-        ``out``, or a new contiguous tensor of that shape: the index of the held token that slot
+        ``out``, or a new contiguous tensor of that shape: the index of the resident token that slot
         ``j`` takes, ``j`` where its own stays.
 
     Raises:
@@ -52,7 +52,7 @@ def compact_kv(
     """Move the kept tokens of every row and head into its first ``count`` slots, bit exact.
 
     Slot ``j`` of row ``r`` is ``(block_table[r, j // block_size], j % block_size)``. After the
-    call it holds, in each head ``h``, the token that held index ``source[r, h, j]`` had before,
+    call it holds, in each head ``h``, the token that had index ``source[r, h, j]`` before,
     where ``source`` is :func:`plan_moves` of ``keep``. Slots from ``count`` on and everything else
     in the caches stay as they were. One launch plans and one launch moves for each cache.
 
@@ -66,8 +66,8 @@ def compact_kv(
             or 8 bytes: pages of keys, of values, or data kept for each slot such as positions.
             The first three dimensions have any strides, the content is contiguous.
         block_table: int32 ``[rows, width]``.
-        keep: int32 ``[rows, kv_heads, count]``, indices of the held tokens to keep, ascending and
-            distinct along the last dimension.
+        keep: int32 ``[rows, kv_heads, count]``, indices of the resident tokens to keep, ascending
+            and distinct along the last dimension.
         count: tokens to keep, at most ``width * block_size``.
         out: int32 ``[rows, kv_heads, count]``, last dimension contiguous.
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import checked
 from .naive import as_word_pages, check_arguments, check_plan_arguments
 
 TILE_BYTES = 8192
@@ -17,7 +18,7 @@ MAX_CHUNK = 1024
 
 @triton.jit
 def _lower_bound(p_sorted, n, b_value, STEPS: tl.constexpr):
-    """How many of the ``n`` ascending integers lie below each value."""
+    """Count of the ``n`` ascending integers that lie below each value."""
     b_low = b_value * 0
     b_high = b_low + n
     for _ in range(STEPS):
@@ -98,9 +99,9 @@ def move_kernel(
         tl.store(p_to[:, None] + o_c[None, :], b_content, mask=m_c)
 
 
+@checked(check_plan_arguments)
 def plan_moves_triton(keep: Tensor, count: int, *, out: Tensor | None = None) -> Tensor:
     """Same contract as :func:`kvplug_kernels.compact_kv.plan_moves`."""
-    check_plan_arguments(keep, count, out)
     if out is None:
         out = torch.empty_like(keep, memory_format=torch.contiguous_format)
     rows, heads, _ = keep.shape
@@ -122,6 +123,7 @@ def plan_moves_triton(keep: Tensor, count: int, *, out: Tensor | None = None) ->
     return out
 
 
+@checked(check_arguments)
 def compact_kv_triton(
     caches: Sequence[Tensor],
     block_table: Tensor,
@@ -131,7 +133,6 @@ def compact_kv_triton(
     out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.compact_kv.compact_kv`."""
-    check_arguments(caches, block_table, keep, count, out)
     source = plan_moves_triton(keep, count, out=out)
     rows, heads, _ = keep.shape
     for cache in caches:

@@ -7,24 +7,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..paging import INT32, check_separate, check_tensor
+from ..arguments import INT32, check_separate, check_tensor, checked
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_plan_arguments(keep: Tensor, count: int, out: Tensor | None) -> None:
+def check_plan_arguments(keep: Tensor, count: int, *, out: Tensor | None = None) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
     check_tensor("keep", keep, INT32, ("rows", "kv_heads", count), keep.device)
     if out is not None:
         check_tensor("out", out, INT32, tuple(keep.shape), keep.device)
-    check_separate(out, {"keep": keep})
+    check_separate("out", out, {"keep": keep})
 
 
 def check_arguments(
-    caches: Sequence[Tensor], block_table: Tensor, keep: Tensor, count: int, out: Tensor | None
+    caches: Sequence[Tensor],
+    block_table: Tensor,
+    keep: Tensor,
+    *,
+    count: int,
+    out: Tensor | None = None,
 ) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
-    check_plan_arguments(keep, count, out)
+    check_plan_arguments(keep, count, out=out)
     rows, kv_heads, _ = keep.shape
     check_tensor("block_table", block_table, INT32, (rows, "width"), keep.device)
     inputs = {"keep": keep, "block_table": block_table}
@@ -40,7 +45,7 @@ def check_arguments(
             )
         if cache.device != keep.device:
             raise ValueError(
-                f"{name} must be on {keep.device} like the others, got {cache.device}."
+                f"{name} must be on {keep.device} like the other tensors, got {cache.device}."
             )
         dense = 1
         for size, stride in zip(reversed(cache.shape[3:]), reversed(cache.stride()), strict=False):
@@ -50,13 +55,13 @@ def check_arguments(
                     f"got strides {cache.stride()}."
                 )
             dense *= size
-        held = block_table.shape[1] * cache.shape[2]
-        if count > held:
+        capacity = block_table.shape[1] * cache.shape[2]
+        if count > capacity:
             raise ValueError(
-                f"count must be at most the {held} slots of a row of block_table in {name}, "
+                f"count must be at most the {capacity} slots of a row of block_table in {name}, "
                 f"got {count}."
             )
-    check_separate(out, inputs)
+    check_separate("out", out, inputs)
 
 
 def as_word_pages(cache: Tensor) -> Tensor:
@@ -67,9 +72,9 @@ def as_word_pages(cache: Tensor) -> Tensor:
     return words.as_strided((*words.shape[:3], content), (*words.stride()[:3], 1))
 
 
+@checked(check_plan_arguments)
 def plan_moves_naive(keep: Tensor, count: int, *, out: Tensor | None = None) -> Tensor:
     """Same contract as :func:`kvplug_kernels.compact_kv.plan_moves`."""
-    check_plan_arguments(keep, count, out)
     if out is None:
         out = torch.empty_like(keep, memory_format=torch.contiguous_format)
     for r in range(keep.shape[0]):
@@ -82,6 +87,7 @@ def plan_moves_naive(keep: Tensor, count: int, *, out: Tensor | None = None) -> 
     return out
 
 
+@checked(check_arguments)
 def compact_kv_naive(
     caches: Sequence[Tensor],
     block_table: Tensor,
@@ -91,7 +97,6 @@ def compact_kv_naive(
     out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.compact_kv.compact_kv`."""
-    check_arguments(caches, block_table, keep, count, out)
     source = plan_moves_naive(keep, count, out=out)
     for cache in caches:
         pages = as_word_pages(cache)

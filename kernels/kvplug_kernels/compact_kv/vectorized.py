@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..paging import as_runs
 from .naive import as_word_pages, check_arguments, check_plan_arguments
 
 MOVED_BYTES = 16 << 20
 
 
+@checked(check_plan_arguments)
 def plan_moves_vectorized(keep: Tensor, count: int, *, out: Tensor | None = None) -> Tensor:
     """Same contract as :func:`kvplug_kernels.compact_kv.plan_moves`."""
-    check_plan_arguments(keep, count, out)
     if out is None:
         out = torch.empty_like(keep, memory_format=torch.contiguous_format)
     if out.numel() == 0:
@@ -42,6 +43,7 @@ def _as_widest_words(runs: Tensor) -> Tensor:
     return runs
 
 
+@checked(check_arguments)
 def compact_kv_vectorized(
     caches: Sequence[Tensor],
     block_table: Tensor,
@@ -51,7 +53,6 @@ def compact_kv_vectorized(
     out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.compact_kv.compact_kv`."""
-    check_arguments(caches, block_table, keep, count, out)
     source = plan_moves_vectorized(keep, count, out=out)
     slot = torch.arange(count, dtype=torch.int32, device=keep.device)
     row, head, target = (source != slot).nonzero(as_tuple=True)

@@ -29,7 +29,7 @@ def hadamard(
         x: float32, float16 or bfloat16 ``[..., d]``, any strides with the last dimension
             contiguous.
         signs: float32 ``[d]`` of 1 and -1; None for 1.
-        inverse: Whether to rotate back.
+        inverse: Rotate back.
         out: The shape of ``x``, of its dtype or float32, last dimension contiguous. It may be
             ``x`` itself.
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import checked
 from .naive import block_width, check_arguments
 
 LOW = 64
@@ -85,11 +86,11 @@ def _as_heads(x: Tensor) -> Tensor:
     return x.flatten(0, -3)
 
 
+@checked(check_arguments)
 def hadamard_triton(
     x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, out: Tensor | None = None
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.hadamard.hadamard`."""
-    check_arguments(x, signs, out)
     if out is None:
         out = x.new_empty(x.shape)
     if x.numel() == 0:

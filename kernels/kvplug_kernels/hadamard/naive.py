@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import FLOAT32, FLOATS, check_tensor, checked
 from ..coding import unflatten
-from ..paging import FLOATS, check_tensor
 
 MIN_BLOCK = 16
 """Narrower blocks mix too few elements to be of use."""
@@ -26,7 +26,9 @@ def block_width(d: int) -> int:
     return width
 
 
-def check_arguments(x: Tensor, signs: Tensor | None, out: Tensor | None) -> None:
+def check_arguments(
+    x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, out: Tensor | None = None
+) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
     if x.ndim < 1:
         raise ValueError(f"x must have a last dimension, got shape {tuple(x.shape)}.")
@@ -34,16 +36,16 @@ def check_arguments(x: Tensor, signs: Tensor | None, out: Tensor | None) -> None
     d = x.shape[-1]
     block_width(d)
     if signs is not None:
-        check_tensor("signs", signs, (torch.float32,), (d,), x.device)
+        check_tensor("signs", signs, FLOAT32, (d,), x.device)
     if out is not None:
         check_tensor("out", out, (x.dtype, torch.float32), tuple(x.shape), x.device)
 
 
+@checked(check_arguments)
 def hadamard_naive(
     x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, out: Tensor | None = None
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.hadamard.hadamard`, by the definition, in float64."""
-    check_arguments(x, signs, out)
     d = x.shape[-1]
     block = block_width(d)
     flips = x.new_ones(d, dtype=torch.float64) if signs is None else signs.double()

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..coding import unflatten
 from .naive import block_width, check_arguments
 
@@ -20,12 +21,12 @@ def _matrix(block: int, device: torch.device) -> Tensor:
     return h
 
 
+@checked(check_arguments)
 def hadamard_vectorized(
     x: Tensor, signs: Tensor | None = None, *, inverse: bool = False, out: Tensor | None = None
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.hadamard.hadamard`, as one matrix product: up to 256
     elements that is faster on a CPU than a butterfly's passes over memory."""
-    check_arguments(x, signs, out)
     if out is None:
         out = x.new_empty(x.shape)
     block = block_width(x.shape[-1])

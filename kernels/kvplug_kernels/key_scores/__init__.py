@@ -1,4 +1,4 @@
-"""Scores of held tokens from their keys and values alone."""
+"""Scores of resident tokens from their keys and values alone."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def key_scores(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Score every held token of a paged cache by norm and by likeness, for each head.
+    """Score every resident token of a paged cache by norm and by cosine similarity, per head.
 
-    ``out[score, r, h, t]`` is, for held token ``t`` of row ``r`` in the slot
+    ``out[score, r, h, t]`` is, for resident token ``t`` of row ``r`` in the slot
     ``(block_table[r, t // block_size], t % block_size)``:
 
     - ``KEY_NORM`` and ``VALUE_NORM``: the L2 norm of its key and of its value (arXiv 2406.11430);
-    - ``KEY_TO_MEAN``: the cosine between its key and the mean of the row's held keys, each
+    - ``KEY_TO_MEAN``: the cosine between its key and the mean of the row's resident keys, each
       divided by its norm first (the anchor of KeyDiff, arXiv 2504.15364);
-    - ``KEY_TO_PREVIOUS``: the cosine between its key and that of held token ``t - 1``, 0 for the
-      first.
+    - ``KEY_TO_PREVIOUS``: the cosine between its key and that of resident token ``t - 1``, 0 for
+      the first.
 
-    A cosine with a vector of norm 0 is 0, and so is every score beyond the held tokens. Sums are
-    float32, whatever the cache stores, and taken in an order that depends on the shapes alone.
-    Lengths are cut to ``width * block_size`` and to ``max_len``; the caller guarantees that the
+    A cosine with a vector of norm 0 is 0, and so is every score beyond the resident tokens. Sums
+    are float32, whatever the cache stores, and taken in an order that depends on the shapes alone.
+    Lengths are clamped to ``width * block_size`` and to ``max_len``; the caller guarantees that the
     entries of the block table that hold a token are blocks, which is not checked on the device.
-    Nothing synchronises with the host on CUDA, so with ``out`` given the call can be captured in
-    a CUDA graph.
+    Nothing synchronises with the host on CUDA, so with ``out`` given the call can be captured in a
+    CUDA graph.
 
     Args:
         key_cache: float32, float16 or bfloat16 ``[num_blocks, kv_heads, block_size, head_size]``,
@@ -42,7 +42,7 @@ def key_scores(
         value_cache: the same for values, of the dtype of ``key_cache``; its head size and strides
             may differ.
         block_table: int32 ``[rows, width]``.
-        lens: int32 ``[rows]``, held tokens of each row.
+        lens: int32 ``[rows]``, resident tokens of each row.
         out: float32 ``[4, rows, kv_heads, max_len]``, last dimension contiguous. ``max_len`` is
             ``width * block_size`` without it.
 

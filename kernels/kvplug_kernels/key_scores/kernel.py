@@ -1,4 +1,5 @@
-"""Key scores as three Triton launches: what a tile knows, the anchor, likeness to the anchor."""
+"""Key scores as three Triton launches: scores within a tile, the anchor, similarity to the
+anchor."""
 
 from __future__ import annotations
 
@@ -7,32 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import checked
+from ..tiles import load_tokens
 from .naive import KEY_NORM, KEY_TO_MEAN, KEY_TO_PREVIOUS, VALUE_NORM, check_arguments
 
 TILE_ELEMENTS = 8192
 MAX_TILE = 64
-
-
-@triton.jit
-def _load_tokens(
-    cache,
-    p_table,
-    i_h,
-    o_t,
-    m_t,
-    stride_b,
-    stride_h,
-    stride_t,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Vectors of the held tokens ``o_t`` in float32, zero where ``m_t`` is not set."""
-    o_d = tl.arange(0, BLOCK_D)
-    i_b = tl.load(p_table + o_t // BLOCK_SIZE, mask=m_t, other=0).to(tl.int64)
-    p_token = cache + i_b * stride_b + i_h * stride_h + (o_t % BLOCK_SIZE).to(tl.int64) * stride_t
-    m_token = m_t[:, None] & (o_d < HEAD_SIZE)[None, :]
-    return tl.load(p_token[:, None] + o_d[None, :], mask=m_token, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -75,17 +56,17 @@ def tile_scores_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Each program scores one tile of tokens of a row and head, all but likeness to the anchor,
+    """Each program scores one tile of tokens of a row and head, all but similarity to the anchor,
     and writes the sum of the tile's unit keys, ``[rows * heads, n_tiles, HEAD_SIZE]``."""
     i_p = tl.program_id(0).to(tl.int64)
     i_t = tl.program_id(1)
     i_r, i_h = i_p // KV_HEADS, i_p % KV_HEADS
-    n_held = tl.minimum(tl.load(lens + i_r), limit)
+    n_resident = tl.minimum(tl.load(lens + i_r), limit)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_d = tl.arange(0, BLOCK_D)
-    m_t = o_t < n_held
+    m_t = o_t < n_resident
     p_table = block_table + i_r * stride_br
-    b_key = _load_tokens(
+    b_key = load_tokens(
         key_cache,
         p_table,
         i_h,
@@ -97,12 +78,12 @@ def tile_scores_kernel(
         BLOCK_SIZE,
         HEAD_SIZE,
         BLOCK_D,
-    )
+    ).to(tl.float32)
     b_unit, b_key_norm = _unit(b_key)
-    if i_t * BLOCK_T < n_held:
+    if i_t * BLOCK_T < n_resident:
         p_sum = tile_sum + (i_p * n_tiles + i_t) * HEAD_SIZE + o_d
         tl.store(p_sum, tl.sum(b_unit, 0), mask=o_d < HEAD_SIZE)
-    b_previous = _load_tokens(
+    b_previous = load_tokens(
         key_cache,
         p_table,
         i_h,
@@ -114,9 +95,9 @@ def tile_scores_kernel(
         BLOCK_SIZE,
         HEAD_SIZE,
         BLOCK_D,
-    )
+    ).to(tl.float32)
     b_unit_previous, _ = _unit(b_previous)
-    b_value = _load_tokens(
+    b_value = load_tokens(
         value_cache,
         p_table,
         i_h,
@@ -128,14 +109,14 @@ def tile_scores_kernel(
         BLOCK_SIZE,
         VALUE_SIZE,
         BLOCK_V,
-    )
+    ).to(tl.float32)
     b_value_norm = tl.sqrt(tl.sum(b_value * b_value, 1))
     p_out = out + i_r * stride_or + i_h * stride_oh + o_t
     m_out = o_t < max_len
-    b_likeness = tl.sum(b_unit * b_unit_previous, 1)
+    b_similarity = tl.sum(b_unit * b_unit_previous, 1)
     tl.store(p_out + tl.full([], KEY_NORM, tl.int64) * stride_os, b_key_norm, mask=m_out)
     tl.store(p_out + tl.full([], VALUE_NORM, tl.int64) * stride_os, b_value_norm, mask=m_out)
-    tl.store(p_out + tl.full([], KEY_TO_PREVIOUS, tl.int64) * stride_os, b_likeness, mask=m_out)
+    tl.store(p_out + tl.full([], KEY_TO_PREVIOUS, tl.int64) * stride_os, b_similarity, mask=m_out)
 
 
 @triton.jit
@@ -154,8 +135,8 @@ def anchor_kernel(
     """Each program adds the tiles of one row and head up to the direction of its mean."""
     i_p = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
-    n_held = tl.maximum(tl.minimum(tl.load(lens + i_p // KV_HEADS), limit), 0)
-    n_live = (n_held + BLOCK_T - 1) // BLOCK_T
+    n_resident = tl.maximum(tl.minimum(tl.load(lens + i_p // KV_HEADS), limit), 0)
+    n_live = (n_resident + BLOCK_T - 1) // BLOCK_T
     b_sum = tl.zeros([BLOCK_D], tl.float32)
     for i_n in range(0, n_live, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
@@ -194,22 +175,22 @@ def key_to_mean_kernel(
     i_p = tl.program_id(0).to(tl.int64)
     i_t = tl.program_id(1)
     i_r, i_h = i_p // KV_HEADS, i_p % KV_HEADS
-    n_held = tl.minimum(tl.load(lens + i_r), limit)
+    n_resident = tl.minimum(tl.load(lens + i_r), limit)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_d = tl.arange(0, BLOCK_D)
-    b_key = _load_tokens(
+    b_key = load_tokens(
         key_cache,
         block_table + i_r * stride_br,
         i_h,
         o_t,
-        o_t < n_held,
+        o_t < n_resident,
         stride_kb,
         stride_kh,
         stride_kt,
         BLOCK_SIZE,
         HEAD_SIZE,
         BLOCK_D,
-    )
+    ).to(tl.float32)
     b_unit, _ = _unit(b_key)
     b_anchor = tl.load(anchor + i_p * HEAD_SIZE + o_d, mask=o_d < HEAD_SIZE, other=0)
     p_out = out + i_r * stride_or + i_h * stride_oh + o_t
@@ -217,6 +198,7 @@ def key_to_mean_kernel(
     tl.store(p_out, tl.sum(b_unit * b_anchor[None, :], 1), mask=o_t < max_len)
 
 
+@checked(check_arguments)
 def key_scores_triton(
     key_cache: Tensor,
     value_cache: Tensor,
@@ -226,7 +208,6 @@ def key_scores_triton(
     out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.key_scores.key_scores`."""
-    check_arguments(key_cache, value_cache, block_table, lens, out)
     _, kv_heads, block_size, head_size = key_cache.shape
     rows, width = block_table.shape
     if out is None:

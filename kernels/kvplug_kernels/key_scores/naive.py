@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..paging import INT32, check_pages, check_separate, check_tensor
+from ..arguments import FLOAT32, INT32, check_separate, check_tensor, checked
+from ..paging import check_pages
 
 KEY_NORM = 0
 VALUE_NORM = 1
@@ -14,7 +15,12 @@ KEY_TO_PREVIOUS = 3
 
 
 def check_arguments(
-    key_cache: Tensor, value_cache: Tensor, block_table: Tensor, lens: Tensor, out: Tensor | None
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    lens: Tensor,
+    *,
+    out: Tensor | None = None,
 ) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
     device = key_cache.device
@@ -27,16 +33,17 @@ def check_arguments(
     rows = block_table.shape[0]
     check_tensor("lens", lens, INT32, (rows,), device)
     if out is not None:
-        check_tensor("out", out, (torch.float32,), (4, rows, kv_heads, "max_len"), device)
+        check_tensor("out", out, FLOAT32, (4, rows, kv_heads, "max_len"), device)
     inputs = {
         "key_cache": key_cache,
         "value_cache": value_cache,
         "block_table": block_table,
         "lens": lens,
     }
-    check_separate(out, inputs)
+    check_separate("out", out, inputs)
 
 
+@checked(check_arguments)
 def key_scores_naive(
     key_cache: Tensor,
     value_cache: Tensor,
@@ -46,7 +53,6 @@ def key_scores_naive(
     out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.key_scores.key_scores`, in float64."""
-    check_arguments(key_cache, value_cache, block_table, lens, out)
     _, kv_heads, block_size, _ = key_cache.shape
     rows, width = block_table.shape
     if out is None:

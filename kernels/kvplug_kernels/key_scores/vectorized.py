@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..paging import batches, gather_held, live_table
+from ..arguments import checked
+from ..paging import batches, gather_resident, live_table
 from .naive import KEY_NORM, KEY_TO_MEAN, KEY_TO_PREVIOUS, VALUE_NORM, check_arguments
 
 TOKENS_BYTES = 2 << 20
 
 
+@checked(check_arguments)
 def key_scores_vectorized(
     key_cache: Tensor,
     value_cache: Tensor,
@@ -20,31 +22,30 @@ def key_scores_vectorized(
     out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.key_scores.key_scores`."""
-    check_arguments(key_cache, value_cache, block_table, lens, out)
     _, kv_heads, block_size, head_size = key_cache.shape
     rows, width = block_table.shape
     if out is None:
         shape = (4, rows, kv_heads, width * block_size)
         out = key_cache.new_empty(shape, dtype=torch.float32)
-    n_held = lens.clamp(0, min(width * block_size, out.shape[3])).long()
-    longest = int(n_held.max()) if rows > 0 else 0
+    n_resident = lens.clamp(0, min(width * block_size, out.shape[3])).long()
+    longest = int(n_resident.max()) if rows > 0 else 0
     out.zero_()
     if longest == 0:
         return out
-    table = live_table(block_table, n_held, block_size)
+    table = live_table(block_table, n_resident, block_size)
 
     at_once = TOKENS_BYTES // (longest * head_size * 4)
     for in_rows, in_heads in batches(rows, kv_heads, at_once):
-        n = int(n_held[in_rows].max())
+        n = int(n_resident[in_rows].max())
         if n == 0:
             continue
         scores = out[:, in_rows, in_heads, :n]
-        held = n_held[in_rows, None, None]
-        beyond = torch.arange(n, device=lens.device) >= held
-        shortest = int(held.min())
-        values = gather_held(value_cache[:, in_heads], table[in_rows], n)
+        resident = n_resident[in_rows, None, None]
+        beyond = torch.arange(n, device=lens.device) >= resident
+        shortest = int(resident.min())
+        values = gather_resident(value_cache[:, in_heads], table[in_rows], n)
         torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32, out=scores[VALUE_NORM])
-        keys = gather_held(key_cache[:, in_heads], table[in_rows], n).float()
+        keys = gather_resident(key_cache[:, in_heads], table[in_rows], n).float()
         if shortest < n:
             keys[:, :, shortest:].masked_fill_(beyond[..., shortest:, None], 0)
         norm = torch.linalg.vector_norm(keys, dim=-1)

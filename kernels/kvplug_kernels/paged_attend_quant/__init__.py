@@ -29,9 +29,9 @@ def paged_attend_quant(
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend the queries of each row to the tokens the row holds in coded pages.
+    """Attend the queries of each row to the row's resident tokens in coded pages.
 
-    Held token ``t`` of row ``r`` lies in the slot ``(block_table[r, t // block_size],
+    Resident token ``t`` of row ``r`` lies in the slot ``(block_table[r, t // block_size],
     t % block_size)``; query head ``h`` reads the stored head ``h // (num_heads // heads)``. A logit
     is ``scale * q . k``, or ``softcap * tanh(scale * q . k / softcap)`` when ``softcap`` is
     positive. Scales and zeros are folded into the query, the logits and the weights where that is
@@ -46,17 +46,17 @@ def paged_attend_quant(
     an integer product with the value codes less the middle one, and the weighted sum of what that
     and the zeros stand for. The integer products are exact.
 
-    Lengths are cut to ``max_len`` and to what the block table can hold. Blocks that hold a token of
-    the row must exist, which is not checked on the device; what other bytes of the pages and other
-    entries of the table are does not matter. Nothing synchronises with the host on CUDA, and
-    launches depend on shapes, ``max_query_len`` and ``max_len`` alone, so that the call can be
-    captured in a CUDA graph.
+    Lengths are clamped to ``max_len`` and to what the block table can hold. Blocks that hold a
+    token of the row must exist, which is not checked on the device; other bytes of the pages and
+    other entries of the table are ignored. Nothing synchronises with the host on CUDA, and launches
+    depend on shapes, ``max_query_len`` and ``max_len`` alone, so that the call can be captured in a
+    CUDA graph.
 
     Args:
         query: float32, float16 or bfloat16 ``[num_tokens, num_heads, layout.key.width]``.
         pages: uint8 ``[num_blocks, heads, block_size, layout.bytes_per_token]``, contiguous within
             a page. 16-bit ``plain`` vectors are of the dtype of ``query``.
-        layout: What the bytes are.
+        layout: The fields of a page and how they are coded.
         block_table: int32 ``[rows, width]``.
         lens: int32 ``[rows]``, stored tokens of each row.
         query_start: int32 ``[rows + 1]``, first query of each row, ascending from 0. Queries behind
@@ -67,7 +67,7 @@ def paged_attend_quant(
         causal: False: every query of a row sees all its tokens. True: query ``i`` of ``q`` sees the
             first ``lens[row] - q + i + 1``.
         softcap: Bound of the logits, 0 for none.
-        integer: Whether products are taken on the codes as integers; K and V must be ``int`` codes
+        integer: Take products on the codes as integers; K and V must be ``int`` codes
             grouped along channels, of at most 256 to a group, without outliers.
         max_query_len: At least the most queries of a row.
         max_len: At least the most stored tokens of a row.
@@ -79,8 +79,8 @@ def paged_attend_quant(
         0 and -inf where a query sees nothing.
 
     Raises:
-        ValueError: An argument has the wrong dtype, shape, stride or device, the layout cannot be
-            attended so, or an output starts at the address of an input.
+        ValueError: An argument has the wrong dtype, shape, stride or device, the layout does
+            not support the options, or an output starts at the address of an input.
     """
     if pages.is_cuda:
         from .kernel import paged_attend_quant_triton

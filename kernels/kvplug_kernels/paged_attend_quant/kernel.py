@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import attention_outputs, checked
 from ..coding import CodedPage, Coding
+from ..tiles import cap_logits, e4m3_over_256, element_codes
 from .naive import WEIGHT_TILE, check_arguments
 
 MAX_SPLITS = 64
@@ -23,35 +25,11 @@ PLAIN = tl.constexpr(3)
 
 
 @triton.jit
-def _codes(p_codes, o_d, m, WIDTH: tl.constexpr, BITS: tl.constexpr):
-    """Codes of channels ``o_d`` of tokens whose bytes begin at ``p_codes``, int32, 0 where ``m`` is
-    not set. A byte is loaded for each code it holds; all but the first come from a cache."""
-    if BITS == 8:
-        b_code = tl.load(p_codes + o_d, mask=m, other=0).to(tl.int32)
-    elif BITS == 3:
-        b_low = tl.load(p_codes + o_d % (WIDTH // 4), mask=m, other=0).to(tl.int32)
-        b_low = (b_low >> (o_d // (WIDTH // 4) * 2)) & 3
-        b_high = tl.load(p_codes + WIDTH // 4 + o_d % (WIDTH // 8), mask=m, other=0).to(tl.int32)
-        b_code = b_low | ((b_high >> (o_d // (WIDTH // 8)) & 1) << 2)
-    else:
-        RUN: tl.constexpr = WIDTH * BITS // 8
-        b_byte = tl.load(p_codes + o_d % RUN, mask=m, other=0).to(tl.int32)
-        b_code = (b_byte >> (o_d // RUN * BITS)) & ((1 << BITS) - 1)
-    return b_code
-
-
-@triton.jit
-def _e4m3(b_code):
-    """e4m3 numbers over 256 as float16: the bits differ in their place and the bias alone."""
-    b_bits = ((b_code & 0x80) << 8) | ((b_code & 0x7F) << 7)
-    return b_bits.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
 def _numbers(b_code, levels, KIND: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """What codes stand for before scale and zero; 8-bit ``int`` codes less 128, to be signed."""
+    """Numbers that codes stand for before scale and zero; 8-bit ``int`` codes less 128, to be
+    signed."""
     if KIND == FP8:
-        return _e4m3(b_code).to(DTYPE)
+        return e4m3_over_256(b_code).to(DTYPE)
     elif KIND == CODEBOOK:
         # A few dozen bytes that every program reads: they stay in the nearest cache.
         return tl.load(levels + b_code).to(DTYPE)
@@ -121,7 +99,7 @@ def _vectors(
         m = m_t[:, None] & m_in
         p_codes = p_page + BLOCK_SIZE * CODES + o_t * (INNER * BITS // 8)
         b_number = _numbers(
-            _codes(p_codes[:, None], o_in, m, INNER, BITS), levels, KIND, BITS, tl.float32
+            element_codes(p_codes[:, None], o_in, m, INNER, BITS), levels, KIND, BITS, tl.float32
         )
         if TOKENS:
             # The scales of a group of tokens lie behind one another, one for each channel.
@@ -153,13 +131,6 @@ def _dot_int(b_a, b_b, GROUPS: tl.constexpr):
         return tl.reshape(b_flat, [1, A[1], B[2]])
     else:
         return tl.dot(b_a, b_b, out_dtype=tl.int32)
-
-
-@triton.jit
-def _tanh(b_x):
-    b_decay = tl.exp(-2 * tl.abs(b_x))
-    b_tanh = (1 - b_decay) / (1 + b_decay)
-    return tl.where(b_x < 0, -b_tanh, b_tanh)
 
 
 @triton.jit
@@ -245,7 +216,7 @@ def attend_kernel(
     K_HALVES: tl.constexpr = K_FOLD and K_BITS == 4 and K_KIND == INT and not INTEGER
     V_HALVES: tl.constexpr = V_FOLD and V_BITS == 4 and V_KIND == INT and not INTEGER
 
-    n_held = tl.maximum(tl.minimum(tl.load(lens + i_r), limit), 0)
+    n_resident = tl.maximum(tl.minimum(tl.load(lens + i_r), limit), 0)
     i_first = tl.load(query_start + i_r)
     n_query = tl.load(query_start + i_r + 1) - i_first
     o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -253,9 +224,9 @@ def attend_kernel(
     m_m = o_query < n_query
     o_token = (i_first + o_query).to(tl.int64)
     o_head = i_h * QUERY_GROUP + o_m % QUERY_GROUP
-    b_seen = tl.zeros([BLOCK_M], tl.int32) + n_held
+    b_seen = tl.zeros([BLOCK_M], tl.int32) + n_resident
     if CAUSAL:
-        b_seen = n_held - n_query + o_query + 1
+        b_seen = n_resident - n_query + o_query + 1
     b_seen = tl.where(m_m, b_seen, 0)
 
     p_query = query + o_token * stride_qt + o_head * stride_qh
@@ -309,11 +280,11 @@ def attend_kernel(
     b_norm = tl.zeros([BLOCK_M], tl.float32)
 
     # Splits begin at multiples of the tile, where tiles of integer weights begin too.
-    n_chunk = (n_held + SPLITS * BLOCK_T - 1) // (SPLITS * BLOCK_T) * BLOCK_T
+    n_chunk = (n_resident + SPLITS * BLOCK_T - 1) // (SPLITS * BLOCK_T) * BLOCK_T
     n_end = tl.minimum((i_s + 1) * n_chunk, tl.max(b_seen, 0))
     for i_t in range(i_s * n_chunk, n_end, BLOCK_T):
         o_t = i_t + tl.arange(0, BLOCK_T)
-        m_t = o_t < n_held
+        m_t = o_t < n_resident
         p_table = block_table + i_r * stride_br + o_t // BLOCK_SIZE
         i_b = tl.load(p_table, mask=m_t, other=0).to(tl.int64)
         o_in = o_t % BLOCK_SIZE
@@ -325,7 +296,7 @@ def attend_kernel(
             # [groups, channels of a group, tokens]
             m_k = m_kc[:, :, None] & m_t[None, None, :]
             p_codes = p_page + BLOCK_SIZE * K_CODES + o_in * (K_WIDTH * K_BITS // 8)
-            b_code = _codes(p_codes[None, None, :], o_kc[:, :, None], m_k, K_WIDTH, K_BITS)
+            b_code = element_codes(p_codes[None, None, :], o_kc[:, :, None], m_k, K_WIDTH, K_BITS)
             if K_BITS == 8:
                 b_code = tl.where(m_k, b_code - 128, 0)
             p_own = p_halves[None, :] + o_in[None, :] * KG + o_kg[:, None]
@@ -356,7 +327,7 @@ def attend_kernel(
         elif K_FOLD:
             m_k = m_t[:, None] & (o_k < K_WIDTH)[None, :]
             p_codes = p_page + BLOCK_SIZE * K_CODES + o_in * (K_WIDTH * K_BITS // 8)
-            b_code = _codes(p_codes[:, None], o_k[None, :], m_k, K_WIDTH, K_BITS)
+            b_code = element_codes(p_codes[:, None], o_k[None, :], m_k, K_WIDTH, K_BITS)
             b_key = _numbers(b_code, key_levels, K_KIND, K_BITS, DTYPE)
             b_logit = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
             b_scale, b_zero = _affine(
@@ -391,7 +362,7 @@ def attend_kernel(
 
         b_logit = b_logit * scale
         if SOFTCAP:
-            b_logit = softcap * _tanh(b_logit / softcap)
+            b_logit = cap_logits(b_logit, softcap)
         b_logit = tl.where(o_t[None, :] < b_seen[:, None], b_logit, float("-inf"))
         b_top = tl.maximum(b_max, tl.max(b_logit, 1))
         # A query that has seen nothing yet has no maximum to take off.
@@ -407,7 +378,7 @@ def attend_kernel(
             # [groups, tokens, channels of a group]
             m_v = m_vc[:, None, :] & m_t[None, :, None]
             p_codes = p_page + BLOCK_SIZE * V_CODES + o_in * (V_WIDTH * V_BITS // 8)
-            b_v_code = _codes(p_codes[None, :, None], o_vc[:, None, :], m_v, V_WIDTH, V_BITS)
+            b_v_code = element_codes(p_codes[None, :, None], o_vc[:, None, :], m_v, V_WIDTH, V_BITS)
             b_v_code = tl.where(m_v, b_v_code - V_MIDDLE, 0)
             p_own = p_halves[None, :] + o_in[None, :] * VG + o_vg[:, None]
             m_own = m_t[None, :] & (o_vg < VG)[:, None]
@@ -444,7 +415,7 @@ def attend_kernel(
             else:
                 m_v = m_t[:, None] & (o_v < V_WIDTH)[None, :]
                 p_codes = p_page + BLOCK_SIZE * V_CODES + o_in * (V_WIDTH * V_BITS // 8)
-                b_code = _codes(p_codes[:, None], o_v[None, :], m_v, V_WIDTH, V_BITS)
+                b_code = element_codes(p_codes[:, None], o_v[None, :], m_v, V_WIDTH, V_BITS)
                 b_value = _numbers(b_code, value_levels, V_KIND, V_BITS, DTYPE)
                 b_sum = tl.dot(b_scaled, b_value, b_sum, input_precision="ieee")
         else:
@@ -560,7 +531,7 @@ def field_offsets(layout: CodedPage, side: str, coding: Coding) -> dict[str, int
 
 
 def tiles(coding: Coding, integer: bool) -> tuple[int, int]:
-    """What channels and groups are padded to."""
+    """Padded sizes of channels and of groups."""
     if integer:
         # A product of 8-bit integers takes 32 of them at least.
         return max(triton.next_power_of_2(coding.group), 32), triton.next_power_of_2(coding.groups)
@@ -577,6 +548,7 @@ def token_tile(block_k: int, block_v: int, integer: bool, wide: bool) -> int:
     return max(16, min(32 if wide else 64, 8192 // max(block_k, block_v)))
 
 
+@checked(check_arguments)
 def paged_attend_quant_triton(
     query: Tensor,
     pages: Tensor,
@@ -597,31 +569,11 @@ def paged_attend_quant_triton(
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`kvplug_kernels.paged_attend_quant.paged_attend_quant`."""
-    check_arguments(
-        query,
-        pages,
-        layout,
-        block_table,
-        lens,
-        query_start,
-        scale,
-        key_levels,
-        value_levels,
-        softcap,
-        integer,
-        max_query_len,
-        max_len,
-        out,
-        lse,
-    )
     tokens, num_heads, _ = query.shape
     _, heads, block_size, _ = pages.shape
     rows, width = block_table.shape
     key, value = layout.key, layout.value
-    if out is None:
-        out = query.new_empty((tokens, num_heads, value.width), dtype=torch.float32)
-    if lse is None:
-        lse = query.new_empty((tokens, num_heads), dtype=torch.float32)
+    out, lse = attention_outputs(query, value.width, out, lse)
     limit = min(width * block_size, max_len)
     if tokens == 0:
         return out, lse

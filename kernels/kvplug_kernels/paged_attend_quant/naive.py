@@ -7,15 +7,23 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import (
+    FLOAT32,
+    FLOATS,
+    INT32,
+    attention_outputs,
+    check_contiguous,
+    check_separate,
+    check_tensor,
+    checked,
+)
 from ..coding import CodedPage, Coding, check_coded_pages, decode_vectors, unpack
-from ..paging import FLOATS, INT32, check_separate, check_tensor
 
 WEIGHT_TILE = 128
 """Tokens whose softmax weights share a scale where products are integer."""
 MAX_INTEGER_GROUP = 256
 """Most channels of a group in an integer product: 256 products of 8-bit codes stay below 2**24,
 so that float32 holds every partial sum exactly."""
-FLOAT32 = (torch.float32,)
 
 
 def check_arguments(
@@ -26,21 +34,23 @@ def check_arguments(
     lens: Tensor,
     query_start: Tensor,
     scale: float,
-    key_levels: Tensor | None,
-    value_levels: Tensor | None,
-    softcap: float,
-    integer: bool,
+    *,
+    key_levels: Tensor | None = None,
+    value_levels: Tensor | None = None,
+    causal: bool,
+    softcap: float = 0.0,
+    integer: bool = False,
     max_query_len: int,
     max_len: int,
-    out: Tensor | None,
-    lse: Tensor | None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
     device = pages.device
     check_coded_pages("pages", pages, layout)
     _, heads, block_size, _ = pages.shape
     if heads < 1 or block_size < 1:
-        raise ValueError(f"pages must have no empty page, got shape {tuple(pages.shape)}.")
+        raise ValueError(f"pages must not have empty pages, got shape {tuple(pages.shape)}.")
     check_tensor("query", query, FLOATS, ("num_tokens", "num_heads", layout.key.width), device)
     tokens, num_heads, _ = query.shape
     if num_heads < 1 or num_heads % heads:
@@ -64,18 +74,18 @@ def check_arguments(
     ):
         if coding.kind == "codebook":
             if levels is None:
-                raise ValueError(f"{name}_levels must be given for a codebook.")
+                raise ValueError(f"{name}_levels must be given for codebook {name}s.")
             check_tensor(f"{name}_levels", levels, FLOAT32, (coding.levels,), device)
         if coding.kind == "plain" and coding.bits == 16 and query.element_size() != 2:
             raise ValueError(f"query must have the 16-bit dtype of plain {name}s, got float32.")
         if integer and (coding.kind != "int" or coding.axis != "channels" or coding.outliers):
             raise ValueError(
-                f"integer must be False: the {name}s are not int codes along channels alone."
+                f"integer must be False: {name}s must be int codes along channels without outliers."
             )
         if integer and coding.group > MAX_INTEGER_GROUP:
             raise ValueError(
-                f"integer must be False: groups of {coding.group} {name} channels, more than "
-                f"{MAX_INTEGER_GROUP}, have no exact sum."
+                f"integer must be False: a group of {name}s may have at most {MAX_INTEGER_GROUP} "
+                f"channels to be summed exactly, got {coding.group}."
             )
     inputs = {
         "query": query,
@@ -84,17 +94,14 @@ def check_arguments(
         "lens": lens,
         "query_start": query_start,
     }
-    if out is not None:
-        check_tensor("out", out, FLOAT32, (tokens, num_heads, layout.value.width), device)
-        if not out.is_contiguous():
-            raise ValueError(f"out must be contiguous, got strides {out.stride()}.")
-        check_separate(out, inputs)
-    if lse is not None:
-        check_tensor("lse", lse, FLOAT32, (tokens, num_heads), device)
-        if not lse.is_contiguous():
-            raise ValueError(f"lse must be contiguous, got strides {lse.stride()}.")
-        if lse.numel() > 0 and any(t.data_ptr() == lse.data_ptr() for t in inputs.values()):
-            raise ValueError("lse must not share memory with an input.")
+    for name, tensor, wanted in (
+        ("out", out, (tokens, num_heads, layout.value.width)),
+        ("lse", lse, (tokens, num_heads)),
+    ):
+        if tensor is not None:
+            check_tensor(name, tensor, FLOAT32, wanted, device)
+            check_contiguous(name, tensor)
+            check_separate(name, tensor, inputs)
 
 
 def quantize_query(query: Tensor, coding: Coding) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,6 +212,7 @@ def integer_sums(weights: Tensor, fields: dict[str, Tensor], coding: Coding) -> 
     return total.flatten()
 
 
+@checked(check_arguments)
 def paged_attend_quant_naive(
     query: Tensor,
     pages: Tensor,
@@ -226,29 +234,9 @@ def paged_attend_quant_naive(
 ) -> tuple[Tensor, Tensor]:
     """Same contract as :func:`kvplug_kernels.paged_attend_quant.paged_attend_quant`, in float64,
     the integer products in int64."""
-    check_arguments(
-        query,
-        pages,
-        layout,
-        block_table,
-        lens,
-        query_start,
-        scale,
-        key_levels,
-        value_levels,
-        softcap,
-        integer,
-        max_query_len,
-        max_len,
-        out,
-        lse,
-    )
-    tokens, num_heads, _ = query.shape
+    num_heads = query.shape[1]
     _, heads, block_size, _ = pages.shape
-    if out is None:
-        out = query.new_empty((tokens, num_heads, layout.value.width), dtype=torch.float32)
-    if lse is None:
-        lse = query.new_empty((tokens, num_heads), dtype=torch.float32)
+    out, lse = attention_outputs(query, layout.value.width, out, lse)
     out.zero_()
     lse.fill_(float("-inf"))
     limit = min(block_table.shape[1] * block_size, max_len)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import attention_outputs, checked
 from ..coding import CodedPage, Coding
 from ..paging import bucket_rows, live_table
 from .naive import WEIGHT_TILE, check_arguments, quantize_query, quantize_weights
@@ -23,7 +24,7 @@ SKEW_TOKENS = 4096
 FEW_QUERIES = 48
 """Queries times groups up to which reading the vectors once is worth products with zeros."""
 FP8_UNIT = 256.0
-"""What the bits of an e4m3 number mean as a float16, times this, is the number."""
+"""Factor from the bits of an e4m3 number, read as a float16, to the number."""
 
 
 _scratch = threading.local()
@@ -33,16 +34,16 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor whose memory is used again by the next call of the same name and thread. Fresh
     memory of this size comes from the kernel page by page, which takes longer than filling it."""
     size = math.prod(shape) * dtype.itemsize
-    held: Tensor | None = getattr(_scratch, name, None)
-    if held is None or held.numel() < size:
-        held = torch.empty(size, dtype=torch.uint8)
+    memory: Tensor | None = getattr(_scratch, name, None)
+    if memory is None or memory.numel() < size:
+        memory = torch.empty(size, dtype=torch.uint8)
         if size <= 2 * VECTORS_BYTES:
-            setattr(_scratch, name, held)
-    return held[:size].view(dtype).view(shape)
+            setattr(_scratch, name, memory)
+    return memory[:size].view(dtype).view(shape)
 
 
 @dataclass
-class Side:
+class DecodedTile:
     """K or V of some rows and a tile of tokens.
 
     Attributes:
@@ -50,7 +51,7 @@ class Side:
             apply.
         scale: float32 ``[rows, heads, tokens, groups]`` to be applied, or None.
         zero: The same of what is to be added, or None.
-        sums: float32 ``[rows, heads, tokens, groups]``, sums of the codes, where they are asked.
+        sums: float32 ``[rows, heads, tokens, groups]``, sums of the codes, where they are needed.
     """
 
     x: Tensor
@@ -60,8 +61,8 @@ class Side:
 
 
 @dataclass
-class Call:
-    """What does not change from tile to tile."""
+class AttendCall:
+    """Arguments that do not change from tile to tile."""
 
     query: Tensor
     pages: Tensor
@@ -74,6 +75,7 @@ class Call:
     lse: Tensor
 
 
+@checked(check_arguments)
 def paged_attend_quant_vectorized(
     query: Tensor,
     pages: Tensor,
@@ -98,32 +100,12 @@ def paged_attend_quant_vectorized(
     Integer products are taken by the float32 matrix product, whose every intermediate is an
     integer below 2**24 here: torch has no batched one of 8-bit integers.
     """
-    check_arguments(
-        query,
-        pages,
-        layout,
-        block_table,
-        lens,
-        query_start,
-        scale,
-        key_levels,
-        value_levels,
-        softcap,
-        integer,
-        max_query_len,
-        max_len,
-        out,
-        lse,
-    )
-    tokens, num_heads, _ = query.shape
+    num_heads = query.shape[1]
     _, heads, block_size, _ = pages.shape
-    if out is None:
-        out = query.new_empty((tokens, num_heads, layout.value.width), dtype=torch.float32)
-    if lse is None:
-        lse = query.new_empty((tokens, num_heads), dtype=torch.float32)
+    out, lse = attention_outputs(query, layout.value.width, out, lse)
     out.zero_()
     lse.fill_(float("-inf"))
-    call = Call(
+    call = AttendCall(
         query,
         pages,
         layout,
@@ -134,26 +116,26 @@ def paged_attend_quant_vectorized(
         out,
         lse,
     )
-    held = lens.long().clamp(0, min(block_table.shape[1] * block_size, max_len))
+    resident = lens.long().clamp(0, min(block_table.shape[1] * block_size, max_len))
     starts = query_start.long()
     widths = starts[1:] - starts[:-1]
-    table = live_table(block_table, held, block_size).long()
-    for rows in _buckets(widths, held):
-        width, longest = int(widths[rows].max()), int(held[rows].max())
+    table = live_table(block_table, resident, block_size).long()
+    for rows in _buckets(widths, resident):
+        width, longest = int(widths[rows].max()), int(resident[rows].max())
         token_bytes = heads * (layout.key.width + layout.value.width) * 4
         at_once = min(
             LOGITS_BYTES // (width * num_heads * longest * 4),
             VECTORS_BYTES // (longest * token_bytes),
         )
         for part in torch.split(rows, max(1, at_once)):
-            _attend_rows(call, table[part], held[part], starts[part], widths[part], causal)
+            _attend_rows(call, table[part], resident[part], starts[part], widths[part], causal)
     return out, lse
 
 
-def _buckets(widths: Tensor, held: Tensor) -> Iterator[Tensor]:
+def _buckets(widths: Tensor, resident: Tensor) -> Iterator[Tensor]:
     """Indices of the rows that see something, those alike in queries and in length together."""
-    for rows in bucket_rows(torch.where(held > 0, widths, 0)):
-        lens = held[rows]
+    for rows in bucket_rows(torch.where(resident > 0, widths, 0)):
+        lens = resident[rows]
         if int(lens.max()) * len(rows) - int(lens.sum()) <= SKEW_TOKENS:
             yield rows
             continue
@@ -162,22 +144,22 @@ def _buckets(widths: Tensor, held: Tensor) -> Iterator[Tensor]:
 
 
 def _attend_rows(
-    call: Call, table: Tensor, held: Tensor, starts: Tensor, widths: Tensor, causal: bool
+    call: AttendCall, table: Tensor, resident: Tensor, starts: Tensor, widths: Tensor, causal: bool
 ) -> None:
     """Attend some rows, tile by tile of tokens and of queries."""
     pages, layout = call.pages, call.layout
     _, heads, block_size, _ = pages.shape
-    rows, longest, width = len(table), int(held.max()), int(widths.max())
+    rows, longest, width = len(table), int(resident.max()), int(widths.max())
     num_heads = call.query.shape[1]
     group = num_heads // heads
     device = pages.device
     step = torch.arange(width, device=device)
     mine = step < widths[:, None]
     token = (starts[:, None] + step).clamp_max(call.query.shape[0] - 1)
-    seen = held[:, None].expand(rows, width)
+    seen = resident[:, None].expand(rows, width)
     if causal:
-        seen = (held[:, None] - widths[:, None] + step + 1).clamp_min(0)
-        seen = torch.where(mine, seen, held[:, None])
+        seen = (resident[:, None] - widths[:, None] + step + 1).clamp_min(0)
+        seen = torch.where(mine, seen, resident[:, None])
     query = call.query[token].float()
     query = query.view(rows, width, heads, group, -1).permute(0, 2, 3, 1, 4)
 
@@ -197,17 +179,17 @@ def _attend_rows(
         sums = torch.zeros((*shape, layout.value.width), device=device)
     for at in range(0, longest, tile):
         n = min(tile, longest - at)
-        lens = held - at
+        lens = resident - at
         width_pages = -(-n // block_size)
         first = at // block_size
         live = table[:, first : first + width_pages]
         # Whole pages: one run of bytes for each block, and every field is a view of them.
         shape = (live.numel(), *pages.shape[1:])
-        held_pages = scratch("pages", shape, torch.uint8)
-        torch.index_select(pages, 0, live.flatten(), out=held_pages)
-        held_pages = held_pages.view(*live.shape, *pages.shape[1:])
-        key = _read(call, "key_", held_pages, n, lens, width * group)
-        value = _read(call, "value_", held_pages, n, lens, width * group)
+        gathered = scratch("pages", shape, torch.uint8)
+        torch.index_select(pages, 0, live.flatten(), out=gathered)
+        gathered = gathered.view(*live.shape, *pages.shape[1:])
+        key = _read(call, "key_", gathered, n, lens, width * group)
+        value = _read(call, "value_", gathered, n, lens, width * group)
         for q_at in range(0, width, q_tile):
             in_q = slice(q_at, min(q_at + q_tile, width))
             logits = _logits(call, query[:, :, :, in_q], key)
@@ -240,7 +222,7 @@ def _attend_rows(
                 call.out[to[own]], call.lse[to[own]] = found[own], spread[own]
 
 
-def _logits(call: Call, query: Tensor, key: Side) -> Tensor:
+def _logits(call: AttendCall, query: Tensor, key: DecodedTile) -> Tensor:
     """``[rows, heads, group, queries, tokens]``, scaled and capped."""
     rows, heads, group, width, _ = query.shape
     q = query.reshape(rows, heads, group * width, -1)
@@ -293,7 +275,7 @@ def _by_group(q: Tensor, x: Tensor) -> Iterator[Tensor]:
             yield q[:, :, :, g] @ x[..., g * size : (g + 1) * size].mT
 
 
-def _integer_products(q: Tensor, key: Side, coding: Coding) -> Tensor:
+def _integer_products(q: Tensor, key: DecodedTile, coding: Coding) -> Tensor:
     """Products ``[rows, heads, queries, tokens]`` of quantized queries with coded keys."""
     codes, scale, zero = quantize_query(q, coding)
     assert key.scale is not None and key.zero is not None and key.sums is not None
@@ -315,7 +297,7 @@ def _add_up(terms: list[Tensor]) -> Tensor:
     return terms[0]
 
 
-def _sums(call: Call, weights: Tensor, value: Side) -> Tensor:
+def _sums(call: AttendCall, weights: Tensor, value: DecodedTile) -> Tensor:
     """``[rows, heads, group, queries, width]`` of weights ``[..., tokens]``."""
     rows, heads, group, width, n = weights.shape
     w = weights.view(rows, heads, group * width, n)
@@ -332,7 +314,7 @@ def _sums(call: Call, weights: Tensor, value: Side) -> Tensor:
     return found.view(rows, heads, group, width, -1)
 
 
-def _scaled_sums(w: Tensor, value: Side, coding: Coding) -> list[Tensor]:
+def _scaled_sums(w: Tensor, value: DecodedTile, coding: Coding) -> list[Tensor]:
     """Sums over coded values, without their zeros, of each group of channels."""
     rows, heads, m, n = w.shape
     assert value.scale is not None
@@ -344,8 +326,8 @@ def _scaled_sums(w: Tensor, value: Side, coding: Coding) -> list[Tensor]:
     return [found[:, :, g, :, g] for g in range(coding.groups)]
 
 
-def _integer_sums(w: Tensor, value: Side, coding: Coding) -> list[Tensor]:
-    """As `_scaled_sums`, of weights quantized tile by tile."""
+def _integer_sums(w: Tensor, value: DecodedTile, coding: Coding) -> list[Tensor]:
+    """Sums as in `_scaled_sums`, of weights quantized tile by tile."""
     rows, heads, m, n = w.shape
     assert value.scale is not None
     whole = n // WEIGHT_TILE * WEIGHT_TILE
@@ -362,14 +344,16 @@ def _integer_sums(w: Tensor, value: Side, coding: Coding) -> list[Tensor]:
             scale = value.scale[:, :, first:end, g].reshape(rows, heads, tiles, 1, -1)
             scaled = torch.mul(cut, scale, out=scratch("scaled", shape, torch.float32))
             codes, step = quantize_weights(scaled)
-            held = value.x[:, :, first:end, channels]
-            held = held.reshape(rows, heads, tiles, -1, coding.group)
-            terms.append((codes @ held).mul_(step).sum(2))
+            codes_v = value.x[:, :, first:end, channels]
+            codes_v = codes_v.reshape(rows, heads, tiles, -1, coding.group)
+            terms.append((codes @ codes_v).mul_(step).sum(2))
         parts.append(_add_up(terms))
     return parts
 
 
-def _read(call: Call, side: str, pages: Tensor, n: int, lens: Tensor, queries: int) -> Side:
+def _read(
+    call: AttendCall, side: str, pages: Tensor, n: int, lens: Tensor, queries: int
+) -> DecodedTile:
     """K or V of some blocks of each row.
 
     Args:
@@ -404,7 +388,7 @@ def _read(call: Call, side: str, pages: Tensor, n: int, lens: Tensor, queries: i
         beyond = (torch.arange(n, device=pages.device) >= lens[:, None])[:, None, :, None]
 
     def clean(x: Tensor) -> Tensor:
-        """Without what lies beyond the held tokens: nothing times NaN is NaN."""
+        """Without what lies beyond the resident tokens: nothing times NaN is NaN."""
         return x if beyond is None else x.masked_fill_(beyond, 0.0)
 
     def halves(name: str) -> Tensor:
@@ -413,7 +397,7 @@ def _read(call: Call, side: str, pages: Tensor, n: int, lens: Tensor, queries: i
     if coding.kind == "plain":
         dtype = torch.float32 if coding.bits == 32 else call.query.dtype
         x = scratch(side, (rows, heads, blocks, size, coding.width), torch.float32)
-        return Side(clean(flat(x.copy_(plane("codes", dtype)))))
+        return DecodedTile(clean(flat(x.copy_(plane("codes", dtype)))))
     codes = plane("codes")
     x = scratch(side, (rows, heads, blocks, size, coding.inner), torch.float32)
     if coding.kind == "fp8":
@@ -432,7 +416,7 @@ def _read(call: Call, side: str, pages: Tensor, n: int, lens: Tensor, queries: i
         )
         grouped = torch.unflatten(x, 3, (-1, coding.group))
         grouped.mul_(steps.unsqueeze(4)).add_(lows.unsqueeze(4))
-        return Side(clean(flat(x)))
+        return DecodedTile(clean(flat(x)))
     vectors = flat(x)
     scale = halves("scale")
     zero = halves("zero") if coding.kind == "int" else None
@@ -449,16 +433,16 @@ def _read(call: Call, side: str, pages: Tensor, n: int, lens: Tensor, queries: i
             middle = coding.levels // 2
             vectors.sub_(middle)
             zero.add_(scale, alpha=middle)
-        return Side(vectors, scale, zero, sums)
+        return DecodedTile(vectors, scale, zero, sums)
     if not coding.outliers and queries * coding.groups < coding.inner:
-        return Side(vectors, scale, zero)
+        return DecodedTile(vectors, scale, zero)
     grouped = torch.unflatten(vectors, -1, (coding.groups, coding.group)).mul_(scale[..., None])
     if zero is not None:
         grouped.add_(zero[..., None])
     if coding.outliers:
         outliers = flat(plane("outlier_codes").float()) * halves("outlier_scale")
         vectors = torch.cat([outliers.add_(halves("outlier_zero")), vectors], -1)
-    return Side(vectors)
+    return DecodedTile(vectors)
 
 
 def _unpack(codes: Tensor, coding: Coding, out: Tensor) -> None:
@@ -471,13 +455,13 @@ def _unpack(codes: Tensor, coding: Coding, out: Tensor) -> None:
         # Eight codes at a time where they fill whole words: a byte shifted and masked within a
         # word is the byte shifted and masked.
         words = coding.inner % 64 == 0
-        unit, lane = (8, torch.int64) if words else (1, torch.uint8)
+        unit, word = (8, torch.int64) if words else (1, torch.uint8)
         ones = 0x0101010101010101 if words else 1
         width = coding.inner // 4 // unit
         half = width // 2
-        packed = codes.contiguous().view(lane)
+        packed = codes.contiguous().view(word)
         low, high = packed[..., :width], packed[..., width:]
-        found = torch.empty((*low.shape[:-1], 4 * width), dtype=lane, device=codes.device)
+        found = torch.empty((*low.shape[:-1], 4 * width), dtype=word, device=codes.device)
         for i in range(8):
             at = slice(i % 2 * half, (i % 2 + 1) * half)
             part = (low[..., at] >> (i // 2 * 2)).bitwise_and_(3 * ones)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import checked
 from .naive import check_arguments
 
 MAX_TOKENS = 64
@@ -66,11 +67,11 @@ def project_latent_kernel(
     tl.store(p_out, b_sum, mask=m_m[:, None] & m_n[None, :])
 
 
+@checked(check_arguments)
 def project_latent_triton(
     x: Tensor, basis: Tensor, mean: Tensor | None = None, *, out: Tensor | None = None
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.project_latent.project_latent`."""
-    check_arguments(x, basis, mean, out)
     n, heads, d = x.shape
     rank = basis.shape[2]
     if out is None:

@@ -19,7 +19,7 @@ def quant_write(
     *,
     key_levels: Tensor | None = None,
     value_levels: Tensor | None = None,
-    lanes: Tensor | None = None,
+    recent_slots: Tensor | None = None,
     recent_key: Tensor | None = None,
     nonfinite: Tensor | None = None,
 ) -> None:
@@ -32,16 +32,16 @@ def quant_write(
 
     Where keys are grouped along tokens, each group that a token falls in is coded again from all
     of its tokens so far: those of this step, and before them the exact ones of ``recent_key``, or
-    what the codes say where the token has no lane. So the codes of an open group are valid at any
-    time, and slots nobody wrote have no part in the scale. The tokens of a group must follow each
+    their codes where the token has no slot there. So the codes of an open group are valid at any
+    time, and unwritten slots do not affect the scale. The tokens of a group must follow each
     other, in consecutive slots.
 
-    NaN and infinities are stored as 0, so no neighbour's scale knows of them, and counted. A
+    NaN and infinities are stored as 0, so that they affect no neighbour's scale, and counted. A
     finite element beyond what float16 holds is stored as its largest number.
 
-    The caller guarantees that slots are below ``num_blocks * block_size`` and lanes below the
-    number of lanes, which is not checked on the device. Nothing synchronises with the host on
-    CUDA, and the grid depends on shapes alone, so a CUDA graph can hold the call.
+    The caller guarantees that slots are below ``num_blocks * block_size`` and recent_slots below
+    ``num_slots``, which is not checked on the device. Nothing synchronises with the host on CUDA,
+    and the grid depends on shapes alone, so a CUDA graph can hold the call.
 
     Args:
         key: float32, float16 or bfloat16 ``[n, heads, layout.key.width]``, any strides with the
@@ -52,16 +52,16 @@ def quant_write(
         layout: The fields of a page and how they are coded.
         key_levels: float32 ``[2**bits]`` ascending, the codebook of keys coded by one.
         value_levels: The same of values.
-        lanes: int64 or int32 ``[n]``, each token's lane in ``recent_key``, or -1.
-        recent_key: ``[num_lanes, size, heads, layout.key.width]``, exact keys before this step's;
-            the token at slot ``s`` lies at ``[lane, s % size]``. ``size`` is a multiple of the
-            group and divides the block size. Not read where keys are grouped along channels.
+        recent_slots: int64 or int32 ``[n]``, each token's slot in ``recent_key``, or -1.
+        recent_key: ``[num_slots, size, heads, layout.key.width]``, exact keys before this step's;
+            the token of page slot ``s`` lies at ``[recent_slot, s % size]``. ``size`` is a multiple
+            of the group and divides the block size. Not read where keys are grouped along channels.
         nonfinite: int64 ``[1]``, incremented by the number of NaN and infinite elements of tokens
-            that are no padding.
+            that are not padding.
 
     Raises:
         ValueError: an argument has the wrong dtype, shape, stride or device, a codebook has no
-            levels, or ``recent_key`` comes without ``lanes``.
+            levels, or ``recent_key`` comes without ``recent_slots``.
     """
     if pages.is_cuda:
         from .kernel import quant_write_triton
@@ -77,7 +77,7 @@ def quant_write(
         layout,
         key_levels=key_levels,
         value_levels=value_levels,
-        lanes=lanes,
+        recent_slots=recent_slots,
         recent_key=recent_key,
         nonfinite=nonfinite,
     )

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import checked
 from ..coding import CodedPage, Coding
 from .naive import check_arguments
 
@@ -27,7 +28,7 @@ def _clean(b_x):
 
 @triton.jit
 def _count_bad(b_x, m):
-    """How many elements are NaN or infinite, int64."""
+    """Count of NaN and infinite elements, int64."""
     m_bad = m & ~(tl.abs(b_x.to(tl.float32)) < float("inf"))
     return tl.sum(m_bad.to(tl.int32)).to(tl.int64)
 
@@ -107,7 +108,7 @@ def _store_codes(p_codes, b_code, o_j, m_j, BITS: tl.constexpr, N: tl.constexpr)
 
 @triton.jit
 def _load_codes(p_codes, o_j, m_j, PARTS: tl.constexpr, BITS: tl.constexpr, N: tl.constexpr):
-    """What `_store_codes` stored, int32 ``[R, PARTS, BLOCK_N]``."""
+    """Codes that `_store_codes` stored, int32 ``[R, PARTS, BLOCK_N]``."""
     o_part = tl.arange(0, PARTS)[None, :, None]
     o_byte = tl.zeros([1, PARTS, 1], tl.int32) + o_j[None, None, :]
     p_byte = p_codes[:, None, None] + o_byte
@@ -122,7 +123,7 @@ def _load_codes(p_codes, o_j, m_j, PARTS: tl.constexpr, BITS: tl.constexpr, N: t
 
 
 @triton.jit
-def _write_vectors(
+def write_vectors(
     x,
     pages,
     halves,
@@ -158,7 +159,7 @@ def _write_vectors(
     BLOCK_R: tl.constexpr,
 ):
     """Code BLOCK_R (token, head) pairs, and store them. Element ``part * N + j`` of a vector goes
-    to byte ``j``, or to those that `_store_codes` says."""
+    to byte ``j``, or to those that `_store_codes` names."""
     N: tl.constexpr = INNER // PARTS
     GROUPS: tl.constexpr = INNER // GROUP
     o_r = i_p * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -289,7 +290,7 @@ def _write_group(
     pages,
     halves,
     slots,
-    lanes,
+    recent_slots,
     recent,
     nonfinite,
     i_p,
@@ -324,23 +325,23 @@ def _write_group(
     # A negative slot is in no group, but -1 // GROUP would be one of those divided towards 0.
     m_first = (n_before < 0) | (n_before // GROUP != n_slot // GROUP)
     if (n_slot >= 0) & m_first:
-        n_held = n_slot % GROUP
+        n_earlier = n_slot % GROUP
         o_g = tl.arange(0, BLOCK_G)
-        i_x = i_n + o_g - n_held
-        m_new = (o_g >= n_held) & (o_g < GROUP) & (i_x < n)
+        i_x = i_n + o_g - n_earlier
+        m_new = (o_g >= n_earlier) & (o_g < GROUP) & (i_x < n)
         b_slot = tl.load(slots + i_x, mask=m_new, other=-1).to(tl.int64)
-        m_new = m_new & (b_slot == n_slot - n_held + o_g)
-        m_live = m_new | (o_g < n_held)
-        n_start = n_slot % BLOCK_SIZE - n_held
+        m_new = m_new & (b_slot == n_slot - n_earlier + o_g)
+        m_live = m_new | (o_g < n_earlier)
+        n_start = n_slot % BLOCK_SIZE - n_earlier
         n_page = (n_slot // BLOCK_SIZE) * stride_pb + i_h * stride_ph
-        n_lane = n_slot
-        n_kept = n_held * 0
+        n_ring_slot = n_slot
+        n_kept = n_earlier * 0
         if recent is not None:
-            n_lane = tl.load(lanes + i_n).to(tl.int64)
-            n_kept = tl.where(n_lane >= 0, n_held, 0)
+            n_ring_slot = tl.load(recent_slots + i_n).to(tl.int64)
+            n_kept = tl.where(n_ring_slot >= 0, n_earlier, 0)
         # The earlier tokens are all kept exact, or all read back.
         m_kept = o_g < n_kept
-        m_coded = (o_g >= n_kept) & (o_g < n_held)
+        m_coded = (o_g >= n_kept) & (o_g < n_earlier)
         p_x = key + i_x * stride_xn + i_h * stride_xh
         p_codes = pages + n_page + CODES * BLOCK_SIZE + (n_start + o_g) * (WIDTH * BITS // 8)
         # Scales of a group lie behind one another, one per channel.
@@ -357,14 +358,14 @@ def _write_group(
             n_bad += _count_bad(b_raw, m_x)
             b_x = b_raw.to(tl.float32)
             if recent is not None:
-                p_r = recent + n_lane * stride_rl + ((n_start + o_g) % RING) * stride_rt
+                p_r = recent + n_ring_slot * stride_rl + ((n_start + o_g) % RING) * stride_rt
                 p_r = p_r + i_h * stride_rh
                 m_x = m_kept[:, None, None] & m_e[None, :, :]
                 b_r = tl.load(p_r[:, None, None] + o_e[None, :, :], mask=m_x, other=0.0)
                 b_x = tl.where(m_x, b_r.to(tl.float32), b_x)
             b_code = _load_codes(p_codes, o_j, m_coded[:, None] & m_n[None, :], PARTS, BITS, N)
             m_x = m_coded[:, None, None] & m_e[None, :, :]
-            m_any = m_e & (o_e < (n_held - n_kept) * WIDTH)
+            m_any = m_e & (o_e < (n_earlier - n_kept) * WIDTH)
             b_scale = tl.load(p_scale + o_e, mask=m_any, other=0)
             b_zero = tl.load(p_zero + o_e, mask=m_any, other=0)
             b_scale = b_scale.to(tl.float16, bitcast=True).to(tl.float32)
@@ -396,7 +397,7 @@ def quant_write_kernel(
     key_words,
     value_words,
     slots,
-    lanes,
+    recent_slots,
     recent,
     key_levels,
     value_levels,
@@ -462,7 +463,7 @@ def quant_write_kernel(
                 pages,
                 halves,
                 slots,
-                lanes,
+                recent_slots,
                 recent,
                 nonfinite,
                 i_p,
@@ -488,7 +489,7 @@ def quant_write_kernel(
                 K_BLOCK_R,
             )
         else:
-            _write_vectors(
+            write_vectors(
                 key,
                 pages,
                 halves,
@@ -524,7 +525,7 @@ def quant_write_kernel(
                 K_BLOCK_R,
             )
     else:
-        _write_vectors(
+        write_vectors(
             value,
             pages,
             halves,
@@ -562,7 +563,7 @@ def quant_write_kernel(
 
 
 def _constants(layout: CodedPage, coding: Coding, side: str) -> dict[str, int | str | bool]:
-    """What the kernel must know of K (``key``) or V (``value``) when it is compiled."""
+    """Compile-time arguments of the kernel for K (``key``) or V (``value``)."""
     # Elements that share a byte lie this many to a vector apart.
     parts = {2: 4, 3: 8, 4: 2}.get(coding.bits, 1)
     block_n = triton.next_power_of_2(coding.inner // parts)
@@ -601,6 +602,7 @@ def kernel_constants(layout: CodedPage, heads: int, block_size: int) -> dict[str
     }
 
 
+@checked(check_arguments)
 def quant_write_triton(
     key: Tensor,
     value: Tensor,
@@ -610,23 +612,11 @@ def quant_write_triton(
     *,
     key_levels: Tensor | None = None,
     value_levels: Tensor | None = None,
-    lanes: Tensor | None = None,
+    recent_slots: Tensor | None = None,
     recent_key: Tensor | None = None,
     nonfinite: Tensor | None = None,
 ) -> None:
     """Same contract as :func:`kvplug_kernels.quant_write.quant_write`."""
-    check_arguments(
-        key,
-        value,
-        pages,
-        slots,
-        layout,
-        key_levels,
-        value_levels,
-        lanes,
-        recent_key,
-        nonfinite,
-    )
     n, heads = key.shape[:2]
     if n * heads == 0:
         return
@@ -648,7 +638,7 @@ def quant_write_triton(
             pages.view(torch.int16),
             *words,
             slots,
-            lanes if ring is not None else None,
+            recent_slots if ring is not None else None,
             ring,
             key_levels if layout.key.kind == "codebook" else None,
             value_levels if layout.value.kind == "codebook" else None,

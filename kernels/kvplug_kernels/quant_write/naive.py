@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import FLOAT32, FLOATS, INTEGERS, check_tensor, checked
 from ..coding import (
     CodedPage,
     Coding,
@@ -13,9 +14,6 @@ from ..coding import (
     encode_groups,
     encode_vectors,
 )
-from ..paging import FLOATS, check_tensor
-
-INTEGERS = (torch.int64, torch.int32)
 
 
 def check_arguments(
@@ -24,11 +22,12 @@ def check_arguments(
     pages: Tensor,
     slots: Tensor,
     layout: CodedPage,
-    key_levels: Tensor | None,
-    value_levels: Tensor | None,
-    lanes: Tensor | None,
-    recent_key: Tensor | None,
-    nonfinite: Tensor | None,
+    *,
+    key_levels: Tensor | None = None,
+    value_levels: Tensor | None = None,
+    recent_slots: Tensor | None = None,
+    recent_key: Tensor | None = None,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
     check_coded_pages("pages", pages, layout)
@@ -39,17 +38,17 @@ def check_arguments(
         raise ValueError(f"value must have {key.shape[0]} tokens like key, got {value.shape[0]}.")
     check_tensor("slots", slots, INTEGERS, (key.shape[0],), device)
     if layout.key.axis == "tokens" and recent_key is not None:
-        shape = ("num_lanes", "size", heads, layout.key.width)
+        shape = ("num_slots", "size", heads, layout.key.width)
         check_tensor("recent_key", recent_key, FLOATS, shape, device)
-        held = recent_key.shape[1]
-        if held < 1 or held % layout.key.group or size % held:
+        ring_size = recent_key.shape[1]
+        if ring_size < 1 or ring_size % layout.key.group or size % ring_size:
             raise ValueError(
                 f"recent_key must hold a multiple of the {layout.key.group} tokens of a group that "
-                f"divides blocks of {size}, got {held}."
+                f"divides blocks of {size}, got {ring_size}."
             )
-        if lanes is None:
-            raise ValueError("lanes must be given with recent_key.")
-        check_tensor("lanes", lanes, INTEGERS, (key.shape[0],), device)
+        if recent_slots is None:
+            raise ValueError("recent_slots must be given with recent_key.")
+        check_tensor("recent_slots", recent_slots, INTEGERS, (key.shape[0],), device)
     if nonfinite is not None:
         check_tensor("nonfinite", nonfinite, (torch.int64,), (1,), device)
 
@@ -62,10 +61,11 @@ def _check_side(
         raise ValueError(f"{name} must have {coding.bits} bits an element, got {x.dtype}.")
     if coding.kind == "codebook":
         if levels is None:
-            raise ValueError(f"{name}_levels must be given: its codes are of a codebook.")
-        check_tensor(f"{name}_levels", levels, (torch.float32,), (coding.levels,), device)
+            raise ValueError(f"{name}_levels must be given for codebook {name}s.")
+        check_tensor(f"{name}_levels", levels, FLOAT32, (coding.levels,), device)
 
 
+@checked(check_arguments)
 def quant_write_naive(
     key: Tensor,
     value: Tensor,
@@ -75,23 +75,11 @@ def quant_write_naive(
     *,
     key_levels: Tensor | None = None,
     value_levels: Tensor | None = None,
-    lanes: Tensor | None = None,
+    recent_slots: Tensor | None = None,
     recent_key: Tensor | None = None,
     nonfinite: Tensor | None = None,
 ) -> None:
     """Same contract as :func:`kvplug_kernels.quant_write.quant_write`."""
-    check_arguments(
-        key,
-        value,
-        pages,
-        slots,
-        layout,
-        key_levels,
-        value_levels,
-        lanes,
-        recent_key,
-        nonfinite,
-    )
     size = pages.shape[2]
     for i, slot in enumerate(slots.tolist()):
         if slot < 0:
@@ -106,7 +94,7 @@ def quant_write_naive(
         if nonfinite is not None:
             nonfinite += (~key[i].isfinite()).sum() + (~value[i].isfinite()).sum()
     if layout.key.axis == "tokens":
-        _write_groups(key, pages, slots.tolist(), layout, lanes, recent_key)
+        _write_groups(key, pages, slots.tolist(), layout, recent_slots, recent_key)
 
 
 def _write_groups(
@@ -114,7 +102,7 @@ def _write_groups(
     pages: Tensor,
     slots: list[int],
     layout: CodedPage,
-    lanes: Tensor | None,
+    recent_slots: Tensor | None,
     recent_key: Tensor | None,
 ) -> None:
     group, size = layout.key.group, pages.shape[2]
@@ -129,9 +117,13 @@ def _write_groups(
             cells = slice(first - first % group, first - first % group + group)
             fields = {name: plane[block, :, cells] for name, plane in planes.items()}
             tokens = decode_groups(fields, layout.key)
-            if recent_key is not None and lanes is not None and int(lanes[start]) >= 0:
+            if (
+                recent_key is not None
+                and recent_slots is not None
+                and int(recent_slots[start]) >= 0
+            ):
                 at = torch.arange(cells.start, cells.stop, device=key.device) % recent_key.shape[1]
-                tokens = recent_key[int(lanes[start]), at].transpose(0, 1).float()
+                tokens = recent_key[int(recent_slots[start]), at].transpose(0, 1).float()
             live = torch.arange(group, device=key.device) < first % group
             for i in range(start, stop):
                 tokens[:, slots[i] % group] = key[i].float()

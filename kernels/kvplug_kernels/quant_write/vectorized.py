@@ -7,16 +7,18 @@ import functools
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..coding import CodedPage, decode_groups, encode_groups, encode_vectors, unflatten
 from .naive import check_arguments
 
 CHUNK_BYTES = 512 << 10
 """float32 elements coded at a time: their copies stay in a CPU's cache."""
 FEW_BYTES = 64 << 10
-"""What is stored by one operation, whatever the width of its words."""
+"""Size up to which all fields are stored by one operation, whatever the width of its words."""
 WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
+@checked(check_arguments)
 def quant_write_vectorized(
     key: Tensor,
     value: Tensor,
@@ -26,27 +28,15 @@ def quant_write_vectorized(
     *,
     key_levels: Tensor | None = None,
     value_levels: Tensor | None = None,
-    lanes: Tensor | None = None,
+    recent_slots: Tensor | None = None,
     recent_key: Tensor | None = None,
     nonfinite: Tensor | None = None,
 ) -> None:
     """Same contract as :func:`kvplug_kernels.quant_write.quant_write`."""
-    check_arguments(
-        key,
-        value,
-        pages,
-        slots,
-        layout,
-        key_levels,
-        value_levels,
-        lanes,
-        recent_key,
-        nonfinite,
-    )
     live = slots >= 0
     if not bool(live.all()):
         key, value, slots = key[live], value[live], slots[live]
-        lanes = lanes[live] if lanes is not None else None
+        recent_slots = recent_slots[live] if recent_slots is not None else None
     if slots.numel() == 0 or pages.shape[1] == 0:
         return
     slots = slots.long()
@@ -54,7 +44,7 @@ def quant_write_vectorized(
     if layout.key.axis == "tokens":
         if nonfinite is not None:
             nonfinite += (~key.isfinite()).sum()
-        _write_groups(key, pages, slots, layout, lanes, recent_key)
+        _write_groups(key, pages, slots, layout, recent_slots, recent_key)
     else:
         sides.insert(0, ("key_", key, layout.key, key_levels))
     together = len(sides) == 2 and layout.key == layout.value and key.dtype == value.dtype
@@ -114,8 +104,8 @@ def _places(
     word: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Where the words of some fields of a block's first token are, ``[heads, words]``, and how far
-    on those of the next token, ``[words]``."""
+    """Offsets of the words of some fields of a block's first token, ``[heads, words]``, and the
+    steps to those of the next token, ``[words]``."""
     starts, steps = [], []
     for name in names:
         field = layout.field(name)
@@ -131,7 +121,7 @@ def _write_groups(
     pages: Tensor,
     slots: Tensor,
     layout: CodedPage,
-    lanes: Tensor | None,
+    recent_slots: Tensor | None,
     recent_key: Tensor | None,
 ) -> None:
     coding = layout.key
@@ -150,19 +140,19 @@ def _write_groups(
     step = torch.arange(group, device=key.device)
     live = step < first[:, None]
     begun = live.any(1)
-    lane = torch.full_like(start, -1)
-    if lanes is not None and recent_key is not None:
-        lane = lanes[start].long()
+    ring_slot = torch.full_like(start, -1)
+    if recent_slots is not None and recent_key is not None:
+        ring_slot = recent_slots[start].long()
     live[run, offset] = True
     at_once = max(CHUNK_BYTES // (heads * group * coding.width * 4), 1)
     for low in range(0, n, at_once):
         mine = slice(low, min(low + at_once, n))
         found = key.new_zeros((mine.stop - low, heads, group, coding.width), dtype=torch.float32)
-        kept = (begun[mine] & (lane[mine] >= 0)).nonzero()[:, 0]
+        kept = (begun[mine] & (ring_slot[mine] >= 0)).nonzero()[:, 0]
         if recent_key is not None and len(kept):
             at = (part[mine][kept][:, None] * group + step) % recent_key.shape[1]
-            found[kept] = recent_key[lane[mine][kept][:, None], at].transpose(1, 2).float()
-        coded = (begun[mine] & (lane[mine] < 0)).nonzero()[:, 0]
+            found[kept] = recent_key[ring_slot[mine][kept][:, None], at].transpose(1, 2).float()
+        coded = (begun[mine] & (ring_slot[mine] < 0)).nonzero()[:, 0]
         if len(coded):
             page, cut = block[mine][coded], part[mine][coded]
             found[coded] = decode_groups({f: p[page, :, cut] for f, p in planes.items()}, coding)

@@ -1,4 +1,4 @@
-"""Move rotated keys of a paged cache to other positions, in place."""
+"""Re-rotate keys of a paged cache to other positions, in place."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def rerotate(
     cosines and sines carry: only the frequencies matter. Pair ``i`` of a key turns by ``shift *
     frequencies[i]``; the pair is elements ``i`` and ``i + p`` (NeoX) or ``2i`` and ``2i + 1``
     (GPT-J, ``interleaved``) of the first ``2p``; the rest stays. Angles are taken in float64 and
-    sums in float32, so a key is rounded once, to its own dtype, however far it moves.
+    sums in float32, so a key is rounded once, to its own dtype, however large the shift.
 
-    Keys that do not move keep their bytes. Everything else in the pages stays as it is. On CUDA
-    nothing synchronises with the host, and the keys are moved by one launch.
+    Keys with a shift of 0 keep their bytes. Everything else in the pages stays as it is. On CUDA
+    nothing synchronises with the host, and the keys are re-rotated by one launch.
 
     The caller guarantees that slots are distinct and below ``num_blocks * block_size``, which is
     not checked on the device.
@@ -38,11 +38,11 @@ def rerotate(
         keys: float32, float16 or bfloat16 ``[num_blocks, heads, block_size, head_size]``, any
             strides with the last dimension contiguous, changed in place.
         slots: int64 or int32 ``[n]``, ``block * block_size + offset``; negative is padding.
-        shift: Positions to move by, of either sign: one number for all slots, or int64 or int32
+        shift: Positions to shift by, of either sign: one number for all slots, or int64 or int32
             ``[n]``.
         frequencies: float32 ``[p]``, radians a position, the model's own table after its scaling
             (``inv_freq``); ``2p <= head_size``.
-        interleaved: Whether pairs lie side by side (GPT-J).
+        interleaved: Pairs lie side by side (GPT-J).
 
     Raises:
         ValueError: an argument has the wrong dtype, shape, stride or device, or more elements

@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import checked
 from ..coding import CodedPage
-from ..paged_attend_quant.kernel import _codes, _e4m3
-from ..quant_write.kernel import _write_vectors, kernel_constants
-from .naive import check_arguments, check_coded_arguments, plain_keys, turns
+from ..quant_write.kernel import kernel_constants, write_vectors
+from ..tiles import e4m3_over_256, element_codes
+from .naive import check_arguments, check_coded_arguments, cos_sin, plain_keys
 
 TILE = 2048
-"""Pairs that a program turns."""
+"""Pairs that a program cos_sin."""
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -34,7 +35,7 @@ def rerotate_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Each program turns the keys of BLOCK_R (slot, head) pairs."""
+    """Each program cos_sin the keys of BLOCK_R (slot, head) pairs."""
     i_p = tl.program_id(0).to(tl.int64)
     o_r = i_p * BLOCK_R + tl.arange(0, BLOCK_R)
     m_r = o_r < n_rows
@@ -44,9 +45,9 @@ def rerotate_kernel(
     b_slot = tl.where(m_r, b_slot, 0)
     o_p = tl.arange(0, BLOCK_P)
     m = m_r[:, None] & (o_p < PAIRS)[None, :]
-    o_turn = i_n[:, None] * stride_cn + o_p[None, :]
-    b_cosine = tl.load(cosine + o_turn, mask=m, other=1.0)
-    b_sine = tl.load(sine + o_turn, mask=m, other=0.0)
+    o_angle = i_n[:, None] * stride_cn + o_p[None, :]
+    b_cosine = tl.load(cosine + o_angle, mask=m, other=1.0)
+    b_sine = tl.load(sine + o_angle, mask=m, other=0.0)
     p_key = keys + (b_slot // BLOCK_SIZE) * stride_kb + i_h * stride_kh
     p_key = p_key + (b_slot % BLOCK_SIZE) * stride_kt
     if INTERLEAVED:
@@ -57,10 +58,10 @@ def rerotate_kernel(
         p_b = p_a + PAIRS
     b_a = tl.load(p_a, mask=m, other=0.0).to(tl.float32)
     b_b = tl.load(p_b, mask=m, other=0.0).to(tl.float32)
-    b_turned = b_a * b_cosine - b_b * b_sine
-    tl.store(p_a, b_turned.to(keys.dtype.element_ty), mask=m)
-    b_turned = b_b * b_cosine + b_a * b_sine
-    tl.store(p_b, b_turned.to(keys.dtype.element_ty), mask=m)
+    b_rotated = b_a * b_cosine - b_b * b_sine
+    tl.store(p_a, b_rotated.to(keys.dtype.element_ty), mask=m)
+    b_rotated = b_b * b_cosine + b_a * b_sine
+    tl.store(p_b, b_rotated.to(keys.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -90,13 +91,13 @@ def _decode(
     m_in = m_r & (o_d >= OUTLIERS) & (o_d < OUTLIERS + INNER)
     o_in = tl.minimum(tl.maximum(o_d - OUTLIERS, 0), INNER - 1)
     p_codes = pages + o_page + CODES * BLOCK_SIZE + i_t * (INNER * BITS // 8)
-    b_code = _codes(p_codes, o_in, m_in, INNER, BITS)
+    b_code = element_codes(p_codes, o_in, m_in, INNER, BITS)
     p_scale = halves + o_page // 2 + SCALE * BLOCK_SIZE // 2 + i_t * (INNER // GROUP)
     b_scale = tl.load(p_scale + o_in // GROUP, mask=m_in, other=0)
     b_scale = b_scale.to(tl.float16, bitcast=True).to(tl.float32)
     if KIND == "fp8":
         # Both factors are off by a power of two, so the product is the same.
-        b_x = _e4m3(b_code).to(tl.float32) * (b_scale * 256)
+        b_x = e4m3_over_256(b_code).to(tl.float32) * (b_scale * 256)
     elif KIND == "codebook":
         b_x = tl.load(levels + b_code, mask=m_in, other=0.0) * b_scale
     else:
@@ -124,14 +125,14 @@ def rerotate_coded_kernel(
     cosine,
     sine,
     levels,
-    turned,
+    rotated,
     n_rows,
     stride_pb,
     stride_ph,
     stride_cn,
     HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    TURNS: tl.constexpr,
+    PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     K_KIND: tl.constexpr,
     K_BITS: tl.constexpr,
@@ -153,8 +154,8 @@ def rerotate_coded_kernel(
     K_BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Each program decodes and turns the keys of BLOCK_R (slot, head) pairs, lays them out in
-    ``turned [n, HEADS, width]``, which stays in its cache, and codes them from there."""
+    """Each program decodes and cos_sin the keys of BLOCK_R (slot, head) pairs, lays them out in
+    ``rotated [n, HEADS, width]``, which stays in its cache, and codes them from there."""
     WIDTH: tl.constexpr = K_INNER + K_OUTLIERS
     i_p = tl.program_id(0).to(tl.int64)
     o_r = i_p * K_BLOCK_R + tl.arange(0, K_BLOCK_R)
@@ -166,15 +167,15 @@ def rerotate_coded_kernel(
     i_t = (b_slot % BLOCK_SIZE)[:, None]
     o_page = ((b_slot // BLOCK_SIZE) * stride_pb + i_h * stride_ph)[:, None]
     o_d = tl.arange(0, BLOCK_D)[None, :]
-    m_turns = o_d < 2 * TURNS
+    m_rotates = o_d < 2 * PAIRS
     if INTERLEAVED:
         o_pair = o_d // 2
         m_first = o_d % 2 == 0
-        o_other = tl.where(m_turns, tl.where(m_first, o_d + 1, o_d - 1), o_d)
+        o_other = tl.where(m_rotates, tl.where(m_first, o_d + 1, o_d - 1), o_d)
     else:
-        o_pair = o_d % TURNS
-        m_first = o_d < TURNS
-        o_other = tl.where(m_turns, tl.where(m_first, o_d + TURNS, o_d - TURNS), o_d)
+        o_pair = o_d % PAIRS
+        m_first = o_d < PAIRS
+        o_other = tl.where(m_rotates, tl.where(m_first, o_d + PAIRS, o_d - PAIRS), o_d)
     b_x = _decode(
         pages,
         halves,
@@ -217,18 +218,18 @@ def rerotate_coded_kernel(
         K_OUTLIER_SCALE,
         K_OUTLIER_ZERO,
     )
-    m_load = m_live & m_turns
-    o_turn = i_n[:, None] * stride_cn + o_pair
-    b_cosine = tl.load(cosine + o_turn, mask=m_load, other=1.0)
-    b_sine = tl.load(sine + o_turn, mask=m_load, other=0.0)
+    m_load = m_live & m_rotates
+    o_angle = i_n[:, None] * stride_cn + o_pair
+    b_cosine = tl.load(cosine + o_angle, mask=m_load, other=1.0)
+    b_sine = tl.load(sine + o_angle, mask=m_load, other=0.0)
     b_cross = b_other * b_sine
-    b_x = tl.where(m_turns, b_x * b_cosine + tl.where(m_first, -b_cross, b_cross), b_x)
-    p_turned = turned + o_r[:, None] * WIDTH + o_d
-    tl.store(p_turned, b_x, mask=m_live & (o_d < WIDTH))
-    # All codes are read, and all turned keys laid out, before a thread writes codes.
+    b_x = tl.where(m_rotates, b_x * b_cosine + tl.where(m_first, -b_cross, b_cross), b_x)
+    p_rotated = rotated + o_r[:, None] * WIDTH + o_d
+    tl.store(p_rotated, b_x, mask=m_live & (o_d < WIDTH))
+    # All codes are read, and all rotated keys laid out, before a thread writes codes.
     tl.debug_barrier()
-    _write_vectors(
-        turned,
+    write_vectors(
+        rotated,
         pages,
         halves,
         None,
@@ -269,6 +270,7 @@ def _still(slots: Tensor, shift: int | Tensor) -> Tensor:
     return slots.masked_fill(shift == 0, -1) if isinstance(shift, Tensor) else slots
 
 
+@checked(check_arguments)
 def rerotate_triton(
     keys: Tensor,
     slots: Tensor,
@@ -278,12 +280,11 @@ def rerotate_triton(
     interleaved: bool = False,
 ) -> None:
     """Same contract as :func:`kvplug_kernels.rerotate.rerotate`."""
-    check_arguments(keys, slots, shift, frequencies)
     heads, pairs = keys.shape[1], frequencies.shape[0]
     n_rows = slots.shape[0] * heads
     if n_rows == 0 or pairs == 0 or (not isinstance(shift, Tensor) and shift == 0):
         return
-    cosine, sine = turns(shift, frequencies)
+    cosine, sine = cos_sin(shift, frequencies)
     block_p = triton.next_power_of_2(pairs)
     block_r = min(max(TILE // block_p, 1), triton.next_power_of_2(n_rows))
     with torch.cuda.device_of(keys):
@@ -304,6 +305,7 @@ def rerotate_triton(
         )
 
 
+@checked(check_coded_arguments)
 def rerotate_coded_triton(
     pages: Tensor,
     slots: Tensor,
@@ -316,7 +318,6 @@ def rerotate_coded_triton(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Same contract as :func:`kvplug_kernels.rerotate.rerotate_coded`."""
-    check_coded_arguments(pages, slots, shift, layout, frequencies, key_levels, dtype)
     coding, heads, size = layout.key, pages.shape[1], pages.shape[2]
     if pages.numel() == 0:
         return
@@ -332,8 +333,8 @@ def rerotate_coded_triton(
         for name, value in kernel_constants(layout, heads, size).items()
         if name in ("HEADS", "BLOCK_SIZE") or (name.startswith("K_") and name != "K_AXIS")
     }
-    cosine, sine = turns(shift, frequencies)
-    turned = pages.new_empty((slots.shape[0], heads, coding.width), dtype=torch.float32)
+    cosine, sine = cos_sin(shift, frequencies)
+    rotated = pages.new_empty((slots.shape[0], heads, coding.width), dtype=torch.float32)
     with torch.cuda.device_of(pages):
         rerotate_coded_kernel[(triton.cdiv(n_rows, int(constants["K_BLOCK_R"])),)](
             pages,
@@ -342,12 +343,12 @@ def rerotate_coded_triton(
             cosine,
             sine,
             key_levels if coding.kind == "codebook" else None,
-            turned,
+            rotated,
             n_rows,
             pages.stride(0),
             pages.stride(1),
             cosine.stride(0) if isinstance(shift, Tensor) else 0,
-            TURNS=pairs,
+            PAIRS=pairs,
             INTERLEAVED=interleaved,
             BLOCK_D=triton.next_power_of_2(coding.width),
             **constants,

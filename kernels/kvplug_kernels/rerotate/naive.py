@@ -5,16 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import FLOAT32, FLOATS, INTEGERS, check_tensor, checked
 from ..coding import CodedPage, check_coded_pages, decode_vectors, encode_vectors
-from ..paging import FLOATS, check_pages, check_tensor
-
-INTEGERS = (torch.int64, torch.int32)
+from ..paging import check_pages
 
 
-def check_arguments(keys: Tensor, slots: Tensor, shift: int | Tensor, frequencies: Tensor) -> None:
+def check_arguments(
+    keys: Tensor,
+    slots: Tensor,
+    shift: int | Tensor,
+    frequencies: Tensor,
+    *,
+    interleaved: bool = False,
+) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
     check_pages("keys", keys, keys.device)
-    _check_moves(slots, shift, frequencies, keys.shape[3], keys.device)
+    _check_shift(slots, shift, frequencies, keys.shape[3], keys.device)
 
 
 def check_coded_arguments(
@@ -23,35 +29,37 @@ def check_coded_arguments(
     shift: int | Tensor,
     layout: CodedPage,
     frequencies: Tensor,
-    key_levels: Tensor | None,
-    dtype: torch.dtype | None,
+    *,
+    interleaved: bool = False,
+    key_levels: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
     check_coded_pages("pages", pages, layout)
     coding = layout.key
     if coding.axis == "tokens":
         raise ValueError(
-            "layout must group keys along channels to rotate them one by one, got groups of "
+            "layout must group keys along channels to re-rotate them one by one, got groups of "
             f"{coding.group} tokens."
         )
-    _check_moves(slots, shift, frequencies, coding.width, pages.device)
+    _check_shift(slots, shift, frequencies, coding.width, pages.device)
     if coding.kind == "codebook":
         if key_levels is None:
-            raise ValueError("key_levels must be given: the codes of keys are of a codebook.")
-        check_tensor("key_levels", key_levels, (torch.float32,), (coding.levels,), pages.device)
+            raise ValueError("key_levels must be given for codebook keys.")
+        check_tensor("key_levels", key_levels, FLOAT32, (coding.levels,), pages.device)
     if coding.kind == "plain" and (
         dtype is None or dtype not in FLOATS or dtype.itemsize * 8 != coding.bits
     ):
         raise ValueError(f"dtype must be that of plain keys of {coding.bits} bits, got {dtype}.")
 
 
-def _check_moves(
+def _check_shift(
     slots: Tensor, shift: int | Tensor, frequencies: Tensor, width: int, device: torch.device
 ) -> None:
     check_tensor("slots", slots, INTEGERS, ("n",), device)
     if isinstance(shift, Tensor):
         check_tensor("shift", shift, INTEGERS, (slots.shape[0],), device)
-    check_tensor("frequencies", frequencies, (torch.float32,), ("p",), device)
+    check_tensor("frequencies", frequencies, FLOAT32, ("p",), device)
     if 2 * frequencies.shape[0] > width:
         raise ValueError(
             f"frequencies must rotate at most the {width} elements of a key, got "
@@ -65,7 +73,7 @@ def plain_keys(pages: Tensor, layout: CodedPage, dtype: torch.dtype) -> Tensor:
     return layout.plane(pages, "key_codes").view(dtype)
 
 
-def turns(shift: int | Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def cos_sin(shift: int | Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of each pair's angle, float32 ``[n, p]``, ``[1, p]`` for one shift."""
     if isinstance(shift, Tensor):
         angle = shift.double()[:, None] * frequencies.double()
@@ -75,7 +83,7 @@ def turns(shift: int | Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, interleaved: bool) -> Tensor:
-    """Vectors ``[..., d]`` turned by angles ``[..., p]``, float32."""
+    """Vectors ``[..., d]`` rotated by angles ``[..., p]``, float32."""
     pairs = cosine.shape[-1]
     found = x.float()
     rotated = found[..., : 2 * pairs]
@@ -88,6 +96,7 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor, *, interleaved: bool) -> Ten
     return torch.cat([whole, found[..., 2 * pairs :]], -1)
 
 
+@checked(check_arguments)
 def rerotate_naive(
     keys: Tensor,
     slots: Tensor,
@@ -97,16 +106,16 @@ def rerotate_naive(
     interleaved: bool = False,
 ) -> None:
     """Same contract as :func:`kvplug_kernels.rerotate.rerotate`."""
-    check_arguments(keys, slots, shift, frequencies)
     size = keys.shape[2]
     for i, slot in enumerate(slots.tolist()):
         by = int(shift[i]) if isinstance(shift, Tensor) else shift
         if slot >= 0 and by != 0:
             key = keys[slot // size, :, slot % size, : 2 * frequencies.shape[0]]
-            cosine, sine = turns(by, frequencies)
+            cosine, sine = cos_sin(by, frequencies)
             key.copy_(rotate(key, cosine, sine, interleaved=interleaved))
 
 
+@checked(check_coded_arguments)
 def rerotate_coded_naive(
     pages: Tensor,
     slots: Tensor,
@@ -119,7 +128,6 @@ def rerotate_coded_naive(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Same contract as :func:`kvplug_kernels.rerotate.rerotate_coded`."""
-    check_coded_arguments(pages, slots, shift, layout, frequencies, key_levels, dtype)
     coding, size = layout.key, pages.shape[2]
     if coding.kind == "plain" and dtype is not None:
         keys = plain_keys(pages, layout, dtype)
@@ -132,6 +140,6 @@ def rerotate_coded_naive(
             continue
         cells = {name: plane[slot // size, :, slot % size] for name, plane in planes.items()}
         key = decode_vectors(cells, coding, key_levels)
-        turned = rotate(key, *turns(by, frequencies), interleaved=interleaved)
-        for name, found in encode_vectors(turned, coding, key_levels).items():
+        rotated = rotate(key, *cos_sin(by, frequencies), interleaved=interleaved)
+        for name, found in encode_vectors(rotated, coding, key_levels).items():
             cells[name].copy_(found)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..coding import CodedPage, decode_vectors, encode_vectors
 from ..paging import as_runs
-from .naive import check_arguments, check_coded_arguments, plain_keys, rotate, turns
+from .naive import check_arguments, check_coded_arguments, cos_sin, plain_keys, rotate
 
 CHUNK_BYTES = 256 << 10
 """float32 elements at a time: their copies stay in a CPU's cache."""
 WORDS = (torch.int64, torch.int32, torch.int16)
 
 
-def _moving(slots: Tensor, shift: int | Tensor) -> tuple[Tensor, int | Tensor]:
+def _shifted(slots: Tensor, shift: int | Tensor) -> tuple[Tensor, int | Tensor]:
     """The slots that are no padding and move, and by how much."""
     live = slots >= 0
     if isinstance(shift, Tensor):
@@ -26,7 +27,7 @@ def _moving(slots: Tensor, shift: int | Tensor) -> tuple[Tensor, int | Tensor]:
     return slots[live].long(), shift[live] if isinstance(shift, Tensor) else shift
 
 
-def _turn(x: Tensor, cosine: Tensor, sine: Tensor, *, interleaved: bool) -> None:
+def _rotate_in_place(x: Tensor, cosine: Tensor, sine: Tensor, *, interleaved: bool) -> None:
     """`rotate` in place, in as few passes over memory as torch has."""
     pairs = cosine.shape[-1]
     if interleaved:
@@ -34,11 +35,12 @@ def _turn(x: Tensor, cosine: Tensor, sine: Tensor, *, interleaved: bool) -> None
     else:
         of_a, of_b = x[..., :pairs], x[..., pairs : 2 * pairs]
     a, b = of_a.float(), of_b.float()
-    turned = (a * cosine).sub_(b * sine), (b * cosine).add_(a * sine)
-    of_a.copy_(turned[0])
-    of_b.copy_(turned[1])
+    rotated = (a * cosine).sub_(b * sine), (b * cosine).add_(a * sine)
+    of_a.copy_(rotated[0])
+    of_b.copy_(rotated[1])
 
 
+@checked(check_arguments)
 def rerotate_vectorized(
     keys: Tensor,
     slots: Tensor,
@@ -48,31 +50,30 @@ def rerotate_vectorized(
     interleaved: bool = False,
 ) -> None:
     """Same contract as :func:`kvplug_kernels.rerotate.rerotate`."""
-    check_arguments(keys, slots, shift, frequencies)
-    slots, shift = _moving(slots, shift)
+    slots, shift = _shifted(slots, shift)
     heads, size, width = keys.shape[1:]
     pairs = frequencies.shape[0]
     if slots.numel() == 0 or pairs == 0:
         return
     runs = as_runs(keys, width)
     head = torch.arange(heads, device=keys.device)
-    cosine, sine = turns(shift, frequencies)
+    cosine, sine = cos_sin(shift, frequencies)
     at_once = max(CHUNK_BYTES // (heads * width * 4), 1)
     for low in range(0, len(slots), at_once):
         part = slice(low, low + at_once)
         block, offset = slots[part] // size, slots[part] % size
         mine = part if cosine.shape[0] > 1 else slice(0, 1)
-        turn = (cosine[mine, None], sine[mine, None])
+        angle = (cosine[mine, None], sine[mine, None])
         if runs is None:
             at = (block[:, None], head[None], offset[:, None])
             found = keys[at]
-            _turn(found, *turn, interleaved=interleaved)
+            _rotate_in_place(found, *angle, interleaved=interleaved)
             keys[at] = found
             continue
         by_block, by_head, by_slot = (stride // width for stride in keys.stride()[:3])
         rows = ((block * by_block + offset * by_slot)[:, None] + head * by_head).flatten()
         found = runs.index_select(0, rows).view(-1, heads, width)
-        _turn(found, *turn, interleaved=interleaved)
+        _rotate_in_place(found, *angle, interleaved=interleaved)
         runs.index_copy_(0, rows, found.view(-1, width))
 
 
@@ -85,6 +86,7 @@ def _as_words(plane: Tensor) -> Tensor:
     return plane
 
 
+@checked(check_coded_arguments)
 def rerotate_coded_vectorized(
     pages: Tensor,
     slots: Tensor,
@@ -97,7 +99,6 @@ def rerotate_coded_vectorized(
     dtype: torch.dtype | None = None,
 ) -> None:
     """Same contract as :func:`kvplug_kernels.rerotate.rerotate_coded`."""
-    check_coded_arguments(pages, slots, shift, layout, frequencies, key_levels, dtype)
     coding, (_, heads, size, _) = layout.key, pages.shape
     if pages.numel() == 0:
         return
@@ -105,12 +106,12 @@ def rerotate_coded_vectorized(
         keys = plain_keys(pages, layout, dtype)
         rerotate_vectorized(keys, slots, shift, frequencies, interleaved=interleaved)
         return
-    slots, shift = _moving(slots, shift)
+    slots, shift = _shifted(slots, shift)
     if slots.numel() == 0 or frequencies.shape[0] == 0:
         return
     planes = {name: _as_words(layout.plane(pages, f"key_{name}")) for name, _, _ in coding.sizes()}
     head = torch.arange(heads, device=pages.device)
-    cosine, sine = turns(shift, frequencies)
+    cosine, sine = cos_sin(shift, frequencies)
     at_once = max(CHUNK_BYTES // (heads * coding.width * 4), 1)
     for low in range(0, len(slots), at_once):
         part = slice(low, low + at_once)

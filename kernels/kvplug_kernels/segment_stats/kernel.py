@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import checked
 from .naive import check_arguments
 
 TILE_BYTES = 16384
@@ -202,6 +203,7 @@ def merge_stats_kernel(
     tl.store(p_out + 4, b_outgoing)
 
 
+@checked(check_arguments)
 def segment_stats_triton(
     key: Tensor,
     value: Tensor,
@@ -210,7 +212,6 @@ def segment_stats_triton(
     scale: float = 1.0,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.segment_stats.segment_stats`."""
-    check_arguments(key, value, query, before, scale)
     n, heads, head_size = key.shape
     if n == 0:
         return torch.full((heads, 5), float("nan"), device=key.device)

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..paging import FLOATS
+from ..arguments import FLOATS, check_tensor, checked
 
 KEY_RMS, VALUE_RMS, SPARSITY, KEY_COSINE, OUTGOING = range(5)
 
 
 def check_arguments(
-    key: Tensor, value: Tensor, query: Tensor | None, before: Tensor | None, scale: float
+    key: Tensor,
+    value: Tensor,
+    query: Tensor | None = None,
+    before: Tensor | None = None,
+    scale: float = 1.0,
 ) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
-    _check("key", key, FLOATS, ("n", "heads", "head_size"), key.device)
+    check_tensor("key", key, FLOATS, ("n", "heads", "head_size"), key.device, any_strides=True)
     n, heads, head_size = key.shape
     if heads < 1 or head_size < 1:
         raise ValueError(f"key must have heads of at least one element, got {tuple(key.shape)}.")
     dtype = (key.dtype,)
-    _check("value", value, dtype, (n, heads, head_size), key.device)
+    check_tensor("value", value, dtype, (n, heads, head_size), key.device, any_strides=True)
     if query is not None:
-        _check("query", query, dtype, ("m", "num_heads", head_size), key.device)
+        check_tensor(
+            "query", query, dtype, ("m", "num_heads", head_size), key.device, any_strides=True
+        )
         if query.shape[0] > n:
             raise ValueError(
                 f"query must have at most the {n} tokens of key, got {query.shape[0]}."
@@ -34,33 +39,12 @@ def check_arguments(
                 f"query must have a multiple of the {heads} heads of key, got {query.shape[1]}."
             )
     if before is not None:
-        _check("before", before, dtype, ("c", heads, head_size), key.device)
+        check_tensor("before", before, dtype, ("c", heads, head_size), key.device, any_strides=True)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}.")
 
 
-def _check(
-    name: str,
-    tensor: Tensor,
-    dtypes: Sequence[torch.dtype],
-    shape: Sequence[int | str],
-    device: torch.device,
-) -> None:
-    """`kvplug_kernels.paging.check_tensor` for any strides."""
-    if tensor.dtype not in dtypes:
-        allowed = " or ".join(str(dtype) for dtype in dtypes)
-        raise ValueError(f"{name} must have dtype {allowed}, got {tensor.dtype}.")
-    fits = tensor.ndim == len(shape) and all(
-        isinstance(want, str) or want == size
-        for want, size in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(str(size) for size in shape)
-        raise ValueError(f"{name} must have shape [{wanted}], got {tuple(tensor.shape)}.")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like the others, got {tensor.device}.")
-
-
+@checked(check_arguments)
 def segment_stats_naive(
     key: Tensor,
     value: Tensor,
@@ -69,7 +53,6 @@ def segment_stats_naive(
     scale: float = 1.0,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.segment_stats.segment_stats`, in float64."""
-    check_arguments(key, value, query, before, scale)
     n, heads, head_size = key.shape
     found = [[math.nan] * 5 for _ in range(heads)]
     for h in range(heads if n else 0):
@@ -78,8 +61,8 @@ def segment_stats_naive(
         found[h][VALUE_RMS] = math.sqrt(float(v.square().sum()) / (n * head_size))
         if n > 1:
             found[h][SPARSITY] = _hoyer([float(token.norm()) for token in v])
-            likeness = [_cosine(k[t], k[t - 1]) for t in range(1, n)]
-            found[h][KEY_COSINE] = sum(likeness) / (n - 1)
+            similarity = [_cosine(k[t], k[t - 1]) for t in range(1, n)]
+            found[h][KEY_COSINE] = sum(similarity) / (n - 1)
         if query is not None and query.shape[0] > 0:
             found[h][OUTGOING] = _outgoing(k, query, before, h, scale)
     return torch.tensor(found, dtype=torch.float32, device=key.device)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from .naive import KEY_COSINE, KEY_RMS, OUTGOING, SPARSITY, VALUE_RMS, check_arguments
 
 TOKENS_BYTES = 256 << 10
@@ -14,6 +15,7 @@ TOKENS_BYTES = 256 << 10
 LOGITS_BYTES = 4 << 20
 
 
+@checked(check_arguments)
 def segment_stats_vectorized(
     key: Tensor,
     value: Tensor,
@@ -22,12 +24,11 @@ def segment_stats_vectorized(
     scale: float = 1.0,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.segment_stats.segment_stats`."""
-    check_arguments(key, value, query, before, scale)
     n, heads, head_size = key.shape
     out = torch.full((heads, 5), math.nan, device=key.device)
     if n == 0:
         return out
-    key_square, likeness, value_norms = key.new_zeros((3, heads), dtype=torch.float32)
+    key_square, similarity, value_norms = key.new_zeros((3, heads), dtype=torch.float32)
     value_square = torch.zeros_like(key_square)
     at_once = max(TOKENS_BYTES // (heads * head_size * 4), 2)
     for low in range(0, n, at_once):
@@ -40,14 +41,14 @@ def segment_stats_vectorized(
         norms = torch.linalg.vector_norm(keys, dim=-1)
         key_square += norms[low - first :].square().sum(0)
         inverse = norms.reciprocal().masked_fill_(norms == 0, 0)
-        likeness += ((keys[1:] * keys[:-1]).sum(-1) * inverse[1:] * inverse[:-1]).sum(0)
+        similarity += ((keys[1:] * keys[:-1]).sum(-1) * inverse[1:] * inverse[:-1]).sum(0)
     out[:, KEY_RMS] = (key_square / (n * head_size)).sqrt()
     out[:, VALUE_RMS] = (value_square / (n * head_size)).sqrt()
     if n > 1:
         root = math.sqrt(n)
         share = (root - value_norms / value_square.sqrt()) / (root - 1)
         out[:, SPARSITY] = share.masked_fill_(value_square == 0, 0.0)
-        out[:, KEY_COSINE] = likeness / (n - 1)
+        out[:, KEY_COSINE] = similarity / (n - 1)
     if query is not None and query.shape[0] > 0:
         out[:, OUTGOING] = _outgoing(key, query, before, scale)
     return out

@@ -12,20 +12,20 @@ __all__ = ["select_top"]
 def select_top(
     scores: Tensor, count: int, lens: Tensor | None = None, *, out: Tensor | None = None
 ) -> Tensor:
-    """Choose, for each row and head, the ``count`` held tokens of the highest scores.
+    """Choose, for each row and head, the ``count`` resident tokens of the highest scores.
 
     ``out[r, h]`` lists their indices in ascending order. Among equal scores the lower index is
     chosen first; -0 equals 0 and NaN counts as -inf. Only the first ``lens[r]`` scores of a row
-    take part. A row that holds fewer than ``count`` tokens keeps them all, followed by the
-    indices that come after them, so that its result is ``0 .. count - 1``. The result is the same
-    on every device and in every run. Nothing synchronises with the host on CUDA, so with ``out``
-    given the call can be captured in a CUDA graph.
+    take part. A row with fewer than ``count`` resident tokens keeps them all, followed by
+    the indices that come after them, so that its result is ``0 .. count - 1``. The result is the
+    same on every device and in every run. Nothing synchronises with the host on CUDA, so with
+    ``out`` given the call can be captured in a CUDA graph.
 
     Args:
         scores: float32 ``[rows, heads, n]``, last dimension contiguous; +inf keeps a token
             whatever the others score.
         count: how many to keep, from 0 to ``n``.
-        lens: int32 ``[rows]``, held tokens of each row; ``n`` for every row without it.
+        lens: int32 ``[rows]``, resident tokens of each row; ``n`` for every row without it.
         out: int32 ``[rows, heads, count]``, last dimension contiguous.
 
     Returns:

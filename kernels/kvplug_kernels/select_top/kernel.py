@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import checked
 from .naive import check_arguments
 
 # At least one score a thread: no thread then counts the score of another.
@@ -14,17 +15,17 @@ MIN_CHUNK, MAX_CHUNK, NUM_WARPS = 256, 2048, 8
 
 
 @triton.jit
-def _images(p_scores, o_t, n_held):
-    """Unsigned integers in the order of the scores: 0 beyond the held tokens, which is below the
-    image of -inf, and NaN as -inf."""
-    b_score = tl.load(p_scores + o_t, mask=o_t < n_held, other=0)
-    # On the bits, so that no mode of the floating-point unit has a say.
+def _images(p_scores, o_t, n_resident):
+    """Unsigned integers in the order of the scores: 0 beyond the resident tokens, which is below
+    the image of -inf, and NaN as -inf."""
+    b_score = tl.load(p_scores + o_t, mask=o_t < n_resident, other=0)
+    # On the bits, so that no floating-point mode (such as flushing denormals) matters.
     b_bits = b_score.to(tl.uint32, bitcast=True)
     b_size = b_bits & 0x7FFFFFFF
     b_bits = tl.where(b_size > 0x7F800000, 0xFF800000, b_bits)
     b_bits = tl.where(b_size == 0, 0, b_bits)
     b_image = tl.where((b_bits >> 31) == 1, b_bits ^ 0xFFFFFFFF, b_bits | 0x80000000)
-    return tl.where(o_t < n_held, b_image, 0)
+    return tl.where(o_t < n_resident, b_image, 0)
 
 
 @triton.jit
@@ -47,10 +48,10 @@ def select_top_kernel(
     i_r, i_h = i_p // HEADS, i_p % HEADS
     p_scores = scores + i_r * stride_sr + i_h * stride_sh
     p_out = out + i_r * stride_or + i_h * stride_oh
-    n_held = n
+    n_resident = n
     if lens is not None:
-        n_held = tl.maximum(tl.minimum(tl.load(lens + i_r), n), 0)
-    n_seen = tl.maximum(n_held, count)
+        n_resident = tl.maximum(tl.minimum(tl.load(lens + i_r), n), 0)
+    n_seen = tl.maximum(n_resident, count)
 
     o_bin = tl.arange(0, 256)
     b_lowest = tl.full([], 0, tl.uint32)
@@ -60,7 +61,7 @@ def select_top_kernel(
         b_count = tl.zeros([256], tl.int32)
         for i_t in range(0, n_seen, BLOCK):
             o_t = i_t + tl.arange(0, BLOCK)
-            b_image = _images(p_scores, o_t, n_held)
+            b_image = _images(p_scores, o_t, n_resident)
             m_t = o_t < n_seen
             if i_pass > 0:
                 m_t = m_t & ((b_image >> (32 - 8 * i_pass)) == b_lowest)
@@ -75,7 +76,7 @@ def select_top_kernel(
     n_kept = 0
     for i_t in range(0, n_seen, BLOCK):
         o_t = i_t + tl.arange(0, BLOCK)
-        b_image = _images(p_scores, o_t, n_held)
+        b_image = _images(p_scores, o_t, n_resident)
         m_t = o_t < n_seen
         b_level = (m_t & (b_image == b_lowest)).to(tl.int32)
         o_level = n_level + tl.cumsum(b_level, 0) - b_level
@@ -87,11 +88,11 @@ def select_top_kernel(
         n_kept += tl.sum(b_keep, 0)
 
 
+@checked(check_arguments)
 def select_top_triton(
     scores: Tensor, count: int, lens: Tensor | None = None, *, out: Tensor | None = None
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.select_top.select_top`."""
-    check_arguments(scores, count, lens, out)
     rows, heads, n = scores.shape
     if out is None:
         out = scores.new_empty((rows, heads, count), dtype=torch.int32)

@@ -101,6 +101,7 @@ def vllm_command(
         KVPlugError: vLLM is not installed, or the lab's extra, which makes the demo's model.
     """
     from kvplug.errors import KVPlugError
+    from kvplug.hosts.vllm.flags import request_check_flags
 
     if replaced := sorted({f for a in extra for f in OWN_FLAGS if is_flag(a, f)}):
         _refuse(
@@ -140,6 +141,7 @@ def vllm_command(
         command += ["--config", str(config.path)]
     else:
         flags += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
+    flags += request_check_flags(config)
     if (transfer := _transfer(config, section)) is not None:
         flags += ["--kv-transfer-config", json.dumps(transfer)]
     return [*command, *flags, *extra]

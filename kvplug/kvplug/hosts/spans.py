@@ -25,7 +25,7 @@ class Tokens:
         keys: ``[kv_heads, n, head_size]``.
         values: The same shape.
         positions: Position of each in the text, ``[kv_heads, n]`` int32.
-        totals: Attention mass each had received, ``[kv_heads, n]`` float32, or None.
+        totals: Cumulative attention of each, ``[kv_heads, n]`` float32, or None.
     """
 
     keys: Tensor
@@ -82,7 +82,7 @@ class SpanStore:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values held."""
+        """Bytes of keys and values stored."""
         return 0 if self.tokens is None else 2 * self.tokens.keys.nbytes
 
     def put(self, evicted: Tokens) -> None:
@@ -108,7 +108,7 @@ class SpanStore:
 
         Args:
             queries: ``[n, num_heads, head_size]``.
-            kept: Keys held now, ``[kv_heads, m, head_size]``.
+            kept: Keys kept now, ``[kv_heads, m, head_size]``.
             most: Most tokens to take per KV head.
 
         Returns:
@@ -133,8 +133,8 @@ class SpanStore:
         need = wanted.gather(1, chosen).repeat_interleave(SPAN, 1)
         index = (chosen[..., None] * SPAN + torch.arange(SPAN)).flatten(1)
         found = self.tokens.take(index)
-        rest = torch.ones(heads, len(self), dtype=torch.bool).scatter_(1, index, False)
-        left = rest.nonzero()[:, 1].view(heads, -1)
+        others = torch.ones(heads, len(self), dtype=torch.bool).scatter_(1, index, False)
+        left = others.nonzero()[:, 1].view(heads, -1)
         if left.shape[1]:
             self._keep(self.tokens.take(left))
         else:

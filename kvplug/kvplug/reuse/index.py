@@ -275,7 +275,7 @@ class SegmentIndex:
         min_tokens: Tokens of a segment that a text must contain for it to be found; of a shorter
             segment, all of them.
         window: Tokens that are hashed of segments shorter than `min_tokens`.
-        near_duplicates: Also keep what `near` needs.
+        near_duplicates: Also keep what `nearest` needs.
         limit: Most different texts found at one place, those that go on longest first: thousands
             of conversations may begin alike.
         hasher: Hash of windows, another one in tests.
@@ -437,7 +437,7 @@ class SegmentIndex:
         last = (request_id, math.inf, "")
         return [segment for *_, segment in self._by_request.irange(first, last)]
 
-    def near(self, tokens: Tokens, tenant: str, k: int = 10) -> list[tuple[str, float]]:
+    def nearest(self, tokens: Tokens, tenant: str, k: int = 10) -> list[tuple[str, float]]:
         """Find segments with nearly the text of a run of tokens.
 
         Args:

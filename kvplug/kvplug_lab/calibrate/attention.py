@@ -1,9 +1,8 @@
-"""The attention function of a model that is being calibrated: it shows what it gets."""
+"""Attention function of a model under calibration: a probe sees its inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,17 +11,18 @@ from torch.nn import functional
 from transformers import AttentionInterface
 
 from kvplug.errors import KVPlugError
+from kvplug.hosts.transformers.hook import check_call, hooked, softmax_scale
 
 NAME = "kvplug_calibrate"
 
 
 class Probe(Protocol):
-    """Sees each layer's attention, and may put other keys and values in their place."""
+    """Sees the inputs of each layer's attention and may replace its keys and values."""
 
     def see(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values to attend to.
+        """Return the keys and values to attend to.
 
         Args:
             layer: Index of the layer.
@@ -35,7 +35,7 @@ class Probe(Protocol):
 
 
 class How:
-    """How a layer attends.
+    """Causal attention of one layer.
 
     Args:
         scale: Softmax scale.
@@ -96,7 +96,7 @@ def attend(
     kvplug_probe: Probe | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one text, read whole, as the probe wants it.
+    """Attention of one text, read whole, over the keys and values that the probe returns.
 
     Args:
         module: The attention module; its ``layer_idx`` says which layer.
@@ -108,22 +108,22 @@ def attend(
         dropout: Not used.
         softcap: Soft cap of logits.
         sliding_window: The layer's window.
-        kvplug_probe: What sees it.
-        kwargs: What else models pass on.
+        kvplug_probe: The probe.
+        kwargs: What else the model passes.
 
     Returns:
         ``[1, n, num_heads, head_size]``, and None.
 
     Raises:
-        KVPlugError: The model's attention does something that is not known here.
+        KVPlugError: The model's attention is not supported.
     """
-    if kvplug_probe is None:
-        raise KVPlugError(f"{type(module).__name__} does not pass on what kvplug hands its model")
-    if kwargs.get("s_aux") is not None:
-        raise KVPlugError(f"{type(module).__name__} has learned attention sinks: not supported")
+    check_call(module, kvplug_probe, kwargs)
+    assert kvplug_probe is not None
     if value.shape != key.shape:
-        raise KVPlugError(f"{type(module).__name__} has values of another size than keys (MLA)")
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        raise KVPlugError(
+            f"{type(module).__name__}: values of another size than keys (MLA) are not supported"
+        )
+    scale = softmax_scale(scaling, query)
     how = How(scale, softcap or 0.0, sliding_window or 0)
     index = int(module.layer_idx)  # type: ignore[arg-type]
     keys, values = kvplug_probe.see(index, query[0], key[0], value[0], how)
@@ -133,12 +133,5 @@ def attend(
 AttentionInterface.register(NAME, attend)
 
 
-@contextmanager
-def attached(model: Any) -> Iterator[None]:
-    """Within it the model's attention is `attend`."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+attached = partial(hooked, name=NAME)
+"""Makes a model's attention `attend` within the block."""

@@ -56,7 +56,7 @@ def windows(
 
 
 @dataclass
-class Choice:
+class Assignment:
     """One assignment of formats to layers, and what it costs.
 
     Attributes:
@@ -73,7 +73,7 @@ class Choice:
 
 
 @dataclass
-class Plan:
+class AssignmentSearch:
     """What a calibration with a budget found.
 
     Attributes:
@@ -89,16 +89,16 @@ class Plan:
     sizes: list[list[int]]
     losses: list[list[Loss]]
     chosen: list[int]
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[Assignment] = field(default_factory=list)
     nll: float = math.nan
 
     @property
-    def uniform(self) -> Choice | None:
+    def uniform(self) -> Assignment | None:
         """The best candidate for all layers within the budget, as measured."""
         return min(self.choices[1:], key=lambda c: c.measured.divergence, default=None)
 
 
-def plan(
+def search_assignments(
     model: Any,
     engine: EngineView,
     held_out: Sequence[Tensor],
@@ -106,7 +106,7 @@ def plan(
     budget: int,
     by: str,
     progress: Callable[[str], None] | None = None,
-) -> Plan:
+) -> AssignmentSearch:
     """Measure every candidate in every layer and solve for the best assignment.
 
     Args:
@@ -136,7 +136,7 @@ def plan(
             row, column = divmod(at, len(policies))
             losses[row][column] = replace(loss, error=errors[row][column])
     chosen = assign(sizes, [[_cost(loss, by) for loss in row] for row in losses], budget)
-    result = Plan(list(candidates), sizes, losses, chosen, nll=nll)
+    result = AssignmentSearch(list(candidates), sizes, losses, chosen, nll=nll)
 
     picks = [("chosen", chosen)] + [
         (candidate.label, [c] * len(sizes))
@@ -157,7 +157,7 @@ def plan(
             sum(part.nll for part in parts),
         )
         size = sum(sizes[row][c] for row, c in enumerate(pick))
-        result.choices.append(Choice(label, size, predicted, loss))
+        result.choices.append(Assignment(label, size, predicted, loss))
     return result
 
 

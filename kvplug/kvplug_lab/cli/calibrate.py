@@ -30,7 +30,7 @@ from kvplug_lab.cli.outputs import counted, print_written, wide_console
 
 if TYPE_CHECKING:
     from kvplug.contract import EngineView
-    from kvplug_lab.calibrate.run import Choice, Plan
+    from kvplug_lab.calibrate.run import Assignment, AssignmentSearch
     from kvplug_policies.calibration import Calibration
 
 WIDTH = 150
@@ -148,7 +148,7 @@ def _run(
     from kvplug_lab import models
     from kvplug_lab.calibrate import candidates as known
     from kvplug_lab.calibrate.collect import collect
-    from kvplug_lab.calibrate.run import plan, windows
+    from kvplug_lab.calibrate.run import search_assignments, windows
     from kvplug_lab.calibrate.statistics import Source, calibration
 
     wanted = known.candidates(asked, str(output)) if budget else []
@@ -181,8 +181,8 @@ def _run(
     runs = len(measure) * (len(wanted) * (len(engine.layers) if by != "error" else 0))
     uniform = len(measure) * (1 + len(wanted))
     with counted(runs + uniform) as progress:
-        found = plan(loaded, engine, measure, wanted, budget, by, progress)
-    _print_plan(console, found)
+        found = search_assignments(loaded, engine, measure, wanted, budget, by, progress)
+    _print_search(console, found)
     about = [
         f"Written by kvplug calibrate {directory.name} --bytes-per-token {budget}",
         f"{found.choices[0].bytes_per_token} bytes per token, all layers; chosen by {by}",
@@ -247,7 +247,7 @@ def _print_calibration(console: Console, made: Calibration) -> None:
     console.print(table)
 
 
-def _print_plan(console: Console, found: Plan) -> None:
+def _print_search(console: Console, found: AssignmentSearch) -> None:
     shown = not all(math.isnan(loss.divergence) for row in found.losses for loss in row)
     table = Table(
         title="relative attention-output error"
@@ -284,7 +284,7 @@ def _print_plan(console: Console, found: Plan) -> None:
     console.print(table)
 
 
-def _cells(choice: Choice, found: Plan) -> Sequence[str]:
+def _cells(choice: Assignment, found: AssignmentSearch) -> Sequence[str]:
     base = math.exp(found.nll)
 
     def change(nll: float) -> str:
@@ -299,7 +299,7 @@ def _cells(choice: Choice, found: Plan) -> Sequence[str]:
     )
 
 
-def _write_json(path: Path, made: Calibration, found: Plan | None) -> None:
+def _write_json(path: Path, made: Calibration, found: AssignmentSearch | None) -> None:
     import dataclasses
 
     plain: dict[str, Any] = {

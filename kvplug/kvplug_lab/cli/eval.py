@@ -29,7 +29,7 @@ from kvplug_lab.cli.outputs import counted, print_written, wide_console
 if TYPE_CHECKING:
     from kvplug_lab.fidelity.report import Row
     from kvplug_lab.fidelity.run import FormatVariant, Variant
-    from kvplug_lab.fidelity.tasks import Prompt, Sizes
+    from kvplug_lab.fidelity.tasks import Prompt, PromptSizes
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -124,7 +124,7 @@ def evaluate(
     """
     from kvplug.errors import KVPlugError
     from kvplug_lab.fidelity import variants as wanted
-    from kvplug_lab.fidelity.tasks import TASKS, Sizes
+    from kvplug_lab.fidelity.tasks import TASKS, PromptSizes
 
     console = wide_console(WIDTH)
     with refusing():
@@ -143,7 +143,7 @@ def evaluate(
         else:
             asked = {} if save_prompts else wanted.policies(policy)
             variants = wanted.variants(asked, wanted.budgets(budget), once)
-        sizes = Sizes(context, samples, passages, scored, generated, seed)
+        sizes = PromptSizes(context, samples, passages, scored, generated, seed)
         need_transformers("eval")
         directory = model_directory(model, console)
         prompts = _prompts(directory, text, sizes, tasks)
@@ -261,7 +261,7 @@ def _tasks(asked: str | None, known: Sequence[str]) -> list[str]:
 
 
 def _prompts(
-    directory: Path, text: Path | None, sizes: Sizes, tasks: Sequence[str]
+    directory: Path, text: Path | None, sizes: PromptSizes, tasks: Sequence[str]
 ) -> list[Prompt]:
     from transformers import AutoTokenizer
 

@@ -19,7 +19,7 @@ from kvplug_lab.cli.options import Json, Model
 from kvplug_lab.cli.outputs import bar, print_written
 
 if TYPE_CHECKING:
-    from kvplug_lab.engine.replay import Compared
+    from kvplug_lab.engine.against_simulator import Compared
 
 BLOCK = 32
 """Tokens per block; a size that vLLM supports on CPUs, too."""
@@ -57,7 +57,7 @@ def replay(
     and with the same policy. Prints both hit rates and the prefill tokens the cache saved.
     """
     from kvplug.hosts.trace import traces
-    from kvplug_lab.engine import replay as host
+    from kvplug_lab.engine import against_simulator as host
 
     console = Console(soft_wrap=True)
     names = dict.fromkeys([host.BASELINE, *(n.strip() for n in policy.split(",") if n.strip())])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kvplug_lab.reuse import checks as reuse_checks
     from kvplug_lab.reuse import mixed as reuse_mixed
     from kvplug_lab.reuse import rag as reuse_rag
-    from kvplug_lab.reuse.runs import Variant
+    from kvplug_lab.reuse.runs import ReuseVariant
 
 WIDTH = 180
 """Columns where the output is not a terminal."""
@@ -97,7 +97,7 @@ def rag(
     from kvplug_lab.reuse import rag as reuse_rag
 
     sizes = replace(
-        reuse_rag.Sizes(), requests=requests, documents=documents, taken=taken, seed=seed
+        reuse_rag.RagSizes(), requests=requests, documents=documents, taken=taken, seed=seed
     )
     if quick:
         sizes = replace(reuse_rag.QUICK, seed=seed)
@@ -131,7 +131,7 @@ def chat(
     """Measure a chat whose client drops the oldest turns: the others are re-rotated, not reread."""
     from kvplug_lab.reuse import chat as reuse_chat
 
-    sizes = replace(reuse_chat.Sizes(), turns=turns, window=window, seed=seed)
+    sizes = replace(reuse_chat.ChatSizes(), turns=turns, window=window, seed=seed)
     if quick:
         sizes = replace(reuse_chat.QUICK, seed=seed)
     with _running(model, json) as run:
@@ -171,7 +171,9 @@ def mixed(
     """
     from kvplug_lab.reuse import mixed as reuse_mixed
 
-    sizes = replace(reuse_mixed.Sizes(), requests=requests, exact=exact, at_once=at_once, seed=seed)
+    sizes = replace(
+        reuse_mixed.MixedSizes(), requests=requests, exact=exact, at_once=at_once, seed=seed
+    )
     if quick:
         sizes = replace(reuse_mixed.QUICK, seed=seed)
     with _running(model, json) as run:
@@ -270,7 +272,7 @@ class _Run:
         typer.echo(line, err=True)
 
     def show(
-        self, tables: Sequence[Table], data: Mapping[str, Any], variants: Sequence[Variant]
+        self, tables: Sequence[Table], data: Mapping[str, Any], variants: Sequence[ReuseVariant]
     ) -> None:
         """Print tables, and write the figures if a file was asked for."""
         for table in tables:
@@ -317,16 +319,16 @@ def _quiet() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _own(deployment: Path) -> Variant:
+def _own(deployment: Path) -> ReuseVariant:
     from kvplug.cli.check import read_checked
     from kvplug.errors import DeploymentError, Refusal
-    from kvplug_lab.reuse.runs import Variant
+    from kvplug_lab.reuse.runs import ReuseVariant
 
     section = read_checked(deployment).deployment.section
     if "reuse" not in section:
         refusal = Refusal("kvplug.reuse", "is not set.", "add a reuse section with checks.")
         raise DeploymentError(str(deployment), [refusal])
-    return Variant(deployment.stem, section)
+    return ReuseVariant(deployment.stem, section)
 
 
 def _variants(
@@ -337,7 +339,7 @@ def _variants(
     console: Console,
     *,
     checks: Sequence[Any] | None = None,
-) -> list[Variant]:
+) -> list[ReuseVariant]:
     """The ways to reuse that were asked for.
 
     One of the default ways whose file is not given is left out, with a message.
@@ -363,7 +365,9 @@ def _variants(
     return found
 
 
-def _variant(name: str, files: Mapping[str, Path | None], checks: Sequence[Any] | None) -> Variant:
+def _variant(
+    name: str, files: Mapping[str, Path | None], checks: Sequence[Any] | None
+) -> ReuseVariant:
     from kvplug.errors import DeploymentError, Refusal
     from kvplug.parser import load_deployment
     from kvplug_lab.reuse.runs import named
@@ -406,7 +410,7 @@ def _columns(table: Table, first: str, *others: str) -> Table:
     return table
 
 
-def rag_tables(found: reuse_rag.Result) -> list[Table]:
+def rag_tables(found: reuse_rag.RagFigures) -> list[Table]:
     """Time to first token and answers, a row for every way to reuse."""
     plain = found.plain()
     sizes, tokens = plain["sizes"], plain["prompt_tokens"]["median"]
@@ -457,7 +461,7 @@ def rag_tables(found: reuse_rag.Result) -> list[Table]:
     return [table]
 
 
-def chat_table(found: reuse_chat.Result) -> Table:
+def chat_table(found: reuse_chat.ChatFigures) -> Table:
     """A row per engine and part of the chat."""
     plain = found.plain()
     sizes = plain["sizes"]
@@ -495,7 +499,7 @@ def chat_table(found: reuse_chat.Result) -> Table:
     return table
 
 
-def mixed_table(found: reuse_mixed.Result) -> Table:
+def mixed_table(found: reuse_mixed.MixedFigures) -> Table:
     """What was served, and what differed afterwards."""
     modes = ", ".join(f"{n} {kind}" for kind, n in sorted(found.wishes.items()))
     rows = {
@@ -526,7 +530,7 @@ def _margins(differing: Sequence[reuse_mixed.Mismatch]) -> str:
     return ", ".join("" if m.margin is None else f"{m.margin:.3f}" for m in differing)
 
 
-def checks_table(found: reuse_checks.Result, ttft: Mapping[str, float]) -> Table:
+def checks_table(found: reuse_checks.CheckCosts, ttft: Mapping[str, float]) -> Table:
     """Microseconds per stored segments, a row per part of the work."""
     times = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in ttft.items())
     table = _columns(

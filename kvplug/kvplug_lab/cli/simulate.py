@@ -19,7 +19,7 @@ from kvplug_lab.cli.outputs import bar, print_written
 
 if TYPE_CHECKING:
     from kvplug.contract import EngineView, PrefixCachePolicy
-    from kvplug.hosts.trace.simulator import Result
+    from kvplug.hosts.trace.simulator import ReplayResult
     from kvplug.hosts.trace.traces import Trace
 
 LINES = ("lru", "min")
@@ -219,7 +219,7 @@ def _shown(total: int) -> Iterator[Callable[[int], None] | None]:
         yield None if progress.disable else lambda n: progress.advance(task, n)
 
 
-def _table(trace: Trace, sizes: list[int], rows: dict[str, list[Result]]) -> Table:
+def _table(trace: Trace, sizes: list[int], rows: dict[str, list[ReplayResult]]) -> Table:
     table = Table(
         title=f"{trace.name}: hit rate of {trace.num_requests:,} requests, "
         f"{trace.num_references:,} blocks of {trace.block_size} tokens, "
@@ -231,7 +231,7 @@ def _table(trace: Trace, sizes: list[int], rows: dict[str, list[Result]]) -> Tab
         table.add_column(f"{size:,}\n{size / trace.num_distinct:.2%}", justify="right")
     table.add_column("of LRU to MIN", justify="right")
 
-    def mean(results: list[Result]) -> float:
+    def mean(results: list[ReplayResult]) -> float:
         return sum(r.hit_rate for r in results) / len(results)
 
     lru, best = (mean(rows[name]) for name in LINES)
@@ -247,7 +247,7 @@ def _table(trace: Trace, sizes: list[int], rows: dict[str, list[Result]]) -> Tab
     return table
 
 
-def _json(results: Sequence[Result]) -> str:
+def _json(results: Sequence[ReplayResult]) -> str:
     rows = [
         {"trace": r.trace, "policy": r.policy, "capacity": r.capacity, "hit_rate": r.hit_rate}
         for r in results

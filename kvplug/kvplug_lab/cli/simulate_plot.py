@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvplug.hosts.trace.simulator import Result
+from kvplug.hosts.trace.simulator import ReplayResult
 
 MOST_TICKS = 8
 """Up to this many capacities are each named on the axis."""
 
 
-def draw(path: Path, traces: Sequence[Sequence[Result]], lines: Sequence[str]) -> None:
+def draw(path: Path, traces: Sequence[Sequence[ReplayResult]], lines: Sequence[str]) -> None:
     """Draw results with matplotlib.
 
     Args:
@@ -29,7 +29,7 @@ def draw(path: Path, traces: Sequence[Sequence[Result]], lines: Sequence[str]) -
         panel.set_axis_off()
     styles = dict(zip(lines, ("--", "-", ":", "-."), strict=False))
     for panel, results in zip(panels, traces, strict=False):
-        by_label: dict[str, list[Result]] = {}
+        by_label: dict[str, list[ReplayResult]] = {}
         for result in results:
             by_label.setdefault(result.policy, []).append(result)
         for label, found in by_label.items():

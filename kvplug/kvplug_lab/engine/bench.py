@@ -14,12 +14,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvplug.errors import KVPlugError
 from kvplug_lab.engine.trial import connector_flags
+from kvplug_lab.spread import Spread
 
 WINDOW = {"sequence": {"use": "sink_window", "sink": 64, "window": 448}}
 ENGINES: dict[str, Any] = {
@@ -31,26 +31,6 @@ ENGINES: dict[str, Any] = {
     "sink_window": WINDOW,
 }
 """Engine to its section; ``absent``: vLLM loads no plugin; None: kvplug is installed, not used."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of a sample."""
-
-    median: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least two values."""
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high, len(values))
-
-    def text(self, form: str) -> str:
-        """``median [low, high]``."""
-        return f"{self.median:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 # -- engine steps --------------------------------------------------------------------------------

@@ -28,6 +28,9 @@ from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
 
 FORCED = "kvplug_force"
 FORCING = "kvplug_lab.engine.force:ForceTokens"
+STOP_SECONDS = 120
+"""An engine that takes longer to stop is killed: its summary and its recordings are lost. vLLM's
+own 5 s are too few on a busy machine."""
 
 
 @dataclass
@@ -286,6 +289,7 @@ def run_trial(
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if spec.watched else "1"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS", str(STOP_SECONDS))
     progress({"phase": "starting"})
     from vllm import LLM
 
@@ -302,7 +306,7 @@ def run_trial(
         prepare(llm)
     result = _watched(llm, spec, progress) if spec.watched else _unwatched(llm, spec)
     progress({"phase": "stopping"})
-    llm.llm_engine.engine_core.shutdown()
+    llm.llm_engine.engine_core.shutdown(timeout=STOP_SECONDS)
     return result
 
 

@@ -79,7 +79,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class PromptSizes:
     """How much of what.
 
     Attributes:
@@ -106,7 +106,7 @@ Encode = Callable[[str], Sequence[int]]
 def build(
     encode: Encode,
     text: str,
-    sizes: Sizes,
+    sizes: PromptSizes,
     tasks: Sequence[str] = TASKS,
     bos: Sequence[int] = (),
 ) -> list[Prompt]:
@@ -229,7 +229,7 @@ class _Stretches:
     """Stretches of the text that begin at lines; which ones a task gets does not depend on what
     other tasks are asked for."""
 
-    def __init__(self, encode: Encode, text: str, sizes: Sizes):
+    def __init__(self, encode: Encode, text: str, sizes: PromptSizes):
         self._encode = encode
         self._need = sizes.context + sizes.scored + 1
         self._size = CHARACTERS * self._need

@@ -22,15 +22,15 @@ from kvplug_lab.reuse.runs import (
     STOCK,
     Agreement,
     Encode,
-    Spread,
+    ReuseVariant,
     TooFew,
-    Variant,
     encoder,
     engines,
     said,
     stretches,
     turns,
 )
+from kvplug_lab.spread import Spread
 
 if TYPE_CHECKING:
     from kvplug_lab.engine.trial import Answer
@@ -43,7 +43,7 @@ USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_en
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ChatSizes:
     """How much of what.
 
     Attributes:
@@ -61,7 +61,7 @@ class Sizes:
     seed: int = 0
 
 
-QUICK = Sizes(turns=6, window=256, said=32, reply=4)
+QUICK = ChatSizes(turns=6, window=256, said=32, reply=4)
 
 
 @dataclass
@@ -193,7 +193,7 @@ def summary(served: Sequence[Turn]) -> dict[str, dict[str, Any]]:
 
 
 @dataclass
-class Result:
+class ChatFigures:
     """What the chat showed.
 
     Attributes:
@@ -203,7 +203,7 @@ class Result:
         counters: Per variant, kvplug's own counters of reuse.
     """
 
-    sizes: Sizes
+    sizes: ChatSizes
     turns: dict[str, list[Turn]]
     counters: dict[str, dict[str, float]]
     replies: list[str] = field(default_factory=list)
@@ -220,7 +220,7 @@ class Result:
         }
 
 
-def speeches(encode: Encode, text: str, sizes: Sizes) -> list[tuple[list[int], list[int]]]:
+def speeches(encode: Encode, text: str, sizes: ChatSizes) -> list[tuple[list[int], list[int]]]:
     """What the user says in each turn, framed, and the play's own words after it."""
     opens, closes = list(encode(USER)), list(encode(END + ASSISTANT))
     turn = sizes.said + sizes.reply
@@ -234,13 +234,13 @@ def speeches(encode: Encode, text: str, sizes: Sizes) -> list[tuple[list[int], l
 def measure(
     model: Path,
     text: str,
-    sizes: Sizes,
-    variants: Sequence[Variant],
+    sizes: ChatSizes,
+    variants: Sequence[ReuseVariant],
     logs: Path,
     say: Callable[[str], None],
     *,
     dtype: str = "bfloat16",
-) -> Result:
+) -> ChatFigures:
     """Hold the chat with stock and with every variant in turn.
 
     Args:
@@ -298,4 +298,4 @@ def measure(
         for engine in living.values():
             engine.finish()
         counters = {name: engine.counters for name, engine in living.items() if name != STOCK}
-    return Result(sizes, served, counters, replies)
+    return ChatFigures(sizes, served, counters, replies)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvplug_lab.reuse import rag as reuse_rag
-from kvplug_lab.reuse.runs import CHECKS, Spread, encoder, section
+from kvplug_lab.reuse.runs import CHECKS, encoder, section
+from kvplug_lab.spread import Spread
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -39,7 +40,7 @@ MEASURES = {"k_drift": 0.02, "v_drift": 0.03, "sparsity": 0.2, "key_cosine": 0.6
 
 
 @dataclass
-class Result:
+class CheckCosts:
     """What was measured.
 
     Attributes:
@@ -121,7 +122,7 @@ def measure(
     credibility: str | None,
     seed: int,
     say: Callable[[str], None],
-) -> Result:
+) -> CheckCosts:
     """Time the scheduler's half of reuse at each number of stored segments.
 
     Args:
@@ -136,14 +137,14 @@ def measure(
     from kvplug_lab.engine.alone import LoneScheduler
 
     encode, bos = encoder(model)
-    work = reuse_rag.workload(encode, bos, text, reuse_rag.Sizes(requests=rounds + 3, seed=seed))
+    work = reuse_rag.workload(encode, bos, text, reuse_rag.RagSizes(requests=rounds + 3, seed=seed))
     learnt = [{"credibility": {"model": credibility}}] if credibility is not None else []
     own = section(learnt)
     own["reuse"]["store"] = {"memory": 1 << 24, "ttl": 1e9}
     prefix = np.array(work.warm[0].prompt[: work.warm[0].lengths[0]], np.int32)
     documents = [a.prompt[a.lengths[0] :] for a in work.warm]
     each = [*CHECKS, *(["credibility"] if learnt else [])]
-    result = Result(list(sizes), [*each, TAKE, MATCH, PLAN], each)
+    result = CheckCosts(list(sizes), [*each, TAKE, MATCH, PLAN], each)
     judged = 0
     for size in sizes:
         say(f"{size:,} segments")

@@ -19,7 +19,7 @@ from kvplug.contract.reuse import Fingerprint, Placement, ReuseCheck, Verdict
 from kvplug.errors import KVPlugError
 from kvplug.parser import load_deployment
 from kvplug.reuse.drift_record import DriftRecord, PieceRecord
-from kvplug_lab.reuse.replay import Piece, capture, forward_reused
+from kvplug_lab.reuse.partial_forward import Piece, capture, forward_reused
 
 __all__ = ["Explanation", "OutputToken", "Parted", "adapting_checks", "explain", "stored_pieces"]
 

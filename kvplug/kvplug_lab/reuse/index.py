@@ -24,33 +24,14 @@ from usearch.index import Index
 
 from kvplug.errors import KVPlugError
 from kvplug.reuse.index import SegmentIndex, SimHash
+from kvplug_lab.spread import Spread
 
-__all__ = ["MatchCost", "NearCost", "Spread", "measure", "tables"]
+__all__ = ["MatchCost", "NearCost", "measure", "tables"]
 
 Tokens = NDArray[np.int32]
 
 SIZES = (100, 1_000, 10_000, 100_000)
 REPLACED = (0.01, 0.05, 0.1, 0.2)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Microseconds of many calls.
-
-    Attributes:
-        median: Half of them took less.
-        low: A twentieth took less.
-        high: A twentieth took more.
-    """
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, seconds: Sequence[float]) -> Spread:
-        low, median, high = np.percentile(np.asarray(seconds) * 1e6, (5, 50, 95)).tolist()
-        return cls(median, low, high)
 
 
 @dataclass(frozen=True)
@@ -195,6 +176,11 @@ def measure(
     return found, likely
 
 
+def _microseconds(seconds: Sequence[float]) -> Spread:
+    """Microseconds of many calls: their median, and the range from 5 % to 95 % of them."""
+    return Spread.of([1e6 * s for s in seconds], tail=0.05)
+
+
 def _fill(index: SegmentIndex, stored: Tokens) -> Spread:
     seconds = []
     for number, segment in enumerate(stored):
@@ -202,7 +188,7 @@ def _fill(index: SegmentIndex, stored: Tokens) -> Spread:
         before = time.perf_counter()
         index.add(name, segment, "", float(number), f"request-{number // 8}")
         seconds.append(time.perf_counter() - before)
-    return Spread.of(seconds)
+    return _microseconds(seconds)
 
 
 def _match(texts: _Texts, stored: Tokens, tokens: int, repeats: int, seed: int) -> MatchCost:
@@ -215,7 +201,7 @@ def _match(texts: _Texts, stored: Tokens, tokens: int, repeats: int, seed: int) 
         found = index.match(request, "")
         seconds.append(time.perf_counter() - before)
         matches += len(found)
-    return MatchCost(len(stored), tokens, matches / repeats, Spread.of(seconds), added)
+    return MatchCost(len(stored), tokens, matches / repeats, _microseconds(seconds), added)
 
 
 def _near(
@@ -232,7 +218,7 @@ def _near(
     hashes = np.stack([simhash(segment) for segment in stored])
 
     def exact(query: Tokens) -> list[int]:
-        return [int(name, 16) for name, _ in index.near(query, "", 10)]
+        return [int(name, 16) for name, _ in index.nearest(query, "", 10)]
 
     ways = {"exact": exact}
     if graph:
@@ -249,7 +235,7 @@ def _near(
             before = time.perf_counter()
             world.add(number, simhash(segment), threads=1)
             seconds.append(time.perf_counter() - before)
-        adds["graph"] = Spread.of(seconds)
+        adds["graph"] = _microseconds(seconds)
 
         def walked(query: Tokens) -> list[int]:
             found: list[int] = world.search(simhash(query), 10, threads=1).keys.tolist()
@@ -277,7 +263,7 @@ def _near(
                     source in found,
                 )
             first, ten, own, among = (hits / queries).tolist()
-            times = Spread.of(seconds)
+            times = _microseconds(seconds)
             yield NearCost(len(stored), way, share, times, adds[way], first, ten, own, among)
 
 

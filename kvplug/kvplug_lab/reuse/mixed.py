@@ -38,7 +38,7 @@ TENANTS: tuple[str | None, ...] = (None, None, "tenant-a", "tenant-b")
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MixedSizes:
     """How much of what.
 
     Attributes:
@@ -66,7 +66,7 @@ class Sizes:
     seed: int = 0
 
 
-QUICK = Sizes(requests=24, exact=4, at_once=6, pieces=5, answer=3, exact_answer=4, blocks=64)
+QUICK = MixedSizes(requests=24, exact=4, at_once=6, pieces=5, answer=3, exact_answer=4, blocks=64)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Workload:
         return [*self.mixed, *(replace(r, wave=waves + r.wave) for r in self.exact)]
 
 
-def workload(encode: Encode, bos: Sequence[int], text: str, sizes: Sizes) -> Workload:
+def workload(encode: Encode, bos: Sequence[int], text: str, sizes: MixedSizes) -> Workload:
     """The requests, the same ones for the same arguments."""
     from kvplug_lab.engine.trial import TrialRequest
 
@@ -167,7 +167,7 @@ class Mismatch:
 
 
 @dataclass
-class Result:
+class MixedFigures:
     """What was served, and whether it left a trace.
 
     Attributes:
@@ -186,7 +186,7 @@ class Result:
         prompt_tokens: Tokens of the mixed prompts.
     """
 
-    sizes: Sizes
+    sizes: MixedSizes
     wishes: dict[str, int]
     approximate: int = 0
     exact: int = 0
@@ -204,9 +204,9 @@ class Result:
         return asdict(self)
 
 
-def judge(work: Workload, ours: TrialResult, fresh: TrialResult, sizes: Sizes) -> Result:
+def judge(work: Workload, ours: TrialResult, fresh: TrialResult, sizes: MixedSizes) -> MixedFigures:
     """What a run's answers say, against those of a fresh stock engine."""
-    result = Result(sizes, work.wishes, preemptions=ours.preemptions)
+    result = MixedFigures(sizes, work.wishes, preemptions=ours.preemptions)
     for answer in ours.answers[: len(work.mixed)]:
         result.prompt_tokens += answer.prompt_tokens
         told = said(answer)
@@ -249,14 +249,14 @@ def mismatches(ours: TrialResult, fresh: TrialResult, mixed: int) -> list[Mismat
 def measure(
     model: Path,
     text: str,
-    sizes: Sizes,
+    sizes: MixedSizes,
     section: Mapping[str, Any],
     logs: Path,
     say: Callable[[str], None],
     *,
     dtype: str = "bfloat16",
     control: bool = False,
-) -> Result:
+) -> MixedFigures:
     """Serve the mixed requests and then the exact ones; and the exact ones alone, on stock.
 
     Args:

@@ -25,9 +25,8 @@ from kvplug_lab.reuse.runs import (
     STOCK,
     Agreement,
     Encode,
-    Spread,
+    ReuseVariant,
     TooFew,
-    Variant,
     encoder,
     engines,
     perplexity,
@@ -35,6 +34,7 @@ from kvplug_lab.reuse.runs import (
     stretches,
     turns,
 )
+from kvplug_lab.spread import Spread
 
 if TYPE_CHECKING:
     from kvplug_lab.engine.trial import Answer, TrialRequest
@@ -65,7 +65,7 @@ PUBLISHED = {
 
 
 @dataclass(frozen=True)
-class Sizes:
+class RagSizes:
     """How much of what.
 
     Attributes:
@@ -91,7 +91,7 @@ class Sizes:
     seed: int = 0
 
 
-QUICK = Sizes(
+QUICK = RagSizes(
     documents=6, shortest=64, longest=96, taken=3, requests=6, generated=4, scored=6, keys=2
 )
 
@@ -147,7 +147,7 @@ class Workload:
     headed: list[Asked]
 
 
-def workload(encode: Encode, bos: Sequence[int], text: str, sizes: Sizes) -> Workload:
+def workload(encode: Encode, bos: Sequence[int], text: str, sizes: RagSizes) -> Workload:
     """The requests, the same ones for the same arguments.
 
     Args:
@@ -178,7 +178,7 @@ def workload(encode: Encode, bos: Sequence[int], text: str, sizes: Sizes) -> Wor
     return Workload(warm, plain, headed)
 
 
-def _documents(encode: Encode, text: str, sizes: Sizes) -> list[Document]:
+def _documents(encode: Encode, text: str, sizes: RagSizes) -> list[Document]:
     source = random.Random(f"{sizes.seed} documents")
     end = list(encode("\n\n"))
     room = sizes.longest + sizes.scored
@@ -222,7 +222,7 @@ def _asked(
     prefix: Sequence[int],
     chosen: Sequence[Document],
     about: Document,
-    sizes: Sizes,
+    sizes: RagSizes,
     *,
     headings: bool,
 ) -> Asked:
@@ -356,7 +356,7 @@ def without_documents(asked: Asked) -> Asked:
 
 
 @dataclass
-class Result:
+class RagFigures:
     """What the benchmark found.
 
     Attributes:
@@ -368,7 +368,7 @@ class Result:
         prompt_tokens: Tokens of a plain request.
     """
 
-    sizes: Sizes
+    sizes: RagSizes
     stock: list[Measured]
     variants: list[Measured]
     bare: float
@@ -391,13 +391,13 @@ class Result:
 def measure(
     model: Path,
     text: str,
-    sizes: Sizes,
-    variants: Sequence[Variant],
+    sizes: RagSizes,
+    variants: Sequence[ReuseVariant],
     logs: Path,
     say: Callable[[str], None],
     *,
     dtype: str = "bfloat16",
-) -> Result:
+) -> RagFigures:
     """Ask stock and every variant the same requests in turn.
 
     Args:
@@ -461,7 +461,7 @@ def measure(
         for engine in living.values():
             engine.finish()
         counters = {name: engine.counters for name, engine in living.items() if name != STOCK}
-    return Result(
+    return RagFigures(
         sizes,
         [measured for measured in stock.values() if measured.ttft],
         list(found.values()),

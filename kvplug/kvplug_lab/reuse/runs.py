@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvplug.errors import KVPlugError
+from kvplug_lab.spread import Spread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,37 +33,7 @@ CHECKS = ("structure", "position", "mask")
 
 
 @dataclass(frozen=True)
-class Spread:
-    """Median and quartiles of a sample.
-
-    Attributes:
-        median: The median.
-        low: The lower quartile.
-        high: The upper quartile.
-        n: Values in the sample.
-    """
-
-    median: float
-    low: float
-    high: float
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of any number of values; NaN of none."""
-        if len(values) < 2:
-            only = values[0] if values else math.nan
-            return cls(only, only, only, len(values))
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high, len(values))
-
-    def text(self, form: str) -> str:
-        """``median [low, high]``."""
-        return f"{self.median:{form}} [{self.low:{form}}, {self.high:{form}}]"
-
-
-@dataclass(frozen=True)
-class Variant:
+class ReuseVariant:
     """One way to reuse.
 
     Attributes:
@@ -106,7 +77,7 @@ def without_file(name: str, files: Mapping[str, Path | None]) -> str:
 
 def named(
     name: str, files: Mapping[str, Path | None], checks: Sequence[Any] | None = None
-) -> Variant:
+) -> ReuseVariant:
     """A way to reuse by its name: parts joined by ``+``, some with ``=VALUE``.
 
     Args:
@@ -135,7 +106,7 @@ def named(
             raise ValueError(f"{word!r} is no way to reuse")
     # A correction weighs what is credible, so it goes last.
     learnt.sort(key=lambda check: "compensate" in check)
-    return Variant(
+    return ReuseVariant(
         name, section(learnt, checks=checks or CHECKS, **recompute), headed="gaps" in recompute
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvplug.contract.reuse import Candidate, ReuseRequest
 from kvplug.reuse.deviation import deviation, most_deviating, spans
-from kvplug_lab.reuse.replay import Piece
+from kvplug_lab.reuse.partial_forward import Piece
 from kvplug_reuse_learned.documents import Document, ExperimentSizes
 from kvplug_reuse_learned.experiment import Compared, Experiment, Prompt, StoredKV, compare
 from kvplug_reuse_learned.placements import Progress

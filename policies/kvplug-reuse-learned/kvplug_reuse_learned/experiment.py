@@ -15,7 +15,7 @@ from kvplug.contract.reuse import Fingerprint
 from kvplug.reuse.measures import QUERIES, RunningScale, measures
 from kvplug_kernels.segment_stats import segment_stats
 from kvplug_lab.calibrate.attention import How, attached
-from kvplug_lab.reuse.replay import Piece, forward_reused, frequencies, rotated
+from kvplug_lab.reuse.partial_forward import Piece, forward_reused, frequencies, rotated
 from kvplug_reuse_learned.documents import Document
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvplug.contract import EngineView, LayerView, Rope
 from kvplug.contract.reuse import Placement, Verdict
 from kvplug.errors import KVPlugError
-from kvplug_lab.reuse.replay import Piece, rotated
+from kvplug_lab.reuse.partial_forward import Piece, rotated
 from kvplug_reuse_learned.compensate import Compensate, places
 from kvplug_reuse_learned.effects import Adapt
 from kvplug_reuse_learned.experiment import Experiment, StoredKV

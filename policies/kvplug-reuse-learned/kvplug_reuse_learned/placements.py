@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvplug.contract.reuse import Candidate, ReuseRequest
-from kvplug_lab.reuse.replay import Piece
+from kvplug_lab.reuse.partial_forward import Piece
 from kvplug_reuse_learned.documents import Document, ExperimentSizes
 from kvplug_reuse_learned.experiment import Compared, Experiment, Prompt, StoredKV, compare
 

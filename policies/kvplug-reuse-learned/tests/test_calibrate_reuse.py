@@ -20,7 +20,7 @@ from kvplug.errors import KVPlugError
 from kvplug.reuse.deviation import deviation, most_deviating, spans
 from kvplug.reuse.measures import RunningScale, measures
 from kvplug_lab.models import tiny_llama
-from kvplug_lab.reuse.replay import Piece, capture
+from kvplug_lab.reuse.partial_forward import Piece, capture
 from kvplug_reuse_learned.calibration import FEATURES, ReuseCalibration, load
 from kvplug_reuse_learned.documents import Document, ExperimentSizes, documents
 from kvplug_reuse_learned.effects import effects
@@ -295,7 +295,7 @@ def test_a_correction_learns_a_linear_residual(experiment: Experiment, tmp_path:
     table = experiment.frequencies
 
     def pair(n: int, at: int) -> tuple[StoredKV, Piece, Piece]:
-        from kvplug_lab.reuse.replay import rotated
+        from kvplug_lab.reuse.partial_forward import rotated
 
         place = torch.arange(at, at + n)
         keys, values, true_keys, true_values = [], [], [], []

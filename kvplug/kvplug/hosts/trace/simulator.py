@@ -36,7 +36,7 @@ class PolicyFailed(KVPlugError):
 
 
 @dataclass(frozen=True)
-class Result:
+class ReplayResult:
     """One replay.
 
     Attributes:
@@ -101,7 +101,7 @@ class Replay:
         capacity: int,
         label: str | None = None,
         step: Callable[[int], None] | None = None,
-    ) -> Result:
+    ) -> ReplayResult:
         """Replay the trace once.
 
         Args:
@@ -130,7 +130,7 @@ class Replay:
             ) from error
         if step is not None:
             step(len(self._requests) - served)
-        return Result(
+        return ReplayResult(
             self.trace.name,
             label or policy.name,
             capacity,

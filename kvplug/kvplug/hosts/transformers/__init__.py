@@ -1,7 +1,7 @@
 """Sequence policies and formats on Hugging Face models, for research and `kvplug eval`."""
 
+from kvplug.hosts.transformers.cache import LayerCache, Watched
 from kvplug.hosts.transformers.coded import LayerCoded
-from kvplug.hosts.transformers.held import LayerHeld, Watched
 from kvplug.hosts.transformers.host import (
     Generated,
     Host,
@@ -14,8 +14,8 @@ from kvplug.hosts.transformers.host import (
 __all__ = [
     "Generated",
     "Host",
+    "LayerCache",
     "LayerCoded",
-    "LayerHeld",
     "Text",
     "UnsupportedModel",
     "Watched",

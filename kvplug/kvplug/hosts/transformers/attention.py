@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +14,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvplug.errors import KVPlugError
 from kvplug.hosts.transformers.coded import LayerCoded
+from kvplug.hosts.transformers.hook import check_call, hooked, softmax_scale
 
 if TYPE_CHECKING:
-    from kvplug.hosts.transformers.held import LayerHeld
+    from kvplug.hosts.transformers.cache import LayerCache
 
 NAME = "kvplug"
 
@@ -33,7 +34,7 @@ class Step:
         positions: Positions of the new tokens, ``[texts, n]``.
     """
 
-    texts: Sequence[Sequence[LayerHeld]]
+    texts: Sequence[Sequence[LayerCache]]
     positions: Tensor
 
 
@@ -50,14 +51,14 @@ def attend(
     kvplug: Step | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Hold the new tokens of each text and let their queries see what is held.
+    """Append the new tokens of each text and attend for their queries.
 
     Args:
-        module: The attention module; its ``layer_idx`` says which layer.
+        module: The attention module; its ``layer_idx`` is the layer.
         query: ``[texts, num_heads, n, head_size]``, after RoPE.
         key: ``[texts, kv_heads, n, head_size]``, after RoPE.
         value: The same shape.
-        attention_mask: Not used: who sees whom follows from positions.
+        attention_mask: Not used: the mask follows from positions.
         scaling: Softmax scale.
         dropout: Not used: this host does not train.
         softcap: Soft cap of logits.
@@ -69,75 +70,73 @@ def attend(
         ``[texts, n, num_heads, head_size]``, and None.
 
     Raises:
-        KVPlugError: The model's attention does something this host does not know.
+        KVPlugError: The model's attention is not supported by this host.
     """
-    if kvplug is None:
-        raise KVPlugError(f"{type(module).__name__} does not pass on what kvplug hands its model")
-    if kwargs.get("s_aux") is not None:
-        raise KVPlugError(f"{type(module).__name__} has learned attention sinks: not supported")
+    check_call(module, kvplug, kwargs)
+    assert kvplug is not None
     rows = []
     for row, layers in enumerate(kvplug.texts):
-        held = layers[int(module.layer_idx)]  # type: ignore[arg-type]
-        if bool(sliding_window) != bool(held.sliding):
+        cache = layers[int(module.layer_idx)]  # type: ignore[arg-type]
+        if bool(sliding_window) != bool(cache.sliding):
             raise KVPlugError(
-                f"layer {held.view.index} runs with sliding window {sliding_window}, its config "
-                f"says {held.sliding or None}"
+                f"layer {cache.view.index} runs with sliding window {sliding_window}, its config "
+                f"says {cache.sliding or None}"
             )
         positions = kvplug.positions[row]
         one = slice(row, row + 1)
-        held.softcap = softcap or 0.0
-        held.scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        if isinstance(held, LayerCoded):
-            rows.append(held.run(query[one], key[one], value[one], positions))
+        cache.softcap = softcap or 0.0
+        cache.scale = softmax_scale(scaling, query)
+        if isinstance(cache, LayerCoded):
+            rows.append(cache.run(query[one], key[one], value[one], positions))
             continue
-        held.observe(query[one], positions)
-        held.append(key[one], value[one], positions)
-        rows.append(_one(module, held, query[one], positions))
+        cache.observe(query[one], positions)
+        cache.append(key[one], value[one], positions)
+        rows.append(_one(module, cache, query[one], positions))
     return torch.cat(rows), None
 
 
-def _one(module: torch.nn.Module, held: LayerHeld, query: Tensor, positions: Tensor) -> Tensor:
-    """One text's attention, ``[1, n, num_heads, head_size]``."""
+def _one(module: torch.nn.Module, cache: LayerCache, query: Tensor, positions: Tensor) -> Tensor:
+    """Attend for one text, ``[1, n, num_heads, head_size]``."""
     new = query.shape[2]
     seen = None
-    if held.masked:
-        seen = held.visible(positions)
-    elif 1 < new < held.held:
+    if cache.masked:
+        seen = cache.visible(positions)
+    elif 1 < new < cache.kept:
         # Whatever a head holds is older than the queries, except their own keys.
-        seen = torch.ones(new, held.held, dtype=torch.bool, device=query.device)
-        seen[:, held.held - new :].tril_()
-    if held.softcap:
-        return _explicit(held, query, seen, output=True)
-    if held.totals is not None:
-        _explicit(held, query, seen, output=False)
+        seen = torch.ones(new, cache.kept, dtype=torch.bool, device=query.device)
+        seen[:, cache.kept - new :].tril_()
+    if cache.softcap:
+        return _explicit(cache, query, seen, output=True)
+    if cache.totals is not None:
+        _explicit(cache, query, seen, output=False)
     mask = None if seen is None else seen[None, None]
     out: Tensor = sdpa_attention_forward(
-        module, query, held.keys, held.values, mask, scaling=held.scale
+        module, query, cache.keys, cache.values, mask, scaling=cache.scale
     )[0]
     return out
 
 
-def _explicit(held: LayerHeld, query: Tensor, seen: Tensor | None, output: bool) -> Tensor:
-    """Attention with its weights spelled out: added to the totals, and applied if asked for."""
+def _explicit(cache: LayerCache, query: Tensor, seen: Tensor | None, output: bool) -> Tensor:
+    """Compute attention weights; add them to cumulative attention, apply them if asked to."""
     _, heads, new, size = query.shape
-    kv_heads = held.view.num_kv_heads
+    kv_heads = cache.view.num_kv_heads
     group = heads // kv_heads
-    keys, values = held.keys[0].float(), held.values[0].float()
+    keys, values = cache.keys[0].float(), cache.values[0].float()
     if seen is None and new > 1:
         seen = torch.ones(new, new, dtype=torch.bool, device=query.device).tril_()
-    at_once = max(1, LOGITS_BYTES // (heads * held.held * 4))
+    at_once = max(1, LOGITS_BYTES // (heads * cache.kept * 4))
     parts = []
     for start in range(0, new, at_once):
         part = query[0, :, start : start + at_once].float()
         part = part.view(kv_heads, group, -1, size)
-        logits = torch.einsum("hgnd,htd->hgnt", part, keys) * held.scale
-        if held.softcap:
-            logits = held.softcap * torch.tanh(logits / held.softcap)
+        logits = torch.einsum("hgnd,htd->hgnt", part, keys) * cache.scale
+        if cache.softcap:
+            logits = cache.softcap * torch.tanh(logits / cache.softcap)
         if seen is not None:
             logits.masked_fill_(~seen[start : start + at_once], float("-inf"))
         weights = logits.softmax(-1)
-        if held.totals is not None:
-            held.receive(weights.sum(2).mean(1))
+        if cache.totals is not None:
+            cache.receive(weights.sum(2).mean(1))
         if output:
             out = torch.einsum("hgnt,htd->hgnd", weights, values)
             parts.append(out.reshape(heads, -1, size).to(query.dtype))
@@ -147,12 +146,5 @@ def _explicit(held: LayerHeld, query: Tensor, seen: Tensor | None, output: bool)
 AttentionInterface.register(NAME, attend)
 
 
-@contextmanager
-def attached(model: Any) -> Iterator[None]:
-    """Within it the model's attention is `attend`."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+attached = partial(hooked, name=NAME)
+"""Makes a model's attention `attend` within the block."""

@@ -1,4 +1,4 @@
-"""What a model's layers hold of one text under a format: pages of coded keys and values."""
+"""The KV cache of one text under a format: pages of coded keys and values per layer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from kvplug.contract import AttendBatch, FormatPolicy, LayerView, Recent, WriteBatch
 from kvplug.hosts.dense import attend
-from kvplug.hosts.transformers.held import LayerHeld, Watched
+from kvplug.hosts.transformers.cache import LayerCache, Watched
 
 
-class LayerCoded(LayerHeld):
+class LayerCoded(LayerCache):
     """Coded keys and values of one text in one layer, written and attended by the format itself.
 
     The text has pages of its own, in order, so its block table counts up from 0. It is the only
-    request there is: lane 0, where the format keeps the latest tokens exact.
+    request there is: slot 0, where the format keeps the latest tokens exact.
 
     Args:
         view: The layer.
@@ -45,36 +45,36 @@ class LayerCoded(LayerHeld):
 
     @property
     def keys(self) -> Tensor:
-        """``[1, kv_heads, held, head_size]``, as near as the pages hold them."""
+        """``[1, kv_heads, kept, head_size]``, decoded from the pages."""
         return self._read(0)
 
     @property
     def values(self) -> Tensor:
-        """``[1, kv_heads, held, head_size]``, as near as the pages hold them."""
+        """``[1, kv_heads, kept, head_size]``, decoded from the pages."""
         return self._read(1)
 
     @property
     def positions(self) -> Tensor:
-        """``[1, kv_heads, held]`` int32: nothing is ever dropped."""
-        own = torch.arange(self.held, dtype=torch.int32, device=self.pages.device)
+        """``[1, kv_heads, kept]`` int32: no token is ever evicted."""
+        own = torch.arange(self.kept, dtype=torch.int32, device=self.pages.device)
         return own.expand(1, self.view.num_kv_heads, -1)
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Hold more tokens: the format writes them; `attend` goes before `keep_recent`."""
+        """Append tokens: the format writes them; `attend` goes before `keep_recent`."""
         new = keys.shape[2]
-        self._make_room(self.held + new)
+        self._make_room(self.kept + new)
         self.format.write(
             self.view,
             WriteBatch(
                 key=self._stored(keys),
                 value=self._stored(values),
-                slots=torch.arange(self.held, self.held + new, device=keys.device),
-                lanes=None if self.recent is None else self._lane(new),
+                slots=torch.arange(self.kept, self.kept + new, device=keys.device),
+                lanes=None if self.recent is None else self._slot(new),
                 recent=self.recent,
             ),
             self.pages,
         )
-        self.held += new
+        self.kept += new
 
     def run(self, query: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         """Write the new tokens, and attend for their queries.
@@ -101,14 +101,14 @@ class LayerCoded(LayerHeld):
             query=queries,
             query_start=torch.tensor([0, new], dtype=torch.int32, device=device),
             block_table=torch.arange(len(self.pages), dtype=torch.int32, device=device)[None],
-            seq_lens=torch.tensor([self.held], dtype=torch.int32, device=device),
+            seq_lens=torch.tensor([self.kept], dtype=torch.int32, device=device),
             scale=self.scale,
             max_query_len=new,
-            max_seq_len=self.held,
+            max_seq_len=self.kept,
             key=self._stored(keys).to(dtype) if self.exact_chunk else None,
             value=self._stored(values).to(dtype) if self.exact_chunk else None,
             softcap=self.softcap,
-            lanes=None if recent is None else self._lane(1),
+            lanes=None if recent is None else self._slot(1),
             recent=recent,
         )
         attend(self.format, self.view, batch, self.pages, out)
@@ -116,29 +116,29 @@ class LayerCoded(LayerHeld):
         return out[None].to(query.dtype)
 
     def keep_recent(self, keys: Tensor, values: Tensor) -> None:
-        """Keep the latest tokens, ``[1, kv_heads, n, head_size]`` that are held already, exact."""
+        """Keep the latest tokens, ``[1, kv_heads, n, head_size]`` appended already, exact."""
         if self.recent is None:
             return
         size = self.recent.key.shape[1]
         last = min(size, keys.shape[2])
-        places = torch.arange(self.held - last, self.held, device=keys.device) % size
+        places = torch.arange(self.kept - last, self.kept, device=keys.device) % size
         self.recent.key[0, places] = self._stored(keys)[-last:]
         self.recent.value[0, places] = self._stored(values)[-last:]
 
     def copy(self) -> LayerCoded:
         """Another text's layer with the same contents."""
         other = LayerCoded(self.view, self.scale, self.format, self.block_size, self._keys)
-        other.softcap, other.held = self.softcap, self.held
+        other.softcap, other.kept = self.softcap, self.kept
         other.pages = self.pages.clone()
         if self.recent is not None:
             other.recent = Recent(self.recent.key.clone(), self.recent.value.clone())
         return other
 
     def _stored(self, tokens: Tensor) -> Tensor:
-        """``[1, kv_heads, n, head_size]`` as ``[n, kv_heads, head_size]`` of the held dtype."""
+        """``[1, kv_heads, n, head_size]`` as ``[n, kv_heads, head_size]`` of the stored dtype."""
         return tokens[0].transpose(0, 1).to(self.dtype).contiguous()
 
-    def _lane(self, count: int) -> Tensor:
+    def _slot(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int64, device=self.pages.device)
 
     def _make_room(self, tokens: int) -> None:
@@ -150,6 +150,6 @@ class LayerCoded(LayerHeld):
         self.pages = torch.cat([self.pages, self.pages.new_zeros(more, *self.pages.shape[1:])])
 
     def _read(self, which: int) -> Tensor:
-        blocks = torch.arange(-(-self.held // self.block_size), device=self.pages.device)
+        blocks = torch.arange(-(-self.kept // self.block_size), device=self.pages.device)
         pages = self.format.read(self.view, self.pages, blocks)[which]
-        return pages.transpose(0, 1).flatten(1, 2)[None, :, : self.held]
+        return pages.transpose(0, 1).flatten(1, 2)[None, :, : self.kept]

@@ -1,8 +1,8 @@
 """Sequence and format policies on Hugging Face models: the same policy objects, no engine.
 
-A `Host` wraps a causal language model. A `Text` is what the model holds of one prompt and its
-continuation; `Host.feed` runs tokens through it and makes the policy's cuts where
-`kvplug.hosts.pruning` says they fall. A prompt read once with no policy can be branched into many
+A `Host` wraps a causal language model. A `Text` is the KV cache of one prompt and its
+continuation; `Host.feed` runs tokens through the model and evicts where `kvplug.hosts.pruning`
+schedules an eviction. A prompt read once with no policy can be branched into many
 texts, one a policy: the prompt is computed once for all of them.
 
 Under a format each full-attention layer of a text has pages of its own, written and attended by
@@ -36,13 +36,13 @@ from kvplug.errors import KVPlugError
 from kvplug.fingerprint import model_fingerprint
 from kvplug.hosts.pruning import Cut, Limits, Plan, choose
 from kvplug.hosts.transformers.attention import Step, attached
+from kvplug.hosts.transformers.cache import LayerCache, Watched
 from kvplug.hosts.transformers.coded import LayerCoded
-from kvplug.hosts.transformers.held import LayerHeld, Watched
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 CHUNK = 512
-"""Tokens of one pass of a text under a format, where nobody says otherwise."""
+"""Default number of tokens of one pass of a text under a format."""
 
 
 ONE_OF_BOTH = (
@@ -56,7 +56,7 @@ class UnsupportedModel(KVPlugError, ValueError):
 
 
 class Text:
-    """What a model holds of one text.
+    """The KV cache of one text, and the policy it is under.
 
     Made by `Host.open` and `Text.branch`.
 
@@ -64,13 +64,13 @@ class Text:
         num_tokens: Tokens computed.
         num_prompt_tokens: Tokens of the prompt.
         policy: The sequence or format policy, or None for the full cache.
-        layers: What each layer holds.
-        cuts: Cuts made so far: position and tokens held after it, mean over the layers cut.
+        layers: The cache of each layer.
+        cuts: Evictions so far: position and tokens kept after it, mean over the layers pruned.
     """
 
     def __init__(
         self,
-        layers: list[LayerHeld],
+        layers: list[LayerCache],
         num_prompt_tokens: int,
         policy: SequencePolicy | FormatPolicy | None,
         block_size: int,
@@ -115,11 +115,11 @@ class Text:
 
     @property
     def held(self) -> float:
-        """Tokens held per KV head, mean over the layers a policy may cut."""
-        return sum(self.layers[i].held for i in self._prunable) / len(self._prunable)
+        """Tokens kept per KV head, mean over the layers a policy may prune."""
+        return sum(self.layers[i].kept for i in self._prunable) / len(self._prunable)
 
     def can_branch(self, policy: SequencePolicy | FormatPolicy | None) -> bool:
-        """Whether the policy would have left the text as it is so far, all of it computed in one
+        """True if the policy would have left the text as it is so far, all of it computed in one
         step."""
         if policy is None:
             return True
@@ -131,16 +131,16 @@ class Text:
         return all(plan.first >= self.num_tokens for plan in other._plans.values())
 
     def branch(self, policy: SequencePolicy | FormatPolicy | None) -> Text:
-        """The same text under a policy, cut now if a cut is due; this one stays as it is.
+        """Make a copy of the text under a policy, pruned now if an eviction is due.
 
         Args:
-            policy: A policy that cuts no earlier than here; None for the full cache. Under a
+            policy: A policy that evicts no earlier than here; None for the full cache. Under a
                 format everything so far is stored as if it had been computed in one step; a text
                 under a format branches into that format only.
 
         Raises:
-            KVPlugError: This text was cut or is under another policy already, does not note what
-                the policy needs, or the policy would have acted before.
+            KVPlugError: This text was pruned or is under another policy already, does not record
+                what the policy needs, or the policy would have acted before.
         """
         if isinstance(self.policy, FormatPolicy) and policy is self.policy:
             return self._coded([_copied(layer) for layer in self.layers], policy)
@@ -161,8 +161,8 @@ class Text:
         for index in self._prunable:
             if not self.layers[index].watched.covers(needs):
                 raise KVPlugError(
-                    f"the prompt was read noting {self.layers[index].watched}, {name_of(policy)} "
-                    f"needs {needs}: open it with watched={needs}"
+                    f"the prompt was read recording {self.layers[index].watched}, "
+                    f"{name_of(policy)} needs {needs}: open it with watched={needs}"
                 )
         if not self.can_branch(policy):
             raise KVPlugError(
@@ -178,25 +178,25 @@ class Text:
         other._act()
         return other
 
-    def _encoded(self, layer: LayerHeld, policy: FormatPolicy) -> LayerHeld:
+    def _encoded(self, layer: LayerCache, policy: FormatPolicy) -> LayerCache:
         """A layer's tokens under a format."""
         if layer.view.index not in self._prunable:
             return layer.fork(Watched())
         keys, values = layer.keys, layer.values
         coded = LayerCoded(layer.view, layer.scale, policy, self._block_size, keys)
         coded.softcap = layer.softcap
-        if layer.held:
+        if layer.kept:
             coded.append(keys, values, layer.positions[0, 0])
             coded.keep_recent(keys, values)
         return coded
 
-    def _coded(self, layers: list[LayerHeld], policy: FormatPolicy) -> Text:
+    def _coded(self, layers: list[LayerCache], policy: FormatPolicy) -> Text:
         other = Text(layers, self.num_prompt_tokens, policy, self._block_size, self._prunable)
         other.num_tokens = self.num_tokens
         return other
 
     def _stop(self, target: int) -> int:
-        """Where to stop next on the way to ``target``: the nearest cut, or there."""
+        """Find the position of the next eviction up to ``target``, or ``target``."""
         for at in range(self.num_tokens, target + 1):
             for plan in self._plans.values():
                 plan.until(at)
@@ -205,7 +205,7 @@ class Text:
         return target
 
     def _act(self) -> None:
-        """Make the cuts that are due here."""
+        """Evict what is due to be evicted here."""
         if isinstance(self.policy, ScoringPolicy):
             self._cut(self.policy)
         elif isinstance(self.policy, SequencePolicy):
@@ -227,15 +227,15 @@ class Text:
                 continue
             cut, layer = due[share], self.layers[index]
             view = layer.view_for(needs, self.num_tokens, self.num_prompt_tokens)
-            candidates = layer.held - (cut.at - cut.end * self._block_size)
+            candidates = layer.kept - (cut.at - cut.end * self._block_size)
             count = min(cut.blocks * self._block_size, candidates)
             keep, scores = choose(policy, view, candidates, count)
             result = policy.measure(view, scores) if policy.resizes else None
             if result is not None:
                 measured.setdefault(share, []).append(result[0])
-            rest = torch.arange(candidates, layer.held, dtype=keep.dtype, device=keep.device)
+            rest = torch.arange(candidates, layer.kept, dtype=keep.dtype, device=keep.device)
             layer.keep(torch.cat([keep[0], rest.expand(keep.shape[1], -1)], 1))
-            left.append(layer.held)
+            left.append(layer.kept)
         for share, results in measured.items():
             self._measured[share] = torch.stack(results).float().mean(0).tolist()
         self.cuts.append((self.num_tokens, sum(left) / len(left)))
@@ -260,8 +260,8 @@ class Generated:
 
     Attributes:
         ids: The new tokens, the end token among them.
-        held: Tokens held per KV head at the end, mean over the layers a policy may cut.
-        cuts: Position of each cut and the tokens held after it.
+        held: Tokens kept per KV head at the end, mean over the layers a policy may prune.
+        cuts: Position of each eviction and the tokens kept after it.
     """
 
     ids: list[int]
@@ -275,7 +275,7 @@ class Host:
     Args:
         model: A ``...ForCausalLM`` whose attention goes through transformers' attention
             interface: Llama, Mistral, Qwen, Gemma and their like.
-        block_size: Tokens per block; a text holds whole blocks of survivors. 1 keeps budgets to
+        block_size: Tokens per block; a text keeps whole blocks of survivors. 1 keeps budgets to
             the token.
         chunk: Most tokens of one pass of a text under a format.
         kv_dtype: Dtype in which formats are given keys and values, e.g. bfloat16 as in an engine
@@ -335,11 +335,11 @@ class Host:
         Args:
             use: Name of an installed policy, or a class. A name that both kinds have is the
                 sequence policy's.
-            options: Its knobs.
+            options: Its options.
 
         Raises:
             KVPlugError: No sequence or format policy of that name is installed.
-            pydantic.ValidationError: A knob is unknown or out of range.
+            pydantic.ValidationError: An option is unknown or out of range.
             ValueError: The policy refuses the model.
         """
         found: type[Policy] | None
@@ -397,7 +397,7 @@ class Host:
         if watched is None:
             watched = watched_by(policy)
         like = next(self.model.parameters())
-        layers: list[LayerHeld] = []
+        layers: list[LayerCache] = []
         for view, kind in zip(self.layers, self._kinds, strict=True):
             window: tuple[Window, int] | None = None
             if kind == FULL and isinstance(policy, FormatPolicy):
@@ -408,7 +408,7 @@ class Host:
                 rule = policy.window(view)
                 window = None if rule is None else (rule, self.block_size)
             layers.append(
-                LayerHeld(
+                LayerCache(
                     view,
                     view.head_size**-0.5,
                     watched if kind == FULL else Watched(),
@@ -423,7 +423,7 @@ class Host:
     def feed(
         self, text: Text, ids: Tensor, keep_logits: int = 0, chunk: int | None = None
     ) -> Tensor:
-        """Compute tokens of a text, in pieces between the policy's cuts.
+        """Compute tokens of a text, in pieces between the policy's evictions.
 
         Args:
             text: The text.
@@ -443,7 +443,7 @@ class Host:
         while done < len(ids):
             stop = text._stop(text.num_tokens + min(chunk, len(ids) - done))
             if stop == text.num_tokens:
-                raise KVPlugError(f"the cut at token {stop} was not made")
+                raise KVPlugError(f"the eviction at token {stop} was not made")
             piece = ids[done : done + stop - text.num_tokens]
             wanted = max(done + len(piece) - max(first, done), 0)
             logits = self._forward([text], piece[None], max(wanted, 1))
@@ -541,29 +541,29 @@ def generate(
     Args:
         model: A ``...ForCausalLM``.
         ids: The prompt, ``[n]`` or ``[1, n]``.
-        policy: A policy's name, with its knobs as further arguments; a policy built with
+        policy: A policy's name, with its options as further arguments; a policy built with
             `Host.policy`; or None for the full cache.
         max_new_tokens: Most tokens to generate.
         eos: Tokens that end the text.
         block_size: Tokens per block.
-        options: Knobs, e.g. ``budget=0.25``.
+        options: The policy's options, e.g. ``budget=0.25``.
 
     Raises:
         UnsupportedModel: The model cannot be pruned.
         KVPlugError: No such policy.
-        pydantic.ValidationError: A knob is unknown or out of range.
+        pydantic.ValidationError: An option is unknown or out of range.
     """
     host = Host(model, block_size)
     built = host.policy(policy, **options) if isinstance(policy, str) else policy
     return host.generate(ids, built, max_new_tokens, eos)
 
 
-def _copied(layer: LayerHeld) -> LayerHeld:
+def _copied(layer: LayerCache) -> LayerCache:
     return layer.copy() if isinstance(layer, LayerCoded) else layer.fork(Watched())
 
 
 def watched_by(policy: SequencePolicy | FormatPolicy | None) -> Watched:
-    """What a policy needs noted beside keys and values."""
+    """Return the statistics that a policy needs recorded beside keys and values."""
     if isinstance(policy, ScoringPolicy):
         return Watched(policy.observation, policy.wants_totals)
     return Watched()

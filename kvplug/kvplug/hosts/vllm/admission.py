@@ -17,7 +17,7 @@ from kvplug.hosts.vllm.engine import (
     rule_of,
     sequence_policy,
 )
-from kvplug.hosts.vllm.flags import EXTENSION, GUARD, RUNS
+from kvplug.hosts.vllm.flags import EXTENSION, GUARD, REQUEST_CHECK, REQUEST_CHECK_MIDDLEWARE, RUNS
 from kvplug.hosts.vllm.spec import ShorteningSpec
 from kvplug.hosts.vllm.view import engine_view
 from kvplug.parser import load_deployment
@@ -54,7 +54,10 @@ def deployment_of(vllm_config: Any) -> Deployment:
             ],
         )
     deployment.require_compatible(view, runs=RUNS, host="vllm")
-    if refusals := _layer_refusals(deployment, vllm_config):
+    if refusals := [
+        *_request_refusals(deployment, vllm_config),
+        *_layer_refusals(deployment, vllm_config),
+    ]:
         raise DeploymentError(deployment.source, refusals)
     return deployment
 
@@ -99,6 +102,27 @@ def require_groups(deployment: Deployment, vllm_config: Any, kv_cache_config: An
             "--disable-hybrid-kv-cache-manager out.",
         )
         raise DeploymentError(deployment.source, [refusal])
+
+
+def _request_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    if deployment.on_bad_request != "refuse" or _has_processor(vllm_config, REQUEST_CHECK):
+        return []
+    return [
+        Refusal(
+            f"{SECTION}.on_bad_request" if deployment.source == "inline" else "on_bad_request",
+            "nothing checks requests before they enter the engine.",
+            f"set --logits-processors {REQUEST_CHECK} and, for HTTP 400 on streamed requests, "
+            f"--middleware {REQUEST_CHECK_MIDDLEWARE}; kvplug serve does.",
+        )
+    ]
+
+
+def _has_processor(vllm_config: Any, name: str) -> bool:
+    """True where a logits processor is configured by ``module:class`` or as the class itself."""
+    return any(
+        name == (f"{p.__module__}:{p.__qualname__}" if isinstance(p, type) else p)
+        for p in vllm_config.model_config.logits_processors or ()
+    )
 
 
 def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
@@ -147,9 +171,7 @@ def _reuse_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
                     f"does not support {what}.",
                     "remove the recompute section.",
                 )
-    if deployment.guard is not None and not any(
-        GUARD in str(p) for p in vllm_config.model_config.logits_processors or ()
-    ):
+    if deployment.guard is not None and not _has_processor(vllm_config, GUARD):
         above = key.rsplit(".", 1)[0] if "." in key else ""
         found.append(
             Refusal(

@@ -11,7 +11,7 @@ from typing import Any
 from kvplug.contract import EngineView, Feature, Kind
 from kvplug.deployment import Deployment
 from kvplug.errors import DeploymentError, Refusal
-from kvplug.parser import load_deployment, read_yaml
+from kvplug.parser import SECTION_KEYS, load_deployment, read_yaml
 
 CONNECTOR = "KVPlugConnector"
 MODULE = "kvplug.hosts.vllm.connector"
@@ -19,6 +19,10 @@ EXTENSION = "kvplug.hosts.vllm.extension.WorkerExtension"
 """Value of ``--worker-extension-cls`` with which tokens can be computed inside a reused run."""
 GUARD = "kvplug.hosts.vllm.guard:GuardProcessor"
 """Value of ``--logits-processors`` with which answers are watched."""
+REQUEST_CHECK = "kvplug.hosts.vllm.request_check:RequestCheck"
+"""Value of ``--logits-processors`` with which requests with invalid options are refused."""
+REQUEST_CHECK_MIDDLEWARE = "kvplug.hosts.vllm.request_check.RequestCheckMiddleware"
+"""Value of ``--middleware`` with which the server refuses streamed ones with HTTP 400, too."""
 RUNS = frozenset({Kind.PREFIX_CACHE, Kind.SEQUENCE, Kind.FORMAT, Kind.REUSE})
 """Kinds this host runs."""
 
@@ -70,7 +74,7 @@ def read_config(path: Path) -> ConfigFile:
                     for k in dotted
                 ],
             )
-        if set(data) <= {str(k) for k in Kind}:
+        if set(data) <= SECTION_KEYS:
             return ConfigFile(path, {}, load_deployment(path), True)
         raise DeploymentError(
             str(path),
@@ -158,6 +162,26 @@ def _on(flags: Mapping[str, Any], name: str, default: bool) -> bool:
         return False
     value = flags.get(name, default)
     return value if isinstance(value, bool) else default
+
+
+def request_check_flags(config: ConfigFile) -> list[str]:
+    """Command-line flags that a deployment needs for ``on_bad_request: refuse``; else none."""
+    if config.deployment.on_bad_request != "refuse":
+        return []
+    found: list[str] = []
+    processors = _listed(config.flags.get("logits-processors"))
+    if REQUEST_CHECK not in processors:
+        # On the command line it replaces what the file lists.
+        found += ["--logits-processors", *processors, REQUEST_CHECK]
+    if REQUEST_CHECK_MIDDLEWARE not in _listed(config.flags.get("middleware")):
+        found += ["--middleware", REQUEST_CHECK_MIDDLEWARE]
+    return found
+
+
+def _listed(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
 
 
 def features_from_flags(flags: Mapping[str, Any]) -> frozenset[Feature]:

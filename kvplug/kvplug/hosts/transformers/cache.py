@@ -1,4 +1,4 @@
-"""What a model's layers hold of one text: dense keys and values, and each token's position."""
+"""The KV cache of one text: dense keys and values per layer, and each token's position."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ PAGE = 16
 
 @dataclass(frozen=True)
 class Watched:
-    """What is noted beside keys and values, for policies that ask for it.
+    """The statistics recorded beside keys and values, for policies that ask for them.
 
     Attributes:
         observation: Latest queries kept.
-        totals: Whether the attention each held token receives is summed.
+        totals: Whether the cumulative attention of each kept token is recorded.
     """
 
     observation: int = 0
     totals: bool = False
 
     def covers(self, other: Watched) -> bool:
-        """Whether everything the other notes is noted."""
+        """True if all that the other records is recorded here."""
         return self.observation >= other.observation and self.totals >= other.totals
 
 
-class LayerHeld:
-    """Keys and values one layer holds of one text.
+class LayerCache:
+    """The keys and values of one text in one layer.
 
-    Every KV head holds the same number of tokens, each head tokens of its own after a cut.
+    Every KV head holds the same number of tokens, each head tokens of its own after an eviction.
 
     Args:
         view: The layer.
         scale: Softmax scale.
-        watched: What to note; ``Watched()`` for a layer that is never cut.
+        watched: What to record; ``Watched()`` for a layer that is never pruned.
         like: A tensor of the model's dtype and device.
         sliding: Tokens its sliding window spans, the query's own among them; 0 for full attention.
         window: The block rule of a positional policy, and the tokens of a block; or None.
@@ -59,7 +59,7 @@ class LayerHeld:
         self.watched = watched
         self.sliding = sliding
         self.window = window
-        self.held = 0
+        self.kept = 0
         heads = view.num_kv_heads
         self._keys = like.new_empty(1, heads, 0, view.head_size)
         self._values = self._keys
@@ -71,55 +71,55 @@ class LayerHeld:
 
     @property
     def keys(self) -> Tensor:
-        """``[1, kv_heads, held, head_size]``, after RoPE."""
-        return self._keys[:, :, : self.held]
+        """``[1, kv_heads, kept, head_size]``, after RoPE."""
+        return self._keys[:, :, : self.kept]
 
     @property
     def values(self) -> Tensor:
-        """``[1, kv_heads, held, head_size]``."""
-        return self._values[:, :, : self.held]
+        """``[1, kv_heads, kept, head_size]``."""
+        return self._values[:, :, : self.kept]
 
     @property
     def positions(self) -> Tensor:
-        """``[1, kv_heads, held]`` int32."""
-        return self._positions[:, :, : self.held]
+        """``[1, kv_heads, kept]`` int32."""
+        return self._positions[:, :, : self.kept]
 
     @property
     def totals(self) -> Tensor | None:
-        """``[1, kv_heads, held]`` float32: attention received since written; or None."""
-        return None if self._totals is None else self._totals[:, :, : self.held]
+        """``[1, kv_heads, kept]`` float32: attention received since written; or None."""
+        return None if self._totals is None else self._totals[:, :, : self.kept]
 
     @property
     def masked(self) -> bool:
-        """Whether a query may see fewer than all earlier tokens that are held."""
+        """True if a query may see fewer than all earlier tokens that are kept."""
         return bool(self.sliding) or self.window is not None
 
     def append(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Hold more tokens.
+        """Append tokens.
 
         Args:
             keys: ``[1, kv_heads, n, head_size]``, after RoPE.
             values: The same shape.
             positions: ``[n]``.
         """
-        held = self.held + keys.shape[2]
-        if held > self._keys.shape[2] or self._shared:
+        kept = self.kept + keys.shape[2]
+        if kept > self._keys.shape[2] or self._shared:
             # Room for half as much again: decoding appends one token at a time.
-            room = -(-(held + held // 2) // PAGE) * PAGE
+            room = -(-(kept + kept // 2) // PAGE) * PAGE
             self._keys, self._values = _grown(self.keys, room), _grown(self.values, room)
             self._positions = _grown(self.positions, room)
             if self.totals is not None:
                 self._totals = _grown(self.totals, room)
             self._shared = False
-        self._keys[:, :, self.held : held] = keys
-        self._values[:, :, self.held : held] = values
-        self._positions[:, :, self.held : held] = positions.to(torch.int32)
+        self._keys[:, :, self.kept : kept] = keys
+        self._values[:, :, self.kept : kept] = values
+        self._positions[:, :, self.kept : kept] = positions.to(torch.int32)
         if self._totals is not None:
-            self._totals[:, :, self.held : held] = 0
-        self.held = held
+            self._totals[:, :, self.kept : kept] = 0
+        self.kept = kept
 
     def observe(self, queries: Tensor, positions: Tensor) -> None:
-        """Note queries ``[1, num_heads, n, head_size]`` at ``positions [n]``, the latest ones."""
+        """Record queries ``[1, num_heads, n, head_size]`` at ``positions [n]``, the latest ones."""
         most = self.watched.observation
         if not most:
             return
@@ -131,30 +131,30 @@ class LayerHeld:
         self._query_positions = torch.cat([self._query_positions, positions.to(torch.int32)], 1)
 
     def receive(self, mass: Tensor) -> None:
-        """Add attention ``[kv_heads, held]`` that the held tokens received to their totals."""
+        """Add attention ``[kv_heads, kept]`` to the cumulative attention of the kept tokens."""
         assert self._totals is not None and not self._shared
-        self._totals[0, :, : self.held] += mass
+        self._totals[0, :, : self.kept] += mass
 
     def keep(self, indices: Tensor) -> None:
-        """Hold only the tokens at ``[kv_heads, n]``, ascending per head."""
+        """Keep only the tokens at ``[kv_heads, n]``, ascending per head."""
         at = indices.long()[None]
         wide = at[..., None].expand(-1, -1, -1, self.view.head_size)
         self._keys, self._values = self.keys.gather(2, wide), self.values.gather(2, wide)
         self._positions = self.positions.gather(2, at)
         if self.totals is not None:
             self._totals = self.totals.gather(2, at)
-        self.held = at.shape[2]
+        self.kept = at.shape[2]
         self._shared = False
 
-    def fork(self, watched: Watched) -> LayerHeld:
+    def fork(self, watched: Watched) -> LayerCache:
         """Another text's layer with the same contents; nothing is copied before it is changed.
 
         Args:
-            watched: What the other notes; `watched` must cover it.
+            watched: What the other records; `watched` must cover it.
         """
         assert self.watched.covers(watched)
-        other = LayerHeld(self.view, self.scale, watched, self._keys, self.sliding, self.window)
-        other.softcap, other.held = self.softcap, self.held
+        other = LayerCache(self.view, self.scale, watched, self._keys, self.sliding, self.window)
+        other.softcap, other.kept = self.softcap, self.kept
         other._keys, other._values, other._positions = self._keys, self._values, self._positions
         if watched.totals:
             other._totals = self._totals
@@ -165,8 +165,8 @@ class LayerHeld:
         return other
 
     def visible(self, queries: Tensor) -> Tensor:
-        """Which held tokens queries at ``[n]`` see, ``[n, held]``; for layers all of whose heads
-        hold the same tokens."""
+        """Mask the tokens that queries at ``[n]`` see, ``[n, kept]``; for layers all of whose heads
+        keep the same tokens."""
         own, keys = queries[:, None], self.positions[0, :1]
         seen = keys <= own
         if self.sliding:
@@ -179,12 +179,12 @@ class LayerHeld:
         return seen
 
     def view_for(self, policy_needs: Watched, num_tokens: int, num_prompt_tokens: int) -> HeldView:
-        """What a policy sees of the layer."""
+        """Make the view of the layer that a policy scores."""
         device = self._keys.device
         if self._keys.is_cuda:
-            pages, table = self._paged(), torch.arange(-(-self.held // PAGE), device=device)
+            pages, table = self._paged(), torch.arange(-(-self.kept // PAGE), device=device)
         else:
-            # One page of all that is held: `HeldView.keys` gathers nothing then.
+            # One page of everything: `HeldView.keys` gathers nothing then.
             pages, table = (self.keys, self.values), torch.zeros(1, device=device)
 
         def one(value: int) -> Tensor:
@@ -199,7 +199,7 @@ class LayerHeld:
             softcap=self.softcap,
             num_tokens=one(num_tokens),
             num_prompt_tokens=one(num_prompt_tokens),
-            held=self.held,
+            held=self.kept,
             positions=self.positions,
             key_pages=pages[0],
             value_pages=pages[1],
@@ -220,7 +220,7 @@ class LayerHeld:
 
     def _paged(self) -> tuple[Tensor, Tensor]:
         """Keys and values as ``[pages, kv_heads, PAGE, head_size]``."""
-        room = -(-self.held // PAGE) * PAGE
+        room = -(-self.kept // PAGE) * PAGE
         heads, size = self.view.num_kv_heads, self.view.head_size
 
         def pages(tensor: Tensor) -> Tensor:

@@ -10,7 +10,14 @@ import torch
 
 from kvplug.errors import KVPlugError
 from kvplug_lab.models import tiny_llama
-from kvplug_lab.reuse.replay import Piece, capture, forward_reused, frequencies, greedy, rotated
+from kvplug_lab.reuse.partial_forward import (
+    Piece,
+    capture,
+    forward_reused,
+    frequencies,
+    greedy,
+    rotated,
+)
 
 TEXT = torch.randint(64, 320, (60,), generator=torch.Generator().manual_seed(1)).tolist()
 

@@ -47,7 +47,7 @@ SYSTEM = (
 )
 
 
-class ReplayError(KVPlugError):
+class WorkloadError(KVPlugError):
     """A workload that does not fit the engine's memory; the message says what to change."""
 
     exit_code = 2
@@ -323,14 +323,14 @@ def compare(
         trace: Where the recorded trace is kept; nowhere by default.
 
     Raises:
-        ReplayError: The pool cannot hold the requests that run at once.
+        WorkloadError: The pool cannot hold the requests that run at once.
         DeploymentError: There is no such policy.
         TrialFailed: The engine failed.
         PolicyFailed: The policy failed in the simulator.
     """
     need = workload.concurrency * -(-workload.longest // block_size)
     if blocks < need:
-        raise ReplayError(
+        raise WorkloadError(
             f"{blocks} blocks of {block_size} tokens cannot hold {workload.concurrency} of the "
             f"longest requests at once, {workload.longest} tokens each: give it at least {need}"
         )
@@ -355,7 +355,7 @@ def compare(
             trace.write_bytes(path.read_bytes())
     asked = sum(a.prompt_tokens for a in served.answers)
     if recorded.num_requests != len(served.answers) or int(recorded.prompt_tokens.sum()) != asked:
-        raise ReplayError(
+        raise WorkloadError(
             f"the engine served {len(served.answers)} requests of {asked} tokens and recorded "
             f"{recorded.num_requests} of {recorded.prompt_tokens.sum()}"
         )

@@ -1,0 +1,191 @@
+"""Trials in processes of their own that need not import vLLM again.
+
+Importing vLLM takes two thirds of a small engine's start. A server process imports it once and
+forks for every trial; the child has what a fresh process has after its imports, no engine was ever
+built in its parent, and nothing it does outlives it. Orders are JSON lines on the server's standard
+input; it answers each with the child's exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from kvplug_lab.engine.trial import TrialResult, TrialSpec
+
+PRELOADED = (
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.model_loader",
+    "vllm.model_executor.models.llama",
+)
+
+
+class TrialServer:
+    """Starts the server when the first trial needs it; one trial at a time.
+
+    Args:
+        log: Where the server's own output goes.
+    """
+
+    def __init__(self, log: Path):
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(
+        self,
+        spec: TrialSpec,
+        *,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        phases: list[str] | None = None,
+    ) -> TrialResult:
+        """Run a trial; what `kvplug_lab.engine.trial.run_fresh` does.
+
+        Args:
+            spec: What to run.
+            log: Where the engine's log goes.
+            env: Environment variables added to this process's own.
+            phases: Gets the phases that the trial went through, each once.
+
+        Raises:
+            TrialFailed: The engine's process failed.
+        """
+        from kvplug_lab.engine.trial import TrialFailed, TrialResult
+
+        with tempfile.TemporaryDirectory(prefix="kvplug-trial-") as scratch:
+            folder = Path(scratch)
+            (folder / "spec.json").write_text(spec.to_json(), encoding="utf-8")
+            environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | (env or {})
+            # Kernel tests set this for their own process; an engine must not inherit it.
+            environment.pop("TRITON_INTERPRET", None)
+            order = {"folder": scratch, "log": str(log), "env": environment}
+            try:
+                code = self._ask(order)
+            except BaseException:
+                self.stop()  # the trial of a test that ran out of time ends with it
+                raise
+            if phases is not None:
+                reported = (folder / "phases").read_text(encoding="utf-8").split()
+                phases.extend(dict.fromkeys(reported))
+            result = folder / "result.json"
+            if code or not result.exists():
+                tail = log.read_text(encoding="utf-8", errors="replace")[-4000:]
+                raise TrialFailed(f"the engine run ended with code {code}:\n{tail}")
+            return TrialResult.from_json(result.read_text(encoding="utf-8"))
+
+    def stop(self) -> None:
+        """End the server and the trial that it runs."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
+            self._process = None
+
+    def _ask(self, order: dict[str, Any]) -> int:
+        if self._process is None:
+            self._process = self._start()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        reply = self._process.stdout.readline()
+        if not reply:
+            raise RuntimeError(f"the trial server ended:\n{self._log.read_text(errors='replace')}")
+        return int(reply)
+
+    def _start(self) -> subprocess.Popen[str]:
+        # Some variables are read when the modules that ask for them are imported.
+        environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        environment.pop("TRITON_INTERPRET", None)
+        with self._log.open("a", encoding="utf-8") as log:
+            return subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                text=True,
+                start_new_session=True,
+            )
+
+
+def _preload() -> None:
+    """Import what every engine imports, and build nothing."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+
+
+def _become(order: dict[str, Any]) -> None:
+    """Turn a forked child into the process of a trial."""
+    with (
+        Path(order["log"]).open("ab", buffering=0) as log,
+        Path(os.devnull).open("rb", buffering=0) as nothing,
+    ):
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    environment: dict[str, str] = order["env"]
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    folders = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:0] = [folder for folder in folders if folder not in sys.path]
+
+
+def _run(folder: Path) -> None:
+    """What ``python -m kvplug_lab.engine.trial`` does."""
+    from kvplug_lab.engine.trial import TrialSpec, run_trial
+
+    spec = TrialSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"))
+    with (folder / "phases").open("w", encoding="utf-8") as phases:
+
+        def progress(what: dict[str, Any]) -> None:
+            print(what["phase"], file=phases, flush=True)
+
+        result = run_trial(spec, progress)
+    (folder / "result.json").write_text(result.to_json(), encoding="utf-8")
+
+
+def _serve(orders: TextIO, replies: int) -> Path | None:
+    """Fork for every order.
+
+    Returns:
+        In a child the folder of its trial, in the server None once there are no more orders.
+    """
+    for line in iter(orders.readline, ""):
+        order = json.loads(line)
+        child = os.fork()
+        if not child:
+            os.close(replies)
+            _become(order)
+            return Path(order["folder"])
+        _, status = os.waitpid(child, 0)
+        os.write(replies, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    return None
+
+
+def main() -> None:
+    """Entry point of the server process."""
+    replies = os.dup(1)
+    os.dup2(2, 1)
+    _preload()
+    folder = _serve(sys.stdin, replies)
+    if folder is not None:
+        _run(folder)
+
+
+if __name__ == "__main__":
+    main()
