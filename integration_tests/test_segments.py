@@ -176,7 +176,7 @@ def test_each_segment_of_a_step_is_measured_by_its_own_last_queries() -> None:
         for shift, name in enumerate(("layer", "next")):
             layer = SimpleNamespace(layer_name=name)
             impl.forward(layer, query + shift, query, query, query, metadata, query)
-        return {key: value[:, 0, 0].tolist() for key, value in kind.queries.items()}
+        return {key: value[:, 0, 0].tolist() for key, value in kind.saver.queries.items()}
 
     kind._memory = SegmentMemory("")
     state.rows.begin(directives.rows)
@@ -187,7 +187,7 @@ def test_each_segment_of_a_step_is_measured_by_its_own_last_queries() -> None:
     assert first["b", "layer"] == [float(i) for i in range(81, 97)]
     assert first["b", "next"] == [float(i) for i in range(82, 98)]
     assert ("c", "layer") not in first, "it was computed before"
-    kind.queries.clear()
+    kind.saver.queries.clear()
     with state.rows.hidden():
         assert watched() == {}, "a forward that is not the step's own"
     kind.begin(StepDirectives(rows))

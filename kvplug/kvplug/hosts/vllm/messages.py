@@ -42,7 +42,7 @@ Plans = dict[tuple[int, int], RowPlan]
 
 @dataclass
 class SequenceDirectives:
-    """What a sequence policy does in a step.
+    """Work of a sequence policy in a step.
 
     Attributes:
         exempt: Slots of requests that keep everything, ``[n]`` int32, or None for none.
@@ -158,7 +158,7 @@ class SaveOrder:
 
 @dataclass
 class ReuseDirectives:
-    """What reuse does in a step.
+    """Work of reuse in a step.
 
     Attributes:
         loads: Runs to write before the forward.
@@ -182,7 +182,7 @@ class ReuseDirectives:
 
 @dataclass
 class AttentionDirectives:
-    """What an attention policy may serve in a step.
+    """Requests that an attention policy may serve in a step.
 
     Attributes:
         slots: Slots of scheduled requests that it may serve, ``[n]`` int32.
@@ -223,7 +223,7 @@ class Part(Protocol):
 
 @dataclass
 class SequenceReport:
-    """What a sequence policy did on a worker.
+    """Work that a sequence policy did on a worker.
 
     Attributes:
         rows: Attention rows compacted.
@@ -259,7 +259,7 @@ COUNTS = ("rows", "split_rows", "evictions", "fallbacks", "recalled_tokens", "re
 
 @dataclass
 class FormatReport:
-    """What a format did on a worker.
+    """Work that a format did on a worker.
 
     Attributes:
         tokens: Tokens written, once per layer.
@@ -290,7 +290,7 @@ class FormatReport:
 
 @dataclass
 class AttentionReport:
-    """What an attention policy did on a worker.
+    """Work that an attention policy did on a worker.
 
     Attributes:
         rows: Decode rows it attended, once per layer.
@@ -312,7 +312,7 @@ class AttentionReport:
 
 @dataclass
 class ReuseReport:
-    """What reuse did on a worker. A segment is stored once all ranks have stored it.
+    """Work that reuse did on a worker. A segment is stored once all ranks have stored it.
 
     Attributes:
         saved: Measures of each segment stored.

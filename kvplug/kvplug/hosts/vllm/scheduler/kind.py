@@ -80,7 +80,7 @@ class SchedulerStep:
 
 @dataclass
 class Answer:
-    """What the output of a request says about it.
+    """Facts about a request that its output carries.
 
     Attributes:
         exact: False once a kind has approximated anything.

@@ -43,7 +43,7 @@ class Recomputer:
     def __init__(self, vllm_config: Any, state: WorkerState):
         self._config = vllm_config
         self._state = state
-        self._size = int(vllm_config.cache_config.block_size)
+        self.block_size = int(vllm_config.cache_config.block_size)
         scheduler = vllm_config.scheduler_config
         self._max_tokens = int(scheduler.max_num_batched_tokens)
         self._max_rows = int(scheduler.max_num_seqs)
@@ -77,7 +77,9 @@ class Recomputer:
         assert runner is not None, "recomputation needs --worker-extension-cls"
         device = runner.device
         positions = torch.cat([torch.arange(a, b) for a, b in spans])
-        slots = (blocks[positions // self._size] * self._size + positions % self._size).to(device)
+        slots = (
+            blocks[positions // self.block_size] * self.block_size + positions % self.block_size
+        ).to(device)
         common = metadata.of_spans(spans, blocks, slots)
         by_layer, mappings = {}, {}
         with self._state.rows.hidden():
