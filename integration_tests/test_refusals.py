@@ -73,7 +73,7 @@ CASES = {
         [
             (
                 "kvplug.sequence",
-                "sink_window cannot run on a model with ALiBi",
+                "sink_window does not support models with ALiBi",
                 "remove the sequence section for this model.",
             )
         ],

@@ -88,6 +88,7 @@ POLICIES = "Policies import kvplug, kvplug.contract and kvplug.registry only"
 VLLM = "Only kvplug.hosts.vllm and kvplug_lab.engine import vllm"
 SCHEDULER = "Kinds do not import each other in the scheduler"
 WORKER = "Kinds do not import each other in the worker"
+BOTH = "Scheduler and worker share messages, not modules"
 CIRCLES = "No import circles"
 
 
@@ -127,6 +128,7 @@ def test_a_forbidden_import_breaks_a_contract(
         ("kvplug.hosts.vllm.scheduler.sequence", "from . import prefix_cache", SCHEDULER),
         ("kvplug.hosts.vllm.scheduler.reuse", "from . import sequence", SCHEDULER),
         ("kvplug.hosts.vllm.worker.format", "def late():\n    from . import reuse", WORKER),
+        ("kvplug.hosts.vllm.scheduler.slots", "from ..worker import rows", BOTH),
         ("kvplug.errors", "def late():\n    import kvplug.parser", CIRCLES),
         ("kvplug_lab.texts", "def late():\n    import kvplug_lab.cli.demo", CIRCLES),
     ],
