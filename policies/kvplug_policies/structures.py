@@ -1,4 +1,4 @@
-"""What several prefix-cache policies are made of."""
+"""Data structures that prefix-cache policies share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Ranking:
         return self._entries[block]
 
     def put(self, entry: tuple[Any, ...]) -> None:
-        """Add a block, or give it another rank."""
+        """Add a block or change its rank."""
         entries, heap = self._entries, self._heap
         entries[entry[-1]] = entry
         if len(heap) > 2 * len(entries) + 64:
@@ -43,7 +43,7 @@ class Ranking:
             heappush(heap, entry)
 
     def discard(self, block: int) -> None:
-        """Take a block out, if it is in."""
+        """Remove a block if present."""
         self._entries.pop(block, None)
 
     def walk(self) -> Generator[tuple[Any, ...]]:
@@ -74,7 +74,7 @@ class Ranking:
 
 
 class Ghosts(Generic[Value]):
-    """What is remembered of content that is gone, by its key; the oldest is forgotten first.
+    """Values of evicted content by its key; the oldest is forgotten first.
 
     Args:
         limit: The most entries kept.
@@ -108,8 +108,8 @@ class Ghosts(Generic[Value]):
         return gone
 
 
-class Plan(Generic[Move]):
-    """Victims found on a side view, with the moves that lead to each.
+class VictimPlan(Generic[Move]):
+    """Victims chosen without changing the lists, with the moves that lead to each.
 
     `victims` may not change a policy, but in some orders finding a victim moves other blocks. The
     policy writes both down here and makes the moves when the host reports these victims gone.

@@ -229,10 +229,10 @@ def test_levels_have_identities_of_their_own() -> None:
         ({"levels": ["int4"]}, "at least 2"),
         ({"levels": ["int4", "int5"]}, "level 1: unknown format 'int5'"),
         ({"levels": ["int4", {"bits": 4}]}, "level 1: unknown format None"),
-        ({"levels": ["int4", "adaptive"]}, "adaptive cannot be a level of itself"),
+        ({"levels": ["int4", "adaptive"]}, "adaptive cannot be one of its own levels"),
         ({"levels": ["int4", {"use": "int8", "exact_chunk": False}]}, "one for all levels"),
         ({"low": 0.3, "high": 0.2}, "low 0.3 must be below high 0.2"),
-        ({"start": 2}, "start 2 is none of the 2 levels"),
+        ({"start": 2}, "start 2 is not one of the 2 levels"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:

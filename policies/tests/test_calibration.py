@@ -79,21 +79,21 @@ def renamed(data: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda d: d[:-1], "truncated or no safetensors file"),
-        (lambda d: d[: len(d) // 2], "truncated or no safetensors file"),
-        (lambda d: d[:100], "truncated or no safetensors file"),
-        (lambda d: b"", "truncated or no safetensors file"),
-        (lambda d: d + b"\0", "truncated or no safetensors file"),
-        (lambda d: pickle.dumps({"a": 1}), "truncated or no safetensors file"),
-        (lambda d: b"\xff" * 8 + d[8:], "truncated or no safetensors file"),
+        (lambda d: d[:-1], "truncated or not a safetensors file"),
+        (lambda d: d[: len(d) // 2], "truncated or not a safetensors file"),
+        (lambda d: d[:100], "truncated or not a safetensors file"),
+        (lambda d: b"", "truncated or not a safetensors file"),
+        (lambda d: d + b"\0", "truncated or not a safetensors file"),
+        (lambda d: pickle.dumps({"a": 1}), "truncated or not a safetensors file"),
+        (lambda d: b"\xff" * 8 + d[8:], "truncated or not a safetensors file"),
         (lambda d: d[:-5] + bytes([d[-5] ^ 1]) + d[-4:], "edited or damaged"),
         (renamed, "edited or damaged"),
         (edited("fingerprint", "0" * 32), "edited or damaged"),
         (edited("tokens", "9"), "edited or damaged"),
         (edited("checksum", None), "edited or damaged"),
         (edited("model", None), "edited or damaged"),
-        (edited("format", "other"), "is no calibration file"),
-        (edited("format", None), "is no calibration file"),
+        (edited("format", "other"), "is not a calibration file"),
+        (edited("format", None), "is not a calibration file"),
         (edited("version", "2"), "has version '2', this release reads 1"),
     ],
 )
@@ -122,7 +122,7 @@ def test_every_byte_counts(file: Path) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.safetensors cannot be read \(No such file"):
         load(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         load(tmp_path)
 
 
@@ -131,13 +131,15 @@ def test_a_deployment_can_be_checked_before_its_calibration_is_made(tmp_path: Pa
     missing = str(tmp_path / "none.safetensors")
     assert build(LowRank, somewhere, calibration=missing)
     (tmp_path / "none.safetensors").write_bytes(b"x")
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         build(LowRank, somewhere, calibration=missing)
 
 
 def test_a_calibration_of_another_model_is_refused(file: Path) -> None:
     other = replace(ENGINE, model="f" * 32)
-    with pytest.raises(ValueError, match=r"is of another model \(tiny, fingerprint 0123456789ab"):
+    with pytest.raises(
+        ValueError, match=r"was made for another model \(tiny, fingerprint 0123456789ab"
+    ):
         build(LowRank, other, calibration=str(file))
     assert build(LowRank, replace(ENGINE, model=""), calibration=str(file), rank=8)
 

@@ -115,7 +115,7 @@ def test_a_third_partys_format_is_one_of_them(monkeypatch: pytest.MonkeyPatch) -
         ({"layers": {"2": {"bits": 3}}}, "layers 2: does not say which format to use"),
         ({"layers": {"x": {"use": "int8"}}}, "'x' is not a layer or range"),
         ({"layers": {"3-1": {"use": "int8"}}}, "the last layer is before the first"),
-        ({"layers": {"1": {"use": "mixed"}}}, "layers 1: mixed cannot stand inside mixed"),
+        ({"layers": {"1": {"use": "mixed"}}}, "layers 1: mixed cannot be used inside mixed"),
         ({"default": {"use": "nope"}}, "the default: unknown format 'nope'"),
         (
             {"layers": {"1": {"use": "int8", "exact_chunk": False}}},

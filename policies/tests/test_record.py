@@ -427,5 +427,5 @@ def test_what_the_policy_inside_cannot_live_with_is_refused(
     tmp_path: Path, curious: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Curious, "supports", frozenset({Feature.LORA}))
-    with pytest.raises(ValueError, match="curious cannot live with prefix caching"):
+    with pytest.raises(ValueError, match="curious does not support prefix caching"):
         record(tmp_path / "t.npz", of="curious")

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from kvplug_policies.structures import Ghosts, Plan, Ranking
+from kvplug_policies.structures import Ghosts, Ranking, VictimPlan
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -48,7 +48,7 @@ def test_ghosts_forget_the_oldest() -> None:
 
 
 def test_a_plan_gives_the_moves_that_led_to_its_first_victims() -> None:
-    plan: Plan[str] = Plan()
+    plan: VictimPlan[str] = VictimPlan()
     plan.move("x")
     plan.evict(1)
     plan.evict(2)

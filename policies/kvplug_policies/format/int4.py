@@ -25,7 +25,7 @@ class Int4(CodedFormat):
     paper = "FlexGen: High-Throughput Generative Inference of LLMs, arXiv 2303.06865"
 
     class Options(LayerOptions):
-        """Knobs of `Int4`."""
+        """Options of `Int4`."""
 
         group: int = Field(
             0, ge=0, le=1024, description="channels of a head that share a scale; 0: all of them"

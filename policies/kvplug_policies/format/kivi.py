@@ -39,7 +39,7 @@ class Kivi(CodedFormat):
     moves_tokens = False
 
     class Options(LayerOptions):
-        """Knobs of `Kivi`."""
+        """Options of `Kivi`."""
 
         bits: Literal[2, 4] = Field(2, description="bits of a code")
         group: int = Field(
@@ -55,9 +55,9 @@ class Kivi(CodedFormat):
         def _open_groups_are_exact(self) -> Self:
             if not self.exact_chunk:
                 raise ValueError(
-                    "kivi cannot have exact_chunk: false. A group's scales depend on which of its "
-                    "tokens are computed, so an open group is attended exactly; int4 and rotated "
-                    "can do without"
+                    "kivi does not support exact_chunk: false. A group's scales depend on which of "
+                    "its tokens are computed, so an open group is attended exactly; int4 and "
+                    "rotated support it"
                 )
             return self
 

@@ -69,14 +69,14 @@ class Rotated(CodedFormat):
     rotation = "hadamard"
 
     class Options(LayerOptions):
-        """Knobs of `Rotated`."""
+        """Options of `Rotated`."""
 
         bits: Bits = Field(4, description="bits of a code")
-        key_bits: Bits | None = Field(None, description="bits of a key's code, if others")
-        value_bits: Bits | None = Field(None, description="bits of a value's code, if others")
+        key_bits: Bits | None = Field(None, description="bits of a key's code, if different")
+        value_bits: Bits | None = Field(None, description="bits of a value's code, if different")
         levels: Literal["gaussian", "uniform"] = Field(
             "gaussian",
-            description="levels of a code: those best for a Gaussian, with a scale; or evenly "
+            description="levels of a code: optimal for a Gaussian, with a scale; or evenly "
             "spaced ones, with a scale and a zero point, in four bytes more per token and head",
         )
         fit: int = Field(2, ge=0, le=8, description=FIT)
@@ -91,7 +91,7 @@ class Rotated(CodedFormat):
     def coding(self, layer: LayerView) -> CodedPage:
         options, width = self.options, layer.head_size
         if width < 16:
-            raise ValueError(f"{width} elements are too few to be mixed by a rotation; at least 16")
+            raise ValueError(f"head size {width} is too small to rotate; it must be at least 16")
         hadamard_matrix(width)
         key = layer_bits(options.layers, layer, options.key_bits or options.bits)
         value = layer_bits(options.layers, layer, options.value_bits or options.bits)

@@ -1,4 +1,4 @@
-"""FIFO: give up the block that was cached longest ago, whatever was done with it since.
+"""FIFO: evict the block that was cached longest ago, whatever its use since.
 
 A block keeps its place in the order from the moment its content was first let go; being used
 again does not move it. Within one request the tail of the text was let go first, so it goes first.

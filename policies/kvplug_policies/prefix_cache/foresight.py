@@ -1,4 +1,4 @@
-"""Foresight: give up the block whose best wait promises the fewest reuses per second.
+"""Foresight: evict the block whose best wait promises the fewest reuses per second.
 
 An eviction order for a serving engine, not for a generic cache. When a request ends, its text is
 cut into runs of blocks that have the same prospects, and each run is described by what the engine
@@ -13,7 +13,7 @@ knows about it:
 - the pause since the conversation's last turn, and how many requests its session made;
 - whether it is the end of the text, and the priority.
 
-From those features `ReuseModel` learns, while serving, when such blocks are used again and how
+From those features `NextUseModel` learns, while serving, when such blocks are used again and how
 often they never are, evicted or not. A run's worth is the best rate of reuse any further wait for
 it offers. It falls and rises with age: a conversation is worth more at the time its next turn is
 due than right after its last, and a run that will hardly be used again goes first even though it is
@@ -44,7 +44,7 @@ from kvplug.contract import (
     Released,
     RequestView,
 )
-from kvplug_policies.next_use import ReuseModel
+from kvplug_policies.next_use import NextUseModel
 
 _SIZES = (8, 12, 19, 4, 40, 30, 89, 26, 13, 9)
 """Values of each feature of a run, in the order `Foresight._read` gives them."""
@@ -60,7 +60,7 @@ def steps(value: float, per_octave: float, highest: int) -> int:
 
 
 def cuts(length: int, known: int) -> list[int]:
-    """Where a text of ``length`` blocks, ``known`` of them seen before, is cut into runs.
+    """Divide a text of ``length`` blocks, ``known`` of them seen before, into runs.
 
     Runs double in size with their distance from the end of the known prefix, on both sides, up
     to 512 blocks away; the last block stands alone.
@@ -85,7 +85,7 @@ class Text:
 
 
 class Run:
-    """Consecutive blocks of one text with the same prospects.
+    """Consecutive blocks of one text with the same expected reuse.
 
     Attributes:
         text: The request they were last part of.
@@ -144,20 +144,20 @@ class Foresight(PrefixCachePolicy):
     paper = "ours: hazards of reuse learned online, Gittins index, leaves of the prefix tree first"
 
     class Options(PolicyOptions):
-        """Knobs of `Foresight`."""
+        """Options of `Foresight`."""
 
         memory: int = Field(
             1 << 19,
             ge=1,
             le=1 << 27,
-            description="blocks, cached or evicted, whose next use is awaited to learn from it; "
+            description="blocks, cached or evicted, tracked until their next use to learn from it; "
             "never fewer than twice the pool",
         )
         half_life: int = Field(
             200_000,
             ge=1_000,
             le=10**9,
-            description="observations after which what was learned counts half",
+            description="observations after which earlier ones count half",
         )
 
     options: Options
@@ -165,7 +165,7 @@ class Foresight(PrefixCachePolicy):
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
         self._block_size = engine.block_size
-        self._model = ReuseModel(_SIZES, self.options.half_life)
+        self._model = NextUseModel(_SIZES, self.options.half_life)
         self._limit = max(self.options.memory, 2 * engine.num_blocks)
         self._memory: OrderedDict[bytes | int, Run] = OrderedDict()
         self._sessions: OrderedDict[str, tuple[int, float]] = OrderedDict()
@@ -534,7 +534,7 @@ class Foresight(PrefixCachePolicy):
 
 @dataclass
 class _Plan:
-    """What `Foresight.victims` has chosen so far, as if it were gone.
+    """Victims that `Foresight.victims` has chosen so far, treated as evicted.
 
     Attributes:
         chosen: Blocks, first victim first.

@@ -42,7 +42,7 @@ class Gdsf(PrefixCachePolicy):
     paper = "Cherkasova, Greedy-Dual-Size-Frequency caching policy, HPL-98-69R1, 1998"
 
     class Options(PolicyOptions):
-        """Knobs of `Gdsf`."""
+        """Options of `Gdsf`."""
 
         quadratic_tokens: int = Field(
             0,
@@ -52,7 +52,7 @@ class Gdsf(PrefixCachePolicy):
             "model; 0: six times the hidden size, as for a common transformer",
         )
         chained: bool = Field(
-            True, description="whether a block is worth at least as much as those behind it"
+            True, description="value a block at least as highly as those behind it"
         )
 
     options: Options

@@ -43,10 +43,13 @@ class Lirs(PrefixCachePolicy):
     paper = "Jiang and Zhang, LIRS, SIGMETRICS 2002"
 
     class Options(PolicyOptions):
-        """Knobs of `Lirs`."""
+        """Options of `Lirs`."""
 
         hir: float = Field(
-            0.01, gt=0, lt=1, description="part of the cache for blocks of long reuse distance"
+            0.01,
+            gt=0,
+            lt=1,
+            description="fraction of the cache for blocks with a long reuse distance",
         )
         history: float = Field(
             2.0, ge=0, le=64, description="evicted blocks remembered, as a multiple of the cache"

@@ -68,18 +68,21 @@ class Record(PrefixCachePolicy):
 
         path: str = Field(
             "kvplug-trace.npz",
-            description="file of the trace, .npz; one that exists is kept, and -1, -2, ... is "
+            description="trace file, .npz; an existing file is kept, and -1, -2, ... is "
             "added to the name",
         )
         of: str | dict[str, Any] = Field(
             "lru",
-            description="the policy that decides: its name, or {use: NAME, option: value}",
+            description="policy that decides: a name, or {use: NAME, option: value}",
         )
         every: int = Field(
-            30, ge=1, le=86_400, description="seconds between two writes, while requests end"
+            30, ge=1, le=86_400, description="seconds between two writes while requests end"
         )
         memory: int = Field(
-            256, ge=1, le=1 << 20, description="MiB that the trace may take before recording ends"
+            256,
+            ge=1,
+            le=1 << 20,
+            description="MiB of memory for the trace, after which recording ends",
         )
 
         @field_validator("path")
@@ -164,7 +167,7 @@ def _inner(of: str | dict[str, Any], engine: EngineView) -> PrefixCachePolicy:
         rest = dict(of)
         name = rest.pop("use", None)
         if not isinstance(name, str):
-            raise ValueError("of does not say which policy to use: write `of: {use: NAME, ...}`")
+            raise ValueError("of does not name a policy: write `of: {use: NAME, ...}`")
     registry = plugins().registry
     policy = registry.get(Kind.PREFIX_CACHE, name)
     if policy is None or policy is Record:
@@ -173,7 +176,7 @@ def _inner(of: str | dict[str, Any], engine: EngineView) -> PrefixCachePolicy:
         what = "record cannot wrap itself" if policy is Record else f"there is no policy {name!r}"
         raise ValueError(f"of: {what}; use {' or '.join(known)}")
     if unfit := sorted(engine.features - policy.supports):
-        raise ValueError(f"of: {name} cannot live with {', '.join(unfit)}")
+        raise ValueError(f"of: {name} does not support {', '.join(unfit)}, which must be disabled")
     try:
         options = policy.Options.model_validate(rest)
     except ValidationError as error:
@@ -251,7 +254,7 @@ class _Trace:
         return blake2b(what, digest_size=16, key=self._salt).digest()
 
     def snapshot(self) -> Callable[[], Arrays] | None:
-        """Copy the requests so far; what is returned makes the file's arrays of the copies.
+        """Copy the requests so far; returns a function that builds the file's arrays.
 
         Runs in another thread than `add`: each slice is taken in one piece, and `_ends`, which
         `add` extends last, is taken first.
@@ -316,7 +319,7 @@ class _Writer:
                 pass
         except OSError as error:
             raise ValueError(
-                f"path {path}: the folder takes no files ({error.strerror or error})"
+                f"path {path}: the folder is not writable ({error.strerror or error})"
             ) from None
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""W-TinyLFU: a newcomer stays only if it was asked for more often than what it would displace.
+"""W-TinyLFU: new content stays only if it is requested more often than what it displaces.
 
 New content enters a small LRU window. What leaves the window, least recent first, is compared with
 the victim of the main cache (a segmented LRU): the one whose content was asked for less often
@@ -29,7 +29,7 @@ from kvplug.contract import (
     PrefixCachePolicy,
     Released,
 )
-from kvplug_policies.structures import Plan
+from kvplug_policies.structures import VictimPlan
 
 ROWS = 4
 COUNTERS = 4
@@ -43,10 +43,10 @@ WINDOW, PROBATION, PROTECTED = 0, 1, 2
 
 
 class Sketch:
-    """How often keys were asked for lately: a count-min sketch behind a doorkeeper.
+    """Recent request frequency of keys: a count-min sketch behind a doorkeeper.
 
     Args:
-        size: Keys it should tell apart: the blocks of the cache.
+        size: Number of keys to distinguish: the blocks of the cache.
         sample: References after which all counts are halved.
     """
 
@@ -109,11 +109,11 @@ class TinyLfu(PrefixCachePolicy):
     paper = "Einziger et al., TinyLFU: a highly efficient cache admission policy, arXiv 1512.00727"
 
     class Options(PolicyOptions):
-        """Knobs of `TinyLfu`."""
+        """Options of `TinyLfu`."""
 
-        window: float = Field(0.01, gt=0, lt=1, description="part of the cache of the window")
+        window: float = Field(0.01, gt=0, lt=1, description="fraction of the cache for the window")
         protected: float = Field(
-            0.8, ge=0, le=1, description="part of the main cache that blocks hit there may fill"
+            0.8, ge=0, le=1, description="fraction of the main cache that blocks hit there may fill"
         )
         sample: int = Field(
             10,
@@ -141,7 +141,7 @@ class TinyLfu(PrefixCachePolicy):
         self._place: dict[int, int] = {}
         self._code: dict[int, int] = {}
         self._early: dict[int, int] = {}
-        self._plan: Plan[int] = Plan()
+        self._plan: VictimPlan[int] = VictimPlan()
 
     def on_release(self, released: Released) -> None:
         keys = released.keys or [b.to_bytes(8, "little") for b in released.ids]
@@ -179,7 +179,7 @@ class TinyLfu(PrefixCachePolicy):
         for block in self._plan.settled(ids):
             del self._lists[WINDOW][block]
             self._admit(block)
-        self._plan = Plan()
+        self._plan = VictimPlan()
         for block in ids:
             self._early.pop(block, None)
             self._code.pop(block, None)
@@ -194,7 +194,7 @@ class TinyLfu(PrefixCachePolicy):
         self._in_main += 1
 
     def victims(self, n: int) -> list[int]:
-        self._plan = plan = Plan[int]()
+        self._plan = plan = VictimPlan[int]()
         window, probation, protected = (iter(order) for order in self._lists)
         admitted: deque[int] = deque()
         in_window = len(self._lists[WINDOW])

@@ -1,4 +1,4 @@
-"""Leaf first: no block goes before the blocks whose prefix it is part of.
+"""Leaf first: no block is evicted before the blocks whose prefix it is part of.
 
 Cached blocks form a forest: the parent of a block is the one before it in the text. Once a block
 is gone, everything behind it is of no use, so only leaves are given up, the one let go longest ago

@@ -109,17 +109,17 @@ class AdaKV(ScoringPolicy):
     )
 
     class Options(ScoringOptions):
-        """Knobs of `AdaKV`."""
+        """Options of `AdaKV`."""
 
         of: str | dict[str, Any] = Field(
             "snapkv",
-            description="the scorer: a name, or a mapping of use and its own options",
+            description="scorer: a name, or {use: NAME, option: value}",
         )
         safeguard: float = Field(
-            0.2, gt=0, le=1, description="part of the budget that is never taken away"
+            0.2, gt=0, le=1, description="fraction of the budget that every head keeps"
         )
         mass: float = Field(
-            0.9, gt=0, lt=1, description="part of the scores that the tokens kept must hold"
+            0.9, gt=0, lt=1, description="fraction of the scores that the kept tokens must hold"
         )
 
         @field_validator("of")
@@ -127,10 +127,10 @@ class AdaKV(ScoringPolicy):
         def _names_a_scorer(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
             if isinstance(value, dict):
                 if not isinstance(value.get("use"), str):
-                    raise ValueError("`of` does not say which scorer to use: add `use:` to it")
+                    raise ValueError("`of` does not name a scorer: add `use:` to it")
                 if common := sorted(set(ScoringOptions.model_fields) & set(value)):
                     raise ValueError(
-                        f"{', '.join(common)} cannot stand in `of`: write it beside `of`"
+                        f"{', '.join(common)} cannot be set in `of`: set it beside `of`"
                     )
             return value
 
@@ -158,19 +158,19 @@ class AdaKV(ScoringPolicy):
                 for p in registry
                 if issubclass(p, ScoringPolicy) and p.measure is ScoringPolicy.measure
             )
-            raise ValueError(f"`of`: {name!r} is no scorer; use one of {', '.join(scorers)}")
+            raise ValueError(f"`of`: {name!r} is not a scorer; use one of {', '.join(scorers)}")
         common = {n: getattr(self.options, n) for n in ScoringOptions.model_fields}
         try:
             chosen = policy.Options.model_validate({**knobs, **common})
         except ValidationError as error:
-            said = "; ".join(
+            problems = "; ".join(
                 f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ")
                 for e in error.errors(include_url=False)
             )
-            raise ValueError(f"`of`: {name}: {said}") from error
+            raise ValueError(f"`of`: {name}: {problems}") from error
         inner = policy(chosen, engine)
         if inner.resizes:
-            raise ValueError(f"`of`: {name} sets budgets of its own; use a scorer that does not")
+            raise ValueError(f"`of`: {name} sets its own budgets; use a scorer that does not")
         return inner
 
     def share(self, layer: LayerView) -> float:
@@ -180,7 +180,7 @@ class AdaKV(ScoringPolicy):
         return self.inner.score(held)
 
     def measure(self, held: HeldView, scores: Tensor) -> Tensor:
-        """How many tokens per head the layer needs, and what it was given.
+        """Measure how many tokens per head the layer needs, and what it was given.
 
         Returns:
             ``[rows, 4]``: tokens per KV head that hold ``mass`` of the scores, the budget asked

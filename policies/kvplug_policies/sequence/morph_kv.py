@@ -38,15 +38,21 @@ class MorphKV(ScoringPolicy):
     )
 
     class Options(ScoringOptions):
-        """Knobs of `MorphKV`."""
+        """Options of `MorphKV`."""
 
         sink: int = Field(0, ge=0, le=1 << 20, description="first tokens that are always kept")
-        window: int = Field(32, ge=1, le=1024, description="latest tokens that choose, and stay")
+        window: int = Field(
+            32,
+            ge=1,
+            le=1024,
+            description="latest tokens whose queries score the others; always kept",
+        )
         fusion: Literal["max", "sum"] = Field(
-            "max", description="how the attention of the window's queries becomes one score"
+            "max", description="how the attention of the window's queries is combined"
         )
         value_norm: bool = Field(
-            False, description="multiply by the norm of the value: what the output would lose"
+            False,
+            description="multiply by the norm of the value, to score what the output loses",
         )
 
         @model_validator(mode="after")

@@ -35,10 +35,10 @@ class PyramidKV(SnapKV):
     )
 
     class Options(SnapKV.Options):
-        """Knobs of `PyramidKV`."""
+        """Options of `PyramidKV`."""
 
         beta: int = Field(
-            20, ge=1, le=1000, description="the last layer has one in beta of the mean budget"
+            20, ge=1, le=1000, description="the last layer gets 1/beta of the mean budget"
         )
         groups: int = Field(
             3, ge=1, le=64, description="steps of the pyramid; each is a KV-cache group"

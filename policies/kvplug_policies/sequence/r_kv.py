@@ -30,7 +30,7 @@ from kvplug_policies.scores import CHUNK_BYTES, latest, pool, query_count, raise
 
 
 def redundancy(keys: Tensor, positions: Tensor, threshold: float, spare: int) -> Tensor:
-    """How much each key repeats the others of its head; sums to 1 over the keys.
+    """Redundancy of each key with the others of its head; sums to 1 over the keys.
 
     Args:
         keys: ``[rows, kv_heads, held, head_size]``.
@@ -71,7 +71,7 @@ class RKV(ScoringPolicy):
     paper = "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models, arXiv 2505.24133"
 
     class Options(ScoringOptions):
-        """Knobs of `RKV`."""
+        """Options of `RKV`."""
 
         recent: int = Field(8, ge=0, le=1 << 24, description="latest tokens that are always kept")
         window: int = Field(8, ge=1, le=1024, description="latest queries observed, and kept")
@@ -80,17 +80,17 @@ class RKV(ScoringPolicy):
             0.1, ge=0, le=1, description="weight of importance against that of redundancy"
         )
         threshold: float = Field(
-            0.5, ge=-1, le=1, description="cosine above which two keys say the same"
+            0.5, ge=-1, le=1, description="cosine above which two keys are redundant"
         )
         spare: int = Field(
-            1, ge=1, le=64, description="latest of the keys that say the same, not blamed for it"
+            1, ge=1, le=64, description="latest of redundant keys that are not penalized"
         )
 
         @field_validator("kernel")
         @classmethod
         def _kernel_has_a_middle(cls, value: int) -> int:
             if value % 2 == 0:
-                raise ValueError("a pooling kernel must be odd")
+                raise ValueError("kernel must be odd")
             return value
 
     options: Options

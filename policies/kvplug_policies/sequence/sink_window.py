@@ -52,7 +52,7 @@ class SinkWindow(SequencePolicy):
     paper = "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
 
     class Options(PolicyOptions):
-        """Knobs of `SinkWindow`."""
+        """Options of `SinkWindow`."""
 
         sink: int = Field(64, ge=0, le=1 << 20, description="tokens kept from the start")
         window: int = Field(448, ge=1, le=1 << 24, description="latest tokens kept")

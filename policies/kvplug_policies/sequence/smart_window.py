@@ -57,11 +57,13 @@ class SmartWindow(ScoringPolicy):
     wants_totals = True
 
     class Options(ScoringOptions):
-        """Knobs of `SmartWindow`."""
+        """Options of `SmartWindow`."""
 
         window: int = Field(32, ge=1, le=1024, description="latest queries observed, and kept")
         kernel: int = Field(5, ge=1, le=63, description="neighbouring tokens pooled, an odd number")
-        min: float = Field(0.25, gt=0, le=1, description="smallest window, as a part of the budget")
+        min: float = Field(
+            0.25, gt=0, le=1, description="smallest window, as a fraction of the budget"
+        )
         max: float = Field(
             4.0, ge=1, le=64, description="largest window, as a multiple of the budget"
         )
@@ -69,13 +71,13 @@ class SmartWindow(ScoringPolicy):
             0.1,
             ge=0,
             le=1,
-            description="part of the attention lost by a smaller window above which it grows",
+            description="attention lost by a smaller window, as a fraction, above which it grows",
         )
         shrink: float = Field(
             0.05,
             ge=0,
             le=1,
-            description="part of the attention lost by a smaller window below which it shrinks",
+            description="attention lost by a smaller window, as a fraction, below which it shrinks",
         )
         step: float = Field(
             1.25, gt=1, le=4, description="factor by which a window grows or shrinks at a decision"
@@ -86,7 +88,7 @@ class SmartWindow(ScoringPolicy):
             if self.shrink > self.grow:
                 raise ValueError(f"shrink {self.shrink} is larger than grow {self.grow}")
             if self.kernel % 2 == 0:
-                raise ValueError("a pooling kernel must be odd")
+                raise ValueError("kernel must be odd")
             if isinstance(self.budget, int) and self.budget < self.sink + self.window:
                 raise ValueError(
                     f"budget {self.budget} is smaller than sink + window = "
@@ -114,7 +116,7 @@ class SmartWindow(ScoringPolicy):
         return raised(torch.maximum(now, self._so_far(held, self._totals(held))), inside)
 
     def measure(self, held: HeldView, scores: Tensor) -> Tensor:
-        """What the latest queries pay to far tokens.
+        """Measure the attention that the latest queries pay to far tokens.
 
         Returns:
             ``[rows, 3]``: the part of the attention that goes to far tokens, the part that a
@@ -194,7 +196,9 @@ class SmartWindow(ScoringPolicy):
     @staticmethod
     def _totals(held: HeldView) -> Tensor:
         if held.totals is None:
-            raise ValueError("smart_window needs the attention totals of its host")
+            raise ValueError(
+                "smart_window needs cumulative attention, which its host does not provide"
+            )
         return held.totals.float()
 
     @staticmethod
