@@ -1,6 +1,6 @@
 """Base of the built-in formats: codes written and attended by kernels, after an affine map.
 
-A `CodedFormat` codes each vector after an affine map of its own (a rotation, a projection, a mean
+A `CodedFormat` codes each vector after an affine map (a rotation, a projection, a mean
 taken away); attention happens in that space, with the map absorbed into the query and undone on
 the weighted sum. So nothing is unpacked but in registers, and a format is little more than its
 `CodedFormat.coding` and its maps.
@@ -135,7 +135,7 @@ class CodedFormat(FormatPolicy):
         """Return the coding of K and V of a layer. Raises ValueError if they cannot be coded."""
 
     def coded(self, layer: LayerView) -> CodedPage:
-        """`coding`, asked once per layer."""
+        """Return `coding` of a layer, computed once."""
         found = self._codings.get(layer.index)
         if found is None:
             try:
@@ -147,7 +147,7 @@ class CodedFormat(FormatPolicy):
         return found
 
     def levels(self, layer: LayerView, device: torch.device) -> Levels:
-        """Levels of the codebooks of K and V, float32 ascending, for elements of variance 1."""
+        """Return the codebook levels of K and V, float32 ascending, for elements of variance 1."""
         return None, None
 
     # -- maps ----------------------------------------------------------------------------------
@@ -271,8 +271,8 @@ class CodedFormat(FormatPolicy):
 
     def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:
         exact = batch.key is not None and batch.value is not None
-        own = (batch.query_start[1:] - batch.query_start[:-1]).to(torch.int32)
-        lens = batch.seq_lens - own if exact else batch.seq_lens
+        new = (batch.query_start[1:] - batch.query_start[:-1]).to(torch.int32)
+        lens = batch.seq_lens - new if exact else batch.seq_lens
         held, recent = self.recent(layer), batch.recent
         kept = None
         if exact and held and recent is not None and batch.lanes is not None:

@@ -89,7 +89,7 @@ class NextUseModel:
         return thing
 
     def forget(self, thing: int) -> None:
-        """Nothing more will be asked or told about a thing; its number may be given again."""
+        """Forget a thing; its number may be reused."""
         self._given_back.append(thing)
         if len(self._given_back) >= _BATCH:
             self.learn()

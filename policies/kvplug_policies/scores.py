@@ -1,8 +1,8 @@
 """Functions that scoring policies share: text order, pooling over neighbours, value norms.
 
-A request's held tokens lie in no particular order, and after a decision every KV head holds other
-ones. Whatever a method says about neighbours or about the latest tokens is therefore said here by
-position in the text. Scores are ``[rows, kv_heads, held]`` float32 throughout.
+A request's resident tokens are in no particular order, and after a decision each KV head keeps
+different ones. Neighbours and the latest tokens are therefore found here by position in the text.
+Scores are ``[rows, kv_heads, held]`` float32 throughout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TextOrder:
     """The resident tokens of each KV head in the order of the text.
 
     Args:
-        positions: Position in the text of each held token, ``[rows, kv_heads, held]``.
+        positions: Position in the text of each resident token, ``[rows, kv_heads, held]``.
     """
 
     def __init__(self, positions: Tensor):
@@ -52,12 +52,12 @@ def pool(
 
     Args:
         scores: At least 0, ``[rows, kv_heads, held]``.
-        positions: Position in the text of each held token, the same shape.
+        positions: Position in the text of each resident token, the same shape.
         kernel: Tokens pooled, odd: the token and as many to either side.
         how: Mean or largest of them.
 
     Returns:
-        The shape of ``scores``. A token of the text that is not held counts as one of score 0,
+        The shape of ``scores``. A token of the text that is not resident counts as one of score 0,
         as does one beyond either end of the text.
     """
     if kernel == 1:
@@ -83,7 +83,7 @@ def latest(held: HeldView, count: int | Tensor) -> Tensor:
     """Mask of the resident tokens among the latest ``count`` of the text.
 
     Args:
-        held: What a layer holds.
+        held: The resident tokens.
         count: Tokens, or one number per row, ``[rows]``.
 
     Returns:

@@ -15,7 +15,7 @@ class Ranking:
     """Blocks in order of a rank, smallest first; O(log n) amortized per change.
 
     An entry is a tuple, the rank and then the block. A heap with lazy deletion: an entry whose
-    block left or changed rank stays until it surfaces, and the heap is made anew when such entries
+    block left or changed rank stays until it surfaces, and the heap is rebuilt when such entries
     outnumber the others.
     """
 
@@ -127,8 +127,8 @@ class VictimPlan(Generic[Move]):
         self.victims.append(block)
         self._upto.append(len(self._moves))
 
-    def settled(self, ids: Sequence[int]) -> list[Move]:
-        """The moves to make when ``ids`` are gone: none, unless they are the first victims."""
+    def moves_for(self, ids: Sequence[int]) -> list[Move]:
+        """Moves to make when ``ids`` are evicted: none, unless they are the first victims."""
         n = len(ids)
         if n == 0 or n > len(self.victims) or self.victims[:n] != list(ids):
             return []

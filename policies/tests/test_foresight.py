@@ -10,7 +10,7 @@ from workloads import WORKLOADS, documents, trace
 from kvplug.contract import EngineView, Feature, Released, RequestView
 from kvplug.hosts.trace.simulator import Replay
 from kvplug.hosts.trace.traces import Trace
-from kvplug_policies.prefix_cache.foresight import Foresight, cuts
+from kvplug_policies.prefix_cache.foresight import Foresight, boundaries
 from kvplug_policies.prefix_cache.lru import Lru
 
 
@@ -164,7 +164,7 @@ def test_uses_outlive_eviction() -> None:
     assert cache.policy._memory[b"hot"].uses == 6
 
 
-def test_priority_and_output_are_told_apart() -> None:
+def test_priority_and_output_are_distinguished() -> None:
     cache = Texts(16)
     cache.serve("a", at=0, output=10)
     cache.serve("b", at=1, output=400)
@@ -267,9 +267,9 @@ def test_one_at_a_time_is_the_same_order_on_random_trees(seed: int) -> None:
 
 
 def test_texts_are_cut_finer_near_the_end_of_what_was_known() -> None:
-    assert cuts(40, 20) == [0, 5, 13, 17, 19, 20, 21, 23, 27, 35, 39, 40]
-    assert cuts(1, 0) == [0, 1]
-    assert cuts(3, 3) == [0, 2, 3]
+    assert boundaries(40, 20) == [0, 5, 13, 17, 19, 20, 21, 23, 27, 35, 39, 40]
+    assert boundaries(1, 0) == [0, 1]
+    assert boundaries(3, 3) == [0, 2, 3]
 
 
 def conversations(seed: int) -> Trace:

@@ -24,7 +24,7 @@ from kvplug.contract import (
 )
 from kvplug_policies.inner import build_inner, inner_format
 
-TOLD = 64
+DECISIONS = 64
 """Decisions kept for `Adaptive.decisions`."""
 
 
@@ -190,7 +190,7 @@ class Adaptive(FormatPolicy):
         }
         self.current = to
         self.decisions.append(decision)
-        del self.decisions[:-TOLD]
+        del self.decisions[:-DECISIONS]
         if self.options.log:
             with Path(self.options.log).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(decision) + "\n")
@@ -370,7 +370,7 @@ def _attend_page(query: Tensor, key: Tensor, value: Tensor, batch: AttendBatch) 
 
 
 def _rows_of(batch: AttendBatch, rows: Tensor) -> tuple[Tensor, AttendBatch]:
-    """Some rows of a batch: their tokens among the batch's, and a batch of their own."""
+    """Some rows of a batch: their tokens in the batch, and a batch of only them."""
     starts = batch.query_start.long()
     widths = (starts[1:] - starts[:-1])[rows]
     first = torch.cumsum(widths, 0) - widths

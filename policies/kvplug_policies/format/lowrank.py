@@ -154,10 +154,10 @@ class LowRank(CodedFormat):
         }
         for name, matrix in maps.items():
             rank = ranks[0] if name.startswith("key") else ranks[1]
-            cut = matrix[..., :rank].double()
+            kept = matrix[..., :rank].double()
             if self.options.bits < 16:
-                cut = cut @ spread(rank)
-            maps[name] = cut.float().contiguous()
+                kept = kept @ spread(rank)
+            maps[name] = kept.float().contiguous()
         maps["key_mean"], maps["value_mean"] = of(layer, "key_mean"), of(layer, "value_mean")
         self._maps.put(layer, maps)
         if self.options.bits == 16:

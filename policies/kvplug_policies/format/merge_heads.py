@@ -1,10 +1,10 @@
 """KV heads of a layer that are nearly alike share one stored head.
 
 Grouped-query attention makes query heads share KV heads when a model is trained; this does it to a
-trained model, layer by layer, where its activations allow it. `kvplug calibrate` merges KV heads
-of a layer two groups at a time, the pair that loses least first, and fits how the shared head
-stands for each of its own: by one number per head (``gain``: their keys are nearly parallel), or by
-linear maps (``linear``: their keys lie near one subspace of a head's width; what Palu, arXiv
+trained model, layer by layer, where its activations allow it. `kvplug calibrate` merges KV heads of
+a layer two groups at a time, the pair that loses least first, and fits how the shared head
+represents each of its heads: by one number per head (``gain``: their keys are nearly parallel), or
+by linear maps (``linear``: their keys lie near one subspace of a head's width; what Palu, arXiv
 2407.21118, does to groups of heads before RoPE). Merges whose error is within ``max_error`` are
 taken; the others keep their heads. Maps are absorbed into queries and outputs, and the means of
 keys and values are taken off at no cost in bytes.
@@ -144,7 +144,7 @@ class MergeHeads(CodedFormat):
             if len(members) > 1:
                 self._fill(layer, members, maps)
             elif self.options.bits == 16:
-                # A head of its own is stored as it is, to the bit.
+                # A head that is not shared is stored unchanged, to the bit.
                 maps["key_mean"][members] = maps["value_mean"][members] = 0
         # The query heads of a stored head follow each other, and each has equally many: the places
         # left over hold queries of zeros, whose results are dropped.

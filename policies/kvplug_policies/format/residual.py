@@ -1,6 +1,6 @@
 """Cheap corrections of what a format loses: its mean, its outliers, its bias.
 
-A wrapper around any format that stores codes. Three corrections, each of its own knob:
+A wrapper around any format that stores codes. Three corrections, one option each:
 
 * ``mean``: the channels' means, from calibration, are taken off K and V before they are coded and
   given back to logits and outputs. Scales then span what varies, not where it lies. No bytes.
@@ -269,7 +269,7 @@ class Residual(CodedFormat):
         self._maps.put(layer, maps)
 
     def _through(self, layer: LayerView, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V ``[n, heads, d]`` written to pages of their own and read back."""
+        """K and V ``[n, heads, d]`` written to separate pages and read back."""
         size = self.engine.block_size
         n = len(key) - len(key) % size
         dtype = getattr(torch, layer.dtype or "float32")
@@ -343,7 +343,7 @@ class Residual(CodedFormat):
     def write(self, layer: LayerView, batch: WriteBatch, cache: Tensor) -> None:
         recent = batch.recent
         if recent is not None:
-            # An open group is coded anew with its earlier tokens, which are kept as computed.
+            # An open group is coded again with its earlier tokens, which are kept exactly.
             lanes, size = recent.key.shape[:2]
             key, _ = self.into(layer, recent.key.flatten(0, 1), recent.value.flatten(0, 1))
             recent = Recent(key.view(lanes, size, *key.shape[1:]), recent.value)

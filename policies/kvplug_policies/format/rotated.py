@@ -1,4 +1,4 @@
-"""Rotated codes: K and V turned by a random Hadamard matrix, then coded with one codebook.
+"""Rotated codes: K and V rotated by a random Hadamard matrix, then coded with one codebook.
 
 TurboQuant, Zandieh et al., arXiv 2504.19874: after a random rotation the elements of any vector
 are nearly independent Gaussians, so the levels that are best for a Gaussian (Lloyd, Max) are nearly
@@ -9,7 +9,7 @@ Differences from the paper:
 
 * The rotation is a Hadamard matrix behind random signs, which costs ``n log n``, not a dense one.
 * The stored number is not the norm but the scale that fits the chosen levels best (least squares),
-  in the same two bytes, and levels are chosen anew with it.
+  in the same two bytes, and levels are chosen again with it.
 * With ``levels: uniform`` levels are evenly spaced between a vector's smallest and largest
   element, which takes a zero point.
 * TurboQuant's second stage, one bit per element that makes products unbiased, is left out: vLLM's

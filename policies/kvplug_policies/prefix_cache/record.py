@@ -59,7 +59,7 @@ class Record(PrefixCachePolicy):
     """
 
     name = "record"
-    changes = "nothing: another policy decides, and what requests refer to is written to a file"
+    changes = "nothing: another policy decides, and the blocks requests refer to are recorded"
     needs = frozenset({BlockFact.FINISHED})
     paper = "the trace format of kvplug simulate; after Mooncake (FAST'25), arXiv 2407.00079"
 
@@ -160,7 +160,7 @@ class Record(PrefixCachePolicy):
 
 
 def _inner(of: str | dict[str, Any], engine: EngineView) -> PrefixCachePolicy:
-    """The policy that decides. Raises ValueError if there is none such or it cannot."""
+    """Build the policy that decides. Raises ValueError if it is unknown or unusable."""
     if isinstance(of, str):
         name, rest = of, {}
     else:
@@ -180,11 +180,11 @@ def _inner(of: str | dict[str, Any], engine: EngineView) -> PrefixCachePolicy:
     try:
         options = policy.Options.model_validate(rest)
     except ValidationError as error:
-        said = [
+        problems = [
             f"of.{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else f"of: {e['msg']}"
             for e in error.errors(include_url=False)
         ]
-        raise ValueError(f"{'; '.join(said)} ({name})") from None
+        raise ValueError(f"{'; '.join(problems)} ({name})") from None
     built = policy(options, engine)
     assert isinstance(built, PrefixCachePolicy)
     return built
@@ -229,7 +229,7 @@ class _Trace:
     def add(self, request: RequestView, keys: Sequence[bytes], num_output_tokens: int) -> bool:
         """Take in a request, or skip it where it might not fit; ids number all or none of it."""
         most = REQUEST_BYTES + DISTINCT_BYTES + (REFERENCE_BYTES + DISTINCT_BYTES) * len(keys)
-        # Once one was skipped all are: a trace with holes would tell of another traffic.
+        # Once one was skipped all are: a trace with gaps would be of another workload.
         if self.skipped or self.size() + most > self.limit:
             self.skipped += 1
             return False

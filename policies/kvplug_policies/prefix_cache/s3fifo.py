@@ -10,8 +10,8 @@ J. Yang, Y. Zhang, Z. Qiu, Y. Yue, R. Vinayak, FIFO queues are all you need for 
 SOSP 2023.
 
 Deviations: blocks that requests hold keep their place in their queue and are passed over; whether
-the ghost queue knows new content is looked up when the block is first let go, not when its room is
-made; where promoting from the small queue makes the main queue evict, that block is the victim
+the ghost queue knows new content is looked up when the block is first released, not when its room
+is made; where promoting from the small queue makes the main queue evict, that block is the victim
 and the next one is decided on afresh.
 """
 
@@ -86,7 +86,7 @@ class S3Fifo(PrefixCachePolicy):
                 self._queues[place[0]].discard(block)
 
     def on_remove(self, ids: Sequence[int]) -> None:
-        for block, hits in self._plan.settled(ids):
+        for block, hits in self._plan.moves_for(ids):
             queue, _ = self._place[block]
             self._queues[queue].discard(block)
             self._held[queue] -= 1

@@ -54,7 +54,7 @@ class Sieve(PrefixCachePolicy):
 
     def on_remove(self, ids: Sequence[int]) -> None:
         # The hand's way to the last victim, the victims themselves included.
-        way = self._plan.settled(ids)
+        way = self._plan.moves_for(ids)
         for block in way:
             if block == WRAPPED:
                 self._wrap()

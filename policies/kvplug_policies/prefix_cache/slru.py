@@ -8,7 +8,7 @@ R. Karedla, J. S. Love, B. G. Wherry, Caching strategies to improve disk system 
 Computer 27 (3), 1994.
 
 Deviation: blocks that requests hold are in neither list and count for neither; a block moves when
-it is released after the hit, tail of the text first.
+it is released after the hit, last block first.
 """
 
 from __future__ import annotations

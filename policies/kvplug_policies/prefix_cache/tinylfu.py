@@ -1,17 +1,17 @@
 """W-TinyLFU: new content stays only if it is requested more often than what it displaces.
 
 New content enters a small LRU window. What leaves the window, least recent first, is compared with
-the victim of the main cache (a segmented LRU): the one whose content was asked for less often
+the victim of the main cache (a segmented LRU): the one whose content was requested less often
 lately is evicted, the other stays in the main cache. How often is estimated by a count-min sketch
-of 4-bit counters, behind a doorkeeper (a Bloom filter that absorbs what is asked for once); after
+of 4-bit counters, behind a doorkeeper (a Bloom filter that absorbs content requested once); after
 every ``sample`` references all counters are halved and the doorkeeper is emptied.
 
 G. Einziger, R. Friedman, B. Manes, TinyLFU: a highly efficient cache admission policy, ACM
 Transactions on Storage 13 (4), 2017, arXiv 1512.00727.
 
-Deviations: blocks enter the window when they are let go, so the window may be larger than its share
-until room is needed; then it is brought back to it, block by block. Blocks that requests hold are
-in no list.
+Deviations: blocks enter the window when they are released, so the window may be larger than its
+share until room is needed; then it is brought back to it, block by block. Blocks in use are in no
+list.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class TinyLfu(PrefixCachePolicy):
                 self._place[block] = PROTECTED
 
     def on_remove(self, ids: Sequence[int]) -> None:
-        for block in self._plan.settled(ids):
+        for block in self._plan.moves_for(ids):
             del self._lists[WINDOW][block]
             self._admit(block)
         self._plan = VictimPlan()
@@ -201,17 +201,17 @@ class TinyLfu(PrefixCachePolicy):
         in_main = self._in_main
         code, count = self._code, self._sketch.count
         main: int | None = None
-        asked_for = 0
+        frequency = 0
         while len(plan.victims) < n:
             if main is None:
                 main = next(probation, None)
                 if main is None:
                     main = admitted.popleft() if admitted else next(protected, None)
-                asked_for = count(code[main]) if main is not None else 0
+                frequency = count(code[main]) if main is not None else 0
             if in_window and (in_window > self._window_size or main is None):
                 newcomer = next(window)
                 in_window -= 1
-                if main is None or count(code[newcomer]) <= asked_for:
+                if main is None or count(code[newcomer]) <= frequency:
                     plan.evict(newcomer)
                     continue
                 plan.move(newcomer)

@@ -97,17 +97,17 @@ class Position(ReuseCheck):
             raise ValueError(
                 f"the rotation of layer {layer.index} is not {placement.fingerprint.position}"
             )
-        moved = key.clone(memory_format=torch.contiguous_format)
+        rerotated = key.clone(memory_format=torch.contiguous_format)
         # One block that is as long as the run: [1, heads, tokens, head_size].
-        slots = torch.arange(len(moved), device=moved.device)
+        slots = torch.arange(len(rerotated), device=rerotated.device)
         rerotate(
-            moved.permute(1, 0, 2)[None],
+            rerotated.permute(1, 0, 2)[None],
             slots,
             shift,
             self._table(rope.frequencies, key.device),
             interleaved=interleaved,
         )
-        return moved, value
+        return rerotated, value
 
     def _table(self, frequencies: tuple[float, ...], device: torch.device) -> Tensor:
         at = (frequencies, device)

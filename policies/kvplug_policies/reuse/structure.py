@@ -94,7 +94,7 @@ def _misfit(stored: Fingerprint, wanted: Fingerprint, num_tokens: int) -> str:
         or wanted.start + wanted.length > num_tokens
     ):
         return "does not fit"
-    # A shorter run has a digest of its own; whoever proposed it compared the ids.
+    # A shorter run has another digest; the index that proposed it compared the ids.
     if wanted.length == stored.length and wanted.tokens != stored.tokens:
         return "other text"
     return ""

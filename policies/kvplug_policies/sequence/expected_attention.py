@@ -4,8 +4,8 @@ Devoto et al., arXiv 2510.00636, the method of NVIDIA's KVPress: queries before 
 to normally distributed, so the attention that a query some hundred tokens ahead pays to a key has a
 closed form. With the mean m and covariance C of a head's queries, rotated by the average rotation
 of the next ``horizon`` positions, the unnormalised attention to key k is ``exp(m.k s + k.C.k s^2 /
-2)``, s being the softmax scale. Normalised over the tokens held and multiplied by the norm of the
-value, it says what the layer's output would lose.
+2)``, s being the softmax scale. Normalised over the resident tokens and multiplied by the norm of
+the value, it says what the layer's output would lose.
 
 Differences from the paper, forced by paging or by serving:
 

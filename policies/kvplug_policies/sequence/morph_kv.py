@@ -9,11 +9,11 @@ Differences from the paper, forced by paging or by serving:
 * The paper chooses at every step; here decisions fall every ``interval`` generated tokens, and a
   budget is whole blocks.
 * The paper keeps the attention of the window's queries as it was when they ran. Here it is computed
-  at the decision, over the tokens held then, which gives the same weights but for tokens dropped
-  since, and needs no memory between decisions.
+  at the decision, over the tokens resident then, which gives the same weights but for tokens
+  dropped since, and needs no memory between decisions.
 * Query heads that share a KV head are averaged after the softmax; the published code adds their
   logits.
-* The first ``sink`` tokens are kept only if asked for; by default none, as in the paper.
+* The first ``sink`` tokens are kept only if configured; by default none, as in the paper.
 """
 
 from __future__ import annotations
