@@ -254,7 +254,7 @@ def calibration_for(path: str, engine: EngineView) -> Calibration:
 
 
 def whole_model(engine: EngineView) -> bool:
-    """Whether all layers of the model are here: a stage of a pipeline, or the layers that `mixed`
+    """True if all layers of the model are here: a stage of a pipeline, or the layers that `mixed`
     gives to a format, may have none in which it saves anything."""
     return bool(engine.layers) and len(engine.layers) == engine.layers[0].num_layers
 
@@ -267,7 +267,7 @@ class OnDevice:
         self._placed: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
 
     def put(self, layer: LayerView, tensors: dict[str, Tensor]) -> None:
-        """What a layer has."""
+        """Set the tensors of a layer."""
         self._made[layer.index] = tensors
         self._placed = {k: v for k, v in self._placed.items() if k[0] != layer.index}
 

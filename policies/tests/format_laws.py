@@ -1,4 +1,4 @@
-"""What holds for every format, and a host small enough to read that holds it against them."""
+"""Laws of every format, and a small host to check them with."""
 
 from __future__ import annotations
 
@@ -323,8 +323,11 @@ class Pool:
         return out
 
     def holds_the_same(self, other: Pool, request: int) -> bool:
-        """Whether the pages do, byte for byte. Where vectors are mapped before they are coded, a
-        sum of floats may round otherwise in another batch, and a few codes be the next ones."""
+        """True if the pages are equal, byte for byte.
+
+        Where vectors are mapped before they are coded, floats may round differently in another
+        batch, and a few codes differ by one.
+        """
         if getattr(type(self.policy), "into", CodedFormat.into) is CodedFormat.into:
             return torch.equal(self.pages, other.pages)
         both = zip(self.read(request), other.read(request), strict=True)

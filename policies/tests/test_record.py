@@ -24,7 +24,7 @@ from kvplug_policies.prefix_cache.record import Record
 
 @pytest.fixture
 def log() -> Iterator[list[logging.LogRecord]]:
-    """What the policy logs, whatever vLLM did to its loggers."""
+    """The policy's log, whatever vLLM did to its loggers."""
     found: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = found.append  # type: ignore[method-assign]

@@ -105,7 +105,7 @@ class Arc(PrefixCachePolicy):
         return {"target_once": self._target}
 
     def _returned(self, key: bytes) -> bool:
-        """Whether content was known, and if so, what that says of the target."""
+        """Look content up in the ghosts and adapt the target; True if it was known."""
         once, again = self._ghosts
         sizes = len(once), len(again)
         if once.pop(key) is not None:

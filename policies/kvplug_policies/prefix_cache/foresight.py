@@ -74,7 +74,7 @@ def boundaries(length: int, known: int) -> list[int]:
 
 
 class Text:
-    """What is remembered of a request: when it arrived, its prompt in blocks, its turn."""
+    """Facts about a request: its arrival, its prompt in blocks, its turn."""
 
     __slots__ = ("arrival", "prompt", "turn")
 

@@ -64,7 +64,7 @@ class Record(PrefixCachePolicy):
     paper = "the trace format of kvplug simulate; after Mooncake (FAST'25), arXiv 2407.00079"
 
     class Options(PolicyOptions):
-        """Where the trace goes, and who decides meanwhile."""
+        """Options of `Record`."""
 
         path: str = Field(
             "kvplug-trace.npz",
