@@ -56,7 +56,7 @@ class Case:
 
     Attributes:
         policy: Its class.
-        options: Its knobs.
+        options: Its options.
         tolerance: Error allowed of attention over what is stored, relative; wider where products
             are integers.
     """
@@ -66,8 +66,8 @@ class Case:
     tolerance: float = 2e-4
 
     def __str__(self) -> str:
-        knobs = "-".join(f"{name}{value}" for name, value in self.options.items())
-        return f"{self.policy.name}{'-' if knobs else ''}{knobs}".replace(" ", "")
+        suffix = "-".join(f"{name}{value}" for name, value in self.options.items())
+        return f"{self.policy.name}{'-' if suffix else ''}{suffix}".replace(" ", "")
 
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {

@@ -77,7 +77,7 @@ def renamed(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
         (lambda d: d[:-1], "truncated or not a safetensors file"),
         (lambda d: d[: len(d) // 2], "truncated or not a safetensors file"),
@@ -98,10 +98,10 @@ def renamed(data: bytes) -> bytes:
     ],
 )
 def test_a_damaged_file_is_refused_by_name(
-    file: Path, damage: Callable[[bytes], bytes], says: str
+    file: Path, damage: Callable[[bytes], bytes], message: str
 ) -> None:
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match=says) as refused:
+    with pytest.raises(ValueError, match=message) as refused:
         build(LowRank, ENGINE, calibration=str(file))
     message = str(refused.value)
     assert str(file) in message
@@ -145,7 +145,7 @@ def test_a_calibration_of_another_model_is_refused(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "says"),
+    ("engine", "message"),
     [
         (view(layers=3), "has no layer 2"),
         (view(layers=2, kv_heads=4), "has 6 query heads and 2 KV heads of 16, and the engine's"),
@@ -153,8 +153,8 @@ def test_a_calibration_of_another_model_is_refused(file: Path) -> None:
         (view(layers=2, readers=1), "has 6 query heads and 2 KV heads of 16"),
     ],
 )
-def test_another_geometry_is_refused(file: Path, engine: object, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_another_geometry_is_refused(file: Path, engine: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         build(LowRank, engine, calibration=str(file))  # type: ignore[arg-type]
 
 

@@ -19,14 +19,14 @@ class Texts:
 
     Args:
         size: Blocks of the cache.
-        told: Whether the host tells requests, keys, parents and ends of requests.
+        facts: Report requests, keys, parents and ends of requests.
         options: Knobs of the policy.
     """
 
-    def __init__(self, size: int, told: bool = True, **options: object):
+    def __init__(self, size: int, facts: bool = True, **options: object):
         engine = EngineView(16, size, features=frozenset({Feature.PREFIX_CACHING}), host="test")
         self.policy = Foresight(Foresight.Options.model_validate(options), engine)
-        self.told = told
+        self.facts = facts
         self.slots: dict[tuple[str, ...], int] = {}
         self.free = list(range(size))[::-1]
         self.count = 0
@@ -56,7 +56,7 @@ class Texts:
         request = RequestView(str(self.count), 16 * len(names), priority, session, at)
         keys = [" ".join(name).encode() for name in names]
         ids = [self.slots[name] for name in reversed(names)]
-        if self.told:
+        if self.facts:
             self.policy.on_finished(request, keys, output)
             self.policy.on_release(Released(ids, None, keys[::-1], request, [*ids[1:], -1]))
         else:
@@ -199,7 +199,7 @@ def test_the_table_of_sessions_is_bounded() -> None:
 
 
 def test_without_any_facts_it_still_orders_by_age() -> None:
-    cache = Texts(8, told=False)
+    cache = Texts(8, facts=False)
     cache.serve("a1 a2", at=0)
     cache.serve("b1 b2", at=0)
     cache.serve("a1 a2", at=0)

@@ -55,7 +55,7 @@ def test_a_plan_gives_the_moves_that_led_to_its_first_victims() -> None:
     plan.move("y")
     plan.evict(3)
     plan.move("z")
-    assert plan.moves_for([1]) == plan.settled([1, 2]) == ["x"]
+    assert plan.moves_for([1]) == plan.moves_for([1, 2]) == ["x"]
     assert plan.moves_for([1, 2, 3]) == ["x", "y"]
-    assert plan.moves_for([2]) == plan.settled([2, 1]) == plan.settled([]) == []
+    assert plan.moves_for([2]) == plan.moves_for([2, 1]) == plan.moves_for([]) == []
     assert plan.moves_for([1, 2, 3, 4]) == []

@@ -319,7 +319,7 @@ class _Writer:
                 pass
         except OSError as error:
             raise ValueError(
-                f"path {path}: the folder is not writable ({error.strerror or error})"
+                f"path {path}: the folder cannot be written to ({error.strerror or error})"
             ) from None
 
     def start(self) -> None:
