@@ -6,7 +6,7 @@ scale per token suits them.
 
 A group's scales are final once its last token is computed. Until then its keys and values are
 kept exact beside the pages, in a ring of `group` tokens per request, and attended there. The pages
-hold valid codes of the open group too, rewritten with every token, so that whoever reads only
+hold valid codes of the open group too, rewritten with every token, so that a reader of only
 pages (a shared block, a tier, another worker) finds them whole.
 
 Differences from the paper:

@@ -279,7 +279,7 @@ class _Trace:
             return {
                 "off": off,
                 "ids": ids[shift + np.arange(len(ids))],
-                # Seconds since the first one: the clock on the wall is nobody's business.
+                # Seconds since the first one: the trace does not reveal wall-clock time.
                 "t": arrival[order] - arrival.min(),
                 "inp": prompt[order],
                 "outp": output[order],
@@ -373,7 +373,7 @@ class _Writer:
             raise
 
     def _target(self) -> Path:
-        """The file that is ours: the first name that nobody had taken."""
+        """Open the first file name that is not taken."""
         if self._claimed is None:
             for i in count():
                 path = self.path.with_stem(f"{self.path.stem}-{i}") if i else self.path
