@@ -268,7 +268,7 @@ def subclasses() -> str:
         rows.append(
             (
                 f"`{name}`",
-                f"`{path.relative_to(VLLM_HOST.parents[1])}`",
+                f"`{path.relative_to(VLLM_HOST)}`",
                 ", ".join(f"`{base}`" for base in extended),
                 ", ".join(f"`{method}`" for method in methods),
             )

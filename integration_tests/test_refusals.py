@@ -115,6 +115,16 @@ CASES = {
         {"format": {"use": "kivi", "group": 64}},
         [(f"{SECTION}.format", "--block-size", "change the option named.")],
     ),
+    "layers that the model does not have": Case(
+        {"sequence": {"use": "sink_window", "sink": 32, "window": 64, "layers": {"7": 96}}},
+        [
+            (
+                f"{SECTION}.sequence",
+                "sink_window: layers '7' is outside the model's 0-1.",
+                "change the option named.",
+            )
+        ],
+    ),
     "a head size that bits do not fill": Case(
         {"format": {"use": "int4", "group": 24}},
         [

@@ -212,6 +212,7 @@ def test_sigterm_ends_it_with_the_closing_summary(server: Server) -> None:
     assert "prefix_cache: lru (exact)" in log
 
 
+@pytest.mark.slow  # test_refusals starts engines alone with everything that they refuse
 def test_a_deployment_the_engine_refuses_ends_with_the_refusal(tmp_path: Path, tiny: Path) -> None:
     """Only the engine knows the model's layers; the line the user needs is in the log."""
     text = (ROOT / "configs" / "sink_window.yaml").read_text("utf-8")

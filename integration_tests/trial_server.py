@@ -112,7 +112,7 @@ class TrialServer:
         environment.pop("TRITON_INTERPRET", None)
         with self._log.open("a", encoding="utf-8") as log:
             return subprocess.Popen(
-                [sys.executable, __file__],
+                [sys.executable, "-P", __file__],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

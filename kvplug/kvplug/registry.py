@@ -151,10 +151,10 @@ class Plugins:
 
     def callers(self, hook: str) -> dict[str, pluggy.HookCaller]:
         """Return one caller per plugin that implements a hook, so that failures stay apart."""
-        everybody = self.manager.get_plugins()
+        registered = self.manager.get_plugins()
         return {
             str(self.manager.get_name(impl.plugin)): self.manager.subset_hook_caller(
-                hook, everybody - {impl.plugin}
+                hook, registered - {impl.plugin}
             )
             for impl in getattr(self.manager.hook, hook).get_hookimpls()
         }

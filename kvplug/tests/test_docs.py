@@ -145,6 +145,16 @@ def test_every_refusal_mark_stands_before_a_block_and_its_message() -> None:
     assert marks == sum(b.says is not None for b in BLOCKS)
 
 
+def test_lines_of_code_fit_a_page() -> None:
+    """Messages and logs are one line each, as they are printed; a page wraps them."""
+    for page in PAGES:
+        fences = re.findall(r"^ *```(.*?)\n(.*?)^ *```$", text(page), re.MULTILINE | re.DOTALL)
+        for info, body in fences:
+            if info != "text":
+                long = [line for line in body.splitlines() if len(line) > 88]
+                assert not long, f"{page_id(page)}: {long}"
+
+
 # -- Hooks -----------------------------------------------------------------------------------------
 
 
@@ -279,6 +289,23 @@ def test_refusals_that_need_a_model_are_in_the_code() -> None:
         known = re.split(r"\bNAME:? ?|\bX\b|\d[\d-]*|'\d+'|\bsink_window\b", begins)
         pieces = [re.escape(piece) for piece in known if piece]
         assert re.search(r"[^\n]{1,60}?".join(pieces), code), begins
+
+
+def test_a_request_names_its_conversation_by_one_name() -> None:
+    for page in (DOCS / "requests.md", DOCS / "record.md"):
+        assert '"session_id"' in text(page)
+    old = re.compile(r'"session":|`session`(?! \| the session that)')
+    for page in PAGES:
+        assert not old.search(text(page)), page_id(page)
+
+
+def test_hosts_on_the_contract_page_run_the_kinds_that_have_policies() -> None:
+    page = text(DOCS / "contract.md")
+    rows = dict(re.findall(r"^\| `(\w+)` \| (`.+?`) \| [^|]+ \|$", page, re.MULTILINE))
+    served = set(re.findall(r"`(\w+)`", rows["vllm"]))
+    assert served == {str(p.kind) for p in known_policies() if is_shipped(p)}
+    (left,) = re.findall(r"^(.+) are contracts without a host", page, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", left)) == {str(k) for k in Kind} - served
 
 
 # -- What one sees ---------------------------------------------------------------------------------

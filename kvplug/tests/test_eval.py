@@ -194,7 +194,7 @@ def test_a_variant_that_acts_while_reading_is_read_anew(host: Host, prompts: lis
     _, record = run(host, prompts[:1], [asked])
     policy = asked.build(host, SIZES.context)
     text, _ = host.read(torch.tensor(prompts[0].context), policy)
-    assert len(text.cuts) > 1 and record.held == text.held
+    assert len(text.evictions) > 1 and record.held == text.kept
 
 
 def test_a_policy_without_a_budget_is_refused(host: Host) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -83,12 +86,19 @@ def test_what_cannot_be_measured_is_said(
 
 
 def test_the_table_has_a_row_for_each_format(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(format_error, "read", lambda *_: layers())
     monkeypatch.setattr(format_error, "smollm2", lambda: None)
-    assert main(["--queries", "4", "--use", "int4", '{"group": 32}', "--use", "fp8", "{}"]) == 0
+    asked = ["--use", "int4", '{"group": 32}', "--use", "fp8", "{}"]
+    assert main(["--queries", "4", *asked, "--json", str(tmp_path / "rows.json")]) == 0
+    written = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert [(row["format"], row["bytes"]) for row in written] == [
+        ("int4:group=32", 80),
+        ("fp8", 132),
+    ]
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 4
     assert rows[2].startswith("| int4 | `group: 32` | 80 | ")
     assert rows[3].startswith("| fp8 |  | 132 | ")
+    assert f" {written[0]['keys']:.2%} " in rows[2] and f" {written[1]['worst']:.2%} " in rows[3]

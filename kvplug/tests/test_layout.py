@@ -33,6 +33,8 @@ DISTRIBUTIONS = {
 """Folder of each distribution's pyproject.toml, and its packages."""
 HOSTS_BRING = {"vllm", "triton", "transformers"}
 """Imported only by a host or a GPU kernel, and installed with vLLM."""
+OPTIONAL = {"usearch": ("prefetch", "near_duplicates.py")}
+"""Modules of the product's own extras: the extra, and the one file that imports them."""
 
 
 def imported(file: Path) -> set[str]:
@@ -106,8 +108,14 @@ def test_kvplug_declares_what_it_imports_and_no_more() -> None:
     modules = {"pyyaml": "yaml"}
     _, packages = DISTRIBUTIONS["kvplug"]
     found = set().union(*(tops(file) for package in packages for file in sources(package)))
-    found -= {*sys.stdlib_module_names, *PACKAGES, *HOSTS_BRING}
+    found -= {*sys.stdlib_module_names, *PACKAGES, *HOSTS_BRING, *OPTIONAL}
     assert found == {modules.get(name, name) for name in required("kvplug")}
+
+
+def test_a_module_of_an_extra_is_imported_by_one_file() -> None:
+    for module, (extra, name) in OPTIONAL.items():
+        assert project("kvplug")["optional-dependencies"][extra] == [module]
+        assert [f.name for f in sources("kvplug") if module in tops(f)] == [name]
 
 
 def test_extras_and_the_commands_that_come_with_them_match() -> None:

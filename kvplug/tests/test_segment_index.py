@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from numpy.typing import NDArray
 
-from kvplug.reuse.index import Match, RollingHash, SegmentIndex, SimHash
+from kvplug.errors import KVPlugError
+from kvplug.reuse.hashing import RollingHash, SimHash
+from kvplug.reuse.index import Match, SegmentIndex
 
 Tokens = NDArray[np.int32]
 
@@ -297,6 +300,17 @@ def test_near_equal_text_is_found_likest_first() -> None:
     assert len(found) == 5
     index.remove("123")
     assert index.nearest(texts[123], "", 1)[0][0] == "changed"
+
+
+def test_near_duplicates_need_a_package_that_is_named_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "kvplug.reuse.near_duplicates", raising=False)
+    for module in ("usearch", "usearch.compiled", "usearch.index"):
+        monkeypatch.setitem(sys.modules, module, None)
+    SegmentIndex()
+    with pytest.raises(KVPlugError, match=r"pip install 'kvplug\[prefetch\]'"):
+        SegmentIndex(near_duplicates=True)
 
 
 def test_near_is_off_unless_asked_for() -> None:

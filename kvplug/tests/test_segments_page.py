@@ -14,7 +14,8 @@ from kvplug.contract.reuse import Fingerprint
 from kvplug.reuse import file as module
 from kvplug.reuse.catalog import SegmentState
 from kvplug.reuse.file import CAUSES, SegmentHeader, digest, segment_id, write_segment
-from kvplug.reuse.index import SegmentIndex, SimHash
+from kvplug.reuse.hashing import SimHash
+from kvplug.reuse.index import SegmentIndex
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "segments.md").read_text("utf-8")
 

@@ -132,7 +132,7 @@ def test_a_text_without_a_policy_has_the_plain_models_logits(
     text = host.open(100)
     pieces = [host.feed(text, piece) for piece in ids.split([100, 1, 60, 79])]
     torch.testing.assert_close(torch.cat(pieces), expected, atol=2e-5, rtol=0)
-    assert text.num_tokens == len(ids) and text.held == len(ids)
+    assert text.num_tokens == len(ids) and text.kept == len(ids)
 
 
 def test_generate_gives_the_plain_models_tokens(model: Any, ids: Tensor) -> None:
@@ -147,7 +147,7 @@ def test_a_budget_of_everything_is_exact(host: Host, ids: Tensor, name: str) -> 
     text = host.open(PROMPT, host.policy(name, budget=1 << 14))
     assert torch.equal(host.feed(text, ids[:PROMPT]), expected[0])
     assert torch.equal(host.feed(text, ids[PROMPT:]), expected[1])
-    assert text.cuts == [] and text.held == len(ids)
+    assert text.evictions == [] and text.kept == len(ids)
 
 
 def test_a_one_token_prompt_runs_under_every_policy(host: Host, ids: Tensor) -> None:
@@ -177,7 +177,7 @@ def test_cuts_keep_what_the_budget_says(
     text = host.open(PROMPT, host.policy(name, budget=0.4))
     host.feed(text, ids[:PROMPT])
     full, kept = PROMPT // block_size, -(-60 // block_size)
-    assert text.held == (min(full, kept) * block_size + PROMPT - full * block_size)
+    assert text.kept == (min(full, kept) * block_size + PROMPT - full * block_size)
     for layer in text.layers:
         positions = layer.positions[0]
         assert (positions.diff(dim=-1) > 0).all()
@@ -214,11 +214,11 @@ def test_logits_after_a_cut_are_those_of_the_plain_model_with_a_mask(
 def test_cuts_come_again_every_interval(host: Host, ids: Tensor) -> None:
     text = host.open(PROMPT, policy(host, Oldest, budget=64, interval=32))
     host.feed(text, ids)
-    assert text.cuts == [(150, 70.0), (176, 64.0), (208, 64.0), (240, 64.0)]
+    assert text.evictions == [(150, 70.0), (176, 64.0), (208, 64.0), (240, 64.0)]
     one_by_one = host.open(PROMPT, policy(host, Oldest, budget=64, interval=32))
     for token in ids:
         host.step([one_by_one], token[None])
-    assert one_by_one.cuts == text.cuts
+    assert one_by_one.evictions == text.evictions
     assert torch.equal(one_by_one.layers[2].positions, text.layers[2].positions)
 
 
@@ -229,17 +229,17 @@ def test_a_long_prompt_is_read_under_its_cap(host: Host, ids: Tensor) -> None:
     for token in ids:
         host.feed(text, token[None])
         most = max(most, *(layer.kept for layer in text.layers))
-    # A cut is made when the 80 tokens are full, and they are held until it is.
-    assert most <= 80 and text.held <= 32 + 16
+    # Tokens are evicted when the 80 are full, and all are kept until then.
+    assert most <= 80 and text.kept <= 32 + 16
     at_once, _ = host.read(ids, chosen)
-    assert at_once.cuts == text.cuts
+    assert at_once.evictions == text.evictions
     assert torch.equal(at_once.layers[1].positions, text.layers[1].positions)
 
 
 def test_layers_keep_their_share(host: Host, ids: Tensor) -> None:
     text, _ = host.read(ids[:144], policy(host, Oldest, budget=64, layers={"0": 1.5, "-1": 0.5}))
     assert [layer.kept for layer in text.layers] == [96, 64, 32]
-    assert text.held == 64
+    assert text.kept == 64
 
 
 def test_a_policy_resizes_its_budget(host: Host, ids: Tensor) -> None:
@@ -255,7 +255,7 @@ def test_a_policy_resizes_its_budget(host: Host, ids: Tensor) -> None:
 
     text = host.open(144, policy(host, Halving, budget=64, interval=32))
     host.feed(text, ids)
-    assert text.cuts == [(144, 64.0), (176, 32.0), (208, 16.0), (240, 16.0)]
+    assert text.evictions == [(144, 64.0), (176, 32.0), (208, 16.0), (240, 16.0)]
     assert [asked[:2] for asked in Halving.asked] == [([1.0, 1.0], b) for b in (64, 32, 16)]
 
 
@@ -269,7 +269,7 @@ def test_a_branch_is_what_reading_with_the_policy_gives(host: Host, ids: Tensor,
     branch, text = full.branch(chosen), host.read(ids[:PROMPT], chosen)[0]
     host.feed(branch, ids[PROMPT:])
     host.feed(text, ids[PROMPT:])
-    assert branch.cuts == text.cuts and len(text.cuts) > 1
+    assert branch.evictions == text.evictions and len(text.evictions) > 1
     for ours, theirs in zip(branch.layers, text.layers, strict=True):
         assert torch.equal(ours.positions, theirs.positions)
         assert torch.equal(ours.keys, theirs.keys)
@@ -283,7 +283,7 @@ def test_branches_leave_the_text_as_it_is(host: Host, ids: Tensor) -> None:
         branch = full.branch(host.policy(name, budget=0.5, **snap(name)))
         host.feed(branch, ids[PROMPT:])
     host.feed(full.branch(None), ids[PROMPT:])
-    assert full.held == PROMPT and full.num_tokens == PROMPT
+    assert full.kept == PROMPT and full.num_tokens == PROMPT
     for layer, (keys, totals) in zip(full.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)
         assert layer.totals is not None and torch.equal(layer.totals, totals)
@@ -324,8 +324,8 @@ def test_texts_in_step_are_texts_alone(host: Host, ids: Tensor) -> None:
         same = host.step(together, token.expand(3))
         each = torch.cat([host.feed(text, token[None]) for text in alone])
         torch.testing.assert_close(same, each, atol=2e-5, rtol=0)
-    assert [t.cuts for t in together] == [t.cuts for t in alone]
-    assert [t.held for t in together] == [t.held for t in alone]
+    assert [t.evictions for t in together] == [t.evictions for t in alone]
+    assert [t.kept for t in together] == [t.kept for t in alone]
 
 
 # -- what policies see -----------------------------------------------------------------------------
@@ -417,7 +417,7 @@ def test_sink_window_is_its_rule_as_a_mask(host: Host, model: Any, ids: Tensor) 
         (key < rule.sink_blocks) | (key >= query // 16 - rule.window_blocks)
     )
     torch.testing.assert_close(torch.cat(parts), plain(model, ids, seen), atol=2e-5, rtol=0)
-    assert text.held == 16 + 48 + len(ids) % 16
+    assert text.kept == 16 + 48 + len(ids) % 16
 
 
 @pytest.fixture(scope="module")
@@ -445,7 +445,7 @@ def test_sliding_layers_are_left_alone(gemma: Any, ids: Tensor) -> None:
     assert [layer.index for layer in host.engine.layers] == [1]
     text, _ = host.read(ids[:144], policy(host, Oldest, budget=64))
     assert [layer.kept for layer in text.layers] == [144, 64, 144]
-    assert text.held == 64
+    assert text.kept == 64
     after = host.feed(text, ids[144:160])
     assert torch.isfinite(after).all()
     assert host.layers[1].rope != host.layers[0].rope
@@ -603,7 +603,7 @@ def test_a_format_that_loses_nothing_has_the_plain_models_logits(
         text = host.open(PROMPT, host.policy(Whole, exact_chunk=not again))
         found = [host.feed(text, ids[:PROMPT]), host.feed(text, ids[PROMPT:])]
         torch.testing.assert_close(torch.cat(found), expected, atol=2e-5, rtol=0)
-        assert text.held == len(ids)
+        assert text.kept == len(ids)
 
 
 def test_a_text_under_a_format_sees_what_its_pages_hold(host: Host, ids: Tensor) -> None:
@@ -676,8 +676,8 @@ def test_texts_under_formats_and_without_go_in_step(host: Host, ids: Tensor) -> 
     torch.testing.assert_close(found, torch.stack(alone), atol=2e-5, rtol=0)
     assert torch.equal(together[2].layers[1].keys, together[3].layers[1].keys)
     host.feed(together[3], ids[:1])
-    assert together[2].held == together[3].held - 1 == PROMPT + 4
-    assert full.held == PROMPT
+    assert together[2].kept == together[3].kept - 1 == PROMPT + 4
+    assert full.kept == PROMPT
 
 
 def test_a_format_with_fewer_heads_and_another_dtype(shapes: dict[str, Any], ids: Tensor) -> None:
@@ -747,7 +747,7 @@ def test_installed_formats_run_by_name(model: Any, host: Host, ids: Tensor, name
     more = wide.feed(text, ids[PROMPT:])
     assert torch.isfinite(more).all()
     answer = generate(model, ids[:PROMPT], name, max_new_tokens=4, block_size=32)
-    assert len(answer.ids) == 4 and answer.held == PROMPT + 3 and not answer.cuts
+    assert len(answer.ids) == 4 and answer.kept == PROMPT + 3 and not answer.evictions
 
 
 def test_bad_input_is_named(host: Host, model: Any, ids: Tensor) -> None:
@@ -783,6 +783,6 @@ def test_the_example_on_the_fidelity_page_runs(model: Any, ids: Tensor) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     space: dict[str, Any] = {"model": model, "ids": ids[:PROMPT], "more_ids": ids[PROMPT:]}
     exec(compile(example, "fidelity.md", "exec"), space)
-    assert len(space["answer"].ids) == 64 and space["answer"].cuts
+    assert len(space["answer"].ids) == 64 and space["answer"].evictions
     assert space["logits"].shape == (len(ids) - PROMPT, 320)
-    assert space["full"].held == PROMPT and space["text"].cuts[0] == (PROMPT, 86.0)
+    assert space["full"].kept == PROMPT and space["text"].evictions[0] == (PROMPT, 86.0)

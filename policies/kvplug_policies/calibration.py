@@ -1,4 +1,4 @@
-"""What `kvplug calibrate` learned of a model's keys, values and queries: the file, and its checks.
+"""The calibration file of `kvplug calibrate`: statistics of keys, values and queries.
 
 The file is safetensors, so it holds numbers and text and nothing that could run. Its tensors, all
 of them of one layer ``i`` under ``layers.{i}.``, with ``H`` KV heads of ``d`` elements:
@@ -47,25 +47,25 @@ VERSION = 1
 SUFFIX = ".safetensors"
 
 _REQUIRED = ("format", "version", "fingerprint", "model", "text_sha256", "tokens", "geometry")
-_ANEW = "run `kvplug calibrate` again"
+_AGAIN = "run `kvplug calibrate` again"
 
 SUPPORTS = FormatPolicy.supports - {Feature.TENSOR_PARALLEL}
-"""What formats with a calibration live with: a rank does not know which heads are its own."""
+"""Features that calibrated formats support: a rank does not know which heads are its own."""
 
 
 class CalibratedOptions(FormatOptions):
-    """Knobs of a format that needs a calibration file."""
+    """Options of a format that needs a calibration file."""
 
     calibration: str = Field(
         "calibration.safetensors",
         min_length=1,
-        description="file that kvplug calibrate wrote for this model",
+        description="calibration file written by kvplug calibrate for this model",
     )
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A layer's heads.
+    """Head counts and size of a layer.
 
     Attributes:
         num_kv_heads: KV heads.
@@ -83,8 +83,8 @@ class Calibration:
     """A calibration file.
 
     Attributes:
-        path: Where it lies, for messages.
-        fingerprint: `kvplug.fingerprint.model_fingerprint` of the model; empty where it had none.
+        path: Path of the file, for messages.
+        fingerprint: `kvplug.fingerprint.model_fingerprint` of the model; empty if unknown.
         model: Name of the model, for messages.
         text_sha256: SHA-256 of the text, hexadecimal.
         tokens: Tokens read.
@@ -103,34 +103,34 @@ class Calibration:
     checksum: str = ""
 
     def of(self, layer: LayerView | int, name: str) -> Tensor:
-        """A tensor of a layer. Raises ValueError where the file has none of that name."""
+        """Return a tensor of a layer. Raises ValueError if the file has none of that name."""
         index = layer if isinstance(layer, int) else layer.index
         found = self.tensors.get(f"layers.{index}.{name}")
         if found is None:
-            raise ValueError(f"calibration {self.path} has no {name} of layer {index}; {_ANEW}")
+            raise ValueError(f"calibration {self.path} has no {name} of layer {index}; {_AGAIN}")
         return found
 
     def check(self, engine: EngineView) -> None:
         """Raise ValueError unless this was calibrated on the engine's model."""
         if engine.model and self.fingerprint and engine.model != self.fingerprint:
             raise ValueError(
-                f"calibration {self.path} is of another model ({self.model}, fingerprint "
-                f"{self.fingerprint[:12]}, and the engine runs {engine.model[:12]}); run `kvplug "
-                "calibrate` on the model that is served"
+                f"calibration {self.path} was made for another model ({self.model}, "
+                f"fingerprint {self.fingerprint[:12]}; the engine runs {engine.model[:12]}); run "
+                "`kvplug calibrate` on the model that is served"
             )
         for layer in engine.layers:
             found = self.geometry.get(layer.index)
             asked = Geometry(layer.num_kv_heads, layer.num_heads, layer.head_size)
             if found is None:
                 raise ValueError(
-                    f"calibration {self.path} has no layer {layer.index} (it is of {self.model}); "
+                    f"calibration {self.path} for {self.model} has no layer {layer.index}; "
                     "run `kvplug calibrate` on the model that is served"
                 )
             if found != asked:
                 raise ValueError(
-                    f"calibration {self.path} is of {self.model}, whose layer {layer.index} has "
-                    f"{_said(found)}, and the engine's has {_said(asked)}; run `kvplug calibrate` "
-                    "on the model that is served, without tensor parallelism"
+                    f"calibration {self.path} is for {self.model}, whose layer {layer.index} has "
+                    f"{_heads(found)}, and the engine's has {_heads(asked)}; run `kvplug "
+                    "calibrate` on the model that is served, without tensor parallelism"
                 )
 
     def save(self, path: str | Path) -> str:
@@ -161,7 +161,7 @@ class Calibration:
         return checksum
 
 
-def _said(geometry: Geometry) -> str:
+def _heads(geometry: Geometry) -> str:
     return (
         f"{geometry.num_heads} query heads and {geometry.num_kv_heads} KV heads of "
         f"{geometry.head_size}"
@@ -178,19 +178,19 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
 
 
 def load(path: str | Path) -> Calibration:
-    """Read a calibration file, and check that it is one, whole and as it was written.
+    """Read a calibration file and verify its format, version and checksum.
 
     Raises:
-        ValueError: It is missing, no calibration, of another version, truncated or edited; the
-            message names the file, what is wrong and what to do.
+        ValueError: The file is missing, not a calibration, of another version, truncated or
+            edited; the message names the file, the problem and the fix.
     """
     file = Path(path)
     try:
         stat = file.stat()
     except OSError as error:
         raise ValueError(
-            f"calibration {path} cannot be read ({error.strerror or error}); make it with `kvplug "
-            f"calibrate --output {path}`"
+            f"calibration {path} cannot be read ({error.strerror or error}); create it with "
+            f"`kvplug calibrate --output {path}`"
         ) from None
     return _load(str(path), stat.st_size, stat.st_mtime_ns)
 
@@ -205,28 +205,30 @@ def _load(path: str, size: int, changed: int) -> Calibration:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(
-            f"calibration {path} is truncated or no safetensors file "
-            f"({' '.join(str(error).split())}); {_ANEW}"
+            f"calibration {path} is truncated or not a safetensors file "
+            f"({' '.join(str(error).split())}); {_AGAIN}"
         ) from None
     if metadata.get("format") != MAGIC:
-        raise ValueError(f"{path} is no calibration file: name one that `kvplug calibrate` wrote")
+        raise ValueError(
+            f"{path} is not a calibration file: name one that `kvplug calibrate` wrote"
+        )
     if metadata.get("version") != str(VERSION):
         raise ValueError(
             f"calibration {path} has version {metadata.get('version')!r}, this release reads "
-            f"{VERSION}; {_ANEW}"
+            f"{VERSION}; {_AGAIN}"
         )
-    said = metadata.pop("checksum", "")
+    checksum = metadata.pop("checksum", "")
     absent = [name for name in _REQUIRED if name not in metadata]
-    if absent or said != _checksum(metadata, tensors):
+    if absent or checksum != _checksum(metadata, tensors):
         raise ValueError(
-            f"calibration {path} was edited or damaged (its checksum does not match); {_ANEW}"
+            f"calibration {path} was edited or damaged (its checksum does not match); {_AGAIN}"
         )
     try:
         read: dict[str, Any] = json.loads(metadata["geometry"])
         geometry = {int(i): Geometry(*map(int, sizes)) for i, sizes in read.items()}
         tokens = int(metadata["tokens"])
     except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"calibration {path} has unreadable metadata; {_ANEW}") from None
+        raise ValueError(f"calibration {path} has unreadable metadata; {_AGAIN}") from None
     return Calibration(
         path,
         metadata["fingerprint"],
@@ -235,7 +237,7 @@ def _load(path: str, size: int, changed: int) -> Calibration:
         tokens,
         geometry,
         tensors,
-        said,
+        checksum,
     )
 
 
@@ -252,7 +254,7 @@ def calibration_for(path: str, engine: EngineView) -> Calibration:
 
 
 def whole_model(engine: EngineView) -> bool:
-    """Whether all layers of the model are here: a stage of a pipeline, or the layers that `mixed`
+    """True if all layers of the model are here: a stage of a pipeline, or the layers that `mixed`
     gives to a format, may have none in which it saves anything."""
     return bool(engine.layers) and len(engine.layers) == engine.layers[0].num_layers
 
@@ -265,7 +267,7 @@ class OnDevice:
         self._placed: dict[tuple[int, torch.device], dict[str, Tensor]] = {}
 
     def put(self, layer: LayerView, tensors: dict[str, Tensor]) -> None:
-        """What a layer has."""
+        """Set the tensors of a layer."""
         self._made[layer.index] = tensors
         self._placed = {k: v for k, v in self._placed.items() if k[0] != layer.index}
 

@@ -1,6 +1,6 @@
-"""What the built-in formats share: codes written and attended by kernels, in a space of their own.
+"""Base of the built-in formats: codes written and attended by kernels, after an affine map.
 
-A `CodedFormat` codes each vector after an affine map of its own (a rotation, a projection, a mean
+A `CodedFormat` codes each vector after an affine map (a rotation, a projection, a mean
 taken away); attention happens in that space, with the map absorbed into the query and undone on
 the weighted sum. So nothing is unpacked but in registers, and a format is little more than its
 `CodedFormat.coding` and its maps.
@@ -38,21 +38,21 @@ Levels = tuple[Tensor | None, Tensor | None]
 
 
 LAYERS = (
-    "bits of single layers or ranges of them, e.g. {'0-1': 8, '-1': 8}; layers left out have those "
-    "of the format"
+    "bits by layer or range of layers, e.g. {'0-1': 8, '-1': 8}; layers left out have those of "
+    "the format"
 )
-"""What the option `layers` means."""
+"""Description of the option ``layers``."""
 
 
 FIT = (
-    "times that scale and zero are fitted to the codes by least squares and codes chosen anew; "
-    "lowers the error at no byte, for a little time per written token"
+    "least-squares fits of scale and zero, each followed by a new choice of codes; lowers the "
+    "error without extra bytes, for a little time per written token"
 )
 """Description of the option ``fit``."""
 
 
 class LayerOptions(FormatOptions):
-    """Knobs of a format whose codes may have other bits in some layers.
+    """Options of a format whose codes may have different bits in some layers.
 
     A format repeats the field with the bits it can have: ``Mapping[str, Literal[2, 4]]``.
     """
@@ -73,7 +73,7 @@ class LayerOptions(FormatOptions):
 
 
 def layer_bits(layers: Mapping[str, int], layer: LayerView, bits: int) -> int:
-    """Bits of a layer: of the first range that holds it, or else ``bits``.
+    """Return the bits of a layer: those of the first range that covers it, else ``bits``.
 
     Raises:
         ValueError: A range is outside the model.
@@ -83,10 +83,10 @@ def layer_bits(layers: Mapping[str, int], layer: LayerView, bits: int) -> int:
 
 
 def check_group(group: int, width: int) -> int:
-    """The group, if it divides the head.
+    """Return the group if it divides the head.
 
     Raises:
-        ValueError: It does not; the message names groups that do.
+        ValueError: It does not divide the head; the message names groups that do.
     """
     if group and width % group:
         fits = [n for n in range(8, width) if width % n == 0]
@@ -105,7 +105,7 @@ class CodedFormat(FormatPolicy):
     vectors, and `shift` for what the keys' map takes off a logit.
 
     Attributes:
-        integer: Whether products are taken on the codes, as integers.
+        integer: True if products are computed on the integer codes.
         rotation: Name of the rotation applied, for `PageLayout`.
     """
 
@@ -132,28 +132,28 @@ class CodedFormat(FormatPolicy):
 
     @abstractmethod
     def coding(self, layer: LayerView) -> CodedPage:
-        """How K and V of a layer are coded. Raises ValueError where they cannot be."""
+        """Return the coding of K and V of a layer. Raises ValueError if they cannot be coded."""
 
     def coded(self, layer: LayerView) -> CodedPage:
-        """`coding`, asked once per layer."""
+        """Return `coding` of a layer, computed once."""
         found = self._codings.get(layer.index)
         if found is None:
             try:
                 found = self._codings[layer.index] = self.coding(layer)
             except ValueError as error:
                 raise ValueError(
-                    f"layer {layer.index}, {layer.head_size} a head: {error}"
+                    f"layer {layer.index} (head size {layer.head_size}): {error}"
                 ) from None
         return found
 
     def levels(self, layer: LayerView, device: torch.device) -> Levels:
-        """Levels of the codebooks of K and V, float32 ascending, for elements of variance 1."""
+        """Return the codebook levels of K and V, float32 ascending, for elements of variance 1."""
         return None, None
 
     # -- maps ----------------------------------------------------------------------------------
 
     def into(self, layer: LayerView, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V as they are coded.
+        """Map K and V to the vectors that are coded.
 
         Args:
             layer: The layer.
@@ -166,14 +166,21 @@ class CodedFormat(FormatPolicy):
         return key, value
 
     def query_into(self, layer: LayerView, query: Tensor) -> Tensor:
-        """Queries for coded keys: ``[n, num_heads, head_size]`` to ``[n, num_heads, width]``, so
-        that their products with what `into` made of the keys, plus `shift`, are those with the
-        keys. The result may hold more heads, a whole number for each stored one."""
+        """Map queries ``[n, num_heads, head_size]`` to ``[n, num_heads, width]`` for coded keys.
+
+        Their products with the keys that `into` returns, plus `shift`, equal those with the keys.
+        The result may hold more heads, a whole number for each stored one.
+        """
         return query
 
     def shift(self, layer: LayerView, query: Tensor) -> Tensor | None:
-        """What the keys' map takes off every product of a query, ``[n, num_heads]`` float32, or
-        None: a key less its mean has products that are less by the query's with the mean."""
+        """Return what the keys' map subtracts from a query's products; None for nothing.
+
+        Keys less their mean have products that are smaller by the query's product with the mean.
+
+        Returns:
+            ``[n, num_heads]`` float32.
+        """
         return None
 
     def key_back(self, layer: LayerView, coded: Tensor) -> Tensor:
@@ -185,8 +192,15 @@ class CodedFormat(FormatPolicy):
         return coded
 
     def out_back(self, layer: LayerView, out: Tensor) -> Tensor:
-        """Weighted sums of values from those of decoded ones: ``[n, heads, width]``, the heads of
-        `query_into`'s result, to ``[n, num_heads, head_size]``."""
+        """Map weighted sums of decoded values back to those of values.
+
+        Args:
+            layer: The layer.
+            out: ``[n, heads, width]``, the heads of `query_into`'s result.
+
+        Returns:
+            ``[n, num_heads, head_size]``.
+        """
         kv_heads = layer.num_kv_heads
         if type(self).value_back is CodedFormat.value_back:
             return out
@@ -257,8 +271,8 @@ class CodedFormat(FormatPolicy):
 
     def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:
         exact = batch.key is not None and batch.value is not None
-        own = (batch.query_start[1:] - batch.query_start[:-1]).to(torch.int32)
-        lens = batch.seq_lens - own if exact else batch.seq_lens
+        new = (batch.query_start[1:] - batch.query_start[:-1]).to(torch.int32)
+        lens = batch.seq_lens - new if exact else batch.seq_lens
         held, recent = self.recent(layer), batch.recent
         kept = None
         if exact and held and recent is not None and batch.lanes is not None:

@@ -1,4 +1,4 @@
-"""Formats inside a format: named in its options, checked with them, built for its layers."""
+"""Formats inside a format: named in its options, validated with them, built for its layers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from kvplug.registry import plugins
 def inner_format(
     use: object, options: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> tuple[type[FormatPolicy], PolicyOptions]:
-    """A format by name with its options, third-party ones among them.
+    """Find a format by name and validate its options; third-party formats included.
 
     Args:
         use: Its name.
-        options: Its knobs as they were written.
-        defaults: Knobs of the outer format that it takes over where it has them and they were not
+        options: Its options as written.
+        defaults: Options of the outer format, used where the inner one has them and they are not
             written.
 
     Raises:
-        ValueError: There is no such format, or a knob is unknown or out of range.
+        ValueError: There is no such format, or an option is unknown or out of range.
     """
     registry = plugins().registry
     found = registry.get(Kind.FORMAT, use) if isinstance(use, str) else None
@@ -43,17 +43,19 @@ def inner_format(
         if first["type"] == "extra_forbidden":
             listed = ", ".join(known) or "it has none"
             raise ValueError(f"{use} has no option {name!r}; options: {listed}") from None
-        said = str(first["msg"]).removeprefix("Value error, ")
-        raise ValueError(f"{use}{': ' if name else ''}{name}: {said}") from None
+        problem = str(first["msg"]).removeprefix("Value error, ")
+        raise ValueError(f"{use}{': ' if name else ''}{name}: {problem}") from None
 
 
 def build_inner(
     found: type[FormatPolicy], options: PolicyOptions, engine: EngineView
 ) -> FormatPolicy:
-    """The format for an engine. Raises ValueError where it cannot live with it."""
+    """Build the format for an engine. Raises ValueError for features it does not support."""
     refused = sorted(engine.features - found.supports)
     if refused:
-        raise ValueError(f"{found.name} cannot live with {', '.join(refused)}")
+        raise ValueError(
+            f"{found.name} does not support {', '.join(refused)}, which must be disabled"
+        )
     built = found(options, engine)
     assert isinstance(built, FormatPolicy)
     return built

@@ -1,6 +1,6 @@
-"""When will this be used again? Learned online, from what was and from what was not.
+"""A model of the next use, learned online from uses and from their absence.
 
-Things are told apart by a tuple of small integers, their features. The hazard of a thing, its
+Things are distinguished by a tuple of small integers, their features. The hazard of a thing, its
 rate of reuse in 1/s at the age it has reached, is modelled as
 
     hazard(age, features) = base(age) * exp(sum over features f of w[f, value of f, age])
@@ -39,11 +39,11 @@ _BINS_PER_WEIGHT = 6
 _BATCH = 256
 _RATE = 0.07
 _NEVER_LEARNED = 0.3
-"""Chance of reuse per e-fold of age before anything is known; the order does not depend on it."""
+"""Chance of reuse per e-fold of age before anything was learned; the order ignores it."""
 
 
-class ReuseModel:
-    """Hazards and indices of reuse for things told apart by features.
+class NextUseModel:
+    """Hazards and indices of reuse for things distinguished by features.
 
     Args:
         sizes: Number of values of each feature; values are ``0 .. size - 1``.
@@ -89,7 +89,7 @@ class ReuseModel:
         return thing
 
     def forget(self, thing: int) -> None:
-        """Nothing more will be asked or told about a thing; its number may be given again."""
+        """Forget a thing; its number may be reused."""
         self._given_back.append(thing)
         if len(self._given_back) >= _BATCH:
             self.learn()

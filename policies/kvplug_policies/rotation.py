@@ -1,4 +1,4 @@
-"""Random rotations of vectors: what makes their elements alike before they are coded."""
+"""Random rotations of vectors, which even out their elements before they are coded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def hadamard_matrix(n: int) -> Tensor:
         doublings += 1
         core = _paley(n >> doublings)
     if core is None:
-        raise ValueError(f"no Hadamard matrix of order {n} is known here, so it cannot be rotated")
+        raise ValueError(
+            f"no Hadamard matrix of order {n} is known: vectors of that size cannot be rotated"
+        )
     step = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     for _ in range(doublings):
         core = torch.kron(step, core)

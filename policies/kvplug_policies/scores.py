@@ -1,8 +1,8 @@
-"""What scoring policies share: text order, pooling over neighbours, value norms.
+"""Functions that scoring policies share: text order, pooling over neighbours, value norms.
 
-A request's held tokens lie in no particular order, and after a decision every KV head holds other
-ones. Whatever a method says about neighbours or about the latest tokens is therefore said here by
-position in the text. Scores are ``[rows, kv_heads, held]`` float32 throughout.
+A request's resident tokens are in no particular order, and after a decision each KV head keeps
+different ones. Neighbours and the latest tokens are therefore found here by position in the text.
+Scores are ``[rows, kv_heads, held]`` float32 throughout.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ CHUNK_BYTES = 64 << 20
 """Largest temporary a policy makes at a time."""
 
 ALWAYS = 1e30
-"""Score of a token that a method keeps whatever its score would be."""
+"""Score of a token that a method always keeps."""
 
 
 class TextOrder:
-    """The held tokens of each KV head in the order of the text.
+    """The resident tokens of each KV head in the order of the text.
 
     Args:
-        positions: Position in the text of each held token, ``[rows, kv_heads, held]``.
+        positions: Position in the text of each resident token, ``[rows, kv_heads, held]``.
     """
 
     def __init__(self, positions: Tensor):
@@ -37,11 +37,11 @@ class TextOrder:
         self.positions = positions.gather(-1, self._order)
 
     def sort(self, values: Tensor) -> Tensor:
-        """Held order to text order, along the last dimension."""
+        """Reorder from slot order to text order, along the last dimension."""
         return values.gather(-1, self._order)
 
     def unsort(self, values: Tensor) -> Tensor:
-        """Text order to held order, along the last dimension."""
+        """Reorder from text order to slot order, along the last dimension."""
         return torch.empty_like(values).scatter_(-1, self._order, values)
 
 
@@ -52,12 +52,12 @@ def pool(
 
     Args:
         scores: At least 0, ``[rows, kv_heads, held]``.
-        positions: Position in the text of each held token, the same shape.
+        positions: Position in the text of each resident token, the same shape.
         kernel: Tokens pooled, odd: the token and as many to either side.
         how: Mean or largest of them.
 
     Returns:
-        The shape of ``scores``. A token of the text that is not held counts as one of score 0,
+        The shape of ``scores``. A token of the text that is not resident counts as one of score 0,
         as does one beyond either end of the text.
     """
     if kernel == 1:
@@ -75,15 +75,15 @@ def pool(
 
 
 def raised(scores: Tensor, mask: Tensor) -> Tensor:
-    """Scores with the masked tokens at `ALWAYS`; ``mask`` is broadcastable to ``scores``."""
+    """Set the scores of masked tokens to `ALWAYS`; ``mask`` is broadcastable to ``scores``."""
     return scores.masked_fill(mask, ALWAYS)
 
 
 def latest(held: HeldView, count: int | Tensor) -> Tensor:
-    """Which held tokens are among the latest ``count`` of the text.
+    """Mask of the resident tokens among the latest ``count`` of the text.
 
     Args:
-        held: What a layer holds.
+        held: The resident tokens.
         count: Tokens, or one number per row, ``[rows]``.
 
     Returns:
@@ -94,7 +94,7 @@ def latest(held: HeldView, count: int | Tensor) -> Tensor:
 
 
 def value_norms(held: HeldView) -> Tensor:
-    """L2 norm of each held value, ``[rows, kv_heads, held]``.
+    """L2 norm of each resident value, ``[rows, kv_heads, held]``.
 
     Attention times value norm is the first-order proxy of how much the layer's output changes
     when a token goes; the gradient itself would need a backward pass, which inference has not.
@@ -103,14 +103,14 @@ def value_norms(held: HeldView) -> Tensor:
 
 
 def query_count(held: HeldView, window: int) -> Tensor:
-    """Observed queries among the latest ``window``, at least 1, ``[rows, 1, 1]`` float32."""
+    """Count observed queries among the latest ``window``, at least 1, ``[rows, 1, 1]`` float32."""
     assert held.query_positions is not None
     seen = (held.query_positions[:, -window:] >= 0).sum(-1)
     return seen.clamp(min=1).float()[:, None, None]
 
 
 def per_query_max(held: HeldView, window: int) -> Tensor:
-    """Largest attention weight a held token receives from one of the latest queries.
+    """Largest attention weight that each resident token receives from one of the latest queries.
 
     Returns:
         ``[rows, num_heads, held]`` float32. Each query is a row of its own to the kernel; so
@@ -120,7 +120,7 @@ def per_query_max(held: HeldView, window: int) -> Tensor:
         ValueError: The policy observes no queries.
     """
     if held.queries is None or held.query_positions is None:
-        raise ValueError("per_query_max needs queries: set `observation` of the policy")
+        raise ValueError("per_query_max needs queries: set the policy's `observation`")
     queries = held.queries[:, -window:]
     places = held.query_positions[:, -window:]
     rows, window, heads, size = queries.shape
@@ -145,7 +145,7 @@ def per_query_max(held: HeldView, window: int) -> Tensor:
 
 
 def chunked(held: int, bytes_per_token: int, part: Callable[[slice], Tensor]) -> Tensor:
-    """Concatenate ``part`` over slices of held tokens that stay within `CHUNK_BYTES`."""
+    """Concatenate ``part`` over slices of resident tokens that stay within `CHUNK_BYTES`."""
     step = max(1, CHUNK_BYTES // max(1, bytes_per_token))
     parts = [part(slice(s, min(s + step, held))) for s in range(0, held, step)]
     return torch.cat(parts, dim=-1)

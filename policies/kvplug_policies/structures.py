@@ -1,4 +1,4 @@
-"""What several prefix-cache policies are made of."""
+"""Data structures that prefix-cache policies share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Ranking:
     """Blocks in order of a rank, smallest first; O(log n) amortized per change.
 
     An entry is a tuple, the rank and then the block. A heap with lazy deletion: an entry whose
-    block left or changed rank stays until it surfaces, and the heap is made anew when such entries
+    block left or changed rank stays until it surfaces, and the heap is rebuilt when such entries
     outnumber the others.
     """
 
@@ -33,7 +33,7 @@ class Ranking:
         return self._entries[block]
 
     def put(self, entry: tuple[Any, ...]) -> None:
-        """Add a block, or give it another rank."""
+        """Add a block or change its rank."""
         entries, heap = self._entries, self._heap
         entries[entry[-1]] = entry
         if len(heap) > 2 * len(entries) + 64:
@@ -43,7 +43,7 @@ class Ranking:
             heappush(heap, entry)
 
     def discard(self, block: int) -> None:
-        """Take a block out, if it is in."""
+        """Remove a block if present."""
         self._entries.pop(block, None)
 
     def walk(self) -> Generator[tuple[Any, ...]]:
@@ -74,7 +74,7 @@ class Ranking:
 
 
 class Ghosts(Generic[Value]):
-    """What is remembered of content that is gone, by its key; the oldest is forgotten first.
+    """Values of evicted content by its key; the oldest is forgotten first.
 
     Args:
         limit: The most entries kept.
@@ -108,8 +108,8 @@ class Ghosts(Generic[Value]):
         return gone
 
 
-class Plan(Generic[Move]):
-    """Victims found on a side view, with the moves that lead to each.
+class VictimPlan(Generic[Move]):
+    """Victims chosen without changing the lists, with the moves that lead to each.
 
     `victims` may not change a policy, but in some orders finding a victim moves other blocks. The
     policy writes both down here and makes the moves when the host reports these victims gone.
@@ -127,8 +127,8 @@ class Plan(Generic[Move]):
         self.victims.append(block)
         self._upto.append(len(self._moves))
 
-    def settled(self, ids: Sequence[int]) -> list[Move]:
-        """The moves to make when ``ids`` are gone: none, unless they are the first victims."""
+    def moves_for(self, ids: Sequence[int]) -> list[Move]:
+        """Moves to make when ``ids`` are evicted: none, unless they are the first victims."""
         n = len(ids)
         if n == 0 or n > len(self.victims) or self.victims[:n] != list(ids):
             return []

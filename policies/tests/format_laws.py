@@ -1,4 +1,4 @@
-"""What holds for every format, and a host small enough to read that holds it against them."""
+"""Laws of every format, and a small host to check them with."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Case:
 
     Attributes:
         policy: Its class.
-        options: Its knobs.
+        options: Its options.
         tolerance: Error allowed of attention over what is stored, relative; wider where products
             are integers.
     """
@@ -67,8 +67,8 @@ class Case:
     tolerance: float = 2e-4
 
     def __str__(self) -> str:
-        knobs = "-".join(f"{name}{value}" for name, value in self.options.items())
-        return f"{self.policy.name}{'-' if knobs else ''}{knobs}".replace(" ", "")
+        suffix = "-".join(f"{name}{value}" for name, value in self.options.items())
+        return f"{self.policy.name}{'-' if suffix else ''}{suffix}".replace(" ", "")
 
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -324,8 +324,11 @@ class Pool:
         return out
 
     def holds_the_same(self, other: Pool, request: int) -> bool:
-        """Whether the pages do, byte for byte. Where vectors are mapped before they are coded, a
-        sum of floats may round otherwise in another batch, and a few codes be the next ones."""
+        """True if the pages are equal, byte for byte.
+
+        Where vectors are mapped before they are coded, floats may round differently in another
+        batch, and a few codes differ by one.
+        """
         if getattr(type(self.policy), "into", CodedFormat.into) is CodedFormat.into:
             return torch.equal(self.pages, other.pages)
         both = zip(self.read(request), other.read(request), strict=True)

@@ -1,4 +1,4 @@
-"""What holds for every prefix-cache policy, and a cache to hold it against."""
+"""Laws of every prefix-cache policy, and a cache to check them with."""
 
 from __future__ import annotations
 

@@ -56,6 +56,6 @@ def build(policy: type[ReuseCheck], *, layers: Any = (), **options: Any) -> Reus
 
 
 def refusal(verdict: Verdict) -> str:
-    """Why it refused; fails where it did not."""
+    """The cause of a refusal; fails if there was none."""
     assert not verdict.ok and not verdict.exact
     return verdict.reason

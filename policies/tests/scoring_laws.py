@@ -1,4 +1,4 @@
-"""What holds for every scoring policy, and held tokens to hold it against."""
+"""Laws of every scoring policy, and resident tokens to check them with."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def view(
     layer: LayerView | None = None,
     scale: float | None = None,
 ) -> HeldView:
-    """What a host would hand over for keys in held order, ``[rows, kv_heads, held, head_size]``.
+    """A host's view for keys in slot order, ``[rows, kv_heads, held, head_size]``.
 
     Pages lie in shuffled order between others that are NaN, as is the rest of the last page.
     Positions are 0, 1, ... and queries the latest ones unless given.

@@ -64,6 +64,6 @@ def skewed(seed: int, references: int, contents: int) -> Sequence[int]:
 
 
 def evictions(cache: Singles, contents: Iterable[int]) -> list[Hashable]:
-    """What a cache evicts, in order, while it is asked for contents."""
+    """Evictions of a cache, in order, as contents are requested."""
     cache.use(*contents)
     return cache.evicted

@@ -148,19 +148,19 @@ def test_it_resizes_and_so_cannot_run_ahead() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "says"),
+    ("of", "message"),
     [
-        ("lru", "no scorer; use one of .*snapkv"),
-        ("sink_window", "no scorer"),
-        ("smart_window", "budgets of its own"),
-        ("ada_kv", "budgets of its own"),
+        ("lru", "not a scorer; use one of .*snapkv"),
+        ("sink_window", "not a scorer"),
+        ("smart_window", "sets its own budgets"),
+        ("ada_kv", "sets its own budgets"),
         ({"use": "snapkv", "kernel": 2}, "odd"),
         ({"use": "snapkv", "colour": 2}, "colour"),
     ],
 )
-def test_what_is_no_scorer_is_refused(of: object, says: str) -> None:
+def test_what_is_no_scorer_is_refused(of: object, message: str) -> None:
     options = AdaKV.Options.model_validate({"of": of})
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         AdaKV(options, ENGINE)
 
 

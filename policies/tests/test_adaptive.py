@@ -24,8 +24,8 @@ VIEW = EngineView(
 
 
 def adaptive(**options: Any) -> Adaptive:
-    knobs = {"levels": ["int4", "int8"], "sample_layers": 1, "sample_every": 1, "patience": 2}
-    return Adaptive(Adaptive.Options.model_validate(knobs | options), VIEW)
+    own = {"levels": ["int4", "int8"], "sample_layers": 1, "sample_every": 1, "patience": 2}
+    return Adaptive(Adaptive.Options.model_validate(own | options), VIEW)
 
 
 def pages(policy: Any, blocks: int = 8) -> Tensor:
@@ -142,7 +142,7 @@ def test_the_error_is_that_of_attention_over_the_page() -> None:
     exact = attend(key.transpose(0, 1), value.transpose(0, 1))
     expected = (attend(*coded) - exact).norm() / exact.norm()
     assert signals[0] == pytest.approx(float(expected), rel=1e-4)
-    assert policy.signals() is None, "told once"
+    assert policy.signals() is None, "reported once"
 
 
 def test_only_whole_pages_of_sampled_layers_are_looked_at() -> None:
@@ -181,21 +181,21 @@ def test_outliers_make_new_requests_safer_and_their_end_cheaper(tmp_path: Path) 
     log = tmp_path / "decisions.jsonl"
     options = {"low": 0.06, "high": 0.2, "retry": 3, "log": str(log), "start": 0}
     scheduler, worker = adaptive(**options), adaptive(**options)
-    said = []
+    decisions = []
     for round_, outlier in enumerate([60.0] * 4 + [0.0] * 12):
         level = scheduler.assign()
         decided = scheduler.observe(measure(worker, level, outlier, round_))
         if decided:
-            said.append((round_, decided))
-    assert "int8 instead of int4" in said[0][1] and "above high 0.2" in said[0][1]
-    assert "int4 instead of int8" in said[1][1] and "below low 0.06" in said[1][1]
-    assert said[0][0] == 1, "patience of two looks"
-    assert said[1][0] >= 4, "while outliers last int8 is kept"
-    told = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    assert [(d["from"], d["to"]) for d in told][:2] == [("int4", "int8"), ("int8", "int4")]
-    assert scheduler.decisions == told
+            decisions.append((round_, decided))
+    assert "int8 instead of int4" in decisions[0][1] and "above high 0.2" in decisions[0][1]
+    assert "int4 instead of int8" in decisions[1][1] and "below low 0.06" in decisions[1][1]
+    assert decisions[0][0] == 1, "patience of two samples"
+    assert decisions[1][0] >= 4, "while outliers last int8 is kept"
+    logged = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert [(d["from"], d["to"]) for d in logged][:2] == [("int4", "int8"), ("int8", "int4")]
+    assert scheduler.decisions == logged
     counters = scheduler.counters()
-    assert counters["decisions"] == len(told)
+    assert counters["decisions"] == len(logged)
     assert counters["requests_0_int4"] + counters["requests_1_int8"] == 16
 
 
@@ -224,19 +224,19 @@ def test_levels_have_identities_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"levels": ["int4"]}, "at least 2"),
         ({"levels": ["int4", "int5"]}, "level 1: unknown format 'int5'"),
         ({"levels": ["int4", {"bits": 4}]}, "level 1: unknown format None"),
-        ({"levels": ["int4", "adaptive"]}, "adaptive cannot be a level of itself"),
-        ({"levels": ["int4", {"use": "int8", "exact_chunk": False}]}, "one for all levels"),
+        ({"levels": ["int4", "adaptive"]}, "adaptive cannot be one of its own levels"),
+        ({"levels": ["int4", {"use": "int8", "exact_chunk": False}]}, "applies to all levels"),
         ({"low": 0.3, "high": 0.2}, "low 0.3 must be below high 0.2"),
-        ({"start": 2}, "start 2 is none of the 2 levels"),
+        ({"start": 2}, "start 2 is not one of the 2 levels"),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         adaptive(**options)
 
 

@@ -77,31 +77,31 @@ def renamed(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("damage", "message"),
     [
-        (lambda d: d[:-1], "truncated or no safetensors file"),
-        (lambda d: d[: len(d) // 2], "truncated or no safetensors file"),
-        (lambda d: d[:100], "truncated or no safetensors file"),
-        (lambda d: b"", "truncated or no safetensors file"),
-        (lambda d: d + b"\0", "truncated or no safetensors file"),
-        (lambda d: pickle.dumps({"a": 1}), "truncated or no safetensors file"),
-        (lambda d: b"\xff" * 8 + d[8:], "truncated or no safetensors file"),
+        (lambda d: d[:-1], "truncated or not a safetensors file"),
+        (lambda d: d[: len(d) // 2], "truncated or not a safetensors file"),
+        (lambda d: d[:100], "truncated or not a safetensors file"),
+        (lambda d: b"", "truncated or not a safetensors file"),
+        (lambda d: d + b"\0", "truncated or not a safetensors file"),
+        (lambda d: pickle.dumps({"a": 1}), "truncated or not a safetensors file"),
+        (lambda d: b"\xff" * 8 + d[8:], "truncated or not a safetensors file"),
         (lambda d: d[:-5] + bytes([d[-5] ^ 1]) + d[-4:], "edited or damaged"),
         (renamed, "edited or damaged"),
         (edited("fingerprint", "0" * 32), "edited or damaged"),
         (edited("tokens", "9"), "edited or damaged"),
         (edited("checksum", None), "edited or damaged"),
         (edited("model", None), "edited or damaged"),
-        (edited("format", "other"), "is no calibration file"),
-        (edited("format", None), "is no calibration file"),
+        (edited("format", "other"), "is not a calibration file"),
+        (edited("format", None), "is not a calibration file"),
         (edited("version", "2"), "has version '2', this release reads 1"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(
-    file: Path, damage: Callable[[bytes], bytes], says: str
+    file: Path, damage: Callable[[bytes], bytes], message: str
 ) -> None:
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match=says) as refused:
+    with pytest.raises(ValueError, match=message) as refused:
         build(LowRank, ENGINE, calibration=str(file))
     message = str(refused.value)
     assert str(file) in message
@@ -122,7 +122,7 @@ def test_every_byte_counts(file: Path) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.safetensors cannot be read \(No such file"):
         load(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         load(tmp_path)
 
 
@@ -131,19 +131,21 @@ def test_a_deployment_can_be_checked_before_its_calibration_is_made(tmp_path: Pa
     missing = str(tmp_path / "none.safetensors")
     assert build(LowRank, somewhere, calibration=missing)
     (tmp_path / "none.safetensors").write_bytes(b"x")
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         build(LowRank, somewhere, calibration=missing)
 
 
 def test_a_calibration_of_another_model_is_refused(file: Path) -> None:
     other = replace(ENGINE, model="f" * 32)
-    with pytest.raises(ValueError, match=r"is of another model \(tiny, fingerprint 0123456789ab"):
+    with pytest.raises(
+        ValueError, match=r"was made for another model \(tiny, fingerprint 0123456789ab"
+    ):
         build(LowRank, other, calibration=str(file))
     assert build(LowRank, replace(ENGINE, model=""), calibration=str(file), rank=8)
 
 
 @pytest.mark.parametrize(
-    ("engine", "says"),
+    ("engine", "message"),
     [
         (view(layers=3), "has no layer 2"),
         (view(layers=2, kv_heads=4), "has 6 query heads and 2 KV heads of 16, and the engine's"),
@@ -151,8 +153,8 @@ def test_a_calibration_of_another_model_is_refused(file: Path) -> None:
         (view(layers=2, readers=1), "has 6 query heads and 2 KV heads of 16"),
     ],
 )
-def test_another_geometry_is_refused(file: Path, engine: object, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_another_geometry_is_refused(file: Path, engine: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         build(LowRank, engine, calibration=str(file))  # type: ignore[arg-type]
 
 

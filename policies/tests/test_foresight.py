@@ -10,7 +10,7 @@ from workloads import WORKLOADS, documents, trace
 from kvplug.contract import EngineView, Feature, Released, RequestView
 from kvplug.hosts.trace.simulator import Replay
 from kvplug.hosts.trace.traces import Trace
-from kvplug_policies.prefix_cache.foresight import Foresight, cuts
+from kvplug_policies.prefix_cache.foresight import Foresight, boundaries
 from kvplug_policies.prefix_cache.lru import Lru
 
 
@@ -19,14 +19,14 @@ class Texts:
 
     Args:
         size: Blocks of the cache.
-        told: Whether the host tells requests, keys, parents and ends of requests.
+        facts: Report requests, keys, parents and ends of requests.
         options: Knobs of the policy.
     """
 
-    def __init__(self, size: int, told: bool = True, **options: object):
+    def __init__(self, size: int, facts: bool = True, **options: object):
         engine = EngineView(16, size, features=frozenset({Feature.PREFIX_CACHING}), host="test")
         self.policy = Foresight(Foresight.Options.model_validate(options), engine)
-        self.told = told
+        self.facts = facts
         self.slots: dict[tuple[str, ...], int] = {}
         self.free = list(range(size))[::-1]
         self.count = 0
@@ -56,7 +56,7 @@ class Texts:
         request = RequestView(str(self.count), 16 * len(names), priority, session, at)
         keys = [" ".join(name).encode() for name in names]
         ids = [self.slots[name] for name in reversed(names)]
-        if self.told:
+        if self.facts:
             self.policy.on_finished(request, keys, output)
             self.policy.on_release(Released(ids, None, keys[::-1], request, [*ids[1:], -1]))
         else:
@@ -164,7 +164,7 @@ def test_uses_outlive_eviction() -> None:
     assert cache.policy._memory[b"hot"].uses == 6
 
 
-def test_priority_and_output_are_told_apart() -> None:
+def test_priority_and_output_are_distinguished() -> None:
     cache = Texts(16)
     cache.serve("a", at=0, output=10)
     cache.serve("b", at=1, output=400)
@@ -199,7 +199,7 @@ def test_the_table_of_sessions_is_bounded() -> None:
 
 
 def test_without_any_facts_it_still_orders_by_age() -> None:
-    cache = Texts(8, told=False)
+    cache = Texts(8, facts=False)
     cache.serve("a1 a2", at=0)
     cache.serve("b1 b2", at=0)
     cache.serve("a1 a2", at=0)
@@ -267,9 +267,9 @@ def test_one_at_a_time_is_the_same_order_on_random_trees(seed: int) -> None:
 
 
 def test_texts_are_cut_finer_near_the_end_of_what_was_known() -> None:
-    assert cuts(40, 20) == [0, 5, 13, 17, 19, 20, 21, 23, 27, 35, 39, 40]
-    assert cuts(1, 0) == [0, 1]
-    assert cuts(3, 3) == [0, 2, 3]
+    assert boundaries(40, 20) == [0, 5, 13, 17, 19, 20, 21, 23, 27, 35, 39, 40]
+    assert boundaries(1, 0) == [0, 1]
+    assert boundaries(3, 3) == [0, 2, 3]
 
 
 def conversations(seed: int) -> Trace:

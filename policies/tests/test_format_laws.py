@@ -293,7 +293,7 @@ def test_layers_of_other_bits_have_other_layouts(case: Case) -> None:
     outside = {**case.options, "layers": {"9": other}}
     with pytest.raises(ValueError, match="layers '9' is outside the model's 0-3"):
         Pool(replace(case, options=outside), SHAPE)
-    with pytest.raises(ValueError, match="no layer or range"):
+    with pytest.raises(ValueError, match="not a layer or range"):
         Pool(replace(case, options={**case.options, "layers": {"a": other}}), SHAPE)
     with pytest.raises(ValueError, match="layers"):
         Pool(replace(case, options={**case.options, "layers": {"0": 5}}), SHAPE)

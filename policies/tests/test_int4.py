@@ -79,5 +79,7 @@ def test_the_first_range_that_holds_a_layer_counts() -> None:
 
 
 def test_a_head_of_an_odd_size_is_refused_by_its_layer() -> None:
-    with pytest.raises(ValueError, match=r"layer 1, 65 a head: 65 elements of 4 bits do not fill"):
+    with pytest.raises(
+        ValueError, match=r"layer 1 \(head size 65\): 65 elements of 4 bits do not fill"
+    ):
         Int4(Int4.Options(), EngineView(16, layers=(view(Shape(65, 6, 2, 16), 1),)))

@@ -77,7 +77,7 @@ def test_with_aging_old_references_fade() -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_aging_is_the_weighing_of_lrfu(seed: int) -> None:
-    """Against the sum that the paper writes, computed anew for every victim."""
+    """Against the sum that the paper writes, recomputed for every victim."""
     half_life = 37.0
     contents = skewed(seed, 1500, 50)
     used: dict[int, list[int]] = {}

@@ -107,7 +107,9 @@ def test_full_rank_is_refused_where_it_saves_nothing(tmp_path: Path) -> None:
 def test_ranks_that_cannot_be_are_refused(file: str) -> None:
     with pytest.raises(ValidationError, match="multiple of 8"):
         build(LowRank, ENGINE, calibration=file, rank=12)
-    with pytest.raises(ValueError, match="layer 0, 32 a head: rank 64 is more than the 32"):
+    with pytest.raises(
+        ValueError, match=r"layer 0 \(head size 32\): rank 64 is above the head size 32"
+    ):
         build(LowRank, ENGINE, calibration=file, rank=64)
 
 

@@ -101,7 +101,7 @@ def test_templates_are_read() -> None:
 
 
 def seen(template: Template, start: int, length: int, upto: int) -> np.ndarray:
-    """What each of a run's first ``length`` tokens sees among the text's first ``upto``."""
+    """Mask of the text's first ``upto`` tokens that a run's first ``length`` tokens see."""
     at = start + np.arange(length)[:, None]
     key = np.arange(upto)[None, :]
     mask = key <= at

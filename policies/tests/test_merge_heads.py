@@ -112,7 +112,7 @@ def test_nothing_to_merge_is_refused_with_the_best_there_is(tmp_path: Path) -> N
     seen = {layer.index: activations(layer) for layer in engine.layers}
     file = write_calibration(tmp_path / "c.safetensors", engine, seen)
     best = min(float(load(file).of(i, "merge_linear.errors")[0]) for i in range(2))
-    with pytest.raises(ValueError, match=rf"may merge nothing: the best .* loses {best:.3g}"):
+    with pytest.raises(ValueError, match=rf"cannot merge any heads: the best .* loses {best:.3g}"):
         build(MergeHeads, engine, calibration=file, max_error=0.01)
     single = view(layers=1, kv_heads=1)
     file = write_calibration(tmp_path / "d.safetensors", single, {0: activations(single.layers[0])})

@@ -107,40 +107,40 @@ def test_a_third_partys_format_is_one_of_them(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"layers": {"0-3": {"use": "int5"}}}, "layers 0-3: unknown format 'int5'; did you mean"),
         ({"layers": {"2": {"use": "int8", "bit": 3}}}, "layers 2: int8 has no option 'bit'"),
         ({"layers": {"2": {"use": "kivi", "bits": 3}}}, "layers 2: kivi: bits: Input should be"),
-        ({"layers": {"2": {"bits": 3}}}, "layers 2: does not say which format to use"),
+        ({"layers": {"2": {"bits": 3}}}, "layers 2: does not name a format"),
         ({"layers": {"x": {"use": "int8"}}}, "'x' is not a layer or range"),
         ({"layers": {"3-1": {"use": "int8"}}}, "the last layer is before the first"),
-        ({"layers": {"1": {"use": "mixed"}}}, "layers 1: mixed cannot stand inside mixed"),
+        ({"layers": {"1": {"use": "mixed"}}}, "layers 1: mixed cannot be used inside mixed"),
         ({"default": {"use": "nope"}}, "the default: unknown format 'nope'"),
         (
             {"layers": {"1": {"use": "int8", "exact_chunk": False}}},
-            "layers 1: exact_chunk is one for all layers",
+            "layers 1: exact_chunk applies to all layers",
         ),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         Mixed.Options.model_validate(options)
 
 
 @pytest.mark.parametrize(
-    ("layers", "says"),
+    ("layers", "message"),
     [
         ({"4-6": {"use": "int8"}}, "outside the model's 0-5"),
-        ({"1": {"use": "int8", "group": 5}}, "layers 1: layer 1, 32 a head: groups of 5"),
+        ({"1": {"use": "int8", "group": 5}}, "layers 1: layer 1 \\(head size 32\\): groups of 5"),
         (
             {"1-2": {"use": "lowrank", "calibration": "/nowhere/c.safetensors"}},
             "layers 1-2: calibration /nowhere/c.safetensors cannot be read",
         ),
     ],
 )
-def test_what_the_model_cannot_have_is_refused(layers: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_what_the_model_cannot_have_is_refused(layers: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         build(Mixed, ENGINE, layers=layers)
 
 

@@ -1,4 +1,4 @@
-"""What goes in comes out, to the bit."""
+"""`plain` returns what was stored, to the bit."""
 
 from __future__ import annotations
 

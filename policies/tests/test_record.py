@@ -24,7 +24,7 @@ from kvplug_policies.prefix_cache.record import Record
 
 @pytest.fixture
 def log() -> Iterator[list[logging.LogRecord]]:
-    """What the policy logs, whatever vLLM did to its loggers."""
+    """The policy's log, whatever vLLM did to its loggers."""
     found: list[logging.LogRecord] = []
     handler = logging.Handler()
     handler.emit = found.append  # type: ignore[method-assign]
@@ -74,7 +74,7 @@ def test_the_policy_inside_decides(
 
 
 class Curious(Lru):
-    """Asks for everything, and tells what it was told."""
+    """Asks for every fact, and reports what it received."""
 
     name = "curious"
     needs = frozenset(BlockFact)
@@ -84,17 +84,17 @@ class Curious(Lru):
 
     def __init__(self, options: Any, engine: Any):
         super().__init__(options, engine)
-        self.told: list[tuple[str, int]] = []
+        self.ends: list[tuple[str, int]] = []
         self.stopped = 0
 
     def on_finished(self, request: Any, keys: Any, num_output_tokens: int) -> None:
-        self.told.append((request.request_id, len(keys)))
+        self.ends.append((request.request_id, len(keys)))
 
     def on_stop(self) -> None:
         self.stopped += 1
 
     def counters(self) -> dict[str, float]:
-        return {"told": len(self.told)}
+        return {"ends": len(self.ends)}
 
 
 @pytest.fixture
@@ -112,9 +112,9 @@ def test_what_the_policy_inside_asks_for_is_asked_for(tmp_path: Path, curious: N
     assert inner.options.model_dump() == {"size": 9}
     policy.on_finished(request(1), keys("a", "b"), 2)
     policy.on_stop()
-    assert inner.told == [("1", 2)]
+    assert inner.ends == [("1", 2)]
     assert inner.stopped == 1
-    assert policy.counters()["told"] == 1
+    assert policy.counters()["ends"] == 1
 
 
 def test_one_that_does_not_ask_is_not_told(tmp_path: Path, curious: None) -> None:
@@ -122,7 +122,7 @@ def test_one_that_does_not_ask_is_not_told(tmp_path: Path, curious: None) -> Non
     policy.inner.needs = frozenset()
     policy._asks_inner = False
     policy.on_finished(request(1), keys("a"), 2)
-    assert policy.inner.told == []  # type: ignore[attr-defined]
+    assert policy.inner.ends == []  # type: ignore[attr-defined]
 
 
 # -- the file --------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def test_a_request_that_cannot_be_recorded_costs_nothing_else(
     assert requests(trace) == [[0], [0, 1]]
     assert int(trace["nblk"]) == 2
     assert policy.counters()["skipped_requests"] == 2
-    assert [r.levelname for r in log] == ["ERROR"], "said once"
+    assert [r.levelname for r in log] == ["ERROR"], "logged once"
 
 
 def test_memory_is_bounded_and_the_trace_has_no_holes(
@@ -393,21 +393,21 @@ def test_the_memory_it_states_is_the_memory_it_takes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"path": "/nowhere/at/all/t.npz"}, "the folder /nowhere/at/all does not exist"),
-        ({"path": "/proc/t.npz"}, "path /proc/t.npz: the folder takes no files"),
+        ({"path": "/proc/t.npz"}, "path /proc/t.npz: the folder cannot be written to"),
         ({"of": "lruu"}, "of: there is no policy 'lruu'; use lru"),
         ({"of": "record"}, "of: record cannot wrap itself; use "),
         ({"of": {"use": "record"}}, "of: record cannot wrap itself; use "),
-        ({"of": {"size": 1}}, "of does not say which policy to use"),
+        ({"of": {"size": 1}}, "of does not name a policy"),
         ({"of": {"use": "lru", "size": 1}}, "of.size: Extra inputs are not permitted (lru)"),
     ],
 )
-def test_refused_at_start(options: dict[str, object], told: str) -> None:
+def test_refused_at_start(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError) as refused:
         build(Record, **options)
-    assert told in str(refused.value)
+    assert message in str(refused.value)
     assert not isinstance(refused.value, ValidationError)
 
 
@@ -427,5 +427,5 @@ def test_what_the_policy_inside_cannot_live_with_is_refused(
     tmp_path: Path, curious: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Curious, "supports", frozenset({Feature.LORA}))
-    with pytest.raises(ValueError, match="curious cannot live with prefix caching"):
+    with pytest.raises(ValueError, match="curious does not support prefix caching"):
         record(tmp_path / "t.npz", of="curious")

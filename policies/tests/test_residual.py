@@ -163,7 +163,7 @@ def test_open_groups_are_coded_from_the_exact_tokens_kept(file: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"format": "int5"}, "unknown format 'int5'; did you mean int"),
         ({"format": "plain"}, "cannot correct plain"),
@@ -175,15 +175,15 @@ def test_open_groups_are_coded_from_the_exact_tokens_kept(file: str) -> None:
         ({"mean": False, "rank1": False}, "corrects nothing"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
-    with pytest.raises((ValidationError, ValueError), match=says):
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValidationError, ValueError), match=message):
         Residual.Options.model_validate({"calibration": "c.safetensors", **options})
 
 
 def test_outliers_of_mixed_channels_are_refused(file: str) -> None:
     with pytest.raises(ValueError, match="rotated mixes channels"):
         build(Residual, ENGINE, calibration=file, format="rotated", outliers=2)
-    with pytest.raises(ValueError, match="4 outliers break up groups of 16"):
+    with pytest.raises(ValueError, match="4 outliers do not fill groups of 16"):
         build(Residual, ENGINE, calibration=file, outliers=4, options={"group": 16})
 
 
@@ -193,5 +193,7 @@ def test_it_does_not_run_on_part_of_the_heads() -> None:
 
 def test_outliers_under_integer_products_are_refused(file: str) -> None:
     options = {"rotate": False}
-    with pytest.raises(ValueError, match=r"hack multiplies codes of one width.*set outliers to 0"):
+    with pytest.raises(
+        ValueError, match=r"hack multiplies integer codes of one width.*set outliers to 0"
+    ):
         build(Residual, ENGINE, format="hack", options=options, outliers=4, calibration=file)

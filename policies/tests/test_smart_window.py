@@ -144,7 +144,7 @@ def test_it_resizes_and_so_cannot_run_ahead() -> None:
 
 def test_totals_are_missed() -> None:
     held = replace(case(torch.zeros(HELD)), totals=None)
-    with pytest.raises(ValueError, match="attention totals"):
+    with pytest.raises(ValueError, match="cumulative attention"):
         smart().score(held)
 
 

@@ -141,5 +141,5 @@ def test_it_is_ok_only_if_all_agrees_and_exact_only_with_the_same_past(
 
 
 def test_what_a_segment_says_of_itself_does_not_refuse_it() -> None:
-    told = replace(STORED, created=1.0, request_id="elsewhere", measures={"k_drift": 9.0})
-    assert CHECK.check(candidate(), replace(request(), fingerprint=told)).exact
+    other = replace(STORED, created=1.0, request_id="elsewhere", measures={"k_drift": 9.0})
+    assert CHECK.check(candidate(), replace(request(), fingerprint=other)).exact

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from kvplug_policies.structures import Ghosts, Plan, Ranking
+from kvplug_policies.structures import Ghosts, Ranking, VictimPlan
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -48,14 +48,14 @@ def test_ghosts_forget_the_oldest() -> None:
 
 
 def test_a_plan_gives_the_moves_that_led_to_its_first_victims() -> None:
-    plan: Plan[str] = Plan()
+    plan: VictimPlan[str] = VictimPlan()
     plan.move("x")
     plan.evict(1)
     plan.evict(2)
     plan.move("y")
     plan.evict(3)
     plan.move("z")
-    assert plan.settled([1]) == plan.settled([1, 2]) == ["x"]
-    assert plan.settled([1, 2, 3]) == ["x", "y"]
-    assert plan.settled([2]) == plan.settled([2, 1]) == plan.settled([]) == []
-    assert plan.settled([1, 2, 3, 4]) == []
+    assert plan.moves_for([1]) == plan.moves_for([1, 2]) == ["x"]
+    assert plan.moves_for([1, 2, 3]) == ["x", "y"]
+    assert plan.moves_for([2]) == plan.moves_for([2, 1]) == plan.moves_for([]) == []
+    assert plan.moves_for([1, 2, 3, 4]) == []

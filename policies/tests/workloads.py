@@ -68,13 +68,13 @@ def chats(
         text: list[Piece] = [((seed, "system", system), 400 + 150 * system)]
         for turn in range(40):
             asked = 5 + int((300 if turn == 0 else 60) * np.exp(rng.normal(0, 1)))
-            told = 2 + int(200 * np.exp(rng.normal(0, 0.8)))
+            generated = 2 + int(200 * np.exp(rng.normal(0, 0.8)))
             text.append(((seed, chat, turn, "user"), asked))
-            found.append((at, 1000 * seed + chat + 1, list(text), told))
-            text.append(((seed, chat, turn, "model"), told))
+            found.append((at, 1000 * seed + chat + 1, list(text), generated))
+            text.append(((seed, chat, turn, "model"), generated))
             if rng.random() > keen:
                 break
-            at += 0.02 * told + think * pace * np.exp(rng.normal(0, 0.9))
+            at += 0.02 * generated + think * pace * np.exp(rng.normal(0, 0.9))
     return found
 
 
@@ -89,12 +89,12 @@ def agents(seed: int, n: int, rate: float, since: float = 0.0) -> list[Request]:
         text.append(((seed, agent, "task"), int(rng.lognormal(5, 0.6))))
         for step in range(int(rng.geometric(0.1))):
             tool = rng.random() < 0.75
-            told = int(rng.integers(25, 60)) if tool else int(rng.lognormal(5, 0.5))
-            found.append((at, 1000 * seed + agent + 1, list(text), told))
-            text.append(((seed, agent, step, "model"), told))
+            generated = int(rng.integers(25, 60)) if tool else int(rng.lognormal(5, 0.5))
+            found.append((at, 1000 * seed + agent + 1, list(text), generated))
+            text.append(((seed, agent, step, "model"), generated))
             text.append(((seed, agent, step, "result"), 5 + int(120 * np.exp(rng.normal(0, 1)))))
             pause = 2 * np.exp(rng.normal(0, 0.6)) if tool else 25 * np.exp(rng.normal(0, 0.8))
-            at += 0.02 * told + pause
+            at += 0.02 * generated + pause
     return found
 
 

@@ -1,8 +1,8 @@
-"""MRU: give up the block let go most recently, and keep what was there first.
+"""MRU: evict the block released most recently, and keep what was there first.
 
-For prompts that come round in a cycle longer than the cache: the least recently used order evicts
-each one shortly before its turn, this order keeps as many as fit. Blocks of one request are let go
-together; of those, the tail of the text goes first, so that what stays is still a usable prefix.
+For prompts that repeat in a cycle longer than the cache: the least recently used order evicts each
+one shortly before its turn, this order keeps as many as fit. Blocks of one request are released
+together; of those, the last block of the text goes first, so that the rest is a usable prefix.
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,17 @@ class Mru(PrefixCachePolicy):
     paper = "most recently used"
 
     class Options(PolicyOptions):
-        """Knobs of `Mru`."""
+        """Options of `Mru`."""
 
-        protect: int = Field(0, ge=0, description="newest blocks spared while others are left")
+        protect: int = Field(
+            0, ge=0, description="newest blocks that are evicted only when no others are left"
+        )
 
     options: Options
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        self._order: dict[int, None] = {}  # oldest first; the tail of a text is its newest
+        self._order: dict[int, None] = {}  # oldest first; the last block of a text is its newest
 
     def on_release(self, released: Released) -> None:
         self.on_remove(released.ids)

@@ -25,7 +25,7 @@ class Nf4(FormatPolicy):
 
     def layout(self, layer: LayerView) -> PageLayout:
         if layer.head_size % 2:
-            raise ValueError(f"two codes fill a byte, and {layer.head_size} elements do not")
+            raise ValueError(f"two codes share a byte: head size {layer.head_size} must be even")
         codes = PageField("codes", 0, layer.head_size, "uint8")
         scales = PageField("scales", layer.head_size, 4, "float16")
         size = -(-(layer.head_size + 4) // 4) * 4

@@ -42,7 +42,7 @@ def test_a_token_takes_68_bytes_a_head_and_comes_back_near() -> None:
 
 
 def test_an_odd_head_is_refused() -> None:
-    with pytest.raises(ValueError, match="63 elements do not"):
+    with pytest.raises(ValueError, match="must be even"):
         make().layout(LayerView(0, 1, 2, 4, 63))
 
 

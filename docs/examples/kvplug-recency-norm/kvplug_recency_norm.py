@@ -1,7 +1,7 @@
-"""Recency norm: tokens with small keys stay, and age counts against a token.
+"""Recency norm: keeps tokens with small keys, and discounts old ones.
 
-A key of small L2 norm tends to draw much attention, which needs no query to know. An old token must
-have an ever smaller key to stay: every `half_life` tokens of age count as a norm twice as large.
+A key of small L2 norm tends to draw much attention, which is known without a query. An old token
+needs an ever smaller key to stay: every `half_life` tokens of age count as a norm twice as large.
 """
 
 from pydantic import Field
@@ -21,10 +21,10 @@ class RecencyNorm(ScoringPolicy):
     paper = "the key norm of arXiv 2406.11430, with a half-life"
 
     class Options(ScoringOptions):
-        """Knobs of `RecencyNorm`, beside those of every scoring policy."""
+        """Options of `RecencyNorm`, besides those of every scoring policy."""
 
         half_life: int = Field(
-            512, ge=1, le=1 << 20, description="tokens of age that count as a norm twice as large"
+            512, ge=1, le=1 << 20, description="tokens of age that count as doubling the norm"
         )
 
     options: Options

@@ -64,8 +64,8 @@ def test_a_model_runs_under_it() -> None:
 
     full = generate(model, prompt, None, max_new_tokens=40)
     roomy = generate(model, prompt, "recency_norm", max_new_tokens=40, budget=512)
-    assert (roomy.ids, roomy.cuts) == (full.ids, []), "a budget beyond the text is exact"
+    assert (roomy.ids, roomy.evictions) == (full.ids, []), "a budget beyond the text is exact"
 
     pruned = generate(model, prompt, "recency_norm", max_new_tokens=40, budget=64, interval=32)
-    assert [at for at, _ in pruned.cuts] == [200, 224]
-    assert pruned.held < 64 + 32 + 16 < full.held == 239
+    assert [at for at, _ in pruned.evictions] == [200, 224]
+    assert pruned.kept < 64 + 32 + 16 < full.kept == 239

@@ -22,7 +22,7 @@ from kvplug_kernels.select_top import select_top
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The knobs of one group of layers with equal shares, in blocks.
+    """The options of one group of layers with equal shares, in blocks.
 
     Attributes:
         block_size: Tokens per block.
@@ -55,23 +55,23 @@ class Limits:
         Raises:
             ValueError: The layer's budget is smaller than what is always kept.
         """
-        knobs, share = policy.knobs, policy.share(layer)
-        interval = -(-knobs.interval // block_size)
-        if isinstance(knobs.budget, int):
-            least = -(-math.ceil(knobs.budget * share) // block_size) * block_size
-            if least < knobs.sink + knobs.recent:
+        options, share = policy.options, policy.share(layer)
+        interval = -(-options.interval // block_size)
+        if isinstance(options.budget, int):
+            least = -(-math.ceil(options.budget * share) // block_size) * block_size
+            if least < options.sink + options.recent:
                 raise ValueError(
-                    f"layer {layer.index} keeps {least} tokens (budget {knobs.budget} x share "
-                    f"{share:g}), less than sink + recent = {knobs.sink + knobs.recent}"
+                    f"layer {layer.index} keeps {least} tokens (budget {options.budget} x share "
+                    f"{share:g}), less than sink + recent = {options.sink + options.recent}"
                 )
         return cls(
             block_size=block_size,
-            budget=knobs.budget,
+            budget=options.budget,
             share=share,
-            always=knobs.sink + knobs.recent,
+            always=options.sink + options.recent,
             interval=interval,
-            shared=max(interval, -(-knobs.shared // block_size)),
-            hold=-(-knobs.prefill // block_size) if knobs.prefill else hold,
+            shared=max(interval, -(-options.shared // block_size)),
+            hold=-(-options.prefill // block_size) if options.prefill else hold,
         )
 
     def holding(self, hold: int) -> Limits:
@@ -282,8 +282,8 @@ def keep_best(
 ) -> Tensor:
     """The ``count`` best of the first ``candidates`` held tokens; see `choose`."""
     positions = held.positions[..., :candidates]
-    newest = (held.num_tokens - policy.knobs.recent)[:, None, None]
-    always = (positions < policy.knobs.sink) | (positions >= newest)
+    newest = (held.num_tokens - policy.options.recent)[:, None, None]
+    always = (positions < policy.options.sink) | (positions >= newest)
     ranked = scores[..., :candidates].masked_fill(always, float("inf"))
     if unwanted is not None:
         ranked = ranked.masked_fill(unwanted[..., :candidates], float("-inf"))

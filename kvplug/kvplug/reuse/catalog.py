@@ -13,7 +13,8 @@ import numpy as np
 from kvplug.contract.reuse import Fingerprint
 from kvplug.reuse.entry import CatalogEntry, SegmentState, Tokens
 from kvplug.reuse.file import digest, segment_id
-from kvplug.reuse.index import Hasher, Match, SegmentIndex
+from kvplug.reuse.hashing import Hasher
+from kvplug.reuse.index import Match, SegmentIndex
 from kvplug.reuse.inventory import Inventory, StoreCommands
 from kvplug.reuse.quota import Quota
 from kvplug.reuse.scan import scan_folder

@@ -1,34 +1,29 @@
 """What is stored, found by its text, its time and its request.
 
 Equal text is found by a rolling hash over the whole request at once and then compared token by
-token, so a collision costs time and never a wrong answer. Near-equal text is found by SimHash
-(Charikar, STOC 2002), the nearest of which `usearch` finds: it only says what may be worth bringing
-back from a folder.
+token, so a collision costs time and never gives a wrong answer. Near-duplicate text, found by
+`kvplug.reuse.near_duplicates`, only tells what may be worth fetching from disk.
 """
 
 from __future__ import annotations
 
 import math
-import secrets
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from sortedcontainers import SortedSet
-from usearch.compiled import MetricKind, ScalarKind
-from usearch.index import Index
 
-__all__ = ["Hasher", "Match", "RollingHash", "SegmentIndex", "SimHash"]
+from kvplug.errors import KVPlugError
+from kvplug.reuse.hashing import GOLDEN, Hasher, Hashes, RollingHash, SimHash, Tokens
 
-Tokens = NDArray[np.int32]
-Hashes = NDArray[np.uint64]
-Hasher = Callable[[Tokens, int], Hashes]
-"""Token ids ``[n]`` and a width ``w`` to a hash of each window, ``[n - w + 1]``."""
+if TYPE_CHECKING:
+    from kvplug.reuse.near_duplicates import NearDuplicates
 
-_WORD = 1 << 64
-_GOLDEN = 0x9E3779B97F4A7C15
+__all__ = ["Match", "SegmentIndex"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,76 +39,6 @@ class Match:
     segment: str
     start: int
     length: int
-
-
-def _mixed(words: Hashes) -> Hashes:
-    """SplitMix64's finalizer: every bit of the input moves every bit of the output."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
-
-
-class RollingHash:
-    """Polynomial hash of every window of a text, modulo 2**64, over scrambled token ids.
-
-    Args:
-        seed: Where its base and its scrambling come from; drawn anew if None, so that nobody can
-            prepare texts that collide.
-    """
-
-    def __init__(self, seed: int | None = None) -> None:
-        source = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
-        self._base = int(source.integers(1 << 62, _WORD, dtype=np.uint64)) | 1
-        self._salt = np.uint64(source.integers(0, _WORD, dtype=np.uint64))
-
-    def __call__(self, tokens: Tokens, width: int) -> Hashes:
-        """Hashes of the windows of `width` tokens, ``[max(n - width + 1, 0)]`` uint64."""
-        places = len(tokens) - width + 1
-        if places < 1:
-            return np.empty(0, np.uint64)
-        # Windows of 1, 2, 4, ... tokens are put together to one of `width`.
-        power = _mixed(tokens.view(np.uint32).astype(np.uint64) + self._salt)
-        size, done = 1, 0
-        result: Hashes | None = None
-        while True:
-            if width & size:
-                part = power[done : done + places]
-                result = part if result is None else result * np.uint64(self._weight(size)) + part
-                done += size
-            if done == width:
-                assert result is not None
-                return result
-            power = power[:-size] * np.uint64(self._weight(size)) + power[size:]
-            size *= 2
-
-    def _weight(self, size: int) -> int:
-        return pow(self._base, size, _WORD)
-
-
-class SimHash:
-    """Bits that are alike for token runs with many n-grams in common.
-
-    Args:
-        bits: Bits of a hash, a multiple of 64.
-        grams: Tokens of an n-gram.
-        seed: Of the n-grams' hashes.
-    """
-
-    def __init__(self, bits: int = 512, grams: int = 2, seed: int | None = None) -> None:
-        if bits < 64 or bits % 64:
-            raise ValueError(f"bits must be a multiple of 64, not {bits}")
-        self.bits = bits
-        self.grams = grams
-        self._rolling = RollingHash(seed)
-        self._steps = np.arange(1, bits // 64 + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
-
-    def __call__(self, tokens: Tokens) -> NDArray[np.uint8]:
-        """The hash of a text of at least one token, ``[bits / 8]`` packed."""
-        found = np.unique(self._rolling(tokens, min(self.grams, len(tokens))))
-        words = _mixed(found[:, None] + self._steps)
-        wide = np.uint16 if len(found) < 1 << 16 else np.uint32
-        ones = np.unpackbits(words.view(np.uint8), axis=1).sum(axis=0, dtype=wide)
-        return np.packbits(ones > len(found) // 2)
 
 
 def _common(one: Tokens, other: Tokens) -> int:
@@ -154,7 +79,7 @@ class _Table:
         self._counts = np.zeros(1 << self._bits, np.uint16)
 
     def _slots(self, hashes: Hashes) -> NDArray[np.intp]:
-        slots = (hashes * np.uint64(_GOLDEN)) >> np.uint64(64 - self._bits)
+        slots = (hashes * np.uint64(GOLDEN)) >> np.uint64(64 - self._bits)
         return slots.astype(np.intp)
 
     def _count(self, key: int, change: int) -> None:
@@ -198,63 +123,12 @@ class _Table:
         return found
 
 
-_REMOVED = 64
-
-
-class _Near:
-    """Near-equal texts of one tenant.
-
-    All hashes are compared: what one looks for lies alone among texts that are all equally far, and
-    there a graph of neighbours (HNSW) misses up to half of it and takes several times as long to
-    add one (`kvplug_lab.reuse.index --graph`).
-    """
-
-    def __init__(self, simhash: SimHash) -> None:
-        self._simhash = simhash
-        # Of the graph that the library keeps beside the hashes nothing is used.
-        self._index = Index(
-            ndim=simhash.bits,
-            metric=MetricKind.Hamming,
-            dtype=ScalarKind.B1,
-            connectivity=2,
-            expansion_add=1,
-        )
-        self._ids: dict[int, str] = {}
-        self._keys: dict[str, int] = {}
-        self._next = 0
-        self._gone: list[int] = []
-
-    def add(self, segment: str, tokens: Tokens) -> None:
-        key, self._next = self._next, self._next + 1
-        self._index.add(key, self._simhash(tokens), threads=1)
-        self._ids[key], self._keys[segment] = segment, key
-
-    def remove(self, segment: str) -> None:
-        key = self._keys.pop(segment)
-        del self._ids[key]
-        # The first addition after a removal takes milliseconds, however many were removed.
-        self._gone.append(key)
-        if len(self._gone) >= _REMOVED:
-            self._index.remove(self._gone, threads=1)
-            self._gone.clear()
-
-    def find(self, tokens: Tokens, k: int) -> list[tuple[str, float]]:
-        count = min(k + len(self._gone), len(self._ids) + len(self._gone))
-        found = self._index.search(self._simhash(tokens), count, exact=True, threads=1)
-        likest = [
-            (self._ids[key], math.cos(math.pi * distance / self._simhash.bits))
-            for key, distance in zip(found.keys.tolist(), found.distances.tolist(), strict=True)
-            if key in self._ids
-        ]
-        return likest[:k]
-
-
 @dataclass(slots=True)
 class _Tenant:
     """All of one tenant: nothing here is ever looked at for another."""
 
     tables: dict[int, _Table] = field(default_factory=dict)
-    near: _Near | None = None
+    near: NearDuplicates | None = None
     segments: int = 0
 
 
@@ -266,6 +140,21 @@ class _Entry:
     text: _Text
     created: float
     request_id: str
+
+
+def _near_duplicates(seed: int | None) -> Callable[[], NearDuplicates]:
+    """What makes an empty index of near duplicates, one for each tenant."""
+    try:
+        from kvplug.reuse.near_duplicates import NearDuplicates
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "usearch":
+            raise
+        raise KVPlugError(
+            "reuse.prefetch: needs the package usearch, which is not installed. "
+            "Fix: pip install 'kvplug[prefetch]', or set prefetch: false."
+        ) from None
+    simhash = SimHash(seed=seed)
+    return lambda: NearDuplicates(simhash)
 
 
 class SegmentIndex:
@@ -283,6 +172,7 @@ class SegmentIndex:
 
     Raises:
         ValueError: `min_tokens`, `window` or `limit` is below one.
+        KVPlugError: `near_duplicates` needs a package that is not installed.
     """
 
     def __init__(
@@ -303,7 +193,7 @@ class SegmentIndex:
         self._window = min(window, min_tokens)
         self._limit = limit
         self._hasher: Hasher = hasher or RollingHash(seed)
-        self._simhash = SimHash(seed=seed) if near_duplicates else None
+        self._new_near = _near_duplicates(seed) if near_duplicates else None
         self._tenants: dict[str, _Tenant] = {}
         self._entries: dict[str, _Entry] = {}
         self._by_time: SortedSet = SortedSet()
@@ -346,8 +236,8 @@ class SegmentIndex:
         key = int(self._hasher(tokens[:width], width)[0])
         text = table.text(key, tokens)
         text.ids.append(segment)
-        if self._simhash is not None:
-            owner.near = owner.near or _Near(self._simhash)
+        if self._new_near is not None:
+            owner.near = owner.near or self._new_near()
             owner.near.add(segment, tokens)
         owner.segments += 1
         self._entries[segment] = _Entry(tenant, table, key, text, created, request_id)

@@ -253,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--use", nargs=2, action="append", metavar=("FORMAT", "OPTIONS"), help="options as JSON"
     )
+    parser.add_argument("--json", type=Path, help="write the errors, one row a format")
     asked = parser.parse_args(arguments)
     try:
         shown = [(use, _options(use, given)) for use, given in asked.use or ()] or list(SHOWN)
@@ -265,13 +266,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print("| format | options | bytes | keys | values | output | worst layer |")
     print("| --- | --- | --: | --: | --: | --: | --: |")
+    rows = []
     for use, options, policy in built:
         found = errors(policy, layers, asked.queries)
         knobs = ", ".join(f"`{name}: {value}`" for name, value in options.items())
         cells = (f"{e:.2%}" for e in (found.key, found.value, found.output, found.worst))
         size = f"{found.bytes_per_token_head:g}"
         print(f"| {use} | {knobs} | {size} | {' | '.join(cells)} |", flush=True)
+        label = ":".join([use, *(f"{name}={_plain(value)}" for name, value in options.items())])
+        rows.append(
+            {
+                "format": label,
+                "bytes": found.bytes_per_token_head,
+                "keys": found.key,
+                "values": found.value,
+                "output": found.output,
+                "worst": found.worst,
+            }
+        )
+    if asked.json is not None:
+        asked.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _plain(value: Any) -> str:
+    """A value as ``NAME:OPTION=VALUE`` has it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 if __name__ == "__main__":

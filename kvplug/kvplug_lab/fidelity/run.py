@@ -231,14 +231,14 @@ def _context(
             progress(f"{prompt.name} {said(which)[0]}")
             # The text is fed on, so each prompt needs one of its own.
             text = begun if i == 0 else start(which)
-            held = text.held
+            held = text.kept
             logits = _scored(host, text, prompt, device)
             yield _record(*said(which), prompt, held, logits, reference)
     for prompt in generate:
         for at in range(0, len(everyone), AT_ONCE):
             chosen = everyone[at : at + AT_ONCE]
             texts = [start(which) for which in chosen]
-            helds = [text.held for text in texts]
+            helds = [text.kept for text in texts]
             written = _generate(host, texts, int(last.argmax()), prompt.new_tokens - 1, device)
             for which, held, ids in zip(chosen, helds, written, strict=True):
                 progress(f"{prompt.name} {said(which)[0]}")
@@ -277,7 +277,7 @@ def _stored(
         for prompt in scored:
             progress(f"{prompt.name} {label}")
             logs = _scored(host, text.branch(format), prompt, device, piece)
-            yield _record(label, budget, prompt, text.held, logs, reference, size)
+            yield _record(label, budget, prompt, text.kept, logs, reference, size)
         generate.append((text, label, budget, size))
     for prompt in (p for p in prompts if p.new_tokens):
         for at in range(0, len(generate), AT_ONCE):
@@ -286,7 +286,7 @@ def _stored(
             written = _generate(host, texts, first, prompt.new_tokens - 1, device)
             for (text, label, budget, size), ids in zip(some, written, strict=True):
                 progress(f"{prompt.name} {label}")
-                held = text.held
+                held = text.kept
                 yield Record(label, budget, prompt.task, prompt.name, held, ids=ids, bytes=size)
 
 

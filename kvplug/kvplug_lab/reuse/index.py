@@ -23,7 +23,8 @@ from usearch.compiled import MetricKind, ScalarKind
 from usearch.index import Index
 
 from kvplug.errors import KVPlugError
-from kvplug.reuse.index import SegmentIndex, SimHash
+from kvplug.reuse.hashing import SimHash
+from kvplug.reuse.index import SegmentIndex
 from kvplug_lab.spread import Spread
 
 __all__ = ["MatchCost", "NearCost", "measure", "tables"]

@@ -1,9 +1,9 @@
 """A linear correction of KV that was computed after another text.
 
 For each layer, calibration fits by ridge regression what is missing from a token's stored K and V
-(of all KV heads, K before its rotation) to what the text gives, and keeps the directions that tell
-most of it (reduced-rank regression: A. J. Izenman, Journal of Multivariate Analysis 5, 1975). The
-policy adds it, scaled down where reuse is credible.
+(of all KV heads, K before its rotation) to what the text gives, and keeps the directions that
+explain most of it (reduced-rank regression: A. J. Izenman, Journal of Multivariate Analysis 5,
+1975). The policy adds it, scaled down where reuse is credible.
 """
 
 from __future__ import annotations

@@ -88,9 +88,9 @@ class Prompt:
 
 @dataclass(eq=False)
 class _Sight:
-    """Probe that keeps what each layer's attention receives, from token ``cut`` on."""
+    """Probe that keeps what each layer's attention receives, from token ``first`` on."""
 
-    cut: int
+    first: int
     key: list[Tensor] = field(default_factory=list)
     value: list[Tensor] = field(default_factory=list)
     stats: list[Tensor] = field(default_factory=list)
@@ -99,11 +99,11 @@ class _Sight:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: How
     ) -> tuple[Tensor, Tensor]:
         keys, values = key.transpose(0, 1), value.transpose(0, 1)
-        last = query[:, self.cut :][:, -QUERIES:].transpose(0, 1)
-        own, before = keys[self.cut :], keys[: self.cut]
-        self.stats.append(segment_stats(own, values[self.cut :], last, before, how.scale))
+        last = query[:, self.first :][:, -QUERIES:].transpose(0, 1)
+        own, before = keys[self.first :], keys[: self.first]
+        self.stats.append(segment_stats(own, values[self.first :], last, before, how.scale))
         self.key.append(own.clone())
-        self.value.append(values[self.cut :].clone())
+        self.value.append(values[self.first :].clone())
         return key, value
 
 
@@ -137,10 +137,10 @@ class Experiment:
     ) -> StoredKV:
         """KV of tokens after a partly reused context, without query statistics."""
         whole = forward_reused(self.model, [*context, *tokens], pieces, keep=[])
-        cut = len(context)
-        key, value = [k[cut:] for k in whole.keys], [v[cut:] for v in whole.values]
+        start = len(context)
+        key, value = [k[start:] for k in whole.keys], [v[start:] for v in whole.values]
         stats = torch.stack([segment_stats(k, v) for k, v in zip(key, value, strict=True)])
-        return StoredKV(cut, tuple(context), key, value, stats, ancestry)
+        return StoredKV(start, tuple(context), key, value, stats, ancestry)
 
     def prompt(self, found: Sequence[Document]) -> Prompt:
         """A prompt, computed whole."""

@@ -36,7 +36,7 @@ class Residuals:
 
     def __call__(self, stored: StoredKV, placed: Piece, true: Piece) -> None:
         """Accumulate a placement."""
-        # The sink of a text of its own is like no other token and would outweigh all of them.
+        # The sink at a text's start is unlike any other token and would outweigh all of them.
         skip = 1 if stored.start == 0 else 0
         n = len(placed)
         back = -torch.arange(placed.start, placed.start + n)
@@ -86,7 +86,7 @@ class Residuals:
             cross = xy / self.tokens - x[:, None] * y
             penalty = ridge * cov.diagonal().mean() + 1e-12
             weight = torch.linalg.solve(cov + penalty * torch.eye(len(cov)).double(), cross)
-            # Of what the regression explains, the directions that tell most come first.
+            # Of what the regression explains, the most predictive directions come first.
             _, directions = torch.linalg.eigh(weight.T @ cov @ weight)
             directions = directions.flip(1)[:, : min(rank, len(y))]
             mean = self._norms[layer][0] / self.tokens

@@ -111,9 +111,9 @@ def learn(
         raise KVPlugError(f"--kind {settings.kind!r}: use one of {AUTO}, {', '.join(KINDS)}")
     if not len(prefix):
         raise KVPlugError("--prefix: the shared prefix must have at least one token")
-    cut = text.rfind("\n\n", 0, len(text) * 4 // 5) + 1
-    learned_from = documents(text[:cut], encode, sizes.prompts * sizes.documents, sizes)
-    others = documents(text[cut:], encode, sizes.held_out * sizes.documents, sizes)
+    split = text.rfind("\n\n", 0, len(text) * 4 // 5) + 1
+    learned_from = documents(text[:split], encode, sizes.prompts * sizes.documents, sizes)
+    others = documents(text[split:], encode, sizes.held_out * sizes.documents, sizes)
 
     experiment = Experiment(model, prefix)
     residuals = Residuals(experiment)

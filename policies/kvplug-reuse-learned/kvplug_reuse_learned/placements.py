@@ -117,7 +117,7 @@ def trials(
 ) -> list[PlacementTrial]:
     """Place documents of prompts and compare reuse with recompute.
 
-    Each placement is measured by itself: what stands before the document is true, and what
+    Each placement is measured separately: what precedes the document is true, and what
     follows it in the text is computed.
 
     Args:

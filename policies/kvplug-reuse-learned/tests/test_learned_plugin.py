@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import subprocess
+import sys
 
 from kvplug.contract import Kind
 from kvplug.registry import EXTRAS, Plugins
@@ -34,3 +36,17 @@ def test_without_it_kvplug_knows_neither_check() -> None:
     for kind, name in EXTRAS["reuse-learned"]:
         assert plugins.registry.get(kind, name) is None
         assert plugins.registry.extra(kind, name) == "reuse-learned"
+
+
+def test_the_checks_serve_without_the_lab() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['kvplug_lab'] = sys.modules['transformers'] = None\n"
+        "from kvplug.registry import Plugins\n"
+        "from kvplug_reuse_learned import plugin\n"
+        "plugins = Plugins(entry_points=False)\n"
+        "plugins.register(plugin, 'learned')\n"
+        "print(sorted(p.name for p in plugins.registry))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "['compensate', 'credibility']\n"

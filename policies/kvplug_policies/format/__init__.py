@@ -1,1 +1,1 @@
-"""How K and V are stored."""
+"""Format policies: how K and V are stored."""

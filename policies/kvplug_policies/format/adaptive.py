@@ -24,12 +24,12 @@ from kvplug.contract import (
 )
 from kvplug_policies.inner import build_inner, inner_format
 
-TOLD = 64
+DECISIONS = 64
 """Decisions kept for `Adaptive.decisions`."""
 
 
 class Adaptive(FormatPolicy):
-    """Chooses among formats at run time, per request, by the error they are seen to make.
+    """Chooses a format per request at run time, by the measured error of each.
 
     Levels go from the cheapest to the safest format. On sampled layers, the exact K and V of a few
     pages are kept while they live; every so many steps, queries that see such a page attend it
@@ -42,7 +42,7 @@ class Adaptive(FormatPolicy):
     """
 
     name = "adaptive"
-    changes = "stores each new request in the cheapest of several formats that measures well enough"
+    changes = "stores each new request in the cheapest format whose measured error is low enough"
     # Where in a page a token's bytes lie depends on the level, which a move would have to know.
     moves_tokens = False
 
@@ -70,29 +70,32 @@ class Adaptive(FormatPolicy):
             le=1,
             description="relative error of attention outputs above which a safer level is taken",
         )
-        sample_layers: int = Field(2, ge=1, le=64, description="layers that are looked at")
+        sample_layers: int = Field(2, ge=1, le=64, description="layers that are sampled")
         sample_every: int = Field(
-            8, ge=1, le=1 << 20, description="steps of a layer from one look to the next"
+            8, ge=1, le=1 << 20, description="steps of a layer between two samples"
         )
         shadow_pages: int = Field(
             4, ge=1, le=256, description="pages per sampled layer whose exact K and V are kept"
         )
         patience: int = Field(
-            8, ge=1, le=1 << 20, description="looks at a level before it is left, and in its mean"
+            8, ge=1, le=1 << 20, description="samples of a level before it is left, and in its mean"
         )
         retry: int = Field(
-            256, ge=1, le=1 << 30, description="looks before a level left for its error is tried"
+            256,
+            ge=1,
+            le=1 << 30,
+            description="samples before a level left for its error is tried again",
         )
-        log: str = Field("", description="file that every decision is appended to, as JSON lines")
+        log: str = Field("", description="file to which decisions are appended as JSON lines")
 
         def inner(self, level: str | dict[str, Any]) -> tuple[type[FormatPolicy], PolicyOptions]:
-            """The format of a level, and its options. Raises ValueError."""
+            """Return the format of a level and its options. Raises ValueError."""
             options = {"use": level} if isinstance(level, str) else dict(level)
             name = options.pop("use", None)
             if name == Adaptive.name:
-                raise ValueError("adaptive cannot be a level of itself")
+                raise ValueError("adaptive cannot be one of its own levels")
             if options.get("exact_chunk", self.exact_chunk) != self.exact_chunk:
-                raise ValueError("exact_chunk is one for all levels: set it beside `levels`")
+                raise ValueError("exact_chunk applies to all levels: set it beside `levels`")
             return inner_format(name, options, {"exact_chunk": self.exact_chunk})
 
         @model_validator(mode="after")
@@ -105,7 +108,7 @@ class Adaptive(FormatPolicy):
             if self.low >= self.high:
                 raise ValueError(f"low {self.low} must be below high {self.high}")
             if not -len(self.levels) <= self.start < len(self.levels):
-                raise ValueError(f"start {self.start} is none of the {len(self.levels)} levels")
+                raise ValueError(f"start {self.start} is not one of the {len(self.levels)} levels")
             return self
 
     options: Options
@@ -133,7 +136,7 @@ class Adaptive(FormatPolicy):
         for layer in engine.layers:
             if built.recent(layer) or built.layout(layer).heads is not None:
                 raise ValueError(
-                    f"level {found.name} keeps recent tokens or shares heads, which levels cannot"
+                    f"level {found.name} keeps recent tokens or shares heads, which a level cannot"
                 )
         return built
 
@@ -187,7 +190,7 @@ class Adaptive(FormatPolicy):
         }
         self.current = to
         self.decisions.append(decision)
-        del self.decisions[:-TOLD]
+        del self.decisions[:-DECISIONS]
         if self.options.log:
             with Path(self.options.log).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(decision) + "\n")
@@ -292,7 +295,7 @@ class Adaptive(FormatPolicy):
         of_row: Tensor,
         shadow: _Shadow,
     ) -> None:
-        """Attend shadowed pages exactly and from their codes, and note how far apart that is."""
+        """Attend shadowed pages exactly and from their codes, and record the relative error."""
         size, n = cache.shape[2], len(self.levels)
         full = (batch.seq_lens // size).long()
         for block, (key, value, filled) in shadow.pages.items():
@@ -367,7 +370,7 @@ def _attend_page(query: Tensor, key: Tensor, value: Tensor, batch: AttendBatch) 
 
 
 def _rows_of(batch: AttendBatch, rows: Tensor) -> tuple[Tensor, AttendBatch]:
-    """Some rows of a batch: their tokens among the batch's, and a batch of their own."""
+    """Some rows of a batch: their tokens in the batch, and a batch of only them."""
     starts = batch.query_start.long()
     widths = (starts[1:] - starts[:-1])[rows]
     first = torch.cumsum(widths, 0) - widths

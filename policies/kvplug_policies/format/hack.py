@@ -43,7 +43,7 @@ class Hack(CodedFormat):
     integer: ClassVar[bool] = True
 
     class Options(LayerOptions):
-        """Knobs of `Hack`."""
+        """Options of `Hack`."""
 
         bits: Literal[2, 4, 8] = Field(4, description="bits of a code")
         group: int = Field(

@@ -25,12 +25,12 @@ class Int4(CodedFormat):
     paper = "FlexGen: High-Throughput Generative Inference of LLMs, arXiv 2303.06865"
 
     class Options(LayerOptions):
-        """Knobs of `Int4`."""
+        """Options of `Int4`."""
 
         group: int = Field(
             0, ge=0, le=1024, description="channels of a head that share a scale; 0: all of them"
         )
-        # A fit gives up the few large channels of a key, which attention hangs on.
+        # A fit loses the few large channels of a key, on which attention depends.
         fit: int = Field(0, ge=0, le=8, description=FIT)
         layers: Mapping[str, Literal[2, 3, 4, 8]] = Field(default_factory=dict, description=LAYERS)
 

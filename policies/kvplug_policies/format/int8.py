@@ -21,7 +21,7 @@ class Int8(CodedFormat):
     paper = "ZeroQuant: Efficient and Affordable Post-Training Quantization, arXiv 2206.01861"
 
     class Options(FormatOptions):
-        """Knobs of `Int8`."""
+        """Options of `Int8`."""
 
         group: int = Field(
             0, ge=0, le=1024, description="channels of a head that share a scale; 0: all of them"

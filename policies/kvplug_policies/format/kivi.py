@@ -6,7 +6,7 @@ scale per token suits them.
 
 A group's scales are final once its last token is computed. Until then its keys and values are
 kept exact beside the pages, in a ring of `group` tokens per request, and attended there. The pages
-hold valid codes of the open group too, made anew with every token, so that whoever reads only
+hold valid codes of the open group too, rewritten with every token, so that a reader of only
 pages (a shared block, a tier, another worker) finds them whole.
 
 Differences from the paper:
@@ -39,7 +39,7 @@ class Kivi(CodedFormat):
     moves_tokens = False
 
     class Options(LayerOptions):
-        """Knobs of `Kivi`."""
+        """Options of `Kivi`."""
 
         bits: Literal[2, 4] = Field(2, description="bits of a code")
         group: int = Field(
@@ -55,9 +55,9 @@ class Kivi(CodedFormat):
         def _open_groups_are_exact(self) -> Self:
             if not self.exact_chunk:
                 raise ValueError(
-                    "kivi cannot have exact_chunk: false. A group's scales depend on which of its "
-                    "tokens are computed, so an open group is attended exactly; int4 and rotated "
-                    "can do without"
+                    "kivi does not support exact_chunk: false. A group's scales depend on which of "
+                    "its tokens are computed, so an open group is attended exactly; int4 and "
+                    "rotated support it"
                 )
             return self
 

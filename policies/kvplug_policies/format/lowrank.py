@@ -41,7 +41,7 @@ STEP = 8
 
 
 def smallest_rank(energy: Tensor, max_error: float) -> int:
-    """The smallest multiple of 8 that every head may be cut to.
+    """The smallest multiple of 8 coordinates that loses no more than allowed in any head.
 
     Args:
         energy: ``[heads, d]``, descending.
@@ -87,17 +87,17 @@ class LowRank(CodedFormat):
     )
 
     class Options(CalibratedOptions):
-        """Knobs of `LowRank`."""
+        """Options of `LowRank`."""
 
         max_error: float = Field(
             0.003,
             ge=0.0,
             le=1.0,
-            description="largest part of the energy of a head that may be lost (mean square of "
+            description="largest fraction of the energy of a head that may be lost (mean square of "
             "logits for keys, variance for values); sets the rank of each layer",
         )
         rank: int = Field(
-            0, ge=0, le=512, description="coordinates of keys and of values; 0: by max_error"
+            0, ge=0, le=512, description="coordinates of keys and of values; 0: chosen by max_error"
         )
         bits: Literal[16, 8, 4] = Field(
             16, description="bits of a coordinate: 16 (as computed), 8 or 4"
@@ -108,7 +108,7 @@ class LowRank(CodedFormat):
         @classmethod
         def _rank_is_a_multiple_of_8(cls, value: int) -> int:
             if value % STEP:
-                raise ValueError(f"a rank must be a multiple of {STEP}")
+                raise ValueError(f"rank must be a multiple of {STEP}")
             return value
 
     options: Options
@@ -135,9 +135,7 @@ class LowRank(CodedFormat):
     def ranks(self, layer: LayerView) -> tuple[int, int]:
         """Coordinates of keys and of values of a layer."""
         if self.options.rank > layer.head_size:
-            raise ValueError(
-                f"rank {self.options.rank} is more than the {layer.head_size} elements"
-            )
+            raise ValueError(f"rank {self.options.rank} is above the head size {layer.head_size}")
         if self.options.rank:
             return self.options.rank, self.options.rank
         key = smallest_rank(self.calibration.of(layer, "key_energy"), self.options.max_error)
@@ -156,10 +154,10 @@ class LowRank(CodedFormat):
         }
         for name, matrix in maps.items():
             rank = ranks[0] if name.startswith("key") else ranks[1]
-            cut = matrix[..., :rank].double()
+            kept = matrix[..., :rank].double()
             if self.options.bits < 16:
-                cut = cut @ spread(rank)
-            maps[name] = cut.float().contiguous()
+                kept = kept @ spread(rank)
+            maps[name] = kept.float().contiguous()
         maps["key_mean"], maps["value_mean"] = of(layer, "key_mean"), of(layer, "value_mean")
         self._maps.put(layer, maps)
         if self.options.bits == 16:

@@ -1,10 +1,10 @@
-"""KV heads of a layer that can stand for each other share one stored head.
+"""KV heads of a layer that are nearly alike share one stored head.
 
 Grouped-query attention makes query heads share KV heads when a model is trained; this does it to a
-trained model, layer by layer, where its activations allow it. `kvplug calibrate` merges KV heads
-of a layer two groups at a time, the pair that loses least first, and fits how the shared head
-stands for each of its own: by one number per head (``gain``: their keys are nearly parallel), or by
-linear maps (``linear``: their keys lie near one subspace of a head's width; what Palu, arXiv
+trained model, layer by layer, where its activations allow it. `kvplug calibrate` merges KV heads of
+a layer two groups at a time, the pair that loses least first, and fits how the shared head
+represents each of its heads: by one number per head (``gain``: their keys are nearly parallel), or
+by linear maps (``linear``: their keys lie near one subspace of a head's width; what Palu, arXiv
 2407.21118, does to groups of heads before RoPE). Merges whose error is within ``max_error`` are
 taken; the others keep their heads. Maps are absorbed into queries and outputs, and the means of
 keys and values are taken off at no cost in bytes.
@@ -44,7 +44,7 @@ from kvplug_policies.format.plain import plain_bits
 
 @dataclass(frozen=True)
 class Shared:
-    """Which KV heads of a layer share a stored head.
+    """The KV heads of a layer that share a stored head.
 
     Attributes:
         group: Stored head of each KV head.
@@ -60,7 +60,7 @@ class Shared:
 
 
 class MergeHeads(CodedFormat):
-    """Stores one head for several KV heads, where calibration found that it can."""
+    """Stores one head for several KV heads, where calibration allows it."""
 
     name = "merge_heads"
     changes = "stores one head for several KV heads of a layer that are nearly alike"
@@ -71,19 +71,19 @@ class MergeHeads(CodedFormat):
     )
 
     class Options(CalibratedOptions):
-        """Knobs of `MergeHeads`."""
+        """Options of `MergeHeads`."""
 
         max_error: float = Field(
             0.1,
             ge=0.0,
             le=1.0,
-            description="largest part of the energy of keys (mean square of logits) or of values "
-            "(variance) that a merge may lose",
+            description="largest fraction of the energy of keys (mean square of logits) or of "
+            "values (variance) that a merge may lose",
         )
         fit: Literal["linear", "gain"] = Field(
             "linear",
-            description="how the shared head stands for its own: by linear maps, or by one number "
-            "per head",
+            description="how the shared head represents its heads: by linear maps, or by one "
+            "factor per head",
         )
         bits: Literal[16, 8, 4] = Field(
             16, description="bits of an element: 16 (as computed), 8 or 4"
@@ -101,7 +101,7 @@ class MergeHeads(CodedFormat):
                 else "no layer has two KV heads"
             )
             raise ValueError(
-                f"merge_heads may merge nothing: {found}, and max_error is "
+                f"merge_heads cannot merge any heads: {found}, and max_error is "
                 f"{self.options.max_error}; allow more error or choose another format"
             )
 
@@ -112,7 +112,7 @@ class MergeHeads(CodedFormat):
         self._padded: dict[int, int] = {}
 
     def sharing(self, layer: LayerView) -> Shared:
-        """What shares what: the calibration's merges, in order, as long as they are within
+        """The calibration's merges of a layer, in order, as long as they are within
         ``max_error``."""
         heads, fit = layer.num_kv_heads, self.options.fit
         if heads < 2:
@@ -144,7 +144,7 @@ class MergeHeads(CodedFormat):
             if len(members) > 1:
                 self._fill(layer, members, maps)
             elif self.options.bits == 16:
-                # A head of its own is stored as it is, to the bit.
+                # A head that is not shared is stored unchanged, to the bit.
                 maps["key_mean"][members] = maps["value_mean"][members] = 0
         # The query heads of a stored head follow each other, and each has equally many: the places
         # left over hold queries of zeros, whose results are dropped.
@@ -164,7 +164,7 @@ class MergeHeads(CodedFormat):
         return CodedPage(coding, coding)
 
     def _fill(self, layer: LayerView, members: list[int], maps: dict[str, Tensor]) -> None:
-        """The maps of heads that were merged into one."""
+        """Fill in the maps of heads that were merged into one."""
         of, fit = self.calibration.of, self.options.fit
         steps = len(of(layer, f"merge_{fit}.errors"))
         for step in range(steps):

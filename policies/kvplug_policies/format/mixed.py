@@ -1,4 +1,4 @@
-"""Another format for each layer: a wrapper around any of the others.
+"""A format for each layer: a wrapper around any of the others.
 
 Layers differ in what they lose by coarse codes, so bits are worth more in some than in others.
 `kvplug calibrate MODEL --bytes-per-token N` measures that and writes this format's section.
@@ -29,10 +29,10 @@ DEFAULT = "default"
 
 
 def layers_of(text: str, num_layers: int | None) -> tuple[int, int]:
-    """First and last layer of ``"3"``, ``"-1"``, ``"0-9"`` or ``"4--1"`` (to the last one).
+    """Parse ``"3"``, ``"-1"``, ``"0-9"`` or ``"4--1"`` (to the last) into first and last layer.
 
     Raises:
-        ValueError: It is no range, or outside the model.
+        ValueError: The text is not a range, or outside the model.
     """
     start, dash, end = text.partition("--")
     if start and dash and end.isdigit():
@@ -44,23 +44,23 @@ def layers_of(text: str, num_layers: int | None) -> tuple[int, int]:
 
 
 class Mixed(FormatPolicy):
-    """Hands each layer to the format chosen for it."""
+    """Stores each layer in the format chosen for it."""
 
     name = "mixed"
-    changes = "stores each layer in a format of its own"
+    changes = "stores each layer in its own format"
     paper = ""
 
     class Options(FormatOptions):
-        """Knobs of `Mixed`."""
+        """Options of `Mixed`."""
 
         default: dict[str, Any] = Field(
             default_factory=lambda: {"use": "plain"},
-            description="format of the layers not named: use and its options",
+            description="format of the layers not listed: use and its options",
         )
         layers: dict[str, dict[str, Any]] = Field(
             default_factory=dict,
             description="format by layer or range of layers, e.g. {'0-3': {use: int8}, '4--1': "
-            "{use: kivi, bits: 2}}; the last entry that names a layer holds",
+            "{use: kivi, bits: 2}}; the last entry that covers a layer applies",
         )
 
         @field_validator("default", "layers", mode="before")
@@ -87,18 +87,18 @@ class Mixed(FormatPolicy):
             return self
 
         def sections(self) -> dict[str, dict[str, Any]]:
-            """Every section, the default's under its own name."""
+            """All sections; the default's key is `DEFAULT`."""
             return {DEFAULT: self.default, **self.layers}
 
         def inner(self, section: dict[str, Any]) -> tuple[type[FormatPolicy], PolicyOptions]:
-            """The format a section names, and its options."""
+            """Return the format a section names and its options."""
             if "use" not in section:
-                raise ValueError("does not say which format to use; add `use:`")
+                raise ValueError("does not name a format; add `use:`")
             if section["use"] == Mixed.name:
-                raise ValueError("mixed cannot stand inside mixed")
+                raise ValueError("mixed cannot be used inside mixed")
             options = {k: v for k, v in section.items() if k != "use"}
             if "exact_chunk" in options and options["exact_chunk"] != self.exact_chunk:
-                raise ValueError("exact_chunk is one for all layers: set it beside `layers`")
+                raise ValueError("exact_chunk applies to all layers: set it beside `layers`")
             return inner_format(section["use"], options, {"exact_chunk": self.exact_chunk})
 
     options: Options
@@ -138,7 +138,7 @@ class Mixed(FormatPolicy):
         return found
 
     def format_of(self, layer: LayerView) -> FormatPolicy:
-        """The format a layer is stored in."""
+        """Return the format a layer is stored in."""
         return self.inner[self._section(layer)]
 
     def layout(self, layer: LayerView) -> PageLayout:

@@ -11,7 +11,7 @@ def plain_bits(dtype: str) -> int:
     """Bits of an element of a layer's dtype. Raises ValueError for one that is not stored."""
     found = {"float32": 32, "bfloat16": 16, "float16": 16}.get(dtype)
     if found is None:
-        raise ValueError(f"K and V of type {dtype or 'unknown'!r} cannot be stored as they are")
+        raise ValueError(f"K and V of type {dtype or 'unknown'!r} cannot be stored unquantized")
     return found
 
 

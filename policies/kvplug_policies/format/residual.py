@@ -1,6 +1,6 @@
-"""What a format loses, made good where that costs little: its mean, its outliers, its bias.
+"""Cheap corrections of what a format loses: its mean, its outliers, its bias.
 
-A wrapper around any format that stores codes. Three corrections, each of its own knob:
+A wrapper around any format that stores codes. Three corrections, one option each:
 
 * ``mean``: the channels' means, from calibration, are taken off K and V before they are coded and
   given back to logits and outputs. Scales then span what varies, not where it lies. No bytes.
@@ -55,11 +55,11 @@ RIDGE = 1e-2
 
 
 def rank_one(exact: Tensor, coded: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The affine map ``x ~ x' + u (v . x') + b`` that loses least.
+    """Fit the affine map ``x ~ x' + u (v . x') + b`` with the least loss.
 
     Args:
         exact: ``[n, d]``.
-        coded: What became of them, ``[n, d]``.
+        coded: The same after coding and decoding, ``[n, d]``.
         weight: ``[d, d]``, second moment of what they are multiplied with.
 
     Returns:
@@ -85,12 +85,12 @@ def rank_one(exact: Tensor, coded: Tensor, weight: Tensor) -> tuple[Tensor, Tens
 
 
 class _Trial:
-    """What becomes of one head's attention outputs by a correction of its keys or values.
+    """Attention outputs of one head under a correction of its keys or values.
 
     Args:
         query: The sample's last queries, ``[m, readers, d]``.
         exact: Its keys and values, ``[n, d]`` each.
-        coded: What the format makes of them.
+        coded: The same after coding and decoding.
     """
 
     def __init__(self, query: Tensor, exact: list[Tensor], coded: list[Tensor]):
@@ -102,7 +102,7 @@ class _Trial:
         return float((_attention(self.query, coded[0], coded[1]) - self.output).norm())
 
     def nearer(self, at: int, part: Tensor) -> bool:
-        """Take other keys (0) or values (1) if outputs come nearer."""
+        """Take other keys (0) or values (1) if they lower the error; returns True if taken."""
         tried = list(self.now)
         tried[at] = part
         error = self._error(tried)
@@ -128,13 +128,16 @@ class Residual(CodedFormat):
     )
 
     class Options(CalibratedOptions):
-        """Knobs of `Residual`."""
+        """Options of `Residual`."""
 
         format: str = Field("int4", description="name of the format to correct")
         options: dict[str, Any] = Field(default_factory=dict, description="its options")
-        mean: bool = Field(True, description="take off the channels' means and give them back")
+        mean: bool = Field(True, description="subtract the channels' means and add them back")
         outliers: int = Field(
-            0, ge=0, le=64, description="channels of a head with the largest range, kept at 8 bits"
+            0,
+            ge=0,
+            le=64,
+            description="channels of a head with the largest range, stored with 8 bits",
         )
         rank1: bool = Field(
             True, description="correct decoded vectors by an affine map of rank one"
@@ -144,17 +147,19 @@ class Residual(CodedFormat):
         def _inner_format_is_known(self) -> Residual.Options:
             self.inner()
             if not (self.mean or self.outliers or self.rank1):
-                raise ValueError("corrects nothing: switch mean, outliers or rank1 on")
+                raise ValueError("corrects nothing: enable mean, outliers or rank1")
             return self
 
         def inner(self) -> tuple[type[CodedFormat], PolicyOptions]:
-            """The format to correct, and its options."""
+            """Return the format to correct and its options."""
             if "exact_chunk" in self.options:
                 raise ValueError("exact_chunk is residual's own option, not one of `options`")
             defaults = {"exact_chunk": self.exact_chunk, "calibration": self.calibration}
             found, options = inner_format(self.format, self.options, defaults)
             if found.name in (Residual.name, "plain") or not issubclass(found, CodedFormat):
-                raise ValueError(f"residual cannot correct {found.name}: name a format of codes")
+                raise ValueError(
+                    f"residual cannot correct {found.name}: name a format that stores codes"
+                )
             return found, options
 
     options: Options
@@ -169,7 +174,7 @@ class Residual(CodedFormat):
         self.integer = built.integer  # type: ignore[misc]
         if self.integer and self.options.outliers:
             raise ValueError(
-                f"{built.name} multiplies codes of one width, as integers: set outliers to 0"
+                f"{built.name} multiplies integer codes of one width: set outliers to 0"
             )
         self.rotation = built.rotation
         self.moves_tokens = built.moves_tokens
@@ -189,9 +194,7 @@ class Residual(CodedFormat):
         page, n = self.inner.coded(layer), self.options.outliers
         of, heads, width = self.calibration.of, layer.num_kv_heads, layer.head_size
         if n and type(self.inner).into is not CodedFormat.into:
-            raise ValueError(
-                f"{self.inner.name} mixes channels, so none is an outlier: set outliers to 0"
-            )
+            raise ValueError(f"{self.inner.name} mixes channels: outliers must be 0")
         maps = {}
         for side, coding in (("key", page.key), ("value", page.value)):
             zero = torch.zeros(heads, width)
@@ -266,7 +269,7 @@ class Residual(CodedFormat):
         self._maps.put(layer, maps)
 
     def _through(self, layer: LayerView, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V ``[n, heads, d]`` written to pages of their own and read back."""
+        """K and V ``[n, heads, d]`` written to separate pages and read back."""
         size = self.engine.block_size
         n = len(key) - len(key) % size
         dtype = getattr(torch, layer.dtype or "float32")
@@ -340,7 +343,7 @@ class Residual(CodedFormat):
     def write(self, layer: LayerView, batch: WriteBatch, cache: Tensor) -> None:
         recent = batch.recent
         if recent is not None:
-            # An open group is coded anew with its earlier tokens, which are kept as computed.
+            # An open group is coded again with its earlier tokens, which are kept exactly.
             lanes, size = recent.key.shape[:2]
             key, _ = self.into(layer, recent.key.flatten(0, 1), recent.value.flatten(0, 1))
             recent = Recent(key.view(lanes, size, *key.shape[1:]), recent.value)
@@ -368,7 +371,9 @@ def _with_outliers(coding: Coding, n: int) -> Coding:
         return coding
     group = 0 if coding.group == coding.width else coding.group
     if group and n % group:
-        raise ValueError(f"{n} outliers break up groups of {group}: set outliers to {group} or 0")
+        raise ValueError(
+            f"{n} outliers do not fill groups of {group}: set outliers to {group} or 0"
+        )
     return replace(coding, group=group, outliers=n)
 
 

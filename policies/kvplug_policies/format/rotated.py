@@ -1,4 +1,4 @@
-"""Rotated codes: K and V turned by a random Hadamard matrix, then coded with one codebook.
+"""Rotated codes: K and V rotated by a random Hadamard matrix, then coded with one codebook.
 
 TurboQuant, Zandieh et al., arXiv 2504.19874: after a random rotation the elements of any vector
 are nearly independent Gaussians, so the levels that are best for a Gaussian (Lloyd, Max) are nearly
@@ -9,7 +9,7 @@ Differences from the paper:
 
 * The rotation is a Hadamard matrix behind random signs, which costs ``n log n``, not a dense one.
 * The stored number is not the norm but the scale that fits the chosen levels best (least squares),
-  in the same two bytes, and levels are chosen anew with it.
+  in the same two bytes, and levels are chosen again with it.
 * With ``levels: uniform`` levels are evenly spaced between a vector's smallest and largest
   element, which takes a zero point.
 * TurboQuant's second stage, one bit per element that makes products unbiased, is left out: vLLM's
@@ -69,14 +69,14 @@ class Rotated(CodedFormat):
     rotation = "hadamard"
 
     class Options(LayerOptions):
-        """Knobs of `Rotated`."""
+        """Options of `Rotated`."""
 
         bits: Bits = Field(4, description="bits of a code")
-        key_bits: Bits | None = Field(None, description="bits of a key's code, if others")
-        value_bits: Bits | None = Field(None, description="bits of a value's code, if others")
+        key_bits: Bits | None = Field(None, description="bits of a key's code, if different")
+        value_bits: Bits | None = Field(None, description="bits of a value's code, if different")
         levels: Literal["gaussian", "uniform"] = Field(
             "gaussian",
-            description="levels of a code: those best for a Gaussian, with a scale; or evenly "
+            description="levels of a code: optimal for a Gaussian, with a scale; or evenly "
             "spaced ones, with a scale and a zero point, in four bytes more per token and head",
         )
         fit: int = Field(2, ge=0, le=8, description=FIT)
@@ -91,7 +91,7 @@ class Rotated(CodedFormat):
     def coding(self, layer: LayerView) -> CodedPage:
         options, width = self.options, layer.head_size
         if width < 16:
-            raise ValueError(f"{width} elements are too few to be mixed by a rotation; at least 16")
+            raise ValueError(f"head size {width} is too small to rotate; it must be at least 16")
         hadamard_matrix(width)
         key = layer_bits(options.layers, layer, options.key_bits or options.bits)
         value = layer_bits(options.layers, layer, options.value_bits or options.bits)

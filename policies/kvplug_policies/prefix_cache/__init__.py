@@ -1,1 +1,1 @@
-"""Which cached block goes first."""
+"""Prefix-cache policies: which cached block is evicted first."""

@@ -1,12 +1,12 @@
 """ARC: two LRU lists, once seen and seen again, whose sizes follow what was missed of each.
 
-T1 holds content seen once, T2 content seen again; B1 and B2 remember the keys of what each gave
-up. Content that returns while B1 knows it says T1 was too small, while B2 knows it, that T2 was:
-the target size p of T1 follows. A victim comes from T1 when T1 is larger than p, else from T2.
+T1 holds content seen once, T2 content seen again; B1 and B2 remember the keys of what each evicted.
+Content that returns while B1 knows it says T1 was too small, while B2 knows it, that T2 was: the
+target size p of T1 follows. A victim comes from T1 when T1 is larger than p, else from T2.
 
 N. Megiddo, D. S. Modha, ARC: a self-tuning, low overhead replacement cache, FAST 2003.
 
-Deviations: a victim is asked for before it is known what takes its place, so p moves when content
+Deviations: a victim is chosen before it is known what takes its place, so p moves when content
 returns and not just before the eviction, and the paper's tie (T1 exactly p large and the newcomer
 in B2) goes to T2 always. Blocks that requests hold count for the sizes and are no victims; where a
 list has no other, the victim comes from the other list.
@@ -105,7 +105,7 @@ class Arc(PrefixCachePolicy):
         return {"target_once": self._target}
 
     def _returned(self, key: bytes) -> bool:
-        """Whether content was known, and if so, what that says of the target."""
+        """Look content up in the ghosts and adapt the target; True if it was known."""
         once, again = self._ghosts
         sizes = len(once), len(again)
         if once.pop(key) is not None:

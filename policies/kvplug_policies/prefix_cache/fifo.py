@@ -1,7 +1,7 @@
-"""FIFO: give up the block that was cached longest ago, whatever was done with it since.
+"""FIFO: evict the block that was cached longest ago, whatever its use since.
 
-A block keeps its place in the order from the moment its content was first let go; being used
-again does not move it. Within one request the tail of the text was let go first, so it goes first.
+A block keeps its place in the order from the moment its content was first released; being used
+again does not move it. Within one request the last block is released first, so it is evicted first.
 """
 
 from __future__ import annotations

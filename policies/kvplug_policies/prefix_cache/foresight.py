@@ -1,23 +1,23 @@
-"""Foresight: give up the block whose best wait promises the fewest reuses per second.
+"""Foresight: evict the block whose best wait promises the fewest reuses per second.
 
 An eviction order for a serving engine, not for a generic cache. When a request ends, its text is
-cut into runs of blocks that have the same prospects, and each run is described by what the engine
+divided into runs of blocks with the same prospects, and each run is described by what the engine
 knows about it:
 
 - how many turns its conversation had: a request that reaches the end of what an earlier one left
   is its next turn, whether or not sessions are named;
 - how often these very blocks were used before, also before their last eviction;
 - how far they stand before the point where the request left the known prefix, or behind it: what
-  many texts share against what this one alone said;
+  many texts share or what this one alone contains;
 - how long the text is, how much of it is new, how much was generated;
 - the pause since the conversation's last turn, and how many requests its session made;
 - whether it is the end of the text, and the priority.
 
-From those features `ReuseModel` learns, while serving, when such blocks are used again and how
+From those features `NextUseModel` learns, while serving, when such blocks are used again and how
 often they never are, evicted or not. A run's worth is the best rate of reuse any further wait for
 it offers. It falls and rises with age: a conversation is worth more at the time its next turn is
 due than right after its last, and a run that will hardly be used again goes first even though it is
-the newest: it passes the cache by. Only leaves of the prefix tree are given up, as in `tree`,
+the newest: it passes the cache by. Only leaves of the prefix tree are evicted, as in `tree`,
 since a block without the blocks before it is of no use.
 
 Nothing is learned offline, and nothing is kept but a bounded memory of past blocks. Without
@@ -44,7 +44,7 @@ from kvplug.contract import (
     Released,
     RequestView,
 )
-from kvplug_policies.next_use import ReuseModel
+from kvplug_policies.next_use import NextUseModel
 
 _SIZES = (8, 12, 19, 4, 40, 30, 89, 26, 13, 9)
 """Values of each feature of a run, in the order `Foresight._read` gives them."""
@@ -59,8 +59,8 @@ def steps(value: float, per_octave: float, highest: int) -> int:
     return min(round(per_octave * log2(value + 1)), highest)
 
 
-def cuts(length: int, known: int) -> list[int]:
-    """Where a text of ``length`` blocks, ``known`` of them seen before, is cut into runs.
+def boundaries(length: int, known: int) -> list[int]:
+    """Divide a text of ``length`` blocks, ``known`` of them seen before, into runs.
 
     Runs double in size with their distance from the end of the known prefix, on both sides, up
     to 512 blocks away; the last block stands alone.
@@ -74,7 +74,7 @@ def cuts(length: int, known: int) -> list[int]:
 
 
 class Text:
-    """What is remembered of a request: when it arrived, its prompt in blocks, its turn."""
+    """Facts about a request: its arrival, its prompt in blocks, its turn."""
 
     __slots__ = ("arrival", "prompt", "turn")
 
@@ -85,19 +85,19 @@ class Text:
 
 
 class Run:
-    """Consecutive blocks of one text with the same prospects.
+    """Consecutive blocks of one text with the same expected reuse.
 
     Attributes:
         text: The request they were last part of.
         thing: The model's number for their features.
         uses: Requests that used them so far, at most `_MANY_USES`.
-        serial: Order of creation; the head of a text comes after its tail.
+        serial: Order of creation; the head of a text comes after its end.
         age: Age bin they have reached.
         awaited: Blocks of the run that are remembered and were not used again.
-        blocks: Ids that were let go, deepest last; those not in the run any more are skipped.
-        held: Candidates among them.
+        blocks: Ids that were released, deepest last; those no longer in the run are skipped.
+        candidates: Number of candidates among them.
         worth: Index at its age; what its entry in the heap was made with.
-        doubtful: Whether the worth has to be found anew.
+        doubtful: True if the worth must be recomputed.
         parked: Whether its deepest candidate has a cached child, so that none may go.
     """
 
@@ -105,8 +105,8 @@ class Run:
         "age",
         "awaited",
         "blocks",
+        "candidates",
         "doubtful",
-        "held",
         "parked",
         "serial",
         "text",
@@ -123,7 +123,7 @@ class Run:
         self.age = 0
         self.awaited = awaited
         self.blocks: list[int] = []
-        self.held = 0
+        self.candidates = 0
         self.worth = 0.0
         self.doubtful = False
         self.parked = False
@@ -144,20 +144,20 @@ class Foresight(PrefixCachePolicy):
     paper = "ours: hazards of reuse learned online, Gittins index, leaves of the prefix tree first"
 
     class Options(PolicyOptions):
-        """Knobs of `Foresight`."""
+        """Options of `Foresight`."""
 
         memory: int = Field(
             1 << 19,
             ge=1,
             le=1 << 27,
-            description="blocks, cached or evicted, whose next use is awaited to learn from it; "
+            description="blocks, cached or evicted, tracked until their next use to learn from it; "
             "never fewer than twice the pool",
         )
         half_life: int = Field(
             200_000,
             ge=1_000,
             le=10**9,
-            description="observations after which what was learned counts half",
+            description="observations after which earlier ones count half",
         )
 
     options: Options
@@ -165,13 +165,13 @@ class Foresight(PrefixCachePolicy):
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
         self._block_size = engine.block_size
-        self._model = ReuseModel(_SIZES, self.options.half_life)
+        self._model = NextUseModel(_SIZES, self.options.half_life)
         self._limit = max(self.options.memory, 2 * engine.num_blocks)
         self._memory: OrderedDict[bytes | int, Run] = OrderedDict()
         self._sessions: OrderedDict[str, tuple[int, float]] = OrderedDict()
         self._now = 0.0
         self._timed = False
-        self._told: str | None = None
+        self._finished: str | None = None
         self._serial = 0
         self._ages: list[deque[Run]] = [deque() for _ in self._model.edges[1:]]
         self._buried = 0
@@ -187,19 +187,19 @@ class Foresight(PrefixCachePolicy):
         self._life: list[int] = []
         self._lives = 0
 
-    # -- what the host tells -------------------------------------------------------------------
+    # -- what the host reports -----------------------------------------------------------------
 
     def on_finished(
         self, request: RequestView, keys: Sequence[bytes], num_output_tokens: int
     ) -> None:
         self._pass_time(request)
         self._read(request, keys, num_output_tokens)
-        self._told = request.request_id
+        self._finished = request.request_id
 
     def on_release(self, released: Released) -> None:
         ids, request = released.ids, released.request
         keys: Sequence[bytes | int] = ids if released.keys is None else released.keys
-        if request is None or request.request_id != self._told:
+        if request is None or request.request_id != self._finished:
             self._pass_time(request)
             self._read(request, keys[::-1], 0)
         self._grow(max(ids, default=-1))
@@ -215,8 +215,8 @@ class Foresight(PrefixCachePolicy):
                 self._leave(block, before)
             run_of[block] = run
             run.blocks.append(block)
-            run.held += 1
-            if run.held == 1:
+            run.candidates += 1
+            if run.candidates == 1:
                 self._holding[run.serial] = run
                 self._doubt(run)
             elif run.parked:
@@ -329,7 +329,7 @@ class Foresight(PrefixCachePolicy):
         heappush(self._heap, (run.worth, run.serial, run))
 
     def _link(self, ids: Sequence[int], parents: Sequence[int] | None) -> None:
-        """Note the parent of each block; without that fact, it is the next one let go with it."""
+        """Note the parent of each block; without that fact, the next block released with it."""
         if parents is None:
             parents = [*ids[1:], -1]
         self._grow(max(parents, default=-1))
@@ -364,12 +364,12 @@ class Foresight(PrefixCachePolicy):
                     self._unpark(run)
 
     def _leave(self, block: int, run: Run) -> None:
-        """A block is no candidate any more."""
+        """Take a block out of the candidates."""
         self._run_of[block] = None
-        run.held -= 1
+        run.candidates -= 1
         if run.parked:
             self._unpark(run)
-        if not run.held:
+        if not run.candidates:
             del self._holding[run.serial]
             if not run.awaited:
                 self._bury(run)
@@ -392,7 +392,7 @@ class Foresight(PrefixCachePolicy):
 
     def _appraise(self) -> None:
         """Find the worth of candidates that are new or have reached another age."""
-        doubtful = [run for run in self._doubtful if run.held]
+        doubtful = [run for run in self._doubtful if run.candidates]
         for start in range(0, len(doubtful), 1024):
             runs = doubtful[start : start + 1024]
             worth = self._model.indices([r.thing for r in runs], [r.age for r in runs])
@@ -410,7 +410,7 @@ class Foresight(PrefixCachePolicy):
     # -- what is learned -----------------------------------------------------------------------
 
     def _pass_time(self, request: RequestView | None) -> None:
-        """Set the clock: arrivals where there are any, releases where there are none."""
+        """Set the clock: by arrivals if there are any, else by releases."""
         if request is not None:
             if not self._timed:
                 self._timed = True
@@ -425,12 +425,12 @@ class Foresight(PrefixCachePolicy):
                 run = runs.popleft()
                 if run.awaited:
                     model.waited(run.thing, age, end - edges[age], False, sqrt(run.awaited))
-                elif not run.held:
+                elif not run.candidates:
                     self._buried -= 1
                     continue
                 run.age = age + 1
                 self._ages[age + 1].append(run)
-                if run.held:
+                if run.candidates:
                     self._doubt(run)
         if self._buried > len(self._memory) + 1024:
             self._sweep()
@@ -466,7 +466,7 @@ class Foresight(PrefixCachePolicy):
             steps(asked, 1.5, 12),
             priority + 4,
         )
-        # Tail before head, as blocks are released: of equals the tail goes first.
+        # Last block first, as blocks are released: of equals the later block is evicted first.
         for start, end, uses in reversed(_runs(before, known)):
             ahead = known - start
             place = (
@@ -497,7 +497,7 @@ class Foresight(PrefixCachePolicy):
             spent = min(max(now - run.text.arrival, 0.0), edges[run.age + 1]) - edges[run.age]
             model.waited(run.thing, run.age, max(spent, 0.0), True, weight)
             run.awaited = left
-            if not left and not run.held:
+            if not left and not run.candidates:
                 self._bury(run)
 
     def _session(self, request: RequestView | None, now: float) -> tuple[int, float]:
@@ -514,7 +514,7 @@ class Foresight(PrefixCachePolicy):
     def _forget_one(self, run: Run) -> None:
         """The next use of one of its blocks is not awaited any more."""
         run.awaited -= 1
-        if not run.awaited and not run.held:
+        if not run.awaited and not run.candidates:
             self._bury(run)
 
     def _bury(self, run: Run) -> None:
@@ -525,16 +525,16 @@ class Foresight(PrefixCachePolicy):
     def _sweep(self) -> None:
         """Drop the buried from the queues of ages."""
         for age, runs in enumerate(self._ages):
-            self._ages[age] = deque(r for r in runs if r.awaited or r.held)
+            self._ages[age] = deque(r for r in runs if r.awaited or r.candidates)
         for run in self._doubtful:
-            run.doubtful = run.held > 0
-        self._doubtful = [run for run in self._doubtful if run.held]
+            run.doubtful = run.candidates > 0
+        self._doubtful = [run for run in self._doubtful if run.candidates]
         self._buried = 0
 
 
 @dataclass
 class _Plan:
-    """What `Foresight.victims` has chosen so far, as if it were gone.
+    """Victims that `Foresight.victims` has chosen so far, treated as evicted.
 
     Attributes:
         chosen: Blocks, first victim first.
@@ -555,7 +555,7 @@ class _Plan:
 
 def _stale(entry: Entry) -> bool:
     worth, _, run = entry
-    return run.worth != worth or run.parked or not run.held
+    return run.worth != worth or run.parked or not run.candidates
 
 
 def _by_serial(run: Run) -> int:
@@ -566,7 +566,7 @@ def _runs(before: Sequence[Run | None], known: int) -> list[tuple[int, int, int]
     """Start, end and earlier uses of each run of a text whose blocks were last in these runs."""
     uses = [0 if run is None else run.uses for run in before]
     found: list[tuple[int, int, int]] = []
-    for start, end in pairwise(cuts(len(before), known)):
+    for start, end in pairwise(boundaries(len(before), known)):
         for times, same in groupby(uses[start:end]):
             stop = start + len(list(same))
             found.append((start, stop, times))

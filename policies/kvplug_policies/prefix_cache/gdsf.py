@@ -42,7 +42,7 @@ class Gdsf(PrefixCachePolicy):
     paper = "Cherkasova, Greedy-Dual-Size-Frequency caching policy, HPL-98-69R1, 1998"
 
     class Options(PolicyOptions):
-        """Knobs of `Gdsf`."""
+        """Options of `Gdsf`."""
 
         quadratic_tokens: int = Field(
             0,
@@ -52,7 +52,7 @@ class Gdsf(PrefixCachePolicy):
             "model; 0: six times the hidden size, as for a common transformer",
         )
         chained: bool = Field(
-            True, description="whether a block is worth at least as much as those behind it"
+            True, description="value a block at least as highly as those behind it"
         )
 
     options: Options
@@ -68,7 +68,7 @@ class Gdsf(PrefixCachePolicy):
         self._clock = 0
         self._uses: dict[int, int] = {}
         self._ranking = Ranking()
-        self._asked: list[int] = []
+        self._chosen: list[int] = []
 
     def on_release(self, released: Released) -> None:
         positions = released.positions or [-1] * len(released.ids)
@@ -88,16 +88,16 @@ class Gdsf(PrefixCachePolicy):
 
     def on_remove(self, ids: Sequence[int]) -> None:
         n = len(ids)
-        if n and self._asked[:n] == list(ids):
+        if n and self._chosen[:n] == list(ids):
             self._age = max(self._age, self._ranking[ids[-1]][0])
-        self._asked = []
+        self._chosen = []
         for block in ids:
             self._uses.pop(block, None)
             self._ranking.discard(block)
 
     def victims(self, n: int) -> list[int]:
-        self._asked = self._ranking.first(n)
-        return list(self._asked)
+        self._chosen = self._ranking.first(n)
+        return list(self._chosen)
 
     def cost(self, position: int) -> float:
         """Tokens of work to compute the block at this index of a text again; -1: unknown."""

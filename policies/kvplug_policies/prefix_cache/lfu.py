@@ -1,4 +1,4 @@
-"""LFU: give up the block that was referred to least often, and of those the least recent.
+"""LFU: evict the block that was referred to least often, the least recent of those first.
 
 A reference is a request that uses the block, the one that computes it included. Counts outlive
 eviction: content that comes back has the count it left with. Without aging (the default) this is
@@ -37,7 +37,7 @@ class Lfu(PrefixCachePolicy):
     paper = "least frequently used; aging as in LRFU, IEEE Trans. Computers 50 (12), 2001"
 
     class Options(PolicyOptions):
-        """Knobs of `Lfu`."""
+        """Options of `Lfu`."""
 
         half_life: float = Field(
             0.0,

@@ -1,7 +1,7 @@
 """LIRS: what counts is how much else was used between the last two uses of a block.
 
-Most of the cache holds LIR blocks, whose last two uses lay close together; a small rest holds HIR
-blocks, which are the ones evicted, oldest first. The stack S keeps all blocks, evicted ones
+Most of the cache holds LIR blocks, whose last two uses lay close together; a small remainder holds
+HIR blocks, which are the ones evicted, oldest first. The stack S keeps all blocks, evicted ones
 included, in order of their last use, down to the least recent LIR block: a HIR block that is used
 while it is in S has shown a shorter distance than that block and changes places with it.
 
@@ -43,10 +43,13 @@ class Lirs(PrefixCachePolicy):
     paper = "Jiang and Zhang, LIRS, SIGMETRICS 2002"
 
     class Options(PolicyOptions):
-        """Knobs of `Lirs`."""
+        """Options of `Lirs`."""
 
         hir: float = Field(
-            0.01, gt=0, lt=1, description="part of the cache for blocks of long reuse distance"
+            0.01,
+            gt=0,
+            lt=1,
+            description="fraction of the cache for blocks with a long reuse distance",
         )
         history: float = Field(
             2.0, ge=0, le=64, description="evicted blocks remembered, as a multiple of the cache"
@@ -124,7 +127,7 @@ class Lirs(PrefixCachePolicy):
         self._to_top(block)
 
     def _remember(self, stamp: int, key: bytes) -> None:
-        """A HIR block in S is gone: its place in S stands for its content from now on."""
+        """A HIR block in S is gone: its place in S represents its content from now on."""
         if not key:
             del self._stack[stamp]
             return

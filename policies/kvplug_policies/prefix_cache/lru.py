@@ -1,7 +1,7 @@
-"""LRU: give up the block that was let go longest ago.
+"""LRU: evict the block that was released longest ago.
 
-Recency is the moment the last request released a block, tail of its text first, which is vLLM's
-own order: this policy makes the decisions stock vLLM makes, one for one.
+Recency is the moment the last request released a block, last block of its text first, which is
+vLLM's own order: this policy makes the decisions stock vLLM makes, one for one.
 """
 
 from __future__ import annotations

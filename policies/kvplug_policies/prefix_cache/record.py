@@ -59,27 +59,30 @@ class Record(PrefixCachePolicy):
     """
 
     name = "record"
-    changes = "nothing: another policy decides, and what requests refer to is written to a file"
+    changes = "nothing: another policy decides, and the blocks requests refer to are recorded"
     needs = frozenset({BlockFact.FINISHED})
     paper = "the trace format of kvplug simulate; after Mooncake (FAST'25), arXiv 2407.00079"
 
     class Options(PolicyOptions):
-        """Where the trace goes, and who decides meanwhile."""
+        """Options of `Record`."""
 
         path: str = Field(
             "kvplug-trace.npz",
-            description="file of the trace, .npz; one that exists is kept, and -1, -2, ... is "
+            description="trace file, .npz; an existing file is kept, and -1, -2, ... is "
             "added to the name",
         )
         of: str | dict[str, Any] = Field(
             "lru",
-            description="the policy that decides: its name, or {use: NAME, option: value}",
+            description="policy that decides: a name, or {use: NAME, option: value}",
         )
         every: int = Field(
-            30, ge=1, le=86_400, description="seconds between two writes, while requests end"
+            30, ge=1, le=86_400, description="seconds between two writes while requests end"
         )
         memory: int = Field(
-            256, ge=1, le=1 << 20, description="MiB that the trace may take before recording ends"
+            256,
+            ge=1,
+            le=1 << 20,
+            description="MiB of memory for the trace, after which recording ends",
         )
 
         @field_validator("path")
@@ -157,14 +160,14 @@ class Record(PrefixCachePolicy):
 
 
 def _inner(of: str | dict[str, Any], engine: EngineView) -> PrefixCachePolicy:
-    """The policy that decides. Raises ValueError if there is none such or it cannot."""
+    """Build the policy that decides. Raises ValueError if it is unknown or unusable."""
     if isinstance(of, str):
         name, rest = of, {}
     else:
         rest = dict(of)
         name = rest.pop("use", None)
         if not isinstance(name, str):
-            raise ValueError("of does not say which policy to use: write `of: {use: NAME, ...}`")
+            raise ValueError("of does not name a policy: write `of: {use: NAME, ...}`")
     registry = plugins().registry
     policy = registry.get(Kind.PREFIX_CACHE, name)
     if policy is None or policy is Record:
@@ -173,15 +176,15 @@ def _inner(of: str | dict[str, Any], engine: EngineView) -> PrefixCachePolicy:
         what = "record cannot wrap itself" if policy is Record else f"there is no policy {name!r}"
         raise ValueError(f"of: {what}; use {' or '.join(known)}")
     if unfit := sorted(engine.features - policy.supports):
-        raise ValueError(f"of: {name} cannot live with {', '.join(unfit)}")
+        raise ValueError(f"of: {name} does not support {', '.join(unfit)}, which must be disabled")
     try:
         options = policy.Options.model_validate(rest)
     except ValidationError as error:
-        said = [
+        problems = [
             f"of.{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else f"of: {e['msg']}"
             for e in error.errors(include_url=False)
         ]
-        raise ValueError(f"{'; '.join(said)} ({name})") from None
+        raise ValueError(f"{'; '.join(problems)} ({name})") from None
     built = policy(options, engine)
     assert isinstance(built, PrefixCachePolicy)
     return built
@@ -226,7 +229,7 @@ class _Trace:
     def add(self, request: RequestView, keys: Sequence[bytes], num_output_tokens: int) -> bool:
         """Take in a request, or skip it where it might not fit; ids number all or none of it."""
         most = REQUEST_BYTES + DISTINCT_BYTES + (REFERENCE_BYTES + DISTINCT_BYTES) * len(keys)
-        # Once one was skipped all are: a trace with holes would tell of another traffic.
+        # Once one was skipped all are: a trace with gaps would be of another workload.
         if self.skipped or self.size() + most > self.limit:
             self.skipped += 1
             return False
@@ -251,7 +254,7 @@ class _Trace:
         return blake2b(what, digest_size=16, key=self._salt).digest()
 
     def snapshot(self) -> Callable[[], Arrays] | None:
-        """Copy the requests so far; what is returned makes the file's arrays of the copies.
+        """Copy the requests so far; returns a function that builds the file's arrays.
 
         Runs in another thread than `add`: each slice is taken in one piece, and `_ends`, which
         `add` extends last, is taken first.
@@ -276,7 +279,7 @@ class _Trace:
             return {
                 "off": off,
                 "ids": ids[shift + np.arange(len(ids))],
-                # Seconds since the first one: the clock on the wall is nobody's business.
+                # Seconds since the first one: the trace does not reveal wall-clock time.
                 "t": arrival[order] - arrival.min(),
                 "inp": prompt[order],
                 "outp": output[order],
@@ -316,7 +319,7 @@ class _Writer:
                 pass
         except OSError as error:
             raise ValueError(
-                f"path {path}: the folder takes no files ({error.strerror or error})"
+                f"path {path}: the folder cannot be written to ({error.strerror or error})"
             ) from None
 
     def start(self) -> None:
@@ -370,7 +373,7 @@ class _Writer:
             raise
 
     def _target(self) -> Path:
-        """The file that is ours: the first name that nobody had taken."""
+        """Open the first file name that is not taken."""
         if self._claimed is None:
             for i in count():
                 path = self.path.with_stem(f"{self.path.stem}-{i}") if i else self.path

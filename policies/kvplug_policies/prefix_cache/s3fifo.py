@@ -10,8 +10,8 @@ J. Yang, Y. Zhang, Z. Qiu, Y. Yue, R. Vinayak, FIFO queues are all you need for 
 SOSP 2023.
 
 Deviations: blocks that requests hold keep their place in their queue and are passed over; whether
-the ghost queue knows new content is looked up when the block is first let go, not when its room is
-made; where promoting from the small queue makes the main queue evict, that block is the victim
+the ghost queue knows new content is looked up when the block is first released, not when its room
+is made; where promoting from the small queue makes the main queue evict, that block is the victim
 and the next one is decided on afresh.
 """
 
@@ -29,7 +29,7 @@ from kvplug.contract import (
     PrefixCachePolicy,
     Released,
 )
-from kvplug_policies.structures import Ghosts, Plan, Ranking
+from kvplug_policies.structures import Ghosts, Ranking, VictimPlan
 
 SMALL, MAIN = 0, 1
 MOST_COUNTED = 3
@@ -44,9 +44,11 @@ class S3Fifo(PrefixCachePolicy):
     paper = "Yang et al., FIFO queues are all you need for cache eviction, SOSP 2023"
 
     class Options(PolicyOptions):
-        """Knobs of `S3Fifo`."""
+        """Options of `S3Fifo`."""
 
-        small: float = Field(0.1, gt=0, lt=1, description="part of the cache of the small queue")
+        small: float = Field(
+            0.1, gt=0, lt=1, description="fraction of the cache for the small queue"
+        )
 
     options: Options
 
@@ -62,7 +64,7 @@ class S3Fifo(PrefixCachePolicy):
         self._hits: dict[int, int] = {}
         self._key: dict[int, bytes] = {}
         self._ghosts: Ghosts[bool] = Ghosts(max(1, int(self._main_size)))
-        self._plan: Plan[tuple[int, int]] = Plan()
+        self._plan: VictimPlan[tuple[int, int]] = VictimPlan()
 
     def on_release(self, released: Released) -> None:
         keys = released.keys or [b""] * len(released.ids)
@@ -84,13 +86,13 @@ class S3Fifo(PrefixCachePolicy):
                 self._queues[place[0]].discard(block)
 
     def on_remove(self, ids: Sequence[int]) -> None:
-        for block, hits in self._plan.settled(ids):
+        for block, hits in self._plan.moves_for(ids):
             queue, _ = self._place[block]
             self._queues[queue].discard(block)
             self._held[queue] -= 1
             self._queues[MAIN].put((self._enter(block, MAIN)[1], block))
             self._hits[block] = hits
-        self._plan = Plan()
+        self._plan = VictimPlan()
         for block in ids:
             self._hits.pop(block, None)
             place = self._place.pop(block, None)
@@ -104,7 +106,7 @@ class S3Fifo(PrefixCachePolicy):
                 self._ghosts.add(key, True)
 
     def victims(self, n: int) -> list[int]:
-        self._plan = plan = Plan[tuple[int, int]]()
+        self._plan = plan = VictimPlan[tuple[int, int]]()
         small, main = (queue.walk() for queue in self._queues)
         moved: deque[int] = deque()
         hits: dict[int, int] = {}

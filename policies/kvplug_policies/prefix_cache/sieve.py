@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from kvplug.contract import EngineView, PolicyOptions, PrefixCachePolicy, Released
-from kvplug_policies.structures import Plan, Ranking
+from kvplug_policies.structures import Ranking, VictimPlan
 
 WRAPPED = -1
 """Stands for a block in the hand's way: it passed the newest."""
@@ -36,7 +36,7 @@ class Sieve(PrefixCachePolicy):
         self._hand = -1
         self._ahead = Ranking()
         self._behind = Ranking()
-        self._plan: Plan[int] = Plan()
+        self._plan: VictimPlan[int] = VictimPlan()
 
     def on_release(self, released: Released) -> None:
         for block in released.ids:
@@ -54,7 +54,7 @@ class Sieve(PrefixCachePolicy):
 
     def on_remove(self, ids: Sequence[int]) -> None:
         # The hand's way to the last victim, the victims themselves included.
-        way = self._plan.settled(ids)
+        way = self._plan.moves_for(ids)
         for block in way:
             if block == WRAPPED:
                 self._wrap()
@@ -63,7 +63,7 @@ class Sieve(PrefixCachePolicy):
             self._marked.discard(block)
             self._ahead.discard(block)
             self._behind.put((self._hand, block))
-        self._plan = Plan()
+        self._plan = VictimPlan()
         for block in ids:
             self._marked.discard(block)
             self._place.pop(block, None)
@@ -78,7 +78,7 @@ class Sieve(PrefixCachePolicy):
         self._ahead, self._behind = self._behind, self._ahead
 
     def victims(self, n: int) -> list[int]:
-        self._plan = plan = Plan[int]()
+        self._plan = plan = VictimPlan[int]()
         marked = self._marked
         walks = self._ahead.walk(), self._behind.walk()
         passed: list[int] = []

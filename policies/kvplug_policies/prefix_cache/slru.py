@@ -1,4 +1,4 @@
-"""SLRU: blocks that were hit are kept apart from blocks that were not yet.
+"""SLRU: blocks that were hit are kept apart from blocks that were not.
 
 Two LRU lists. New content enters the probationary one; a hit moves it to the protected one, whose
 size is limited: what falls off its end goes back to the young end of the probationary one. Victims
@@ -8,7 +8,7 @@ R. Karedla, J. S. Love, B. G. Wherry, Caching strategies to improve disk system 
 Computer 27 (3), 1994.
 
 Deviation: blocks that requests hold are in neither list and count for neither; a block moves when
-it is released after the hit, tail of the text first.
+it is released after the hit, last block first.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Slru(PrefixCachePolicy):
     paper = "Karedla et al., Caching strategies to improve disk system performance, Computer 1994"
 
     class Options(PolicyOptions):
-        """Knobs of `Slru`."""
+        """Options of `Slru`."""
 
         protected: float = Field(
-            0.8, ge=0, le=1, description="part of the cache that blocks hit before may fill"
+            0.8, ge=0, le=1, description="fraction of the cache that blocks hit before may fill"
         )
 
     options: Options

@@ -1,17 +1,17 @@
-"""W-TinyLFU: a newcomer stays only if it was asked for more often than what it would displace.
+"""W-TinyLFU: new content stays only if it is requested more often than what it displaces.
 
 New content enters a small LRU window. What leaves the window, least recent first, is compared with
-the victim of the main cache (a segmented LRU): the one whose content was asked for less often
+the victim of the main cache (a segmented LRU): the one whose content was requested less often
 lately is evicted, the other stays in the main cache. How often is estimated by a count-min sketch
-of 4-bit counters, behind a doorkeeper (a Bloom filter that absorbs what is asked for once); after
+of 4-bit counters, behind a doorkeeper (a Bloom filter that absorbs content requested once); after
 every ``sample`` references all counters are halved and the doorkeeper is emptied.
 
 G. Einziger, R. Friedman, B. Manes, TinyLFU: a highly efficient cache admission policy, ACM
 Transactions on Storage 13 (4), 2017, arXiv 1512.00727.
 
-Deviations: blocks enter the window when they are let go, so the window may be larger than its share
-until room is needed; then it is brought back to it, block by block. Blocks that requests hold are
-in no list.
+Deviations: blocks enter the window when they are released, so the window may be larger than its
+share until room is needed; then it is brought back to it, block by block. Blocks in use are in no
+list.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kvplug.contract import (
     PrefixCachePolicy,
     Released,
 )
-from kvplug_policies.structures import Plan
+from kvplug_policies.structures import VictimPlan
 
 ROWS = 4
 COUNTERS = 4
@@ -43,10 +43,10 @@ WINDOW, PROBATION, PROTECTED = 0, 1, 2
 
 
 class Sketch:
-    """How often keys were asked for lately: a count-min sketch behind a doorkeeper.
+    """Recent request frequency of keys: a count-min sketch behind a doorkeeper.
 
     Args:
-        size: Keys it should tell apart: the blocks of the cache.
+        size: Number of keys to distinguish: the blocks of the cache.
         sample: References after which all counts are halved.
     """
 
@@ -109,11 +109,11 @@ class TinyLfu(PrefixCachePolicy):
     paper = "Einziger et al., TinyLFU: a highly efficient cache admission policy, arXiv 1512.00727"
 
     class Options(PolicyOptions):
-        """Knobs of `TinyLfu`."""
+        """Options of `TinyLfu`."""
 
-        window: float = Field(0.01, gt=0, lt=1, description="part of the cache of the window")
+        window: float = Field(0.01, gt=0, lt=1, description="fraction of the cache for the window")
         protected: float = Field(
-            0.8, ge=0, le=1, description="part of the main cache that blocks hit there may fill"
+            0.8, ge=0, le=1, description="fraction of the main cache that blocks hit there may fill"
         )
         sample: int = Field(
             10,
@@ -141,7 +141,7 @@ class TinyLfu(PrefixCachePolicy):
         self._place: dict[int, int] = {}
         self._code: dict[int, int] = {}
         self._early: dict[int, int] = {}
-        self._plan: Plan[int] = Plan()
+        self._plan: VictimPlan[int] = VictimPlan()
 
     def on_release(self, released: Released) -> None:
         keys = released.keys or [b.to_bytes(8, "little") for b in released.ids]
@@ -176,10 +176,10 @@ class TinyLfu(PrefixCachePolicy):
                 self._place[block] = PROTECTED
 
     def on_remove(self, ids: Sequence[int]) -> None:
-        for block in self._plan.settled(ids):
+        for block in self._plan.moves_for(ids):
             del self._lists[WINDOW][block]
             self._admit(block)
-        self._plan = Plan()
+        self._plan = VictimPlan()
         for block in ids:
             self._early.pop(block, None)
             self._code.pop(block, None)
@@ -194,24 +194,24 @@ class TinyLfu(PrefixCachePolicy):
         self._in_main += 1
 
     def victims(self, n: int) -> list[int]:
-        self._plan = plan = Plan[int]()
+        self._plan = plan = VictimPlan[int]()
         window, probation, protected = (iter(order) for order in self._lists)
         admitted: deque[int] = deque()
         in_window = len(self._lists[WINDOW])
         in_main = self._in_main
         code, count = self._code, self._sketch.count
         main: int | None = None
-        asked_for = 0
+        frequency = 0
         while len(plan.victims) < n:
             if main is None:
                 main = next(probation, None)
                 if main is None:
                     main = admitted.popleft() if admitted else next(protected, None)
-                asked_for = count(code[main]) if main is not None else 0
+                frequency = count(code[main]) if main is not None else 0
             if in_window and (in_window > self._window_size or main is None):
                 newcomer = next(window)
                 in_window -= 1
-                if main is None or count(code[newcomer]) <= asked_for:
+                if main is None or count(code[newcomer]) <= frequency:
                     plan.evict(newcomer)
                     continue
                 plan.move(newcomer)

@@ -1,14 +1,14 @@
-"""Leaf first: no block goes before the blocks whose prefix it is part of.
+"""Leaf first: no block is evicted before the blocks whose prefix it is part of.
 
 Cached blocks form a forest: the parent of a block is the one before it in the text. Once a block
-is gone, everything behind it is of no use, so only leaves are given up, the one let go longest ago
-first; giving up a leaf may make its parent one. This is the order of a radix-tree prefix cache.
+is gone, everything behind it is of no use, so only leaves are evicted, the one released longest ago
+first; evicting a leaf may make its parent one. This is the order of a radix-tree prefix cache.
 
 L. Zheng et al., SGLang: efficient execution of structured language model programs, arXiv
 2312.07104, section 3.
 
 Deviations: the unit is a block, not an edge of a compressed tree. A candidate whose child is still
-cached but held by a request goes only when there is no leaf left.
+cached but used by a request is evicted only if no leaf is left.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Tree(PrefixCachePolicy):
         return found
 
     def _parent_of(self, block: int) -> int | None:
-        """The block's parent while that still holds what it held then."""
+        """The block's parent, if its content is still the same."""
         link = self._parent.get(block)
         if link is None or self._life.get(link[0]) != link[1]:
             return None

@@ -1,1 +1,1 @@
-"""Reuse checks: may this stored KV stand for that computation?"""
+"""Reuse checks: decide whether stored KV may be used in place of a computation."""

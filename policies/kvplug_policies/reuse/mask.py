@@ -1,4 +1,4 @@
-"""Would the tokens have seen the same others where they are to be used?
+"""Compares the attention masks under which segments were computed and would be used.
 
 A template says what each token of a segment could see: ``causal`` everything before it,
 ``window:N`` the N latest tokens with itself, and ``+bidirectional:A-B,C-D`` adds that the tokens A
@@ -37,7 +37,7 @@ class Template:
 
     @classmethod
     def parse(cls, text: str) -> Template | None:
-        """The template that ``text`` writes, or None where it is none."""
+        """Parse a template; None if ``text`` is not one."""
         found = TEMPLATE.fullmatch(text)
         if found is None:
             return None
@@ -49,20 +49,20 @@ class Template:
         return cls(int(found["window"]) if found["window"] else None, spans)
 
     def cuts(self, start: int, length: int) -> bool:
-        """Whether a run that begins at position ``start`` has tokens that do not see the first."""
+        """True if a run that starts at position ``start`` has tokens that do not see its first."""
         return self.window is not None and start + length > self.window
 
     def within(self, length: int) -> tuple[tuple[int, int], ...] | None:
-        """The spans in the first ``length`` tokens, or None where one reaches out of them."""
+        """The spans in the first ``length`` tokens, or None if one extends beyond them."""
         kept = tuple(span for span in self.spans if span[0] < length and span[1] >= 0)
         return None if any(a < 0 or b >= length for a, b in kept) else kept
 
 
 class Mask(ReuseCheck):
-    """Refuses KV whose tokens saw others than they would see here."""
+    """Refuses KV whose tokens attended to other tokens than they would here."""
 
     name = "mask"
-    changes = "refuses stored KV whose tokens saw others than they would where it is used"
+    changes = "refuses stored KV computed under a different attention mask"
 
     def check(self, candidate: Candidate, request: ReuseRequest) -> Verdict:
         stored, wanted = candidate.fingerprint, request.fingerprint
@@ -73,7 +73,7 @@ class Mask(ReuseCheck):
 
 
 def _disagreement(stored: str, wanted: str, before: int, start: int, length: int) -> str:
-    """Why two templates differ on the first ``length`` tokens of a segment, or nothing.
+    """Return the cause if two templates differ on the first ``length`` tokens, or nothing.
 
     Args:
         stored: The template under which it was computed, at position ``before``.

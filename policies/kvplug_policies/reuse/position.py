@@ -1,4 +1,4 @@
-"""Does what is stored depend on where it stood, and can it be moved?
+"""Re-rotates the keys of stored KV to a new position, where the model's positions allow it.
 
 Rotary embeddings (RoFormer, arXiv 2104.09864) rotate a key by its position times a frequency per
 pair of elements, and rotations add up: a key of position p becomes that of p + s by rotating it by
@@ -24,7 +24,7 @@ from kvplug.contract import (
 from kvplug_kernels.rerotate import rerotate
 
 ROTARY = {"rope/neox": False, "rope/gptj": True}
-"""Schemes whose keys can be moved, to whether their pairs are neighbouring elements."""
+"""Schemes whose keys can be re-rotated; True for pairs of neighbouring elements."""
 REFUSED = {
     "learned": "absolute positions",
     "rope-by-length": "rotation depends on length",
@@ -32,24 +32,24 @@ REFUSED = {
 }
 """Schemes that tie KV to where it was computed, to the cause of refusal elsewhere."""
 FREE = frozenset({"alibi", "none"})
-"""Schemes under which nothing stored depends on position."""
+"""Schemes under which stored KV does not depend on position."""
 
 
 class Position(ReuseCheck):
-    """Takes KV as it is at its own position, and rotates keys that were computed at another."""
+    """Uses KV unchanged at its own position, and re-rotates keys computed at another."""
 
     name = "position"
-    changes = "rotates the keys of stored KV to the position where it is used"
+    changes = "re-rotates the keys of stored KV to the position where it is used"
     paper = "RoFormer: Enhanced Transformer with Rotary Position Embedding, arXiv 2104.09864"
 
     class Options(PolicyOptions):
-        """Knobs of `Position`."""
+        """Options of `Position`."""
 
         max_shift: int = Field(
             1 << 20,
             ge=0,
             le=1 << 20,
-            description="most positions a segment is moved, either way",
+            description="largest shift of a segment, in positions, either way",
         )
 
     options: Options
@@ -64,7 +64,7 @@ class Position(ReuseCheck):
         scheme, stored = candidate.fingerprint.position, candidate.fingerprint.start
         shift = request.fingerprint.start - stored
         if scheme == "rope-by-length":
-            # The table of the longest text so far: equal starts do not mean equal rotations.
+            # The table depends on the longest text so far: equal starts may be rotated differently.
             return Verdict(False, REFUSED[scheme], exact=False)
         if not shift:
             return Verdict(True)
@@ -84,10 +84,10 @@ class Position(ReuseCheck):
     def adapt(
         self, layer: LayerView, placement: Placement, key: Tensor, value: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Rotate the keys by the verdict's shift.
+        """Re-rotate the keys by the verdict's shift.
 
         Raises:
-            ValueError: The layer's rotation is not known, or is not the one of the fingerprint.
+            ValueError: The layer's rotation is unknown or differs from the fingerprint's.
         """
         shift = placement.verdict.shift
         if not shift or not len(key):
@@ -95,20 +95,19 @@ class Position(ReuseCheck):
         rope, interleaved = layer.rope, _rotary(placement.fingerprint.position)
         if rope is None or interleaved is None or rope.interleaved != interleaved:
             raise ValueError(
-                f"the rotation of layer {layer.index} is not known to be "
-                f"{placement.fingerprint.position}"
+                f"the rotation of layer {layer.index} is not {placement.fingerprint.position}"
             )
-        moved = key.clone(memory_format=torch.contiguous_format)
+        rerotated = key.clone(memory_format=torch.contiguous_format)
         # One block that is as long as the run: [1, heads, tokens, head_size].
-        slots = torch.arange(len(moved), device=moved.device)
+        slots = torch.arange(len(rerotated), device=rerotated.device)
         rerotate(
-            moved.permute(1, 0, 2)[None],
+            rerotated.permute(1, 0, 2)[None],
             slots,
             shift,
             self._table(rope.frequencies, key.device),
             interleaved=interleaved,
         )
-        return moved, value
+        return rerotated, value
 
     def _table(self, frequencies: tuple[float, ...], device: torch.device) -> Tensor:
         at = (frequencies, device)
@@ -118,6 +117,6 @@ class Position(ReuseCheck):
 
 
 def _rotary(scheme: str) -> bool | None:
-    """Whether a scheme's pairs are neighbours; None where its keys cannot be rotated."""
+    """True if a scheme rotates neighbouring elements; None if its keys cannot be rotated."""
     kind, _, digest = scheme.rpartition("/")
     return ROTARY.get(kind) if digest else None

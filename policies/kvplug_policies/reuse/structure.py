@@ -1,7 +1,7 @@
-"""Is the stored KV that of this model, this text and this tenant, and is all of it there?
+"""Checks that stored KV is complete and of the same model, text and tenant.
 
-What must agree is what `Fingerprint` lists. Tenants are compared first, so that nothing about one
-tenant's segments shows in the causes another is told.
+What must agree is what `Fingerprint` lists. Tenants are compared first, so that the causes one
+tenant receives reveal nothing about another's segments.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ SAME: tuple[tuple[str, str], ...] = (
 
 
 class Structure(ReuseCheck):
-    """Refuses KV of another model, text or tenant, and KV that is not all there.
+    """Refuses KV of another model, text or tenant, and incomplete KV.
 
-    Exact where the text before is the same and no approximate reuse stands behind the segment.
+    Exact where the text before is the same and no approximate reuse is behind the segment.
     """
 
     name = "structure"
@@ -43,13 +43,13 @@ class Structure(ReuseCheck):
     )
 
     class Options(PolicyOptions):
-        """Knobs of `Structure`."""
+        """Options of `Structure`."""
 
         max_ancestry: int = Field(
             0,
             ge=0,
             le=64,
-            description="most approximate reuses behind a segment's own computation",
+            description="largest number of approximate reuses behind a segment's own computation",
         )
         max_age: float = Field(
             0.0, ge=0, description="oldest segment used, in seconds since it was computed; 0: any"
@@ -94,7 +94,7 @@ def _misfit(stored: Fingerprint, wanted: Fingerprint, num_tokens: int) -> str:
         or wanted.start + wanted.length > num_tokens
     ):
         return "does not fit"
-    # A shorter run has a digest of its own; whoever proposed it compared the ids.
+    # A shorter run has another digest; the index that proposed it compared the ids.
     if wanted.length == stored.length and wanted.tokens != stored.tokens:
         return "other text"
     return ""

@@ -1,1 +1,1 @@
-"""What a running request keeps."""
+"""Sequence policies: what a running request keeps."""

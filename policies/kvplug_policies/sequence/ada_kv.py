@@ -8,7 +8,7 @@ What is Ada-KV here and what is not: a paged KV-cache group has one number of sl
 its layers, so **heads of a layer keep equally many tokens here, and that part of Ada-KV is not
 done**. What adapts instead is how many: the same pooled ranking says how many tokens per head the
 layers of a group need to hold ``mass`` of their scores, and the request's budget in that group
-moves there, no lower than ``safeguard`` of the budget asked for and no higher than as much above
+moves there, no lower than ``safeguard`` of the requested budget and no higher than as much above
 it. So wide requests, and with ``layers`` or a pyramid wide groups of layers, get more, and narrow
 ones fewer. The allocation of the paper itself, a count per head, is the function `head_budgets`,
 for hosts whose heads need not be alike.
@@ -17,7 +17,7 @@ Other differences from the paper:
 
 * As in the paper, the division is made once, on the whole text: at the end of the prompt, or
   later where a prompt was shorter than the budget. It holds from the next decision on. A prompt
-  that had to be cut while it was read keeps the budget asked for.
+  that was evicted from while it was prefilled keeps the requested budget.
 * Scores that may be negative count from the lowest evictable one of their head.
 """
 
@@ -45,7 +45,7 @@ from kvplug_policies.scores import ALWAYS, latest
 
 
 def pooled_counts(scores: Tensor, budget: Tensor) -> Tensor:
-    """Tokens that each head has in the top of all heads' scores together.
+    """Count each head's tokens in the top of all heads' scores together.
 
     As the paper's code does, a head's scores are first weighed by the part of them that its own
     top ``budget`` tokens hold.
@@ -66,7 +66,7 @@ def pooled_counts(scores: Tensor, budget: Tensor) -> Tensor:
 
 
 def head_budgets(scores: Tensor, budget: int | Tensor, safeguard: float = 0.2) -> Tensor:
-    """Ada-KV's allocation: tokens per head, adaptive but for a part that every head has.
+    """Ada-KV's allocation: tokens per head, adaptive except for a fraction every head has.
 
     Args:
         scores: At least 0, ``[rows, heads, held]``.
@@ -82,10 +82,10 @@ def head_budgets(scores: Tensor, budget: int | Tensor, safeguard: float = 0.2) -
         budget = torch.full((rows,), budget, device=scores.device)
     budget = budget.long().clamp(0, held)
     counts = pooled_counts(scores, budget).double()
-    wished = counts * (1.0 - safeguard) + budget[:, None].double() * safeguard
-    whole = wished.floor()
+    wanted = counts * (1.0 - safeguard) + budget[:, None].double() * safeguard
+    whole = wanted.floor()
     left = heads * budget - whole.long().sum(-1)
-    rank = (wished - whole).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    rank = (wanted - whole).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return whole.long() + (rank < left[:, None]).long()
 
 
@@ -109,17 +109,17 @@ class AdaKV(ScoringPolicy):
     )
 
     class Options(ScoringOptions):
-        """Knobs of `AdaKV`."""
+        """Options of `AdaKV`."""
 
         of: str | dict[str, Any] = Field(
             "snapkv",
-            description="the scorer: a name, or a mapping of use and its own options",
+            description="scorer: a name, or {use: NAME, option: value}",
         )
         safeguard: float = Field(
-            0.2, gt=0, le=1, description="part of the budget that is never taken away"
+            0.2, gt=0, le=1, description="fraction of the budget that every head keeps"
         )
         mass: float = Field(
-            0.9, gt=0, lt=1, description="part of the scores that the tokens kept must hold"
+            0.9, gt=0, lt=1, description="fraction of the scores that the kept tokens must hold"
         )
 
         @field_validator("of")
@@ -127,10 +127,10 @@ class AdaKV(ScoringPolicy):
         def _names_a_scorer(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
             if isinstance(value, dict):
                 if not isinstance(value.get("use"), str):
-                    raise ValueError("`of` does not say which scorer to use: add `use:` to it")
+                    raise ValueError("`of` does not name a scorer: add `use:` to it")
                 if common := sorted(set(ScoringOptions.model_fields) & set(value)):
                     raise ValueError(
-                        f"{', '.join(common)} cannot stand in `of`: write it beside `of`"
+                        f"{', '.join(common)} cannot be set in `of`: set it beside `of`"
                     )
             return value
 
@@ -142,14 +142,14 @@ class AdaKV(ScoringPolicy):
         self.observation = self.inner.observation
         self.wants_totals = self.inner.wants_totals
         self._resized = 0
-        self._wished = 0.0
+        self._wanted = 0.0
         self._kept = 0.0
         self._widest = 0.0
 
     def _scorer(self, engine: EngineView) -> ScoringPolicy:
         of = self.options.of
         name = of if isinstance(of, str) else str(of["use"])
-        knobs = {} if isinstance(of, str) else {k: v for k, v in of.items() if k != "use"}
+        own = {} if isinstance(of, str) else {k: v for k, v in of.items() if k != "use"}
         registry = plugins().registry
         policy = registry.get(Kind.SEQUENCE, name)
         if policy is None or not issubclass(policy, ScoringPolicy):
@@ -158,19 +158,19 @@ class AdaKV(ScoringPolicy):
                 for p in registry
                 if issubclass(p, ScoringPolicy) and p.measure is ScoringPolicy.measure
             )
-            raise ValueError(f"`of`: {name!r} is no scorer; use one of {', '.join(scorers)}")
+            raise ValueError(f"`of`: {name!r} is not a scorer; use one of {', '.join(scorers)}")
         common = {n: getattr(self.options, n) for n in ScoringOptions.model_fields}
         try:
-            chosen = policy.Options.model_validate({**knobs, **common})
+            chosen = policy.Options.model_validate({**own, **common})
         except ValidationError as error:
-            said = "; ".join(
+            problems = "; ".join(
                 f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ")
                 for e in error.errors(include_url=False)
             )
-            raise ValueError(f"`of`: {name}: {said}") from error
+            raise ValueError(f"`of`: {name}: {problems}") from error
         inner = policy(chosen, engine)
         if inner.resizes:
-            raise ValueError(f"`of`: {name} sets budgets of its own; use a scorer that does not")
+            raise ValueError(f"`of`: {name} sets its own budgets; use a scorer that does not")
         return inner
 
     def share(self, layer: LayerView) -> float:
@@ -180,7 +180,7 @@ class AdaKV(ScoringPolicy):
         return self.inner.score(held)
 
     def measure(self, held: HeldView, scores: Tensor) -> Tensor:
-        """How many tokens per head the layer needs, and what it was given.
+        """Measure how many tokens per head the layer needs, and what it was given.
 
         Returns:
             ``[rows, 4]``: tokens per KV head that hold ``mass`` of the scores, the budget asked
@@ -210,26 +210,26 @@ class AdaKV(ScoringPolicy):
         return torch.stack([(needed / heads + fixed) / share, base, widest, whole], -1).float()
 
     def resize(self, measured: Sequence[float], budget: int, num_tokens: int) -> int:
-        wished, base, widest, whole = measured
+        wanted, base, widest, whole = measured
         if whole < 0.5:
-            # What was dropped draws no attention: 0.9 of the rest would be less at every decision.
+            # Evicted tokens draw no attention: 0.9 of what is left would shrink at every decision.
             return budget
         spare = self.options.safeguard * base
-        kept = max(1, round(min(max(wished, spare), 2 * base - spare)))
+        kept = max(1, round(min(max(wanted, spare), 2 * base - spare)))
         self._resized += 1
-        self._wished += wished / max(base, 1.0)
+        self._wanted += wanted / max(base, 1.0)
         self._kept += kept / max(base, 1.0)
         self._widest += widest
         return kept
 
     def counters(self) -> dict[str, float]:
-        """Budgets set, and means over them of: the part of the budget asked for that was wished
-        and that was given, and the largest part that Ada-KV would have given to one head."""
+        """Budgets set, and means over them of: the fraction of the requested budget that was
+        wanted and that was given, and the largest fraction that Ada-KV would give to one head."""
         if not self._resized:
             return {}
         return {
             "budgets_set": self._resized,
-            "wished_part": self._wished / self._resized,
+            "wished_part": self._wanted / self._resized,
             "given_part": self._kept / self._resized,
             "widest_head_part": self._widest / self._resized,
         }

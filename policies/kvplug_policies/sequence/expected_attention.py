@@ -4,8 +4,8 @@ Devoto et al., arXiv 2510.00636, the method of NVIDIA's KVPress: queries before 
 to normally distributed, so the attention that a query some hundred tokens ahead pays to a key has a
 closed form. With the mean m and covariance C of a head's queries, rotated by the average rotation
 of the next ``horizon`` positions, the unnormalised attention to key k is ``exp(m.k s + k.C.k s^2 /
-2)``, s being the softmax scale. Normalised over the tokens held and multiplied by the norm of the
-value, it says what the layer's output would lose.
+2)``, s being the softmax scale. Normalised over the resident tokens and multiplied by the norm of
+the value, it says what the layer's output would lose.
 
 Differences from the paper, forced by paging or by serving:
 
@@ -68,12 +68,12 @@ class ExpectedAttention(ScoringPolicy):
     )
 
     class Options(ScoringOptions):
-        """Knobs of `ExpectedAttention`."""
+        """Options of `ExpectedAttention`."""
 
         queries: int = Field(
-            256, ge=2, le=16384, description="latest queries whose statistics are taken"
+            256, ge=2, le=16384, description="latest queries whose statistics are used"
         )
-        horizon: int = Field(512, ge=1, le=16384, description="positions ahead that are averaged")
+        horizon: int = Field(512, ge=1, le=16384, description="future positions averaged over")
         covariance: bool = Field(
             True, description="use the covariance of the queries besides their mean"
         )
@@ -81,7 +81,8 @@ class ExpectedAttention(ScoringPolicy):
             0.0, ge=0, le=1, description="added to the expected attention before the value norm"
         )
         value_norm: bool = Field(
-            True, description="multiply by the norm of the value: what the output would lose"
+            True,
+            description="multiply by the norm of the value, to score what the output loses",
         )
 
     options: Options
@@ -120,7 +121,7 @@ class ExpectedAttention(ScoringPolicy):
         """Mean and covariance of future queries, ``[rows, heads, head_size]`` and ``[rows, heads,
         head_size, head_size]``."""
         if held.queries is None or held.query_positions is None:
-            raise ValueError("expected_attention needs the queries it observes")
+            raise ValueError("expected_attention needs queries, which its host does not provide")
         queries, places = held.queries.float(), held.query_positions
         counted = (places >= self.options.sink).float()[:, :, None, None]
         rope = held.layer.rope

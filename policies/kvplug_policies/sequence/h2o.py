@@ -40,24 +40,25 @@ class H2O(ScoringPolicy):
     wants_totals = True
 
     class Options(ScoringOptions):
-        """Knobs of `H2O`."""
+        """Options of `H2O`."""
 
         recent_part: float = Field(
-            0.5, ge=0, le=1, description="part of the budget that the latest tokens have"
+            0.5, ge=0, le=1, description="fraction of the budget for the latest tokens"
         )
         per_query: bool = Field(
             False,
-            description="divide by the queries that could see the token, so that age is no merit",
+            description="divide by the number of queries that could see the token, to ignore age",
         )
         value_norm: bool = Field(
-            False, description="multiply by the norm of the value: what the output would lose"
+            False,
+            description="multiply by the norm of the value, to score what the output loses",
         )
 
     options: Options
 
     def score(self, held: HeldView) -> Tensor:
         if held.totals is None:
-            raise ValueError("h2o needs the attention totals of its host")
+            raise ValueError("h2o needs cumulative attention, which its host does not provide")
         heavy = held.totals.float()
         if self.options.per_query:
             seen = held.num_tokens[:, None, None] - held.positions

@@ -9,11 +9,11 @@ Differences from the paper, forced by paging or by serving:
 * The paper chooses at every step; here decisions fall every ``interval`` generated tokens, and a
   budget is whole blocks.
 * The paper keeps the attention of the window's queries as it was when they ran. Here it is computed
-  at the decision, over the tokens held then, which gives the same weights but for tokens dropped
-  since, and needs no memory between decisions.
+  at the decision, over the tokens resident then, which gives the same weights but for tokens
+  dropped since, and needs no memory between decisions.
 * Query heads that share a KV head are averaged after the softmax; the published code adds their
   logits.
-* The first ``sink`` tokens are kept only if asked for; by default none, as in the paper.
+* The first ``sink`` tokens are kept only if configured; by default none, as in the paper.
 """
 
 from __future__ import annotations
@@ -38,15 +38,21 @@ class MorphKV(ScoringPolicy):
     )
 
     class Options(ScoringOptions):
-        """Knobs of `MorphKV`."""
+        """Options of `MorphKV`."""
 
         sink: int = Field(0, ge=0, le=1 << 20, description="first tokens that are always kept")
-        window: int = Field(32, ge=1, le=1024, description="latest tokens that choose, and stay")
+        window: int = Field(
+            32,
+            ge=1,
+            le=1024,
+            description="latest tokens whose queries score the others; always kept",
+        )
         fusion: Literal["max", "sum"] = Field(
-            "max", description="how the attention of the window's queries becomes one score"
+            "max", description="how the attention of the window's queries is combined"
         )
         value_norm: bool = Field(
-            False, description="multiply by the norm of the value: what the output would lose"
+            False,
+            description="multiply by the norm of the value, to score what the output loses",
         )
 
         @model_validator(mode="after")

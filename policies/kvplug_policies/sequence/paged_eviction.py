@@ -1,15 +1,15 @@
-"""PagedEviction: whole pages go, by the norms of their values and keys.
+"""PagedEviction: evicts whole pages, by the norms of their values and keys.
 
 Chitty-Venkata et al., arXiv 2509.04377: a token scores the norm of its value over the norm of its
 key. At the end of a prompt single tokens are dropped; while generating, whenever a page fills up,
-the page with the lowest mean score goes as a whole, so the rest of the cache stays where it is and
+the page with the lowest mean score is evicted whole, so the rest of the cache stays where it is and
 no page is ever partly empty.
 
 Differences from the paper, forced by paging or by serving:
 
 * A page goes at every decision, ``interval`` generated tokens apart, not at every page that fills
   up: ``interval`` over the block size pages go at once.
-* Every KV head gives up its own pages. The paper's page is one for all heads; here a page of a head
+* Every KV head evicts its own pages. The paper's page is one for all heads; here a page of a head
   is as many tokens, neighbours among those the head still holds.
 * Pages are counted back from the newest full block of the text, so that they stay the same pages
   from decision to decision when ``interval`` is a multiple of the block size.

@@ -2,15 +2,15 @@
 
 Cai et al., arXiv 2406.02069: low layers spread their attention over the whole text, high layers
 gather it on few tokens. Budgets fall linearly from the first layer to the last, their mean staying
-the one asked for; within a layer tokens are chosen as SnapKV chooses them. With a budget of B
+the requested one; within a layer tokens are chosen as SnapKV chooses them. With a budget of B
 tokens beyond those always kept, the last layer has B / ``beta`` and the first 2 B - B / ``beta``.
 
 Differences from the paper, forced by paging or by serving:
 
-* Layers of one budget form a KV-cache group, and an engine wants few of them: the line is cut into
-  ``groups`` steps of about as many layers each, every step the mean of its layers, so the mean over
-  all layers is unchanged.
-* The paper cuts the line at the length of the prompt. Here shares are fixed before a prompt is
+* Layers of one budget form a KV-cache group, and an engine wants few of them: the line is divided
+  into ``groups`` steps of about as many layers each, every step the mean of its layers, so the mean
+  over all layers is unchanged.
+* The paper limits the line to the length of the prompt. Here shares are fixed before a prompt is
   known: that holds for a budget that is a part of the prompt; with a budget in tokens, low layers
   of a short prompt may have room for more than it has, which they leave unused.
 * What differs in `snapkv` differs here too.
@@ -35,10 +35,10 @@ class PyramidKV(SnapKV):
     )
 
     class Options(SnapKV.Options):
-        """Knobs of `PyramidKV`."""
+        """Options of `PyramidKV`."""
 
         beta: int = Field(
-            20, ge=1, le=1000, description="the last layer has one in beta of the mean budget"
+            20, ge=1, le=1000, description="the last layer gets 1/beta of the mean budget"
         )
         groups: int = Field(
             3, ge=1, le=64, description="steps of the pyramid; each is a KV-cache group"

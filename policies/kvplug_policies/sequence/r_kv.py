@@ -2,10 +2,10 @@
 
 Cai et al., arXiv 2505.24133: a reasoning model repeats itself, and attention alone keeps every
 repetition. A token's importance is the attention of the latest ``window`` queries, pooled over
-neighbours by their maximum; its redundancy is how like its key is to the other keys of its head, on
-average. Of the tokens whose keys are likest to a given one, the most recent is not blamed for it,
+neighbours by their maximum; its redundancy is how similar its key is to the others of its head, on
+average. Of the tokens whose keys are most similar to a given one, the most recent is not penalized,
 so the last of many repetitions stays. The score is ``mix * importance - (1 - mix) * redundancy``,
-each normalised over the tokens held.
+each normalised over the resident tokens.
 
 Differences from the paper, forced by paging or by serving:
 
@@ -30,7 +30,7 @@ from kvplug_policies.scores import CHUNK_BYTES, latest, pool, query_count, raise
 
 
 def redundancy(keys: Tensor, positions: Tensor, threshold: float, spare: int) -> Tensor:
-    """How much each key repeats the others of its head; sums to 1 over the keys.
+    """Redundancy of each key with the others of its head; sums to 1 over the keys.
 
     Args:
         keys: ``[rows, kv_heads, held, head_size]``.
@@ -43,24 +43,24 @@ def redundancy(keys: Tensor, positions: Tensor, threshold: float, spare: int) ->
     """
     rows, heads, held, _ = keys.shape
     unit = torch.nn.functional.normalize(keys.float(), dim=-1, eps=1e-8)
-    blamed = unit.new_zeros((rows, heads, held))
-    # The likeness itself, its mask and the masked positions live at one time.
+    penalty = unit.new_zeros((rows, heads, held))
+    # The similarity itself, its mask and the masked positions live at one time.
     step = max(1, CHUNK_BYTES // (12 * max(1, rows * heads * held)))
     others = torch.arange(held, device=keys.device)
     for start in range(0, held, step):
         some = unit[:, :, start : start + step]
-        likeness = some @ unit.mT
+        similarity = some @ unit.mT
         mine = others[start : start + step, None] == others
-        likeness = likeness.masked_fill(mine, 0.0)
-        alike = likeness > threshold
+        similarity = similarity.masked_fill(mine, 0.0)
+        alike = similarity > threshold
         places = torch.where(alike, positions[:, :, None], -1)
         last = (
             places.amax(-1, keepdim=True)
             if spare == 1
             else places.topk(min(spare, held), dim=-1).values[..., -1:]
         )
-        blamed += likeness.masked_fill_(alike & (places >= last), 0.0).sum(2)
-    return (blamed / held).softmax(-1)
+        penalty += similarity.masked_fill_(alike & (places >= last), 0.0).sum(2)
+    return (penalty / held).softmax(-1)
 
 
 class RKV(ScoringPolicy):
@@ -71,7 +71,7 @@ class RKV(ScoringPolicy):
     paper = "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models, arXiv 2505.24133"
 
     class Options(ScoringOptions):
-        """Knobs of `RKV`."""
+        """Options of `RKV`."""
 
         recent: int = Field(8, ge=0, le=1 << 24, description="latest tokens that are always kept")
         window: int = Field(8, ge=1, le=1024, description="latest queries observed, and kept")
@@ -80,17 +80,17 @@ class RKV(ScoringPolicy):
             0.1, ge=0, le=1, description="weight of importance against that of redundancy"
         )
         threshold: float = Field(
-            0.5, ge=-1, le=1, description="cosine above which two keys say the same"
+            0.5, ge=-1, le=1, description="cosine above which two keys are redundant"
         )
         spare: int = Field(
-            1, ge=1, le=64, description="latest of the keys that say the same, not blamed for it"
+            1, ge=1, le=64, description="latest of redundant keys that are not penalized"
         )
 
         @field_validator("kernel")
         @classmethod
         def _kernel_has_a_middle(cls, value: int) -> int:
             if value % 2 == 0:
-                raise ValueError("a pooling kernel must be odd")
+                raise ValueError("kernel must be odd")
             return value
 
     options: Options

@@ -11,7 +11,7 @@ Differences from the paper, forced by paging or by serving:
 * Tokens keep the positions of the text. The paper re-indexes positions inside its cache, which
   would need keys stored before rotation; so the model's own maximum length stays the limit.
 * The rule holds during prefill too, for every query by its own position, so memory stays bounded
-  while a long prompt is read and the answer does not depend on how the prompt was cut into chunks.
+  while a long prompt is read and the answer does not depend on how the prompt is chunked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SinkWindow(SequencePolicy):
     """StreamingLLM, block granular: ``sink`` first tokens and ``window`` latest ones."""
 
     name = "sink_window"
-    changes = "what tokens beyond sink + window see: only the sink and the window; frees the rest"
+    changes = "tokens beyond sink + window see only the sink and the window; frees the rest"
     supports = frozenset(
         {
             Feature.PREFIX_CACHING,
@@ -52,7 +52,7 @@ class SinkWindow(SequencePolicy):
     paper = "Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
 
     class Options(PolicyOptions):
-        """Knobs of `SinkWindow`."""
+        """Options of `SinkWindow`."""
 
         sink: int = Field(64, ge=0, le=1 << 20, description="tokens kept from the start")
         window: int = Field(448, ge=1, le=1 << 24, description="latest tokens kept")

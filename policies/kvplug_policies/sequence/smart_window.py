@@ -1,13 +1,13 @@
 """Smart window: as large as a request's far tokens are worth, and keys that mattered stay.
 
-A window that adapts, kvplug's own. It answers two questions of a request at every decision.
+An adaptive window. It answers two questions about a request at every decision.
 
 **Which tokens?** A token's worth is the larger of two numbers, both in units of a fair share: what
 the latest ``window`` queries pay it, pooled over neighbours, against what they would pay if they
-looked at all held tokens alike; and what it received since it was written, against what it would
-have received had every query since looked at its whole text alike, which grows with the logarithm
-of the text. So a token that the request needs now is kept at once, and one that once mattered stays
-for good: what it received is never forgotten, only diluted, and slowly.
+looked at all resident tokens alike; and what it received since it was written, against what it
+would have received had every query since looked at its whole text alike, which grows with the
+logarithm of the text. So a token that the request needs now is kept at once, and one that once
+mattered stays for good: what it received is never forgotten, only diluted, and slowly.
 
 **How many?** Had the window been a quarter smaller, it would hold the far tokens, those older than
 the latest ones, that looked worth most before the latest queries ran. The part of their attention
@@ -17,7 +17,7 @@ and it never leaves ``min`` to ``max`` times the budget.
 
 Paging: decisions fall every ``interval`` generated tokens, sizes are whole blocks, heads of a layer
 keep equally many tokens, layers of one share have one size. A window cannot grow by more than was
-generated since the decision before, for what was dropped is gone.
+generated since the decision before, for evicted tokens are gone.
 """
 
 from __future__ import annotations
@@ -57,11 +57,13 @@ class SmartWindow(ScoringPolicy):
     wants_totals = True
 
     class Options(ScoringOptions):
-        """Knobs of `SmartWindow`."""
+        """Options of `SmartWindow`."""
 
         window: int = Field(32, ge=1, le=1024, description="latest queries observed, and kept")
         kernel: int = Field(5, ge=1, le=63, description="neighbouring tokens pooled, an odd number")
-        min: float = Field(0.25, gt=0, le=1, description="smallest window, as a part of the budget")
+        min: float = Field(
+            0.25, gt=0, le=1, description="smallest window, as a fraction of the budget"
+        )
         max: float = Field(
             4.0, ge=1, le=64, description="largest window, as a multiple of the budget"
         )
@@ -69,13 +71,13 @@ class SmartWindow(ScoringPolicy):
             0.1,
             ge=0,
             le=1,
-            description="part of the attention lost by a smaller window above which it grows",
+            description="attention lost by a smaller window, as a fraction, above which it grows",
         )
         shrink: float = Field(
             0.05,
             ge=0,
             le=1,
-            description="part of the attention lost by a smaller window below which it shrinks",
+            description="attention lost by a smaller window, as a fraction, below which it shrinks",
         )
         step: float = Field(
             1.25, gt=1, le=4, description="factor by which a window grows or shrinks at a decision"
@@ -86,7 +88,7 @@ class SmartWindow(ScoringPolicy):
             if self.shrink > self.grow:
                 raise ValueError(f"shrink {self.shrink} is larger than grow {self.grow}")
             if self.kernel % 2 == 0:
-                raise ValueError("a pooling kernel must be odd")
+                raise ValueError("kernel must be odd")
             if isinstance(self.budget, int) and self.budget < self.sink + self.window:
                 raise ValueError(
                     f"budget {self.budget} is smaller than sink + window = "
@@ -111,20 +113,20 @@ class SmartWindow(ScoringPolicy):
         inside = latest(held, options.window)
         pooled = pool(received.masked_fill(inside, 0.0), held.positions, options.kernel)
         now = pooled * held.held
-        return raised(torch.maximum(now, self._so_far(held, self._totals(held))), inside)
+        return raised(torch.maximum(now, self._so_far(held, self._cumulative(held))), inside)
 
     def measure(self, held: HeldView, scores: Tensor) -> Tensor:
-        """What the latest queries pay to far tokens.
+        """Measure the attention that the latest queries pay to far tokens.
 
         Returns:
             ``[rows, 3]``: the part of the attention that goes to far tokens, the part that a
-            smaller window would have lost, and the budget asked for.
+            smaller window would have lost, and the requested budget.
         """
         observed, self._observed = self._observed, None
         same = observed is not None and observed[0] is held
         received = observed[1] if observed is not None and same else self._received(held)
         count = query_count(held, self.options.window)
-        before = (self._totals(held) - received * count).clamp(min=0.0)
+        before = (self._cumulative(held) - received * count).clamp(min=0.0)
         near = latest(held, max(self.options.window, self.options.recent))
         always = near | (held.positions < self.options.sink)
         worth = self._so_far(held, before).masked_fill(always, torch.inf)
@@ -192,9 +194,11 @@ class SmartWindow(ScoringPolicy):
         return held.over_groups(held.attention_mass(window)) / query_count(held, window)
 
     @staticmethod
-    def _totals(held: HeldView) -> Tensor:
+    def _cumulative(held: HeldView) -> Tensor:
         if held.totals is None:
-            raise ValueError("smart_window needs the attention totals of its host")
+            raise ValueError(
+                "smart_window needs cumulative attention, which its host does not provide"
+            )
         return held.totals.float()
 
     @staticmethod

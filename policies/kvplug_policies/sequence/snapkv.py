@@ -39,14 +39,15 @@ class SnapKV(ScoringPolicy):
         kernel: int = Field(7, ge=1, le=63, description="neighbouring tokens pooled, an odd number")
         pooling: Literal["max", "mean"] = Field("max", description="how neighbours are pooled")
         value_norm: bool = Field(
-            False, description="multiply by the norm of the value: what the output would lose"
+            False,
+            description="multiply by the norm of the value, to score what the output loses",
         )
 
         @field_validator("kernel")
         @classmethod
         def _kernel_has_a_middle(cls, value: int) -> int:
             if value % 2 == 0:
-                raise ValueError("a pooling kernel must be odd")
+                raise ValueError("kernel must be odd")
             return value
 
         @model_validator(mode="after")

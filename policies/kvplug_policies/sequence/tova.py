@@ -33,12 +33,13 @@ class Tova(ScoringPolicy):
     observation = 1
 
     class Options(ScoringOptions):
-        """Knobs of `Tova`."""
+        """Options of `Tova`."""
 
         sink: int = Field(0, ge=0, le=1 << 20, description="first tokens that are always kept")
         recent: int = Field(1, ge=0, le=1 << 24, description="latest tokens that are always kept")
         value_norm: bool = Field(
-            False, description="multiply by the norm of the value: what the output would lose"
+            False,
+            description="multiply by the norm of the value, to score what the output loses",
         )
 
     options: Options

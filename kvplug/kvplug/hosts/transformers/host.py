@@ -65,7 +65,7 @@ class Text:
         num_prompt_tokens: Tokens of the prompt.
         policy: The sequence or format policy, or None for the full cache.
         layers: The cache of each layer.
-        cuts: Evictions so far: position and tokens kept after it, mean over the layers pruned.
+        evictions: Evictions so far: position and tokens kept after it, mean over the layers pruned.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Text:
         self.num_tokens = 0
         self.num_prompt_tokens = num_prompt_tokens
         self.policy = policy
-        self.cuts: list[tuple[int, float]] = []
+        self.evictions: list[tuple[int, float]] = []
         self._block_size = block_size
         self._prunable = prunable
         self._plans: dict[float, Plan] = {}
@@ -114,7 +114,7 @@ class Text:
         return blocks
 
     @property
-    def held(self) -> float:
+    def kept(self) -> float:
         """Tokens kept per KV head, mean over the layers a policy may prune."""
         return sum(self.layers[i].kept for i in self._prunable) / len(self._prunable)
 
@@ -207,11 +207,11 @@ class Text:
     def _act(self) -> None:
         """Evict what is due to be evicted here."""
         if isinstance(self.policy, ScoringPolicy):
-            self._cut(self.policy)
+            self._evict(self.policy)
         elif isinstance(self.policy, SequencePolicy):
-            self._drop()
+            self._evict_blocks()
 
-    def _cut(self, policy: ScoringPolicy) -> None:
+    def _evict(self, policy: ScoringPolicy) -> None:
         due: dict[float, Cut] = {}
         for share, plan in self._plans.items():
             if len(plan.cuts) > self._made[share]:
@@ -238,10 +238,10 @@ class Text:
             left.append(layer.kept)
         for share, results in measured.items():
             self._measured[share] = torch.stack(results).float().mean(0).tolist()
-        self.cuts.append((self.num_tokens, sum(left) / len(left)))
+        self.evictions.append((self.num_tokens, sum(left) / len(left)))
 
-    def _drop(self) -> None:
-        """Drop blocks the next query no longer sees, of a positional policy."""
+    def _evict_blocks(self) -> None:
+        """Evict the blocks that the next query no longer sees, of a positional policy."""
         for index in self._prunable:
             layer = self.layers[index]
             if layer.window is None:
@@ -260,13 +260,13 @@ class Generated:
 
     Attributes:
         ids: The new tokens, the end token among them.
-        held: Tokens kept per KV head at the end, mean over the layers a policy may prune.
-        cuts: Position of each eviction and the tokens kept after it.
+        kept: Tokens kept per KV head at the end, mean over the layers a policy may prune.
+        evictions: Position of each eviction and the tokens kept after it.
     """
 
     ids: list[int]
-    held: float
-    cuts: list[tuple[int, float]]
+    kept: float
+    evictions: list[tuple[int, float]]
 
 
 class Host:
@@ -523,7 +523,7 @@ class Host:
         while len(new) < max_new_tokens and new[-1] not in eos:
             logits = self.step([text], torch.tensor(new[-1:], device=logits.device))[0]
             new.append(int(logits.argmax()))
-        return Generated(new, text.held, text.cuts)
+        return Generated(new, text.kept, text.evictions)
 
 
 def generate(

@@ -5,10 +5,10 @@ import random
 import numpy as np
 import pytest
 
-from kvplug_policies.next_use import ReuseModel
+from kvplug_policies.next_use import NextUseModel
 
 
-def live(model: ReuseModel, thing: int, reuse_at: float | None, until: float) -> None:
+def live(model: NextUseModel, thing: int, reuse_at: float | None, until: float) -> None:
     """One thing's life: the bins it passes, and its reuse if there is one before ``until``."""
     end = until if reuse_at is None else reuse_at
     for b, (start, stop) in enumerate(zip(model.edges, model.edges[1:], strict=False)):
@@ -18,12 +18,12 @@ def live(model: ReuseModel, thing: int, reuse_at: float | None, until: float) ->
         model.waited(thing, b, min(stop, end) - start, ends_here, 1.0)
 
 
-def at(model: ReuseModel, thing: int, age: float) -> float:
+def at(model: NextUseModel, thing: int, age: float) -> float:
     return float(model.indices([thing], [model.bin(age)])[0])
 
 
 def test_with_nothing_learned_older_is_worse() -> None:
-    model = ReuseModel([2])
+    model = NextUseModel([2])
     thing = model.describe([0])
     worth = [at(model, thing, age) for age in (0.1, 1, 10, 100, 1000, 10_000)]
     assert worth == sorted(worth, reverse=True)
@@ -31,7 +31,7 @@ def test_with_nothing_learned_older_is_worse() -> None:
 
 
 def test_what_is_never_used_again_is_worth_less_than_what_is() -> None:
-    model, choose = ReuseModel([2]), random.Random(1)
+    model, choose = NextUseModel([2]), random.Random(1)
     used, unused = model.describe([0]), model.describe([1])
     for _ in range(300):
         live(model, used, choose.uniform(5, 60), 300)
@@ -42,7 +42,7 @@ def test_what_is_never_used_again_is_worth_less_than_what_is() -> None:
 
 
 def test_worth_rises_until_the_reuse_is_due_and_falls_after() -> None:
-    model, choose = ReuseModel([1]), random.Random(2)
+    model, choose = NextUseModel([1]), random.Random(2)
     thing = model.describe([0])
     for _ in range(600):
         live(model, thing, choose.uniform(50, 70) if choose.random() < 0.5 else None, 2000)
@@ -52,7 +52,7 @@ def test_worth_rises_until_the_reuse_is_due_and_falls_after() -> None:
 
 
 def test_the_hazard_of_a_memoryless_reuse_is_its_rate() -> None:
-    model, choose = ReuseModel([1], half_life=10**9), random.Random(3)
+    model, choose = NextUseModel([1], half_life=10**9), random.Random(3)
     thing = model.describe([0])
     for _ in range(3000):
         live(model, thing, choose.expovariate(1 / 40), 1e6)
@@ -63,7 +63,7 @@ def test_the_hazard_of_a_memoryless_reuse_is_its_rate() -> None:
 
 @pytest.mark.parametrize("best", ["soon", "late"])
 def test_the_index_is_the_best_rate_over_all_waits(best: str) -> None:
-    model = ReuseModel([1])
+    model = NextUseModel([1])
     model._weights[:] = 0
     hazards = np.full(len(model.edges) - 1, 1e-6)
     due = model.bin(1 if best == "soon" else 3000)
@@ -76,7 +76,7 @@ def test_the_index_is_the_best_rate_over_all_waits(best: str) -> None:
 
 
 def test_a_changed_habit_is_learned_again() -> None:
-    model, choose = ReuseModel([1], half_life=2000), random.Random(4)
+    model, choose = NextUseModel([1], half_life=2000), random.Random(4)
     thing = model.describe([0])
     for _ in range(500):
         live(model, thing, choose.uniform(1, 2), 500)
@@ -89,7 +89,7 @@ def test_a_changed_habit_is_learned_again() -> None:
 
 
 def test_forgotten_things_make_room_for_others() -> None:
-    model = ReuseModel([5, 5])
+    model = NextUseModel([5, 5])
     for i in range(20_000):
         thing = model.describe([i % 5, i % 3])
         model.waited(thing, 0, 0.2, False, 1.0)
@@ -99,7 +99,7 @@ def test_forgotten_things_make_room_for_others() -> None:
 
 
 def test_what_was_observed_of_a_thing_counts_though_it_was_forgotten_since() -> None:
-    model = ReuseModel([2])
+    model = NextUseModel([2])
     for _ in range(400):
         thing = model.describe([1])
         live(model, thing, 10.0, 100)
