@@ -23,6 +23,11 @@ from kvplug.hosts.vllm.messages import StepReport
 from kvplug.hosts.vllm.plugin import BACKENDS
 from kvplug.hosts.vllm.spec import ReusedSpec, WindowedSpec
 from kvplug.hosts.vllm.worker import backend
+from kvplug.hosts.vllm.worker.composition import (
+    plugged_backend,
+    plugged_builder,
+    plugged_impl,
+)
 from kvplug.hosts.vllm.worker.format import FormatRows, FormatTokens, FormatWorker
 from kvplug.hosts.vllm.worker.kind import KindWorker
 from kvplug.hosts.vllm.worker.kinds import METADATA_STEPS
@@ -64,7 +69,7 @@ def int4(**options: Any) -> Int4:
 def windowed_backend(
     stock: type[Any], policy: SinkWindow, *more: KindWorker, origin: Any = ("inline", "sequence")
 ) -> type[Any]:
-    return backend.plugged_backend(stock, (WindowWorker(policy, origin), *more), StepRows())
+    return plugged_backend(stock, (WindowWorker(policy, origin), *more), StepRows())
 
 
 def coded_kind(policy: Int4) -> FormatWorker:
@@ -267,7 +272,7 @@ def test_a_kind_that_only_watches_leaves_block_tables_to_be_swapped(stock: type[
         kind = Kind.REUSE
 
     inherited = stock.get_builder_cls()
-    watched = backend.plugged_builder(inherited, (Watches(("", "")),), StepRows())
+    watched = plugged_builder(inherited, (Watches(("", "")),), StepRows())
     assert watched.supports_update_block_table is inherited.supports_update_block_table
 
 
@@ -280,13 +285,13 @@ def test_graphs_of_mixed_batches_are_given_up_and_no_others(support: AttentionCG
         _cudagraph_support = support
 
     kind = WindowWorker(sink_window(), ("", ""))
-    builder = backend.plugged_builder(Supports, (kind,), StepRows())
+    builder = plugged_builder(Supports, (kind,), StepRows())
     windowed = windowed_backend(stock_class("CPU_ATTN"), sink_window())
     with_window = windowed.customize_spec(plain_spec())
     limit = min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda s: s.value)
     assert builder.get_cudagraph_support(config(), with_window) is limit
     assert builder.get_cudagraph_support(config(), plain_spec()) is support
-    coded = backend.plugged_builder(Supports, (coded_kind(int4()),), StepRows())
+    coded = plugged_builder(Supports, (coded_kind(int4()),), StepRows())
     assert coded.get_cudagraph_support(config(), plain_spec()) is AttentionCGSupport.NEVER
 
 
@@ -319,7 +324,7 @@ def test_attention_gets_the_compacted_rows(name: str) -> None:
     stock = stock_class(name)
     construct(stock.get_builder_cls(), plain_spec())
     kind = WindowWorker(sink_window(), ("", ""))
-    windowed = backend.plugged_backend(stock, (kind,), StepRows())
+    windowed = plugged_backend(stock, (kind,), StepRows())
     builder = windowed.get_builder_cls()(windowed.customize_spec(plain_spec()), [], config(), CPU)
     common = a_step()
     built = builder.build(0, common)
@@ -347,7 +352,7 @@ def test_a_builder_of_a_group_without_window_builds_what_stock_builds(name: str)
     stock = stock_class(name)
     construct(stock.get_builder_cls(), plain_spec())
     kind = WindowWorker(sink_window(), ("", ""))
-    windowed = backend.plugged_backend(stock, (kind,), StepRows())
+    windowed = plugged_backend(stock, (kind,), StepRows())
     builder = windowed.get_builder_cls()(plain_spec(), [], config(), CPU)
     built = builder.build(0, a_step())
     assert built.seq_lens.tolist() == [300, 230]
@@ -414,7 +419,7 @@ def test_metadata_steps_run_in_their_order_whatever_order_the_kinds_have() -> No
     note = Noted()
     kinds = (note.kind("one", FormatTokens, FormatRows), note.kind("other", Compaction))
     for order in (kinds, kinds[::-1]):
-        built = backend.plugged_builder(NotingBuilder, order, StepRows())
+        built = plugged_builder(NotingBuilder, order, StepRows())
         builder = built(SimpleNamespace(block_size=16), [], None, CPU)
         assert builder.build(5, "common", True) == (5, "common", True)
         assert note.calls == ["FormatTokens", "Compaction", "FormatRows"]
@@ -436,7 +441,7 @@ def test_attention_steps_run_from_the_first_kind_to_the_backend(
             return "output"
 
     impl = object.__new__(
-        backend.plugged_impl(Stock, (note.kind("one"), note.kind("two")), lambda *a: Stock)
+        plugged_impl(Stock, (note.kind("one"), note.kind("two")), lambda *a: Stock)
     )
     impl.do_kv_cache_update(1, 2, 3, 4, 5)
     assert impl.forward(1, 2, 3, 4, 5, 6, 7, 8, more=9) == "output"
@@ -520,7 +525,7 @@ def test_a_format_says_what_a_layers_pages_take() -> None:
     """Bytes instead of elements; two layers of different bits differ, the rest stays."""
     stock = stock_class("CPU_ATTN")
     kind = coded_kind(int4(layers={"1": 8}))
-    coded = backend.plugged_backend(stock, (kind,), StepRows())
+    coded = plugged_backend(stock, (kind,), StepRows())
     spec = coded.customize_spec(plain_spec())
     assert (type(spec), spec.dtype) == (type(plain_spec()), torch.uint8)
     assert spec.page_size_bytes == spec.num_kv_heads * spec.block_size * 72
@@ -538,7 +543,7 @@ def test_a_format_under_a_window_keeps_both() -> None:
 
 @pytest.mark.parametrize("what", ["alibi_slopes", "sinks"])
 def test_a_format_refuses_what_its_attention_does_not_do(what: str) -> None:
-    coded = backend.plugged_backend(stock_class("CPU_ATTN"), (coded_kind(int4()),), StepRows())
+    coded = plugged_backend(stock_class("CPU_ATTN"), (coded_kind(int4()),), StepRows())
     plain: dict[str, Any] = {"alibi_slopes": None, "sinks": None}
     layers_of(coded, NAMES, **plain)
     with pytest.raises(DeploymentError, match=r"x\.yaml: kvplug\.format: int4 does not support"):

@@ -21,7 +21,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from kvplug.hosts.vllm.messages import SequenceDirectives, StepDirectives
 from kvplug.hosts.vllm.spec import WindowedSpec
-from kvplug.hosts.vllm.worker.backend import plugged_builder
+from kvplug.hosts.vllm.worker.composition import plugged_builder
 from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.state import drop_worker_state, worker_state
 from kvplug.hosts.vllm.worker.steps import BuildCall, RowSlots

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -170,6 +172,19 @@ def test_registering_changes_no_class_while_kvplug_is_not_configured() -> None:
         member = AttentionBackendEnum[name]
         assert member.get_path() == backend.path(name) == f"kvplug.hosts.vllm.worker.backend.{name}"
         assert member.get_class() is cls
+
+
+def test_registering_imports_no_kind_of_a_worker_or_a_scheduler() -> None:
+    """It runs in every vLLM process, most of which never use kvplug."""
+    script = (
+        "import sys; from kvplug.hosts.vllm import plugin; plugin.register();"
+        "rooms = ('kvplug.hosts.vllm.worker.', 'kvplug.hosts.vllm.scheduler.');"
+        "print(sorted(m for m in sys.modules if m.startswith(rooms)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "['kvplug.hosts.vllm.worker.backend']"
 
 
 @pytest.mark.usefixtures("fresh")

@@ -24,7 +24,7 @@ from kvplug.hosts.pruning import Cut, Limits, Plan
 from kvplug.hosts.spans import SpanStore
 from kvplug.hosts.vllm.messages import Plans, RowPlan, StepReport
 from kvplug.hosts.vllm.spec import PrunedSpec
-from kvplug.hosts.vllm.worker.backend import plugged_builder, plugged_impl
+from kvplug.hosts.vllm.worker.composition import plugged_builder, plugged_impl
 from kvplug.hosts.vllm.worker.evictions import EvictionLog, LayerEvictions
 from kvplug.hosts.vllm.worker.phases import FLUSH, RowPart, StepPlanner
 from kvplug.hosts.vllm.worker.residents import LayerResidents

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvplug.contract import EngineView, FormatPolicy, Kind, LayerView, WriteBatch
 from kvplug.hosts.vllm.messages import ReuseDirectives, ReuseReport, SaveOrder, StepDirectives
-from kvplug.hosts.vllm.worker.backend import plugged_builder, plugged_impl
+from kvplug.hosts.vllm.worker.composition import plugged_builder, plugged_impl
 from kvplug.hosts.vllm.worker.reuse import ReuseWorker
 from kvplug.hosts.vllm.worker.segments import LayerPages, stacked
 from kvplug.hosts.vllm.worker.state import WorkerState

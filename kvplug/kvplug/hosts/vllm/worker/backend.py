@@ -1,36 +1,13 @@
 """Attention backends that stay vLLM's own unless a deployment has kinds that shape layers.
 
 vLLM resolves ``kvplug.hosts.vllm.worker.backend.CPU_ATTN`` while the engine's config is current,
-so the module's ``__getattr__`` can answer with the stock class, or with a subclass of it whose
-builder, implementation and KV-cache specs run the steps of the deployment's kinds. `kinds` says
-which kinds there are and in which order they come.
+so the module's ``__getattr__`` can answer with the stock class, or with a subclass of it that
+`composition` makes. Imported in every vLLM process, so it imports little.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor
-
-from kvplug.contract import Kind
-from kvplug.hosts.vllm import admission, compat, engine
-from kvplug.hosts.vllm.worker.kind import KindWorker
-from kvplug.hosts.vllm.worker.kinds import METADATA_STEPS, worker_kinds
-from kvplug.hosts.vllm.worker.pages import TokenPages
-from kvplug.hosts.vllm.worker.rows import StepRows
-from kvplug.hosts.vllm.worker.state import worker_state
-from kvplug.hosts.vllm.worker.steps import (
-    AttendCall,
-    BuildCall,
-    RowSlots,
-    WriteCall,
-    attend_chain,
-    build_chain,
-    write_chain,
-)
+from typing import Any
 
 STOCK: dict[str, str] = {}
 """Path of the class each overridden backend had before."""
@@ -47,190 +24,15 @@ def __getattr__(name: str) -> Any:
     from vllm.config import get_current_vllm_config_or_none
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
+    from kvplug.hosts.vllm import admission, engine
+
     stock = resolve_obj_by_qualname(STOCK[name])
     config = get_current_vllm_config_or_none()
     if config is None or not engine.is_kvplug(config):
         return stock
+    from kvplug.hosts.vllm.worker.composition import plugged_backend
+    from kvplug.hosts.vllm.worker.kinds import worker_kinds
+    from kvplug.hosts.vllm.worker.state import worker_state
+
     kinds = worker_kinds(admission.deployment_of(config), config)
     return plugged_backend(stock, kinds, worker_state(config).rows) if kinds else stock
-
-
-def plugged_backend(stock: type[Any], kinds: Sequence[KindWorker], rows: StepRows) -> type[Any]:
-    """Make a subclass of a stock backend that runs the steps of some kinds.
-
-    Each full-attention layer gets a backend class with the KV-cache spec of its own rules; layers
-    of equal rules share one. All of them keep the stock class's names.
-
-    Args:
-        stock: The backend class vLLM would use.
-        kinds: The kinds, in the order of `kinds.KINDS`.
-        rows: Slots of the engine's rows.
-    """
-    builder = plugged_builder(stock.get_builder_cls(), kinds, rows)
-    impl = plugged_impl(stock.get_impl_cls(), kinds, lambda name, own: for_layer(name, own))
-
-    @functools.cache
-    def for_rules(rules: tuple[Hashable, ...]) -> type[Any]:
-        class Backend(stock):
-            kvplug_rules: ClassVar[dict[Kind, Hashable]] = dict(
-                zip((kind.kind for kind in kinds), rules, strict=True)
-            )
-
-            @staticmethod
-            def get_impl_cls() -> type[Any]:
-                return impl
-
-            @staticmethod
-            def get_builder_cls() -> type[Any]:
-                return builder
-
-            @classmethod
-            def customize_spec(cls, spec: Any) -> Any:
-                from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-                spec = super().customize_spec(spec)
-                if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
-                    return spec
-                for kind, rule in reversed(list(zip(kinds, rules, strict=True))):
-                    spec = kind.customize_spec(spec, rule, stock)
-                return spec
-
-        return Backend
-
-    def for_layer(name: str, own: Any) -> type[Any]:
-        from vllm.model_executor.models.utils import extract_layer_index
-
-        for kind in kinds:
-            kind.check_impl(own)
-        index = extract_layer_index(name)
-        return for_rules(tuple(kind.rule(index) for kind in kinds))
-
-    return for_rules(tuple(kind.rule(0) for kind in kinds))
-
-
-def plugged_builder(stock: type[Any], kinds: Sequence[KindWorker], rows: StepRows) -> type[Any]:
-    """Make a subclass of a stock metadata builder that runs the kinds' metadata steps.
-
-    Args:
-        stock: The builder class.
-        kinds: The kinds.
-        rows: Slots of the engine's rows.
-    """
-
-    class Builder(stock):
-        if not all(kind.supports_update_block_table for kind in kinds):
-            supports_update_block_table = False
-
-        def __init__(
-            self,
-            kv_cache_spec: Any,
-            layer_names: list[str],
-            vllm_config: Any,
-            device: torch.device,
-            *args: Any,
-            **kwargs: Any,
-        ):
-            super().__init__(kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs)
-            self._kvplug_block_size = kv_cache_spec.block_size
-            made = [s for k in kinds for s in k.metadata_steps(kv_cache_spec, vllm_config, device)]
-            self._kvplug_build = build_chain(
-                sorted(made, key=lambda step: METADATA_STEPS.index(type(step))), self._stock_build
-            )
-
-        @classmethod
-        def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
-            support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
-            for kind in kinds:
-                support = kind.cudagraph_support(kv_cache_spec, support)
-            return support
-
-        def build(
-            self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-        ) -> Any:
-            slots = RowSlots(rows, common_attn_metadata, self._kvplug_block_size)
-            call = BuildCall(common_attn_metadata, common_prefix_len, fast_build, slots)
-            return self._kvplug_build(call)
-
-        def _stock_build(self, call: BuildCall) -> Any:
-            return super().build(call.prefix_len, call.common, call.fast)
-
-    return Builder
-
-
-def plugged_impl(
-    stock: type[Any], kinds: Sequence[KindWorker], backend_of: Callable[[str, Any], type[Any]]
-) -> type[Any]:
-    """Make a subclass of a stock attention implementation that runs the kinds' attention steps.
-
-    Args:
-        stock: The implementation class.
-        kinds: The kinds, outermost first.
-        backend_of: ``backend_of(layer_name, impl)``: the backend class of a layer.
-    """
-    steps = [step for kind in kinds if (step := kind.attention_step()) is not None]
-
-    def stock_write(call: WriteCall) -> None:
-        stock.do_kv_cache_update(
-            call.impl, call.layer, call.key, call.value, call.cache, call.slot_mapping
-        )
-
-    def stock_attend(call: AttendCall) -> Tensor:
-        return stock.forward(
-            call.impl,
-            call.layer,
-            call.query,
-            call.key,
-            call.value,
-            call.cache,
-            call.metadata,
-            call.output,
-            *call.args,
-            **call.kwargs,
-        )
-
-    write, attend = write_chain(steps, stock_write), attend_chain(steps, stock_attend)
-
-    class Impl(stock):
-        def __init__(self, *args: Any, **kwargs: Any):
-            from vllm.config import get_current_vllm_config
-
-            super().__init__(*args, **kwargs)
-            self._kvplug_layers = (
-                get_current_vllm_config().compilation_config.static_forward_context
-            )
-
-        def process_weights_after_loading(self, act_dtype: Any) -> None:
-            super().process_weights_after_loading(act_dtype)
-            for name, layer in self._kvplug_layers.items():
-                if getattr(layer, "impl", None) is self:
-                    compat.set_layer_backend(layer, backend_of(name, self))
-
-        def do_kv_cache_update(
-            self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-        ) -> None:
-            write(WriteCall(self, layer, key, value, kv_cache, slot_mapping))
-
-        def forward(
-            self,
-            layer: Any,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            kv_cache: Tensor,
-            attn_metadata: Any,
-            output: Tensor,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Tensor:
-            return attend(
-                AttendCall(
-                    self, layer, query, key, value, kv_cache, attn_metadata, output, args, kwargs
-                )
-            )
-
-        def kvplug_pages(self, layer: Any, cache: Tensor) -> TokenPages | None:
-            """Open the layer's pages if they are in bytes of a kind's own, else return None."""
-            opened = (step.pages(self, layer, cache) for step in steps)
-            return next((pages for pages in opened if pages is not None), None)
-
-    return Impl
