@@ -343,8 +343,8 @@ def test_check_judges_engine_features(run: Run, good: Path) -> None:
     done = run("check", good)
     assert done.exit_code == 2
     assert done.stderr == (
-        f"{good}:10: {SECTION}.prefix_cache: lru does nothing without prefix caching, which is "
-        "off. Fix: switch it on (--enable-prefix-caching) or remove prefix_cache.\n"
+        f"{good}:10: {SECTION}.prefix_cache: lru has no effect without prefix caching, which is "
+        "disabled. Fix: enable it (--enable-prefix-caching) or remove prefix_cache.\n"
     )
 
 
