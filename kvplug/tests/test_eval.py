@@ -449,7 +449,7 @@ def test_policies_are_read_with_their_options() -> None:
     [
         (["--policy", "snapvk"], "did you mean snapkv"),
         (["--policy", "snapkv:window=x"], "window"),
-        (["--policy", "snapkv:window"], "is no option"),
+        (["--policy", "snapkv:window"], "is not an option"),
         (["--policy", "absent.yaml"], "absent.yaml"),
         (["--budget", "0"], "above 0 and at most 1"),
         (["--budget", "0.5,many"], "above 0 and at most 1"),
@@ -504,7 +504,7 @@ def test_formats_are_read_with_their_options(tmp_path: Path) -> None:
         (["--format", "vllm_int3"], "did you mean vllm_int"),
         (["--format", "turboquant_4bit_nc:boundary=-1"], "boundary"),
         (["--format", "vllm_int4:group=3"], "has no option 'group'"),
-        (["--format", "vllm_int4:group"], "is no option"),
+        (["--format", "vllm_int4:group"], "is not an option"),
         (["--format", "snapkv"], "'snapkv' is a sequence policy"),
         (["--format", "@absent.yaml"], "absent.yaml"),
         (["--format", "@empty.yaml"], "must map kinds"),

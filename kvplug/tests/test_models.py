@@ -142,7 +142,7 @@ def test_a_damaged_copy_is_made_anew(
     said: list[str] = []
     assert models.smollm2(tmp_path, said.append) == made
     assert conversion.calls == 2
-    assert any("making it anew" in line for line in said)
+    assert any("converting it again" in line for line in said)
     assert {file.name: digest(file) for file in made.iterdir()} == before
 
 

@@ -76,7 +76,7 @@ def test_what_is_written_is_read(tmp_path: Path, seed: int) -> None:
         ({"bs": np.array([16])}, r"bs has shape \(1,\), expected \(\)"),
         ({"ids": np.zeros(5)}, "ids holds float64, expected integers"),
         ({"inp": np.array(["a", "b", "c"])}, "inp holds <U1, expected integers"),
-        ({"t": np.zeros(2)}, "t has 2 entries and off speaks of 3 requests"),
+        ({"t": np.zeros(2)}, "t has 2 entries, but off has 3 requests"),
         ({"off": np.array([0])}, "there is no request"),
         ({"off": np.array([0, 3, 2, 5])}, "off must rise from 0 to the 5 entries"),
         ({"off": np.array([1, 3, 5, 5])}, "off must rise from 0 to the 5 entries"),
@@ -189,17 +189,17 @@ def test_a_jsonl_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
-        ([1], "is no JSON object"),
-        (LINE | {"timestamp": "now"}, "timestamp is no number"),
-        (LINE | {"timestamp": True}, "timestamp is no number"),
-        (LINE | {"timestamp": float("nan")}, "timestamp is no number"),
-        (LINE | {"input_length": -1}, "input_length is no number of tokens"),
-        (LINE | {"output_length": 1.5}, "output_length is no number of tokens"),
-        (LINE | {"hash_ids": None}, "hash_ids is no list of integers"),
-        (LINE | {"hash_ids": [1, "2"]}, "hash_ids is no list of integers"),
-        ({}, "timestamp is no number"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ([1], "is not a JSON object"),
+        (LINE | {"timestamp": "now"}, "timestamp is not a number"),
+        (LINE | {"timestamp": True}, "timestamp is not a number"),
+        (LINE | {"timestamp": float("nan")}, "timestamp is not a number"),
+        (LINE | {"input_length": -1}, "input_length is not a number of tokens"),
+        (LINE | {"output_length": 1.5}, "output_length is not a number of tokens"),
+        (LINE | {"hash_ids": None}, "hash_ids is not a list of integers"),
+        (LINE | {"hash_ids": [1, "2"]}, "hash_ids is not a list of integers"),
+        ({}, "timestamp is not a number"),
     ],
 )
 def test_a_wrong_line_is_refused_by_number(tmp_path: Path, row: Any, says: str) -> None:
@@ -212,7 +212,7 @@ def test_a_wrong_line_is_refused_by_number(tmp_path: Path, row: Any, says: str) 
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([], "has no request"),
+        ([], "has no requests"),
         ([LINE | {"hash_ids": [1, 1]}], "request 0 names block 0 twice"),
         ([LINE | {"hash_ids": [1 << 70]}], "more than 64 bits"),
         ([LINE | {"hash_ids": []}], "refers to a block"),
@@ -225,7 +225,7 @@ def test_a_wrong_jsonl_is_refused(tmp_path: Path, rows: list[Any], says: str) ->
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00{")
-    with pytest.raises(TraceError, match="is no JSON"):
+    with pytest.raises(TraceError, match="is not JSON"):
         traces.read(tmp_path / "x.jsonl")
 
 

@@ -69,7 +69,9 @@ def candidates(text: str, calibration: str) -> list[Candidate]:
                 equals = ""
             if not equals or not key.strip():
                 refusal = Refusal(
-                    label, f"{pair!r} is no option.", "write NAME:OPTION=VALUE, e.g. kivi:bits=2."
+                    label,
+                    f"{pair!r} is not an option.",
+                    "write NAME:OPTION=VALUE, e.g. kivi:bits=2.",
                 )
                 raise DeploymentError("--candidates", [refusal])
         policy = plugins().registry.get(Kind.FORMAT, name)
@@ -78,7 +80,9 @@ def candidates(text: str, calibration: str) -> list[Candidate]:
         load_deployment({"format": section}, source="--candidates", key="")
         found.setdefault(label, Candidate(label, section))
     if not found:
-        raise KVPlugError(f"--candidates {text!r} names no format; write e.g. {DEFAULT}")
+        raise KVPlugError(
+            f"--candidates {text!r} must name at least one format; write e.g. {DEFAULT}"
+        )
     return list(found.values())
 
 

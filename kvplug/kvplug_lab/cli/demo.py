@@ -219,7 +219,7 @@ def _table(figures: dict[str, dict[str, float]], name: str) -> Table:
 
 
 def policy_lines(result: TrialResult) -> list[str]:
-    """What each policy did, one line each."""
+    """Summary of each policy, one line each."""
     from kvplug.contract import PolicyReport
     from kvplug.observe.summary import summary_lines
 

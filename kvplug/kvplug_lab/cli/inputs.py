@@ -1,4 +1,4 @@
-"""What commands read, and the checks of what they are to write."""
+"""Inputs of commands, and checks of the files they are to write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user asks to be evaluated, read and checked before anything runs."""
+"""Parse and check the policies and formats to evaluate, before anything runs."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def _every_format() -> dict[str, list[str]]:
     for name in registry.names(Kind.FORMAT):
         policy = registry.get(Kind.FORMAT, name)
         assert policy is not None
-        knobs = policy.Options.model_fields
-        needed = any(info.is_required() for info in knobs.values())
+        fields = policy.Options.model_fields
+        needed = any(info.is_required() for info in fields.values())
         # A calibration is a file of the model's own, which must be named.
-        if not needed and "calibration" not in knobs:
+        if not needed and "calibration" not in fields:
             names.append(name)
     return {"all": names, "peers": [policy.name for policy in PEERS]}
 
@@ -95,7 +95,7 @@ def budgets(text: str) -> list[float]:
     """Parts of the context, ascending.
 
     Raises:
-        KVPlugError: One is no number above 0 and at most 1.
+        KVPlugError: A share is not a number above 0 and at most 1.
     """
     try:
         found = sorted({float(part) for part in text.split(",") if part.strip()})
@@ -103,7 +103,7 @@ def budgets(text: str) -> list[float]:
         found = []
     if not found or not all(0 < budget <= 1 for budget in found):
         raise KVPlugError(
-            f"--budget {text!r}: write parts of the context above 0 and at most 1, "
+            f"--budget {text!r}: use shares of the context above 0 and at most 1, "
             "e.g. 0.25,0.5,0.75"
         )
     return found
@@ -133,9 +133,9 @@ def _everything() -> list[str]:
     for name in registry.names(Kind.SEQUENCE):
         policy = registry.get(Kind.SEQUENCE, name)
         assert policy is not None
-        knobs = policy.Options.model_fields
-        needed = [n for n, info in knobs.items() if info.is_required() and n != "budget"]
-        if not needed and ("budget" in knobs or {"sink", "window"} <= set(knobs)):
+        fields = policy.Options.model_fields
+        needed = [n for n, info in fields.items() if info.is_required() and n != "budget"]
+        if not needed and ("budget" in fields or {"sink", "window"} <= set(fields)):
             found.append(name)
     return found
 
@@ -164,7 +164,7 @@ def _choice(label: str, kind: Kind = Kind.SEQUENCE, option: str = "--policy") ->
         if not equals or not key.strip():
             refusal = Refusal(
                 label,
-                f"{pair!r} is no option.",
+                f"{pair!r} is not an option.",
                 "write NAME:OPTION=VALUE, e.g. "
                 + ("kivi:bits=2." if kind is Kind.FORMAT else "snapkv:window=64."),
             )
