@@ -508,7 +508,7 @@ def test_formats_are_read_with_their_options(tmp_path: Path) -> None:
         (["--format", "snapkv"], "'snapkv' is a sequence policy"),
         (["--format", "@absent.yaml"], "absent.yaml"),
         (["--format", "@empty.yaml"], "must map kinds"),
-        (["--format", "@other.yaml"], "chooses no policy"),
+        (["--format", "@other.yaml"], "is not set"),
         (["--format", "vllm_int4", "--policy", "tova"], "cannot be measured together"),
         (["--format", "kivi", "--block-size", "16"], "--block-size 32"),
         (["--format", "turboquant_4bit_nc", "--model", "narrow"], "48 a head"),

@@ -371,7 +371,7 @@ def test_only_what_computes_inside_a_run_needs_the_workers_model() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("bondary=16", "'bondary' is no way to reuse"),
+        ("bondary=16", "'bondary' is not a way to reuse"),
         ("nothing,boundary=x", "invalid literal"),
         ("gaps+credibility", "credibility needs its file, --credibility FILE"),
     ],

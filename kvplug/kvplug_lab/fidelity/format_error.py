@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         shown = [(use, _options(use, given)) for use, given in asked.use or ()] or list(SHOWN)
         if not 0 < asked.queries <= asked.tokens:
-            raise KVPlugError(f"{asked.tokens} tokens are fewer than {asked.queries} queries")
+            raise KVPlugError(f"--queries must be from 1 to {asked.tokens}, not {asked.queries}")
         layers = read(asked.model or smollm2(), asked.tokens)
         built = [(use, options, build(use, options, layers)) for use, options in shown]
     except (KVPlugError, OSError, ValueError) as error:
