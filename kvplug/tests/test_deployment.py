@@ -237,7 +237,7 @@ REFUSALS = {
     "option of a key beside a list": (
         "reuse:\n  use: [plain]\n  store: {memory: 0}\n",
         "3: reuse.store.memory: must be greater than or equal to 1, got 0. Fix: use a "
-        "value in range (MiB of host memory for segments, on each rank's own host share).",
+        "value in range (MiB of host memory for segments, of all ranks together).",
     ),
     "value of on_bad_request": (
         "on_bad_request: refused\n",
@@ -257,7 +257,7 @@ REFUSALS = {
     "option of guard": (
         "reuse:\n  use: [plain]\nguard:\n  breaker: {threshold: 0}\n",
         "4: guard.breaker.threshold: must be greater than or equal to 1, got 0. Fix: use a "
-        "value in range (drifting answers of a family that stop its reuse).",
+        "value in range (drifting answers of a family after which its reuse stops).",
     ),
     "list item that is no policy": (
         "reuse:\n  use:\n    - plain\n    - 4\n",

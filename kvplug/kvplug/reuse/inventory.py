@@ -111,7 +111,7 @@ class Inventory:
             fingerprint.request_id,
         )
         self._variants.setdefault(variant_key(fingerprint), {})[entry.id] = entry
-        self._replace(self.sessions.use(entry))
+        self._reorder(self.sessions.use(entry))
         self.quota.charge(entry, self.sessions.spares(entry))
 
     def restore(self, entries: Iterable[CatalogEntry], now: float) -> tuple[int, int]:
@@ -204,17 +204,17 @@ class Inventory:
     def touch(self, entry: CatalogEntry, now: float) -> None:
         """Count a segment and its session as used."""
         entry.last_used = now
-        self._replace(self.sessions.use(entry))
-        self._replace([entry])
+        self._reorder(self.sessions.use(entry))
+        self._reorder([entry])
 
     def end_session(self, session: str, tenant: str | None) -> int:
         """End a session; returns how many segments it had."""
         released = self.sessions.end(session, tenant)
-        self._replace(released)
+        self._reorder(released)
         return len(released)
 
-    def _replace(self, entries: Iterable[CatalogEntry]) -> None:
-        """Place segments anew in the eviction orders."""
+    def _reorder(self, entries: Iterable[CatalogEntry]) -> None:
+        """Update the places of segments in the eviction orders."""
         for entry in entries:
             self.quota.place(entry, self.sessions.spares(entry))
 
@@ -224,7 +224,7 @@ class Inventory:
         self, memory: int, disk: int, now: float, leaving: CatalogEntry | None = None
     ) -> tuple[list[CatalogEntry], list[CatalogEntry]] | None:
         """Choose what to evict for more bytes, as `Quota.room`; idle sessions spare nothing."""
-        self._replace(self.sessions.end_idle(now))
+        self._reorder(self.sessions.end_idle(now))
         return self.quota.room(memory, disk, now, leaving)
 
     def evict(self, dropped: Iterable[CatalogEntry], deleted: Iterable[CatalogEntry]) -> None:
