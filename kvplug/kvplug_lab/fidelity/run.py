@@ -142,7 +142,7 @@ def run(
         host: The model.
         prompts: The prompts; those of one context are adjacent.
         variants: The policies and budgets.
-        progress: Told what runs next; one call per prompt and variant, as many as `steps` says.
+        progress: Called before each prompt and variant, as many times as `steps` counts.
 
     Raises:
         KVPlugError: A variant cannot be built.

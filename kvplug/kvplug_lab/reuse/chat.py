@@ -254,8 +254,8 @@ def measure(
     Args:
         model: Model directory.
         text: Long plain text, the play.
-        sizes: How much.
-        variants: Ways to reuse, each an engine of its own that lives beside the others.
+        sizes: Sizes of the experiment.
+        variants: Ways to reuse, each in an engine of its own, all running at once.
         logs: Folder for the engines' logs.
         say: Called with a line about each step.
         dtype: Of the model.
@@ -278,9 +278,9 @@ def measure(
     sections = {STOCK: None} | {v.name: v.section for v in variants}
     served: dict[str, list[Turn]] = {name: [] for name in sections}
     replies: list[str] = []
-    with engines(model, sections, logs, say, **arguments) as living:
-        for engine in living.values():
-            # The first forced answer of an engine's life sets up log-probabilities.
+    with engines(model, sections, logs, say, **arguments) as running:
+        for engine in running.values():
+            # The first forced answer of an engine sets up log-probabilities.
             engine.ask([TrialRequest(list(history.system), 2, force=[0, 0])])
         for number, (user, follows) in enumerate(asked, 1):
             prompt, lengths = history.prompt(user, sizes.reply)
@@ -288,10 +288,10 @@ def measure(
             request = TrialRequest(prompt, sizes.reply, kvplug=options)
             scored = replace(request, force=follows)
             answers, busy, forced = {}, {}, {}
-            for name in turns([*living], number):
-                (answers[name],) = living[name].ask([request])
-                (busy[name],) = living[name].processor
-                (forced[name],) = living[name].ask([scored])
+            for name in turns([*running], number):
+                (answers[name],) = running[name].ask([request])
+                (busy[name],) = running[name].processor
+                (forced[name],) = running[name].ask([scored])
             stock = answers[STOCK]
             for name, answer in answers.items():
                 both = busy[name], busy[STOCK]
@@ -303,7 +303,7 @@ def measure(
                 f"turn {number} of {sizes.turns}, {len(prompt)} tokens, {history.first} dropped: "
                 + ", ".join(f"{n} {own[-1].ttft:.2f} s" for n, own in served.items())
             )
-        for engine in living.values():
+        for engine in running.values():
             engine.finish()
-        counters = {name: engine.counters for name, engine in living.items() if name != STOCK}
+        counters = {name: engine.counters for name, engine in running.items() if name != STOCK}
     return ChatFigures(sizes, served, counters, replies)

@@ -262,7 +262,7 @@ def measure(
     Args:
         model: Model directory.
         text: Long plain text.
-        sizes: How much.
+        sizes: Sizes of the experiment.
         section: The ``kvplug`` section of the engine under test.
         logs: Folder for the engines' logs.
         say: Called with a line about each step.

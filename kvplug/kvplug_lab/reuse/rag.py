@@ -154,7 +154,7 @@ def workload(encode: Encode, bos: Sequence[int], text: str, sizes: RagSizes) -> 
         encode: The model's tokenizer.
         bos: Tokens that every text begins with.
         text: Long plain text.
-        sizes: How much.
+        sizes: Sizes of the experiment.
 
     Raises:
         TooFew: A size or the text cannot serve.
@@ -403,8 +403,8 @@ def measure(
     Args:
         model: Model directory.
         text: Long plain text.
-        sizes: How much.
-        variants: Ways to reuse, each an engine of its own that lives beside the others.
+        sizes: Sizes of the experiment.
+        variants: Ways to reuse, each in an engine of its own, all running at once.
         logs: Folder for the engines' logs.
         say: Called with a line about each step.
         dtype: Of the model.
@@ -420,7 +420,7 @@ def measure(
         "max_model_len": length,
         "max_num_batched_tokens": max(length, 2048),
         "enable_prefix_caching": True,
-        # No document is ever pushed out: stock finds all that it can.
+        # No document is ever evicted: stock finds all that it can.
         "num_gpu_blocks_override": min(2 * tokens // BLOCK + 64, 2400),
     }
     sections: dict[str, Mapping[str, Any] | None] = {STOCK: None}
@@ -429,10 +429,10 @@ def measure(
     stock = {headed: Measured(f"{STOCK}{', headed' * headed}") for headed in (False, True)}
     found = {v.name: Measured(v.name) for v in variants}
     bare: list[float] = []
-    with engines(model, sections, logs, say, **arguments) as living:
-        for name, engine in living.items():
+    with engines(model, sections, logs, say, **arguments) as running:
+        for name, engine in running.items():
             say(f"{name}: reading {len(work.warm)} documents")
-            # The first forced answer of an engine's life sets up log-probabilities.
+            # The first forced answer of an engine sets up log-probabilities.
             engine.ask([request_of(warm_up(work.warm[0]), reuse=None)])
             for asked in work.warm:
                 engine.ask([request_of(asked, reuse=None)])
@@ -443,11 +443,11 @@ def measure(
                 continue
             for number, asked in enumerate(work.headed if headed else work.plain, 1):
                 answers = {
-                    name: living[name].ask([request_of(asked)])[0]
+                    name: running[name].ask([request_of(asked)])[0]
                     for name in turns([STOCK, *names], turn)
                 }
                 turn += 1
-                busy = {name: living[name].processor[0] for name in answers}
+                busy = {name: running[name].processor[0] for name in answers}
                 base = answers[STOCK], busy[STOCK]
                 stock[headed].add(asked, answers[STOCK], base[0], (base[1], base[1]))
                 for name in names:
@@ -456,11 +456,11 @@ def measure(
                 say(f"request {number} of {sizes.requests}{' with headings' * headed}: {medians}")
         for asked in work.plain:
             if asked.kind == "continuation":
-                (answer,) = living[STOCK].ask([request_of(without_documents(asked))])
+                (answer,) = running[STOCK].ask([request_of(without_documents(asked))])
                 bare += answer.logprobs or []
-        for engine in living.values():
+        for engine in running.values():
             engine.finish()
-        counters = {name: engine.counters for name, engine in living.items() if name != STOCK}
+        counters = {name: engine.counters for name, engine in running.items() if name != STOCK}
     return RagFigures(
         sizes,
         [measured for measured in stock.values() if measured.ttft],
