@@ -199,13 +199,13 @@ class _Parser:
         try:
             self.plugins.manager.hook.kvplug_deployment_loaded(deployment=deployment)
         except Exception as error:
-            said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise DeploymentError(
                 self.source,
                 [
                     Refusal(
                         self.path() or "file",
-                        f"{said}.",
+                        f"{text}.",
                         "change the section as the message says; a plugin refused it.",
                     )
                 ],

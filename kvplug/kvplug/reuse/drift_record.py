@@ -277,6 +277,6 @@ class DriftRecord(_Part):
         except ValidationError as error:
             first, *more = error.errors(include_url=False, include_input=False)
             where = ".".join(str(p) for p in first["loc"]) or "record"
-            said = first["msg"].removeprefix("Value error, ")
+            problem = first["msg"].removeprefix("Value error, ")
             also = f" (and {len(more)} more)" if more else ""
-            raise BadRecord(f"{path}: {where}: {said}{also}") from error
+            raise BadRecord(f"{path}: {where}: {problem}{also}") from error

@@ -143,7 +143,7 @@ class _Entry:
 
 
 def _near_duplicates(seed: int | None) -> Callable[[], NearDuplicates]:
-    """What makes an empty index of near duplicates, one for each tenant."""
+    """Return a function that makes an empty index of near duplicates, one for each tenant."""
     try:
         from kvplug.reuse.near_duplicates import NearDuplicates
     except ModuleNotFoundError as error:

@@ -18,8 +18,8 @@ __all__ = ["Inventory", "StoreCommands"]
 
 @dataclass(slots=True)
 class StoreCommands:
-    """What the workers are to do. No id is both fetched and evicted, or saved in the same step and
-    evicted, so a worker may do them in any order.
+    """Commands for the workers. No id is both fetched and evicted, or saved in the same step and
+    evicted, so a worker may carry them out in any order.
 
     Attributes:
         drop: Ids to take out of memory, after the step's own loads.
@@ -69,13 +69,13 @@ class Inventory:
         return name in self._entries
 
     def get(self, name: str) -> CatalogEntry | None:
-        """The segment with an id, or None."""
+        """Return the segment with an id, or None."""
         return self._entries.get(name)
 
     # -- Commands ----------------------------------------------------------------------------------
 
     def take_commands(self) -> StoreCommands:
-        """Commands since the last call; each is given once."""
+        """Return the commands since the last call; each is given once."""
         commands = StoreCommands(list(self._drop), list(self._fetch), list(self._delete))
         self._drop, self._fetch, self._delete = {}, {}, {}
         return commands
@@ -247,8 +247,8 @@ class Inventory:
         return len(self._variants.get(variant_key(fingerprint), ())) >= self._max_variants
 
     def worst_variant(self, fingerprint: Fingerprint, now: float) -> CatalogEntry | None:
-        """The variant that a new one may replace: unusable, expired, or after more approximate
-        reuses than the new one. None if there is none."""
+        """Return the variant that a new one may replace, or None: it is unusable, expired, or was
+        computed after more approximate reuses than the new one."""
         family = self._variants.get(variant_key(fingerprint), {})
         oldest = now - self._ttl
 

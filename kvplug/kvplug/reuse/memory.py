@@ -53,7 +53,7 @@ class StoredSegment:
 
 @dataclass(slots=True)
 class StoreReport:
-    """What the thread has done since the last report.
+    """Work the thread has done since the last report.
 
     Attributes:
         written: Ids whose files are on disk.

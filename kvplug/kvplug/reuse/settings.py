@@ -49,7 +49,7 @@ class Splitting(PolicyOptions):
 
 
 class Store(PolicyOptions):
-    """Where segments are stored, and for how long."""
+    """Storage of segments."""
 
     memory: int = Field(
         default=1024,
