@@ -687,3 +687,19 @@ def test_doctor_looks_at_the_real_environment(run: Run) -> None:
     assert told["vllm"]["imports"] is True
     assert told["vllm"]["missing_extension_points"] == []
     assert told["torch"]["version"]
+
+
+# -- the lab's commands ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", ["simulate t.npz", "replay", "demo", "gain", "bench", "eval", "reuse rag"]
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(
+    run: Run, command: str
+) -> None:
+    done = run(*command.split(), "--json", "/no/such/folder/figures.json")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert (
+        done.stderr == "--json: cannot write /no/such/folder/figures.json: its folder must exist\n"
+    )
