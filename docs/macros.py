@@ -154,9 +154,12 @@ def policy(kind: str, name: str) -> str:
     module = found.__module__
     source = Path(str(importlib.import_module(module).__file__)).resolve().relative_to(ROOT)
     exact = "**exact**" if found.exact else "**approximate**"
+    files = [source, Path("configs") / f"{name}.yaml"]
+    links = [
+        f"[`{file}`]({REPOSITORY}/blob/main/{file})" for file in files if (ROOT / file).exists()
+    ]
     facts = [
-        f"Kind `{kind}` · {exact} · [`{source}`]({REPOSITORY}/blob/main/{source})"
-        f" · [`configs/{name}.yaml`]({REPOSITORY}/blob/main/configs/{name}.yaml)",
+        " · ".join((f"Kind `{kind}`", exact, *links)),
         found.changes[:1].upper() + found.changes[1:].rstrip(".") + ".",
     ]
     if found.paper:
@@ -225,7 +228,14 @@ def attributes() -> str:
     found = [" ".join(one.split()) for one in BULLET.findall(compat.__doc__ or "")]
     if not found:
         raise MacroError("compat.py documents no attributes")
-    return "\n".join(f"* {one.replace('``', '`')}" for one in found)
+    said = "Set:\n\n" + "\n".join(f"* {one.replace('``', '`')}" for one in found)
+    if not hasattr(compat, "ATTRIBUTES"):
+        return said
+    rows = []
+    for target, names in compat.ATTRIBUTES:
+        module, _, name = target.partition(":")
+        rows.append((f"`{name}`", f"`{module}`", ", ".join(f"`{one}`" for one in names)))
+    return f"{said}\n\nRead:\n\n{table(('of', 'module', 'attributes'), rows)}"
 
 
 def subclasses() -> str:

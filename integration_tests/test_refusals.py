@@ -52,7 +52,7 @@ CASES = {
             (f"{SECTION}.prefix_cache.size", "lru has no option 'size'.", "it has no options."),
             (
                 f"{SECTION}.sequence.window",
-                "Input should be greater than or equal to 1, got 0.",
+                "must be greater than or equal to 1, got 0.",
                 "latest tokens kept",
             ),
         ],
@@ -62,8 +62,8 @@ CASES = {
         [
             (
                 f"{SECTION}.prefix_cache",
-                "lru does nothing without prefix caching, which is off.",
-                "switch it on (--enable-prefix-caching) or remove prefix_cache.",
+                "lru has no effect without prefix caching, which is disabled.",
+                "enable it (--enable-prefix-caching) or remove prefix_cache.",
             )
         ],
         engine={"enable_prefix_caching": False},
@@ -113,7 +113,7 @@ CASES = {
     ),
     "a group of tokens that does not divide a block": Case(
         {"format": {"use": "kivi", "group": 64}},
-        [(f"{SECTION}.format", "--block-size", "change the option named.")],
+        [(f"{SECTION}.format", "--block-size", "change group.")],
     ),
     "layers that the model does not have": Case(
         {"sequence": {"use": "sink_window", "sink": 32, "window": 64, "layers": {"7": 96}}},
@@ -131,7 +131,7 @@ CASES = {
             (
                 f"{SECTION}.format",
                 "groups of 24 channels do not divide a head of 64; choose 0 (the whole head), 8, ",
-                "change the option named.",
+                "change group.",
             )
         ],
     ),
@@ -140,8 +140,8 @@ CASES = {
         [
             (
                 f"{SECTION}.format",
-                "int4 cannot live with quantized KV cache, which is on.",
-                "switch it off (--kv-cache-dtype auto) or choose another format policy.",
+                "int4 does not support quantized KV cache, which is enabled.",
+                "disable it (--kv-cache-dtype auto) or choose another format policy.",
             )
         ],
         engine={"kv_cache_dtype": "fp8"},
@@ -152,7 +152,7 @@ CASES = {
             (
                 f"{SECTION}.format",
                 "/nowhere/calibration.safetensors",
-                "change the option named.",
+                "change calibration.",
             )
         ],
     ),
@@ -161,8 +161,8 @@ CASES = {
         [
             (
                 f"{SECTION}.sequence.use",
-                "sink_window cannot live with disaggregated prefill, which is on.",
-                "switch it off (kv_role: kv_both) or choose another sequence policy.",
+                "sink_window does not support disaggregated prefill, which is enabled.",
+                "disable it (kv_role: kv_both) or choose another sequence policy.",
             )
         ],
         engine={"kv_transfer_config": connector_flags(WINDOW) | {"kv_role": "kv_producer"}},
@@ -352,11 +352,13 @@ class TestReuse:
         deployment = load_deployment({"reuse": {"use": ["mask", "structure"]}})
         view = EngineView(block_size=16)
         (found,) = deployment.incompatible(view, runs=RUNS, host="vllm")
-        assert found.problem.startswith("a chain of checks begins with structure and position")
+        assert found.problem.startswith(
+            "the chain of checks must begin with structure and position"
+        )
         assert found.fix == "write `use: [structure, position, mask]`."
 
     def test_reuse_and_a_sequence_policy_exclude_each_other(self) -> None:
         deployment = load_deployment(self.section() | WINDOW)
         view = EngineView(block_size=16, max_model_len=512)
         found = deployment.incompatible(view, runs=RUNS, host="vllm")
-        assert found and all("cannot live with sequence policy" in r.problem for r in found)
+        assert found and all("does not support sequence policy" in r.problem for r in found)

@@ -1,4 +1,4 @@
-"""Where the deployments that ship with kvplug lie."""
+"""Finds the deployments that ship with kvplug."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 
 def shipped(name: str) -> Path:
-    """Path of ``configs/<name>.yaml``, in a checkout or in an installed wheel.
+    """Return the path of ``configs/<name>.yaml``, in a checkout or an installed wheel.
 
     Raises:
-        FileNotFoundError: There is no such deployment.
+        FileNotFoundError: No deployment of that name ships with kvplug.
     """
     package = Path(__file__).parent
     for folder in (package.parents[1] / "configs", package / "_configs"):

@@ -1,15 +1,15 @@
-"""The ``kvplug`` section: which policies a deployment runs, checked before anything starts.
+"""A deployment: the policies it runs, and what keeps them from running on an engine.
 
-The section stands in vLLM's own ``--config`` file under
+The ``kvplug`` section is in vLLM's own ``--config`` file under
 ``kv-transfer-config: kv_connector_extra_config: kvplug:``, inline in ``--kv-transfer-config``, or
-in a file of its own whose path stands there instead. It maps each kind to a policy::
+in a separate file whose path is given there instead. It maps each kind to a policy::
 
     prefix_cache: lru                                  # short for {use: lru}
     sequence: {use: sink_window, sink: 64, window: 448}
     reuse: {use: [structure, {position: {max_shift: 4096}}], approximate: true}
 
-What stands beside ``reuse.use`` says where segments lie and what may be done with them
-(`kvplug.reuse.settings`), and so does ``guard``.
+The keys next to ``reuse.use``, and ``guard``, configure where segments are stored and what may be
+done with them (`kvplug.reuse.settings`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from kvplug.contract import EngineView, Feature, Kind, Policy, PolicyOptions
-from kvplug.errors import DeploymentError, Refusal
+from kvplug.errors import DeploymentError, Refusal, change_options
 from kvplug.reuse.settings import GuardSettings, ReuseSettings
 
 ALWAYS = ("structure", "position")
-"""Checks without which stored KV would be taken for what it is not."""
+"""Checks that every chain needs: without them, KV of other text or another model could match."""
 
 OnBadRequest = Literal["report", "refuse"]
 ON_BAD_REQUEST_VALUES = get_args(OnBadRequest)
@@ -60,7 +60,7 @@ class Choice:
     key: str
 
     def build(self, engine: EngineView) -> Policy:
-        """The policy object for an engine. Raises what the policy raises."""
+        """Build the policy object for an engine. Raises what the policy raises."""
         return self.policy(self.options, engine)
 
 
@@ -73,7 +73,7 @@ class Deployment:
         choices: The chosen policies, in order, by kind. Kinds not chosen are absent.
         lines: 1-based line of each key path below the section, where the source has lines.
         section: The section as plain data.
-        reuse: What stands beside ``reuse.use``; the defaults where nothing does.
+        reuse: The keys next to ``reuse.use``; defaults where there are none.
         guard: The ``guard`` key, or None.
         on_bad_request: ``refuse`` where a request whose options are invalid is answered with an
             error, ``report`` where the invalid ones are ignored and named in its answer.
@@ -99,10 +99,10 @@ class Deployment:
     def incompatible(
         self, engine: EngineView, *, runs: frozenset[Kind], host: str
     ) -> list[Refusal]:
-        """What keeps this deployment from running on an engine: a walk over what policies state.
+        """Find what keeps this deployment from running on an engine, from what its policies state.
 
         Args:
-            engine: The engine, with the features that are on.
+            engine: The engine, with the features that are enabled.
             runs: Kinds the host can run.
             host: The host's name, for messages.
 
@@ -120,7 +120,8 @@ class Deployment:
             whole = ", ".join([*ALWAYS, *(n for n in names if n not in ALWAYS)])
             refuse(
                 checks[0].key,
-                f"a chain of checks begins with {' and '.join(ALWAYS)}, got {', '.join(names)}.",
+                f"the chain of checks must begin with {' and '.join(ALWAYS)}, got "
+                f"{', '.join(names)}.",
                 f"write `use: [{whole}]`.",
             )
         for choice in self.all():
@@ -129,23 +130,23 @@ class Deployment:
                 refuse(
                     choice.key,
                     f"the {host} host does not run {kind} policies in this release.",
-                    f"remove {kind!s}; it runs {', '.join(sorted(runs))}.",
+                    f"remove {kind!s}; the host runs {', '.join(sorted(runs))}.",
                 )
                 continue
             for feature in sorted(engine.features - policy.supports):
                 how = SWITCH_OFF.get(feature)
                 refuse(
                     choice.key,
-                    f"{name} cannot live with {feature}, which is on.",
-                    (f"switch it off ({how}) or " if how else "")
+                    f"{name} does not support {feature}, which {_is(feature)} enabled.",
+                    (f"disable {_it(feature)} ({how}) or " if how else "")
                     + f"choose another {kind} policy.",
                 )
             for feature in sorted(policy.requires - engine.features):
                 how = SWITCH_ON.get(feature)
                 refuse(
                     choice.key,
-                    f"{name} does nothing without {feature}, which is off.",
-                    (f"switch it on ({how}) or " if how else "") + f"remove {kind!s}.",
+                    f"{name} has no effect without {feature}, which {_is(feature)} disabled.",
+                    (f"enable {_it(feature)} ({how}) or " if how else "") + f"remove {kind!s}.",
                 )
             for other in self.all():
                 reason = policy.excludes.get(str(other.policy.kind)) or policy.excludes.get(
@@ -154,7 +155,7 @@ class Deployment:
                 if reason and other is not choice:
                     refuse(
                         choice.key,
-                        f"{name} cannot live with {other.policy.kind} policy "
+                        f"{name} does not support {other.policy.kind} policy "
                         f"{other.policy.name}: {reason}.",
                         f"remove one of {choice.key} and {other.key}.",
                     )
@@ -164,10 +165,19 @@ class Deployment:
                     choice.build(engine)
                 except Exception as error:
                     key = choice.key.removesuffix(".use")
-                    refuse(key, f"{choice.policy.name}: {error}.", "change the option named.")
+                    fix = change_options(str(error), choice.policy.Options.model_fields)
+                    refuse(key, f"{choice.policy.name}: {error}.", fix)
         return found
 
     def require_compatible(self, engine: EngineView, *, runs: frozenset[Kind], host: str) -> None:
         """Raise DeploymentError unless `incompatible` finds nothing."""
         if refusals := self.incompatible(engine, runs=runs, host=host):
             raise DeploymentError(self.source, refusals)
+
+
+def _is(feature: Feature) -> str:
+    return "are" if feature is Feature.CUDA_GRAPHS else "is"
+
+
+def _it(feature: Feature) -> str:
+    return "them" if feature is Feature.CUDA_GRAPHS else "it"

@@ -1,7 +1,9 @@
-"""What kvplug raises, and how a refusal reads."""
+"""Errors that kvplug raises, and the form of a refusal."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -11,7 +13,7 @@ class KVPlugError(Exception):
 
 @dataclass(frozen=True)
 class Refusal:
-    """One thing that is wrong with a deployment and what to do about it.
+    """One problem of a deployment, and its fix.
 
     Attributes:
         key: Path of the offending key, dotted, e.g. ``kvplug.sequence.window``.
@@ -26,8 +28,23 @@ class Refusal:
     line: int | None = None
 
     def text(self, source: str) -> str:
+        """The refusal as one line: file, line, key, problem and fix."""
         where = f"{source}:{self.line}" if self.line is not None else source
         return f"{where}: {self.key}: {self.problem} Fix: {self.fix}"
+
+
+def change_options(problem: str, names: Iterable[str]) -> str:
+    """The fix for a problem with several options: change those that it mentions.
+
+    Args:
+        problem: What is wrong, one sentence.
+        names: Every option there is.
+    """
+    mentioned = [name for name in names if re.search(rf"\b{re.escape(name)}s?\b", problem)]
+    if not mentioned:
+        return "change its options."
+    *first, last = mentioned
+    return f"change {', '.join(first)} or {last}." if first else f"change {last}."
 
 
 class DeploymentError(KVPlugError, ValueError):
@@ -49,4 +66,4 @@ class DeploymentError(KVPlugError, ValueError):
 
 
 class PluginError(KVPlugError):
-    """A plugin that cannot be loaded or registers something that is not a policy."""
+    """A plugin that cannot be loaded, or that registers something other than a policy."""

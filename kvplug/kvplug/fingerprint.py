@@ -25,25 +25,25 @@ _ARCHITECTURE = (
     "layer_types",
     "text_config",
 )
-"""Entries of config.json that say what a model computes."""
+"""Entries of config.json that define what a model computes."""
 
 _SAMPLES, _SAMPLE = 256, 256
-"""Places of the weights that a fingerprint reads, and the bytes of each."""
+"""Samples of the weights that a fingerprint reads, and the bytes of each."""
 
 
 def model_fingerprint(path: str | Path) -> str:
-    """What tells a model from another one, its fine-tunes among them, in a few milliseconds.
+    """Fingerprint a model, distinct from other models and from its fine-tunes, in milliseconds.
 
-    A hash over the architecture in `config.json` and, of each weight file, its size, the
-    safetensors header and some bytes from the middle of up to 256 tensors, evenly chosen. Where
-    the files lie, what they are called together and the time do not matter.
+    A hash over the architecture in `config.json` and, for each weight file, its size, the
+    safetensors header and some bytes from the middle of up to 256 evenly chosen tensors. The
+    directory and the files' times do not matter.
 
     Args:
         path: The model's directory.
 
     Returns:
-        32 hexadecimal digits; empty where the path is no local directory with a `config.json`
-        and readable weights.
+        32 hexadecimal digits; empty if the path is not a local directory with a `config.json` and
+        readable weights.
     """
     folder = Path(path)
     try:
@@ -62,7 +62,7 @@ def model_fingerprint(path: str | Path) -> str:
 
 
 def _sample_weights(file: Path, samples: int, into: Any) -> None:
-    """Add a weight file's size, header and sampled bytes to a hash."""
+    """Hash a weight file's size, header and sampled bytes."""
     size = file.stat().st_size
     into.update(str(size).encode())
     with file.open("rb") as stream:

@@ -1,8 +1,9 @@
-"""Parses the ``kvplug`` section into a deployment, or refuses it key by key."""
+"""Parses the ``kvplug`` section into a deployment; refuses each key that is wrong."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 
 from kvplug.contract import EngineView, Kind, PolicyOptions
 from kvplug.deployment import ON_BAD_REQUEST_VALUES, Choice, Deployment
-from kvplug.errors import DeploymentError, Refusal
+from kvplug.errors import DeploymentError, Refusal, change_options
 from kvplug.registry import Plugins, plugins
 from kvplug.reuse.settings import GuardSettings, ReuseSettings
 
@@ -38,10 +39,10 @@ class _Loader(yaml.SafeLoader):
                 continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                break  # SafeLoader's own error says it
+                break  # SafeLoader raises its own error
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is written twice", key_node.start_mark
+                    None, None, f"duplicate key {key!r}", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -81,7 +82,7 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
             ],
         ) from error
     lines: dict[str, int] = {}
-    above: list[yaml.Node] = []  # an anchor may stand inside itself
+    above: list[yaml.Node] = []  # an anchor may contain itself
 
     def walk(node: yaml.Node | None, path: str) -> None:
         if node is None or any(node is n for n in above):
@@ -119,10 +120,10 @@ def load_deployment(
         key: Key path of the section in that source.
         lines: Line of each key path in the source.
         using: Plugins to find policies in; the process's own by default.
-        engine: The engine it is for, as far as it is known: what ``use: auto`` is decided on.
+        engine: The engine it is for, as far as it is known; ``use: auto`` is decided by it.
 
     Raises:
-        DeploymentError: With one refusal per thing that is wrong.
+        DeploymentError: With one refusal for each thing that is wrong.
     """
     if isinstance(section, str | Path):
         path = Path(section)
@@ -198,14 +199,14 @@ class _Parser:
         try:
             self.plugins.manager.hook.kvplug_deployment_loaded(deployment=deployment)
         except Exception as error:
-            said = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
             raise DeploymentError(
                 self.source,
                 [
                     Refusal(
                         self.path() or "file",
-                        f"{said}.",
-                        "change the section as it says; a plugin refused it.",
+                        f"{text}.",
+                        "change the section as the message says; a plugin refused it.",
                     )
                 ],
             ) from error
@@ -228,7 +229,9 @@ class _Parser:
         """Validate keys that belong to no policy."""
         if not isinstance(value, Mapping):
             self.refuse(
-                self.path(name), f"must be a mapping, got {type(value).__name__}.", "see the docs."
+                self.path(name),
+                f"must be a mapping, got {type(value).__name__}.",
+                f"write `{name}: {{key: value}}`.",
             )
             return
         try:
@@ -239,12 +242,12 @@ class _Parser:
     def together(
         self, choices: Mapping[Kind, tuple[Choice, ...]], beside: Mapping[str, Any]
     ) -> None:
-        """Refuse what is right by itself and makes no sense together."""
+        """Refuse keys that are valid by themselves but not together."""
         if GUARD in beside and Kind.REUSE not in choices and not self.refusals:
             self.refuse(
                 self.path(GUARD),
-                "watches reuse, and nothing is reused.",
-                "add a reuse section or remove it.",
+                "watches reuse, but nothing is reused.",
+                "add a reuse section, or remove guard.",
             )
 
     def kind(self, kind: Kind, value: Any) -> list[Choice]:
@@ -259,7 +262,7 @@ class _Parser:
             )
             return []
         if "use" not in value:
-            self.refuse(key, "does not say which policy to use.", f"add `use:` to {kind!s}.")
+            self.refuse(key, "does not name a policy.", f"add `use:` to {kind!s}.")
             return []
         use, options = value["use"], {str(k): v for k, v in value.items() if k != "use"}
         if isinstance(use, str):
@@ -268,14 +271,14 @@ class _Parser:
             if options:
                 self.refuse(
                     f"{key}.{next(iter(options))}",
-                    "options cannot stand beside a list of policies.",
+                    "options are not allowed next to a list of policies.",
                     "write them under the policy: `use: [a, {b: {option: value}}]`.",
                 )
             return [c for i, item in enumerate(use) for c in self.item(kind, item, key, i)]
-        many = " or a list of names" if kind in MANY else ""
+        many = " or a list of policy names" if kind in MANY else ""
         self.refuse(
             f"{key}.use",
-            f"must be a policy's name{many}, got {type(use).__name__}.",
+            f"must be a policy name{many}, got {type(use).__name__}.",
             f"use one of {', '.join(self.plugins.registry.names(kind)) or '(none installed)'}.",
         )
         return []
@@ -288,7 +291,7 @@ class _Parser:
             ((name, options),) = item.items()
             if isinstance(options, Mapping):
                 return self.one(kind, str(name), dict(options), where)
-        self.refuse(where, "is no policy.", "write a name, or `{name: {option: value}}`.")
+        self.refuse(where, "is not a policy.", "write a name, or `{name: {option: value}}`.")
         return []
 
     def one(self, kind: Kind, name: str, options: dict[str, Any], key: str) -> list[Choice]:
@@ -306,7 +309,7 @@ class _Parser:
                 )
                 return []
             if not chosen:
-                self.refuse(key, "no plugin chooses one for `auto`.", "name a policy.")
+                self.refuse(key, "no plugin chooses a policy for `auto`.", "name a policy.")
                 return []
             name = chosen
         policy = registry.get(kind, name)
@@ -338,7 +341,7 @@ class _Parser:
     def invalid(
         self, error: ValidationError, model: type[PolicyOptions], owner: str, key: str
     ) -> None:
-        """Refuse each thing that is wrong with the options of a policy or a key."""
+        """Refuse each invalid option of a policy or a key."""
         for e in error.errors(include_url=False):
             name = ".".join(str(p) for p in e["loc"])
             where = f"{key}.{name}" if name else key
@@ -357,14 +360,33 @@ class _Parser:
                     f"did you mean {near[0]}?" if near else f"options: {known}.",
                 )
                 continue
-            problem = e["msg"].removeprefix("Value error, ")
+            problem = _plain(e["type"], e["msg"])
             if not e["loc"]:
-                self.refuse(where, f"{owner}: {problem}.", "change the options named.")
+                self.refuse(where, f"{owner}: {problem}.", change_options(problem, fields))
                 continue
             info = fields.get(str(e["loc"][-1]))
             got = "" if e["type"] == "missing" else f", got {e['input']!r}"
             means = f" ({info.description})" if info is not None and info.description else ""
-            self.refuse(where, f"{problem}{got}.", f"set it accordingly{means}.")
+            self.refuse(where, f"{problem}{got}.", f"{_remedy(e['type'])}{means}.")
+
+
+def _plain(kind: str, message: str) -> str:
+    """A validation error of pydantic's, as a predicate of the key."""
+    if kind == "missing":
+        return "is missing"
+    message = message.removeprefix("Value error, ")
+    return re.sub(r"^Input should (?:be|have) ", _must, message)
+
+
+def _must(found: re.Match[str]) -> str:
+    return "must be " if "be" in found[0].split() else "must have "
+
+
+def _remedy(kind: str) -> str:
+    if kind == "missing":
+        return "add it"
+    ranged = kind.startswith(("greater_than", "less_than"))
+    return "use a value in range" if ranged else "use a valid value"
 
 
 def _model_at(model: type[PolicyOptions], loc: tuple[int | str, ...]) -> type[PolicyOptions]:

@@ -36,7 +36,7 @@ _VALUES.maxstring = _VALUES.maxother = _VALUES.maxlong = 60
 
 
 class Cause(StrEnum):
-    """Why a request option is refused, for counters."""
+    """Cause of a refused request option, for counters."""
 
     UNKNOWN_OPTION = "unknown option"
     INVALID_VALUE = "invalid value"
@@ -48,8 +48,8 @@ class RefusedOption:
     """One request option that is not applied.
 
     Attributes:
-        cause: Why, for counters.
-        sentence: Why, for the user; names the option, and the fix where it is known.
+        cause: For counters.
+        sentence: For the user; names the option, and the fix where it is known.
     """
 
     cause: Cause

@@ -76,6 +76,7 @@ class Panel:
         scales: ``linear`` or ``log``, horizontal and vertical.
         y: Label of the vertical axis.
         percent: Whether the horizontal axis is in percent.
+        ticks: Places of the marks of the horizontal axis; empty for matplotlib's own.
         mark: Where a line divides the panel; None for nowhere.
     """
 
@@ -85,6 +86,7 @@ class Panel:
     scales: tuple[str, str] = ("linear", "linear")
     y: str = ""
     percent: bool = False
+    ticks: Sequence[float] = ()
     mark: float | None = None
 
 
@@ -105,10 +107,10 @@ class Drawing:
 def fidelity_policies(data: Any) -> Drawing:
     """Cost of every sequence policy in answers, by budget."""
     metrics = {
-        "kl": "divergence, nats (lower is better)",
-        "prefix": "greedy prefix (higher)",
-        "passkey": "passkey, asked before (higher)",
-        "passkey_later": "passkey, asked later (higher)",
+        "kl": "divergence, nats",
+        "prefix": "greedy prefix",
+        "passkey": "passkey, before",
+        "passkey_later": "passkey, later",
     }
     value = {(r["variant"], r["budget"], r["metric"]): r["value"] for r in data["summary"]}
     names = sorted(
@@ -137,7 +139,7 @@ def fidelity_policies(data: Any) -> Drawing:
         )
         for metric, title in metrics.items()
     ]
-    return Drawing("What dropping tokens costs in answers", panels, series, (11.0, 4.2))
+    return Drawing("What dropping tokens costs in answers", panels, series, (9.4, 4.4))
 
 
 def fidelity_kvpress(data: Any) -> Drawing:
@@ -310,12 +312,13 @@ def prefix_cache(data: Any) -> Drawing:
         Panel(
             trace,
             "capacity, % of blocks",
+            ticks=(1, 2, 5, 10),
             scales=("log", "linear"),
             y="hit rate, %" if i == 0 else "",
         )
         for i, trace in enumerate(traces)
     ]
-    return Drawing("Hit rates of eviction orders", panels, series, (11.0, 3.4))
+    return Drawing("Hit rates of eviction orders", panels, series, (9.4, 3.4))
 
 
 def reuse_rag(data: Any) -> Drawing:
@@ -487,6 +490,8 @@ def _axes(axis: Any, panel: Panel, shared: bool) -> None:
     if panel.percent:
         axis.set_xlim(-0.04, 1.04)
         axis.xaxis.set_major_formatter(PercentFormatter(1.0))
+    if panel.ticks:
+        axis.set_xticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
     if panel.mark is not None:
         axis.axvline(panel.mark, color=GREY, linestyle="--", linewidth=1)
 

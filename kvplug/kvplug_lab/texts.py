@@ -71,7 +71,7 @@ def passages(text: str, n: int, words: int, seed: int) -> list[str]:
         seed: Seed of the choice.
 
     Returns:
-        `n` pieces of `text` as they stand there, from the first letter of a word to the last
+        `n` pieces of `text` as they are, from the first letter of a word to the last
         letter of another, in an order that the seed gives.
 
     Raises:

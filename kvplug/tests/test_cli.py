@@ -343,8 +343,8 @@ def test_check_judges_engine_features(run: Run, good: Path) -> None:
     done = run("check", good)
     assert done.exit_code == 2
     assert done.stderr == (
-        f"{good}:10: {SECTION}.prefix_cache: lru does nothing without prefix caching, which is "
-        "off. Fix: switch it on (--enable-prefix-caching) or remove prefix_cache.\n"
+        f"{good}:10: {SECTION}.prefix_cache: lru has no effect without prefix caching, which is "
+        "disabled. Fix: enable it (--enable-prefix-caching) or remove prefix_cache.\n"
     )
 
 
@@ -687,3 +687,19 @@ def test_doctor_looks_at_the_real_environment(run: Run) -> None:
     assert told["vllm"]["imports"] is True
     assert told["vllm"]["missing_extension_points"] == []
     assert told["torch"]["version"]
+
+
+# -- the lab's commands ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command", ["simulate t.npz", "replay", "demo", "gain", "bench", "eval", "reuse rag"]
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(
+    run: Run, command: str
+) -> None:
+    done = run(*command.split(), "--json", "/no/such/folder/figures.json")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert (
+        done.stderr == "--json: cannot write /no/such/folder/figures.json: its folder must exist\n"
+    )

@@ -188,7 +188,7 @@ def test_without_prefix_caching_there_is_nothing_to_record(run: Run, tmp_path: P
     file = deployment(tmp_path, "      {}\nenable-prefix-caching: false\n")
     done = run("record", file, "--model", "acme/tiny", "--out", tmp_path / "t.npz")
     assert done.exit_code == 2
-    assert "record does nothing without prefix caching" in done.stderr
+    assert "record has no effect without prefix caching" in done.stderr
 
 
 def test_what_check_refuses_is_refused(run: Run, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from kvplug.contract import (
     Window,
 )
 from kvplug.deployment import Deployment
-from kvplug.errors import DeploymentError
+from kvplug.errors import DeploymentError, change_options
 from kvplug.hosts.vllm.flags import RUNS, read_config
 from kvplug.parser import load_deployment, read_yaml
 from kvplug.registry import Plugins
@@ -161,11 +161,11 @@ REFUSALS = {
     ),
     "no use": (
         "sequence:\n  window: 32\n",
-        "1: sequence: does not say which policy to use. Fix: add `use:` to sequence.",
+        "1: sequence: does not name a policy. Fix: add `use:` to sequence.",
     ),
     "use of a wrong type": (
         "prefix_cache:\n  use: 3\n",
-        "2: prefix_cache.use: must be a policy's name, got int. Fix: use one of newest, oldest.",
+        "2: prefix_cache.use: must be a policy name, got int. Fix: use one of newest, oldest.",
     ),
     "policy of an extra that is not installed": (
         "reuse:\n  use: [credibility]\n",
@@ -188,22 +188,22 @@ REFUSALS = {
     ),
     "nobody chooses for auto": (
         "prefix_cache: auto\n",
-        "1: prefix_cache: no plugin chooses one for `auto`. Fix: name a policy.",
+        "1: prefix_cache: no plugin chooses a policy for `auto`. Fix: name a policy.",
     ),
     "value below its range": (
         "sequence:\n  use: window\n  window: 0\n",
-        "3: sequence.window: Input should be greater than or equal to 1, got 0. "
-        "Fix: set it accordingly (latest tokens kept).",
+        "3: sequence.window: must be greater than or equal to 1, got 0. "
+        "Fix: use a value in range (latest tokens kept).",
     ),
     "value above its range": (
         "sequence: {use: window,\n  window: 5000}\n",
-        "2: sequence.window: Input should be less than or equal to 4096, got 5000. "
-        "Fix: set it accordingly (latest tokens kept).",
+        "2: sequence.window: must be less than or equal to 4096, got 5000. "
+        "Fix: use a value in range (latest tokens kept).",
     ),
     "value of a wrong type": (
         "sequence:\n  use: window\n  sink: '64'\n",
-        "3: sequence.sink: Input should be a valid integer, got '64'. "
-        "Fix: set it accordingly (first tokens kept).",
+        "3: sequence.sink: must be a valid integer, got '64'. "
+        "Fix: use a valid value (first tokens kept).",
     ),
     "unknown option": (
         "sequence:\n  use: window\n  windows: 32\n",
@@ -219,12 +219,11 @@ REFUSALS = {
     ),
     "required option left out": (
         "reuse:\n  use: [strict]\n",
-        "2: reuse.use[0].shift: Field required. "
-        "Fix: set it accordingly (tokens a segment may move).",
+        "2: reuse.use[0].shift: is missing. Fix: add it (tokens a segment may move).",
     ),
     "list where one is taken": (
         "prefix_cache:\n  use: [oldest, newest]\n",
-        "2: prefix_cache.use: must be a policy's name, got list. Fix: use one of newest, oldest.",
+        "2: prefix_cache.use: must be a policy name, got list. Fix: use one of newest, oldest.",
     ),
     "list in place of a kind": (
         "prefix_cache: [oldest]\n",
@@ -237,8 +236,8 @@ REFUSALS = {
     ),
     "option of a key beside a list": (
         "reuse:\n  use: [plain]\n  store: {memory: 0}\n",
-        "3: reuse.store.memory: Input should be greater than or equal to 1, got 0. Fix: set it "
-        "accordingly (MiB of host memory for segments, on each rank's own host share).",
+        "3: reuse.store.memory: must be greater than or equal to 1, got 0. Fix: use a "
+        "value in range (MiB of host memory for segments, of all ranks together).",
     ),
     "value of on_bad_request": (
         "on_bad_request: refused\n",
@@ -252,29 +251,30 @@ REFUSALS = {
     ),
     "guard of nothing": (
         "guard: {}\n",
-        "1: guard: watches reuse, and nothing is reused. Fix: add a reuse section or remove it.",
+        "1: guard: watches reuse, but nothing is reused. "
+        "Fix: add a reuse section, or remove guard.",
     ),
     "option of guard": (
         "reuse:\n  use: [plain]\nguard:\n  breaker: {threshold: 0}\n",
-        "4: guard.breaker.threshold: Input should be greater than or equal to 1, got 0. Fix: set "
-        "it accordingly (drifting answers of a family that stop its reuse).",
+        "4: guard.breaker.threshold: must be greater than or equal to 1, got 0. Fix: use a "
+        "value in range (drifting answers of a family after which its reuse stops).",
     ),
     "list item that is no policy": (
         "reuse:\n  use:\n    - plain\n    - 4\n",
-        "4: reuse.use[1]: is no policy. Fix: write a name, or `{name: {option: value}}`.",
+        "4: reuse.use[1]: is not a policy. Fix: write a name, or `{name: {option: value}}`.",
     ),
     "bad option in a list": (
         "reuse:\n  use:\n    - plain\n    - strict:\n        shift: far\n",
-        "4: reuse.use[1].shift: Input should be a valid integer, got 'far'. "
-        "Fix: set it accordingly (tokens a segment may move).",
+        "4: reuse.use[1].shift: must be a valid integer, got 'far'. "
+        "Fix: use a valid value (tokens a segment may move).",
     ),
     "key written twice": (
         "prefix_cache: oldest\nsequence: window\nprefix_cache: newest\n",
-        "3: YAML: key 'prefix_cache' is written twice. Fix: correct the syntax at that line.",
+        "3: YAML: duplicate key 'prefix_cache'. Fix: correct the syntax at that line.",
     ),
     "nested key written twice": (
         "sequence:\n  use: window\n  use: window\n",
-        "3: YAML: key 'use' is written twice. Fix: correct the syntax at that line.",
+        "3: YAML: duplicate key 'use'. Fix: correct the syntax at that line.",
     ),
     "bad syntax": (
         "prefix_cache: {use: oldest\nsequence: window\n",
@@ -388,7 +388,7 @@ def test_a_plugin_refuses(installed: Plugins, load: Load, file: Path) -> None:
     load("prefix_cache: oldest\n")
     assert refused(load, "sequence: window\n") == [
         f"{file}: file: approximate policies are not allowed in this house. "
-        "Fix: change the section as it says; a plugin refused it."
+        "Fix: change the section as the message says; a plugin refused it."
     ]
 
 
@@ -410,15 +410,15 @@ def test_feature_that_is_on_and_not_supported(load: Load, file: Path) -> None:
     deployment = load("prefix_cache: oldest\nsequence:\n  use: window\n")
     on = ENGINE.features | {Feature.TENSOR_PARALLEL}
     assert told(deployment, EngineView(block_size=16, features=on)) == [
-        f"{file}:3: sequence.use: window cannot live with tensor parallel, which is on. "
-        "Fix: switch it off (--tensor-parallel-size 1) or choose another sequence policy."
+        f"{file}:3: sequence.use: window does not support tensor parallel, which is enabled. "
+        "Fix: disable it (--tensor-parallel-size 1) or choose another sequence policy."
     ]
 
 
 def test_feature_nobody_can_switch_off(load: Load, file: Path) -> None:
     on = ENGINE.features | {Feature.MULTIMODAL}
     assert told(load("sequence: window\n"), EngineView(block_size=16, features=on)) == [
-        f"{file}:1: sequence: window cannot live with multimodal inputs, which is on. "
+        f"{file}:1: sequence: window does not support multimodal inputs, which is enabled. "
         "Fix: choose another sequence policy."
     ]
 
@@ -426,15 +426,15 @@ def test_feature_nobody_can_switch_off(load: Load, file: Path) -> None:
 def test_feature_required_and_off(load: Load, file: Path) -> None:
     engine = EngineView(block_size=16, features=frozenset({Feature.PREEMPTION}))
     assert told(load("prefix_cache: oldest\n"), engine) == [
-        f"{file}:1: prefix_cache: oldest does nothing without prefix caching, which is off. "
-        "Fix: switch it on (--enable-prefix-caching) or remove prefix_cache."
+        f"{file}:1: prefix_cache: oldest has no effect without prefix caching, which is disabled. "
+        "Fix: enable it (--enable-prefix-caching) or remove prefix_cache."
     ]
 
 
 def test_two_that_exclude_each_other(load: Load, file: Path) -> None:
     deployment = load("prefix_cache: newest\nsequence:\n  use: window\n")
     assert told(deployment) == [
-        f"{file}:1: prefix_cache: newest cannot live with sequence policy window: they were "
+        f"{file}:1: prefix_cache: newest does not support sequence policy window: they were "
         "never tried together. Fix: remove one of prefix_cache and sequence.use."
     ]
     assert told(load("prefix_cache: oldest\nsequence: window\n")) == []
@@ -443,7 +443,7 @@ def test_two_that_exclude_each_other(load: Load, file: Path) -> None:
 def test_exclusion_of_a_whole_kind(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Newest, "excludes", {"sequence": "it wants blocks to stay"})
     (line,) = told(load("prefix_cache: newest\nsequence: window\n"))
-    assert "newest cannot live with sequence policy window: it wants blocks to stay." in line
+    assert "newest does not support sequence policy window: it wants blocks to stay." in line
 
 
 def test_kind_the_host_does_not_run(load: Load, file: Path) -> None:
@@ -451,13 +451,14 @@ def test_kind_the_host_does_not_run(load: Load, file: Path) -> None:
     found = load("reuse:\n  use: [plain]\n").incompatible(ENGINE, runs=others, host="vllm")
     assert [refusal.text(str(file)) for refusal in found] == [
         f"{file}:2: reuse.use[0]: the vllm host does not run reuse policies in this release. "
-        "Fix: remove reuse; it runs format, prefix_cache, sequence."
+        "Fix: remove reuse; the host runs format, prefix_cache, sequence."
     ]
 
 
 def test_a_chain_of_checks_begins_with_those_it_cannot_do_without(load: Load, file: Path) -> None:
     assert told(load("reuse:\n  use: [plain]\n")) == [
-        f"{file}:2: reuse.use[0]: a chain of checks begins with structure and position, got plain. "
+        f"{file}:2: reuse.use[0]: the chain of checks must begin with structure and position, "
+        "got plain. "
         "Fix: write `use: [structure, position, plain]`."
     ]
 
@@ -466,7 +467,7 @@ def test_valid_option_the_policy_itself_refuses(load: Load, file: Path) -> None:
     deployment = load("sequence:\n  use: window\n  window: 40\n")
     assert told(deployment) == [
         f"{file}:1: sequence: window: window 40 is no multiple of the block size 16. "
-        "Fix: change the option named."
+        "Fix: change window."
     ]
     assert told(deployment, EngineView(block_size=8, features=ENGINE.features)) == []
 
@@ -510,7 +511,7 @@ def test_anchors_and_merged_keys_are_yaml_too(load: Load) -> None:
 
 def test_an_anchor_inside_itself_ends(load: Load) -> None:
     (line,) = refused(load, "sequence: &x\n  use: window\n  window: *x\n")
-    assert ":3: sequence.window: Input should be a valid integer" in line
+    assert ":3: sequence.window: must be a valid integer" in line
 
 
 def test_inline_section_has_no_lines() -> None:
@@ -543,8 +544,8 @@ def test_section_inside_a_vllm_config(file: Path) -> None:
         read_config(file)
     assert str(caught.value) == (
         f"{file}:11: kv-transfer-config.kv_connector_extra_config.kvplug.sequence.window: "
-        "Input should be greater than or equal to 1, got 0. "
-        "Fix: set it accordingly (latest tokens kept)."
+        "must be greater than or equal to 1, got 0. "
+        "Fix: use a value in range (latest tokens kept)."
     )
 
 
@@ -554,7 +555,7 @@ def test_lines_survive_until_the_engine_is_known(file: Path) -> None:
     assert config.flags == {"max-model-len": 4096}
     assert told(config.deployment) == [
         f"{file}:9: kv-transfer-config.kv_connector_extra_config.kvplug.sequence: window: window "
-        "40 is no multiple of the block size 16. Fix: change the option named."
+        "40 is no multiple of the block size 16. Fix: change window."
     ]
 
 
@@ -611,3 +612,15 @@ def test_bad_requests_are_reported_unless_the_section_says_otherwise(load: Load)
     assert load("{}").on_bad_request == "report"
     assert load("on_bad_request: report\n").on_bad_request == "report"
     assert load("on_bad_request: refuse\n").on_bad_request == "refuse"
+
+
+@pytest.mark.parametrize(
+    ("problem", "fix"),
+    [
+        ("budget 32 is smaller than sink + recent = 36", "change budget, sink or recent."),
+        ("groups of 24 do not divide 64", "change group."),
+        ("the moon is full", "change its options."),
+    ],
+)
+def test_the_fix_names_the_options_that_a_problem_mentions(problem: str, fix: str) -> None:
+    assert change_options(problem, ["budget", "sink", "recent", "group", "full_size"]) == fix

@@ -147,6 +147,9 @@ def test_everything_that_is_used_of_vllm_is_named(site: Path) -> None:
     assert len(attributes) >= 5
     for attribute in attributes:
         assert attribute in page
+    for target, names in getattr(compat, "ATTRIBUTES", ()):
+        assert target.partition(":")[2] in page
+        assert all(name in page for name in names)
 
 
 def test_every_class_that_extends_vllms_is_named(macros: ModuleType) -> None:

@@ -132,7 +132,7 @@ def test_a_section_of_its_own(file: Path) -> None:
 def test_a_config_that_does_not_turn_kvplug_on(file: Path) -> None:
     (line,) = refused(file, "max-model-len: 64\n")
     assert line.startswith(
-        ": kv-transfer-config: is missing, so nothing would turn kvplug on. Fix: add it with "
+        ": kv-transfer-config: is missing, so kvplug is not enabled. Fix: add it with "
     )
 
 
@@ -157,7 +157,7 @@ def test_another_connector_is_refused_at_its_line(
     ]
     at = 2 + [line.strip().split(":")[0] for line in lines].index(name)
     assert refused(file, "kv-transfer-config:\n" + "\n".join(lines) + "\n") == [
-        f":{at}: kv-transfer-config.{name}: is {value!r}, so kvplug would not be turned on. "
+        f":{at}: kv-transfer-config.{name}: is {value!r}, so kvplug is not enabled. "
         f"Fix: set it to {right}."
     ]
 
@@ -206,7 +206,7 @@ def test_structured_flags_may_be_json_text(tmp_path: Path) -> None:
 def test_broken_json_text_is_refused_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("block-size: 32\nkv-transfer-config: '{\"kv_connector\": '\n")
-    with pytest.raises(DeploymentError, match=r"x\.yaml:2: kv-transfer-config: is not JSON"):
+    with pytest.raises(DeploymentError, match=r"x\.yaml:2: kv-transfer-config: is not valid JSON"):
         read_config(file)
 
 

@@ -73,11 +73,11 @@ def test_what_cannot_be_measured_is_said(
     monkeypatch.setattr(format_error, "read", lambda *_: layers())
     monkeypatch.setattr(format_error, "smollm2", lambda: None)
     for arguments, said in (
-        (["--use", "int5", "{}"], "no format is called 'int5'; there are"),
+        (["--use", "int5", "{}"], "unknown format 'int5'; installed: "),
         (["--use", "int4", "{"], "options of int4 are not JSON"),
         (["--use", "int4", "[]"], "must be a JSON object"),
         (["--use", "int4", '{"group": 48}'], "groups of 48 channels do not divide"),
-        (["--queries", "0"], "1024 tokens have no 0 latest ones"),
+        (["--queries", "0"], "--queries must be from 1 to 1024, not 0"),
     ):
         assert main(arguments) == 2
         assert said in capsys.readouterr().err

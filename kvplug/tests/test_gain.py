@@ -63,5 +63,5 @@ def test_formats_get_the_blocks_that_fit_the_same_memory(
 
 def test_the_pool_is_what_vllm_says() -> None:
     assert pool_tokens("... CPU KV cache size: 46,592 tokens, Maximum ...") == 46592
-    with pytest.raises(KVPlugError, match="did not say"):
+    with pytest.raises(KVPlugError, match="does not state"):
         pool_tokens("nothing of the kind")

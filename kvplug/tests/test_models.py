@@ -142,7 +142,7 @@ def test_a_damaged_copy_is_made_anew(
     said: list[str] = []
     assert models.smollm2(tmp_path, said.append) == made
     assert conversion.calls == 2
-    assert any("making it anew" in line for line in said)
+    assert any("converting it again" in line for line in said)
     assert {file.name: digest(file) for file in made.iterdir()} == before
 
 
@@ -160,7 +160,7 @@ def test_a_failed_conversion_leaves_nothing_that_passes_for_a_model(
     conversion: FakeConversion, tmp_path: Path
 ) -> None:
     conversion.leave_out = "tokenizer.json"
-    with pytest.raises(models.ModelUnavailable, match=r"left out tokenizer\.json"):
+    with pytest.raises(models.ModelUnavailable, match=r"did not write tokenizer\.json"):
         models.smollm2(tmp_path)
     assert [file.name for file in (tmp_path / "models").iterdir() if file.is_dir()] == []
     conversion.leave_out = None
@@ -266,7 +266,7 @@ def test_a_cache_that_cannot_be_written_is_named(
 
 
 def test_a_conversion_that_fails_shows_its_last_lines(tmp_path: Path) -> None:
-    with pytest.raises(models.ModelUnavailable, match="exit status 1") as caught:
+    with pytest.raises(models.ModelUnavailable, match="exited with status 1") as caught:
         models._convert(tmp_path / "absent.gguf", tmp_path)
     assert "Error" in str(caught.value)
     assert isinstance(caught.value, KVPlugError)

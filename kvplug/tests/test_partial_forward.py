@@ -164,8 +164,8 @@ def test_what_cannot_be_is_refused(model: Any) -> None:
         ([Piece(-1, part.key, part.value)], [], "outside a text of 60"),
         ([part, piece(model, 39, 42)], [], "overlaps"),
         ([short], [], "1 layers, and the model has 3"),
-        ([part], [(50, 61)], "lies outside"),
-        ([piece(model, 0, 60)], [], "nothing is left"),
+        ([part], [(50, 61)], "is outside"),
+        ([piece(model, 0, 60)], [], "must be computed, not loaded"),
     ):
         with pytest.raises(KVPlugError, match=said):
             forward_reused(model, TEXT, pieces, compute)

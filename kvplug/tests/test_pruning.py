@@ -1,4 +1,4 @@
-"""When requests are cut and what survives, against a request that is walked block by block."""
+"""When tokens are evicted and which survive, against a request that is walked block by block."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ texts = st.tuples(st.integers(1, 1200), st.integers(0, 1200))
 
 
 def walk(plan: Plan, total: int) -> tuple[list[tuple[Cut, Layout, set[int]]], int]:
-    """Every cut with its layout and the blocks held before it, kept by hand; and the most blocks
-    that a text of ``total`` tokens ever held."""
+    """Every eviction with its layout and the blocks before it, tracked by hand; and the most blocks
+    that a text of ``total`` tokens ever had."""
     plan.until(total)
     shared, size = plan.limits.shared, plan.limits.block_size
     found = []
@@ -65,7 +65,7 @@ def walk(plan: Plan, total: int) -> tuple[list[tuple[Cut, Layout, set[int]]], in
     return found, max(most, len(held))
 
 
-# -- cuts ------------------------------------------------------------------------------------------
+# -- evictions -------------------------------------------------------------------------------------
 
 
 def cuts(limits: Limits, prompt: int, total: int) -> list[tuple[int, ...]]:
@@ -90,13 +90,13 @@ def cuts(limits: Limits, prompt: int, total: int) -> list[tuple[int, ...]]:
     ],
 )
 def test_where_a_request_is_cut(prompt: int, total: int, expected: list[tuple[int, ...]]) -> None:
-    """Eight blocks of 32, of which four are shared; four between two cuts."""
+    """Eight blocks of 32, of which four are protected; four between two evictions."""
     assert cuts(Limits(32, 256, 1, 36, 4, 4), prompt, total) == expected
 
 
 def test_where_a_long_prompt_is_cut() -> None:
-    """It holds 40 blocks when it must be cut, and is cut to what leaves room for a quarter of
-    them beside the shared ones; its end cuts it to its budget."""
+    """At its limit of 40 blocks it is pruned to what leaves room for a quarter of them beside the
+    protected ones; at its end it is pruned to its budget."""
     assert cuts(Limits(32, 256, 1, 36, 4, 4, hold=40), 3000, 3104) == [
         (1280, 40, 26, 0),
         (1728, 54, 26, 0),
@@ -218,13 +218,13 @@ def test_a_cut_keeps_its_budget(limits: Limits, text: tuple[int, int]) -> None:
 
 
 def sizes(*blocks: int) -> tuple[Callable[[int], int], list[int]]:
-    """A resize that says these, and what it is asked with."""
-    told = iter(blocks)
+    """A resize that returns these, and the arguments of its calls."""
+    answers = iter(blocks)
     asked: list[int] = []
 
     def resize(before: int) -> int:
         asked.append(before)
-        return next(told, before)
+        return next(answers, before)
 
     return resize, asked
 
@@ -333,7 +333,7 @@ def test_between_says_what_is_in_force_and_what_comes(
         assert list(made) == [c for c in whole.cuts if start < c.at <= end]
         seen += made
         start = end
-    assert seen == whole.cuts, "chunks of any size make the same cuts"
+    assert seen == whole.cuts, "chunks of any size make the same evictions"
 
 
 # -- limits ----------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def test_most_is_reached_one_token_before_a_cut() -> None:
 
 
 def held_view(positions: list[list[list[int]]], num_tokens: list[int]) -> HeldView:
-    """Held tokens by position, ``[rows, kv_heads, held]``."""
+    """Tokens by position, ``[rows, kv_heads, held]``."""
     where = torch.tensor(positions, dtype=torch.int32)
     rows, heads, held = where.shape
     pages = torch.zeros(rows, heads, held, 2)

@@ -27,9 +27,9 @@ from kvplug_lab.reuse.runs import (
     TooFew,
     agreement,
     named,
+    passages_of,
     perplexity,
-    said,
-    stretches,
+    reported,
     turns,
     without_file,
     worker_extension,
@@ -154,7 +154,7 @@ def test_a_request_without_its_documents_keeps_prefix_and_question(
     assert words(bare.prompt[1:]) == reuse_rag.PREFIX + reuse_rag.QUESTIONS["greedy"]
 
 
-def test_a_request_wishes_what_its_engine_is_asked(work: reuse_rag.Workload) -> None:
+def test_a_request_sets_the_option_that_its_engine_is_asked(work: reuse_rag.Workload) -> None:
     asked = work.plain[0]
     assert reuse_rag.request_of(asked).kvplug == {
         "reuse": "approximate",
@@ -208,7 +208,7 @@ def test_a_turn_that_does_not_fit_the_window_is_refused() -> None:
 
 
 def test_user_and_assistant_speak_the_text_in_turns() -> None:
-    sizes = reuse_chat.ChatSizes(turns=3, said=40, reply=10)
+    sizes = reuse_chat.ChatSizes(turns=3, spoken=40, reply=10)
     spoken = ""
     for user, follows in reuse_chat.speeches(encode, TEXT, sizes):
         one = words(user)
@@ -243,11 +243,11 @@ def mixed_work(requests: int = 200) -> reuse_mixed.Workload:
 
 def test_mixed_requests_are_of_all_kinds_tenants_and_sessions() -> None:
     work = mixed_work()
-    assert set(work.wishes) == set(reuse_mixed.KINDS) and sum(work.wishes.values()) == 200
-    wishes = [r.kvplug or {} for r in work.mixed]
-    assert {w.get("reuse") for w in wishes} == {"approximate", "exact", "off", None}
+    assert set(work.modes) == set(reuse_mixed.KINDS) and sum(work.modes.values()) == 200
+    options = [r.kvplug or {} for r in work.mixed]
+    assert {w.get("reuse") for w in options} == {"approximate", "exact", "off", None}
     assert {r.salt for r in work.mixed} == set(reuse_mixed.TENANTS)
-    assert any("session_id" in w for w in wishes)
+    assert any("session_id" in w for w in options)
     assert {r.max_tokens for r in work.mixed} == set(range(1, 9))
     assert max(r.wave for r in work.mixed) == 199 // 8
 
@@ -326,17 +326,17 @@ def test_engines_take_turns_forwards_and_backwards() -> None:
     assert turns([STOCK, "a"], 0) == [STOCK, "a"] and turns([STOCK, "a"], 1) == ["a", STOCK]
 
 
-def test_stretches_do_not_overlap_and_begin_at_lines() -> None:
-    found = stretches(encode, TEXT, 20, 100, 3)
+def test_passages_do_not_overlap_and_begin_at_lines() -> None:
+    found = passages_of(encode, TEXT, 20, 100, 3)
     assert len({words(t) for t, _ in found}) == 20
     for tokens, _ in found:
         assert len(tokens) == 100 and words(tokens).startswith("line ")
 
 
 def test_an_answer_without_reuse_says_nothing() -> None:
-    none = said(answer([1]))
+    none = reported(answer([1]))
     assert not (none.any or none.approximate or none.reused or none.computed)
-    refused = said(answer([1], kvplug={"exact": True, "not_reused": {"other model": 1}}))
+    refused = reported(answer([1], kvplug={"exact": True, "not_reused": {"other model": 1}}))
     assert not refused.any and not refused.approximate
 
 
@@ -371,7 +371,7 @@ def test_only_what_computes_inside_a_run_needs_the_workers_model() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("bondary=16", "'bondary' is no way to reuse"),
+        ("bondary=16", "'bondary' is not a way to reuse"),
         ("nothing,boundary=x", "invalid literal"),
         ("gaps+credibility", "credibility needs its file, --credibility FILE"),
     ],

@@ -126,21 +126,21 @@ def test_a_write_that_fails_leaves_nothing(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"piece": {"length": 41}}, "pieces.0: uses more tokens than the segment has"),
-        ({"piece": {"offset": 1}}, "pieces.0: uses more tokens than the segment has"),
+        ({"piece": {"length": 41}}, "pieces.0: offset + length exceeds the segment"),
+        ({"piece": {"offset": 1}}, "pieces.0: offset + length exceeds the segment"),
         ({"piece": {"length": 0}}, "pieces.0.length: Input should be greater than or equal to 1"),
         ({"piece": {"start": -1}}, "pieces.0.start: Input should be greater than or equal to 0"),
-        ({"piece": {"shift": 3}}, "pieces.0: the shift does not lead from where it was computed"),
-        ({"piece": {"token_ids": [0] * 40}}, "record: pieces.0 has other tokens than the text"),
+        ({"piece": {"shift": 3}}, "pieces.0: shift does not match where the segment was computed"),
+        ({"piece": {"token_ids": [0] * 40}}, "record: pieces.0 does not match the text"),
         ({"piece": {"confidence": 1.5}}, "pieces.0.confidence: Input should be less than"),
         ({"piece": {"extra": 1}}, "pieces.0.extra: Extra inputs are not permitted"),
         ({"prompt_ids": []}, "prompt_ids: List should have at least 1 item"),
         ({"prompt_ids": [-1]}, "prompt_ids.0: Input should be greater than or equal to 0"),
         ({"prompt_ids": [1, 2]}, "record: pieces.0 ends at 64, beyond a text of 5 tokens"),
-        ({"computed": [(3, 2)]}, "record: computed.0 is no span of a text of 76 tokens"),
-        ({"computed": [(3, 77)]}, "record: computed.0 is no span of a text of 76 tokens"),
-        ({"entropies": [1.0]}, "record: entropies and logprobs have other lengths"),
-        ({"version": 2}, "version: is 2, and this release reads 1"),
+        ({"computed": [(3, 2)]}, "record: computed.0 is not a span of a text of 76 tokens"),
+        ({"computed": [(3, 77)]}, "record: computed.0 is not a span of a text of 76 tokens"),
+        ({"entropies": [1.0]}, "record: entropies and logprobs differ in length"),
+        ({"version": 2}, "version: is 2, but this release reads 1"),
         ({"dtype": None}, "dtype: Input should be a valid string"),
     ],
 )
@@ -159,11 +159,11 @@ def test_a_record_that_contradicts_itself_is_refused(
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "is no JSON"),
-        (b"\xff\xfe", "is no JSON"),
-        (b"[" * 100000, "is no JSON"),
-        (b"[]", "is no record of reuse: it has no version"),
-        (b"{}", "is no record of reuse: it has no version"),
+        (b"", "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"[" * 100000, "is not valid JSON"),
+        (b"[]", "is not a record of reuse: it has no version"),
+        (b"{}", "is not a record of reuse: it has no version"),
         (b'{"version": 1}', "model: Field required (and"),
         (b'{"version": 1, "created": NaN}', "created: Input should be a finite number"),
     ],
@@ -182,7 +182,7 @@ def test_what_is_no_record_is_refused(tmp_path: Path, content: bytes, says: str)
 
 def test_pieces_that_overlap_are_refused(directory: Path) -> None:
     piece = recorded(directory).pieces[0]
-    with pytest.raises(ValueError, match=r"pieces\.1 overlaps the piece before it"):
+    with pytest.raises(ValueError, match=r"pieces\.1 must start after the piece before it"):
         recorded(directory, pieces=[piece, piece])
 
 

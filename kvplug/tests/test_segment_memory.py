@@ -330,10 +330,10 @@ def test_ids_that_are_none_touch_no_file(store: SegmentMemory, tmp_path: Path) -
     outside.write_text("mine")
     for bad in ("../keep", "", "x" * 32, str(outside)):
         for call in (store.delete, store.fetch):
-            with pytest.raises(ValueError, match="no segment id"):
+            with pytest.raises(ValueError, match="not a segment id"):
                 call([bad])
     header, planes = made(1)
-    with pytest.raises(ValueError, match="no segment id"):
+    with pytest.raises(ValueError, match="not a segment id"):
         store.put(replace(header, id="../../x"), planes)
     assert len(store) == 0
     store.flush()

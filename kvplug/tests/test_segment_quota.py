@@ -130,7 +130,7 @@ def test_what_is_in_flight_is_not_evicted() -> None:
     made = quota()
     for name, state in (("a", SegmentState.SAVING), ("b", SegmentState.FETCHING)):
         made.charge(entry(name, NOW - 1, 15, state, on_disk=True), False)
-    assert made.room(1, 0, NOW) is None
+    assert made.room(1, 0, NOW) is None and made.room(0, 1, NOW) is None
 
 
 def test_expired_segments_leave_before_older_ones_of_no_session() -> None:

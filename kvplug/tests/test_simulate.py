@@ -171,7 +171,7 @@ def test_a_trace_that_is_not_there(run: Run, tmp_path: Path) -> None:
 
 def test_a_corrupt_trace(run: Run, trace: Path) -> None:
     trace.write_bytes(trace.read_bytes()[:500])
-    assert refused(run(trace)).startswith(f"{trace}: is no readable .npz")
+    assert refused(run(trace)).startswith(f"{trace}: is not a readable .npz")
 
 
 @pytest.mark.parametrize(

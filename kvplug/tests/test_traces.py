@@ -74,21 +74,21 @@ def test_what_is_written_is_read(tmp_path: Path, seed: int) -> None:
         ({"t": None, "nblk": None}, "lacks the arrays t, nblk"),
         ({"ids": np.zeros((2, 2), dtype=np.int32)}, r"ids has shape \(2, 2\), expected \(N,\)"),
         ({"bs": np.array([16])}, r"bs has shape \(1,\), expected \(\)"),
-        ({"ids": np.zeros(5)}, "ids holds float64, expected integers"),
-        ({"inp": np.array(["a", "b", "c"])}, "inp holds <U1, expected integers"),
-        ({"t": np.zeros(2)}, "t has 2 entries and off speaks of 3 requests"),
-        ({"off": np.array([0])}, "there is no request"),
+        ({"ids": np.zeros(5)}, "ids has dtype float64, expected integers"),
+        ({"inp": np.array(["a", "b", "c"])}, "inp has dtype <U1, expected integers"),
+        ({"t": np.zeros(2)}, "t has 2 entries, but off has 3 requests"),
+        ({"off": np.array([0])}, "it has no requests"),
         ({"off": np.array([0, 3, 2, 5])}, "off must rise from 0 to the 5 entries"),
         ({"off": np.array([1, 3, 5, 5])}, "off must rise from 0 to the 5 entries"),
         ({"off": np.array([0, 3, 5, 6])}, "off must rise from 0 to the 5 entries"),
         ({"ids": np.array([0, 1, 2, 0, 4])}, "ids run from 0 to 4, outside the 4 distinct"),
         ({"ids": np.array([0, 1, 2, 0, -3])}, "ids run from -3 to 2"),
-        ({"nblk": np.int64(1 << 50)}, "distinct blocks of 5 references"),
+        ({"nblk": np.int64(1 << 50)}, "distinct blocks, for 5 references"),
         ({"ids": np.array([0, 1, 0, 0, 3])}, "request 0 names block 0 twice"),
-        ({"bs": np.int64(0)}, "bs says 0 tokens a block"),
-        ({"t": np.array([0, np.nan, 1])}, "arrival time is not finite"),
-        ({"outp": np.array([1, -2, 3])}, "number of tokens is negative"),
-        ({"off": np.zeros(4, dtype=int), "ids": np.zeros(0, dtype=int)}, "refers to a block"),
+        ({"bs": np.int64(0)}, "bs must be at least 1 token per block, not 0"),
+        ({"t": np.array([0, np.nan, 1])}, "arrival times must be finite"),
+        ({"outp": np.array([1, -2, 3])}, "numbers of tokens must not be negative"),
+        ({"off": np.zeros(4, dtype=int), "ids": np.zeros(0, dtype=int)}, "references a block"),
     ],
 )
 def test_a_wrong_npz_is_refused_by_name(tmp_path: Path, changes: Any, says: str) -> None:
@@ -105,10 +105,10 @@ def test_objects_are_never_unpickled(tmp_path: Path) -> None:
             return (tmp_path / "exploded").touch, ()
 
     path = saved(tmp_path, sess=np.array([Bomb()] * 3, dtype=object))
-    with pytest.raises(TraceError, match=r"no readable \.npz"):
+    with pytest.raises(TraceError, match=r"not a readable \.npz"):
         traces.read(path)
     (tmp_path / "b.npz").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(TraceError, match=r"no readable \.npz"):
+    with pytest.raises(TraceError, match=r"not a readable \.npz"):
         traces.read(tmp_path / "b.npz")
     assert not (tmp_path / "exploded").exists()
 
@@ -189,17 +189,17 @@ def test_a_jsonl_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ("{", "is no JSON"),
-        ("[" * 100_000, "is no JSON"),
-        ([1], "is no JSON object"),
-        (LINE | {"timestamp": "now"}, "timestamp is no number"),
-        (LINE | {"timestamp": True}, "timestamp is no number"),
-        (LINE | {"timestamp": float("nan")}, "timestamp is no number"),
-        (LINE | {"input_length": -1}, "input_length is no number of tokens"),
-        (LINE | {"output_length": 1.5}, "output_length is no number of tokens"),
-        (LINE | {"hash_ids": None}, "hash_ids is no list of integers"),
-        (LINE | {"hash_ids": [1, "2"]}, "hash_ids is no list of integers"),
-        ({}, "timestamp is no number"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ([1], "is not a JSON object"),
+        (LINE | {"timestamp": "now"}, "timestamp is not a number"),
+        (LINE | {"timestamp": True}, "timestamp is not a number"),
+        (LINE | {"timestamp": float("nan")}, "timestamp is not a number"),
+        (LINE | {"input_length": -1}, "input_length is not a number of tokens"),
+        (LINE | {"output_length": 1.5}, "output_length is not a number of tokens"),
+        (LINE | {"hash_ids": None}, "hash_ids is not a list of integers"),
+        (LINE | {"hash_ids": [1, "2"]}, "hash_ids is not a list of integers"),
+        ({}, "timestamp is not a number"),
     ],
 )
 def test_a_wrong_line_is_refused_by_number(tmp_path: Path, row: Any, says: str) -> None:
@@ -212,10 +212,10 @@ def test_a_wrong_line_is_refused_by_number(tmp_path: Path, row: Any, says: str) 
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([], "has no request"),
+        ([], "has no requests"),
         ([LINE | {"hash_ids": [1, 1]}], "request 0 names block 0 twice"),
-        ([LINE | {"hash_ids": [1 << 70]}], "more than 64 bits"),
-        ([LINE | {"hash_ids": []}], "refers to a block"),
+        ([LINE | {"hash_ids": [1 << 70]}], "must fit in 64 bits"),
+        ([LINE | {"hash_ids": []}], "references a block"),
     ],
 )
 def test_a_wrong_jsonl_is_refused(tmp_path: Path, rows: list[Any], says: str) -> None:
@@ -225,7 +225,7 @@ def test_a_wrong_jsonl_is_refused(tmp_path: Path, rows: list[Any], says: str) ->
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00{")
-    with pytest.raises(TraceError, match="is no JSON"):
+    with pytest.raises(TraceError, match="is not JSON"):
         traces.read(tmp_path / "x.jsonl")
 
 

@@ -80,4 +80,4 @@ def test_options_that_contradict_each_other_are_named_without_their_values() -> 
     (refusal,) = refused.value.refusals
     assert refusal.key == "kvplug.sequence"
     assert refusal.problem == "snapkv: budget 16 is smaller than sink + recent = 68."
-    assert refusal.fix == "change the options named."
+    assert refusal.fix == "change budget, sink or recent."

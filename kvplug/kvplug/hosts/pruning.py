@@ -1,9 +1,10 @@
-"""When a running request is cut and which tokens survive: what every host of a scoring policy does.
+"""When tokens of a running request are evicted and which survive: shared by every host of a
+scoring policy.
 
 A request's text is laid out in logical blocks. A `Cut` is a position of the text at which the
-blocks before it shrink to a few that hold the tokens worth keeping. Cuts follow from the policy's
-options, the prompt's length and positions alone, so the side that owns the blocks and the side
-that owns the tensors agree on them without a word, however a prompt was cut into chunks.
+blocks before it shrink to the few that hold the tokens worth keeping. Evictions follow from the
+policy's options, the prompt's length and positions alone, so the side that owns the blocks and the
+side that owns the tensors agree on them without messages, whatever the chunks of a prompt.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ from kvplug_kernels.select_top import select_top
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The options of one group of layers with equal shares, in blocks.
+    """Limits of one group of layers with equal shares, in blocks.
 
     Attributes:
         block_size: Tokens per block.
         budget: Tokens kept (int), or the part of the prompt (float), before `share`.
         share: The group's part of the budget.
         always: Tokens kept whatever their score: sinks and recent ones.
-        interval: Blocks generated between two cuts.
-        shared: Leading blocks that may be shared with other requests: never written by a cut.
-        hold: Blocks held before a cut must be made inside a prompt; 0 for no limit.
+        interval: Blocks generated between two evictions.
+        shared: Protected prefix: leading blocks that other requests may share, never written by an
+            eviction.
+        hold: Prefill limit: blocks allocated to a prompt before tokens inside it are evicted; 0 for
+            no limit.
     """
 
     block_size: int
@@ -44,13 +47,13 @@ class Limits:
 
     @classmethod
     def of(cls, policy: ScoringPolicy, layer: LayerView, block_size: int, hold: int = 0) -> Limits:
-        """The limits a policy sets for a layer.
+        """Derive the limits that a policy sets for a layer.
 
         Args:
             policy: The policy.
             layer: A layer of the group.
             block_size: Tokens per block.
-            hold: Blocks to hold where the policy's ``prefill`` says nothing; 0 for no limit.
+            hold: Prefill limit where the policy's ``prefill`` is 0; 0 for no limit.
 
         Raises:
             ValueError: The layer's budget is smaller than what is always kept.
@@ -75,37 +78,37 @@ class Limits:
         )
 
     def holding(self, hold: int) -> Limits:
-        """The same with another `hold`."""
+        """Return a copy with another `hold`."""
         return replace(self, hold=hold)
 
     def kept(self, num_prompt_tokens: int) -> int:
-        """Blocks kept of a request; never fewer than hold what is always kept."""
+        """Blocks kept of a request; never fewer than sinks and recent tokens fill."""
         budget = self.budget
         tokens = budget if isinstance(budget, int) else budget * num_prompt_tokens
         return max(1, -(-max(math.ceil(tokens * self.share), self.always) // self.block_size))
 
     def spared(self, num_prompt_tokens: int) -> int:
-        """Full blocks below which a text is never cut: it fits the budget of an equal share, or
+        """Full blocks below which a text is never pruned: it fits the budget of an equal share, or
         its survivors would have to be written where other requests read."""
         within = self.budget // self.block_size if isinstance(self.budget, int) else 0
         return max(self.shared + self.kept(num_prompt_tokens), within + 1)
 
     def most(self, num_tokens: int) -> int:
-        """Most blocks a request of up to ``num_tokens`` holds, what is in flight not counted,
-        if cuts inside its prompt come as early as they can."""
+        """Most blocks allocated to a request of up to ``num_tokens``, those in flight not counted,
+        if evictions inside its prompt come as early as they can."""
         whole = -(-num_tokens // self.block_size)
         return min(whole, self.spared(num_tokens) + self.interval + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What a request holds from a position on.
+    """An eviction: the blocks that a request keeps from a position on.
 
-    Held afterwards: logical blocks ``[shared, shared + kept)`` and ``[end - tail, ...)``. They
+    Kept afterwards: logical blocks ``[shared, shared + kept)`` and ``[end - tail, ...)``. They
     carry the survivors of everything before block ``end``; blocks from ``end`` on are whole.
 
     Attributes:
-        at: Tokens computed when the cut is made.
+        at: Tokens computed when tokens are evicted.
         end: Full blocks it covers.
         kept: Blocks of survivors after the shared ones.
         tail: Blocks of survivors before block ``end``: where a budget grew.
@@ -123,12 +126,12 @@ class Cut:
 
 
 class Plan:
-    """The cuts of one request in one group of layers, found as far as they are asked for.
+    """The evictions of one request in one group of layers, scheduled as far as needed.
 
     Args:
         limits: The group's limits.
         num_prompt_tokens: Tokens of the prompt.
-        resize: Blocks to keep at a cut while generating, given the blocks kept before; for
+        resize: Blocks to keep at an eviction while generating, given the blocks kept before; for
             policies that change budgets at run time.
     """
 
@@ -149,7 +152,7 @@ class Plan:
         self._next = self._after(None)
 
     def until(self, tokens: int) -> None:
-        """Find every cut up to a position."""
+        """Schedule every eviction up to a position."""
         while self._next.at <= tokens:
             cut = self._next
             last = self.cuts[-1] if self.cuts else None
@@ -159,7 +162,7 @@ class Plan:
             self._next = self._after(cut)
 
     def between(self, start: int, end: int) -> tuple[Cut | None, Sequence[Cut]]:
-        """The cut in force at ``start`` and those in ``(start, end]``."""
+        """Return the eviction in force at ``start`` and those in ``(start, end]``."""
         self.until(end)
         first = bisect_right(self.cuts, start, key=lambda cut: cut.at)
         last = bisect_right(self.cuts, end, key=lambda cut: cut.at)
@@ -167,7 +170,7 @@ class Plan:
 
     @property
     def first(self) -> int:
-        """Position of the first cut."""
+        """Position of the first eviction."""
         return self.cuts[0].at if self.cuts else self._next.at
 
     def _after(self, last: Cut | None) -> Cut:
@@ -185,8 +188,8 @@ class Plan:
         return Cut(full * size, full, *self._split(last, self.kept))
 
     def _split(self, last: Cut | None, blocks: int) -> tuple[int, int]:
-        """Survivors at the front and at the end of what the cut covers: blocks given back in the
-        middle cannot be had again, so a growing budget keeps the newest ones."""
+        """Split survivors into those at the front and at the end of what an eviction covers: blocks
+        freed in the middle cannot be allocated again, so a growing budget keeps the newest ones."""
         kept = blocks if last is None else min(blocks, last.kept)
         return kept, blocks - kept
 
@@ -202,14 +205,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The logical blocks a request holds when a cut is made, in the order a decision sees them.
+    """The logical blocks of a request when tokens are evicted, in the order a policy sees them.
 
     Attributes:
         blocks: Logical block numbers: where survivors go, then the other candidates, then the
             block being filled.
         survivors: How many of them receive survivors.
-        candidates: How many of them are covered by the cut.
-        tokens: Tokens held in all of them.
+        candidates: How many of them are covered by the eviction.
+        tokens: Tokens in all of them.
     """
 
     blocks: tuple[int, ...]
@@ -219,15 +222,14 @@ class Layout:
 
 
 def layout(last: Cut | None, cut: Cut, shared: int, block_size: int) -> Layout:
-    """The blocks held just before ``cut``, of a request whose cut in force is ``last``."""
+    """Lay out the blocks just before ``cut`` of a request whose eviction in force is ``last``."""
     filled = -(-cut.at // block_size)
     if last is None:
         held = list(range(filled))
     else:
         held = [*range(shared, shared + last.kept), *range(last.end - last.tail, filled)]
     goal = [*range(shared, shared + cut.kept), *range(cut.end - cut.tail, cut.end)]
-    rest = sorted(set(held) - set(goal))
-    order = goal + rest
+    order = goal + sorted(set(held) - set(goal))
     candidates = sum(b < cut.end for b in order)
     return Layout(
         tuple(order),
@@ -244,27 +246,27 @@ def choose(
     count: int,
     unwanted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The held tokens that survive a cut.
+    """Choose the tokens that survive an eviction.
 
     Args:
         policy: The policy.
-        held: What the rows hold; ``held.held`` counts the block being filled too.
-        candidates: Held tokens, from the first, that the cut covers.
+        held: The tokens of the rows; ``held.held`` counts the block being filled too.
+        candidates: Tokens, from the first, that the eviction covers.
         count: How many of them survive per row and KV head.
-        unwanted: Held tokens that must not survive, broadcast to ``[rows, kv_heads, held]`` bool.
+        unwanted: Tokens that must not survive, broadcast to ``[rows, kv_heads, held]`` bool.
 
     Returns:
-        Held indices, ascending, ``[rows, kv_heads, count]`` int32, and the policy's scores,
-        ``[rows, kv_heads, held]`` float32. Sinks and recent tokens survive whatever their score;
-        NaN counts as the lowest score.
+        Indices of the survivors, ascending, ``[rows, kv_heads, count]`` int32, and the policy's
+        scores, ``[rows, kv_heads, held]`` float32. Sinks and recent tokens survive whatever their
+        score; NaN counts as the lowest score.
 
     Raises:
-        ValueError: The policy returned something else than one score per held token.
+        ValueError: The policy did not return one score per token.
     """
     scores = policy.score(held)
     if scores.shape != held.positions.shape:
         raise ValueError(
-            f"{policy.name} returned scores of shape {tuple(scores.shape)} for held tokens of "
+            f"{policy.name} returned scores of shape {tuple(scores.shape)} for tokens of "
             f"shape {tuple(held.positions.shape)}"
         )
     lowest = torch.finfo(torch.float32).min
@@ -280,7 +282,7 @@ def keep_best(
     count: int,
     unwanted: Tensor | None = None,
 ) -> Tensor:
-    """The ``count`` best of the first ``candidates`` held tokens; see `choose`."""
+    """Select the ``count`` best of the first ``candidates`` tokens; see `choose`."""
     positions = held.positions[..., :candidates]
     newest = (held.num_tokens - policy.options.recent)[:, None, None]
     always = (positions < policy.options.sink) | (positions >= newest)

@@ -1,4 +1,4 @@
-"""What the scheduler knows of every stored segment, and what it lets the workers keep."""
+"""The scheduler's catalog of stored segments: finds them, and decides what the workers keep."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Catalog:
         return self._inventory.index
 
     def get(self, segment: str) -> CatalogEntry | None:
-        """The segment with an id; None if there is none."""
+        """Return the segment with an id, or None."""
         return self._inventory.get(segment)
 
     # -- Finding -----------------------------------------------------------------------------------
@@ -372,11 +372,11 @@ class Catalog:
         return len(gone)
 
     def take_commands(self) -> StoreCommands:
-        """What the workers are to do since the last call; each command is given once."""
+        """Return the commands for the workers since the last call; each is given once."""
         return self._inventory.take_commands()
 
     def counters(self) -> dict[str, float]:
-        """Segments and bytes by place, events since the start, and causes."""
+        """Return segments and bytes by place, events since the start, and causes of failures."""
         states = Counter(entry.state for entry in self)
         quota = self._inventory.quota
         return {

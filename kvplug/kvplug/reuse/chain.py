@@ -1,5 +1,4 @@
-"""A chain of reuse checks on one candidate: all must agree, each is timed, the first refusal ends
-it."""
+"""Runs a chain of reuse checks on one candidate: all must agree, and each is timed."""
 
 from __future__ import annotations
 
@@ -15,23 +14,23 @@ from kvplug.contract.reuse import Candidate, ReuseCheck, ReuseRequest, Verdict
 logger = logging.getLogger("kvplug")
 
 FAILED = "check failed"
-"""Cause of a refusal by a check that raised, or gave back no verdict."""
+"""Cause of a refusal by a check that raised or returned something else than a verdict."""
 NOT_ALLOWED = "approximate not allowed"
-"""Cause of a refusal of approximate reuse that the deployment or the request does not want."""
+"""Cause of a refusal of approximate reuse that the deployment or the request does not allow."""
 
 _logged: WeakSet[ReuseCheck] = WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
 class ChainResult:
-    """What a chain found.
+    """The result of a chain.
 
     Attributes:
-        verdict: Of the whole chain: exact if every check said so, the sum of their shifts, the
-            least confidence that was given, and the microseconds of all.
-        costs_us: Microseconds by name of check, of those that ran, in order.
+        verdict: Of the whole chain: exact if every check found it exact; the sum of their shifts;
+            the lowest confidence; and the microseconds of all.
+        costs_us: Microseconds of each check that ran, by its name, in order.
         refused_by: Name of the check that refused; empty where none did.
-        error: What the check that failed raised, ``Type: message``; empty where none failed.
+        error: Exception of the check that failed, ``Type: message``; empty where none failed.
     """
 
     verdict: Verdict
@@ -43,14 +42,14 @@ class ChainResult:
 def run_chain(
     checks: Sequence[ReuseCheck], candidate: Candidate, request: ReuseRequest
 ) -> ChainResult:
-    """Ask each check in order until one refuses.
+    """Run the checks in order until one refuses; never raises.
 
-    A check that raises, or gives back what is no verdict, refuses as `FAILED`; the first time it is
-    logged. A check that finds reuse approximate where the request does not allow it refuses as
-    `NOT_ALLOWED`, whatever else it said. Raises nothing that a check raises.
+    A check that raises or does not return a verdict refuses as `FAILED`; its first failure is
+    logged. A check that finds reuse approximate where the request does not allow that refuses as
+    `NOT_ALLOWED`.
 
     Args:
-        checks: The chain. An empty one refuses: nothing was checked.
+        checks: The chain; an empty one refuses.
         candidate: The stored segment.
         request: Where it would be used.
     """
@@ -68,7 +67,9 @@ def run_chain(
             if check not in _logged:
                 _logged.add(check)
                 logger.error(
-                    "reuse check %s failed and refuses until it works: %s", check.name, error
+                    "reuse check %s failed and refuses candidates until it succeeds: %s",
+                    check.name,
+                    error,
                 )
         cost = (perf_counter_ns() - started) / 1000
         costs[check.name] = costs.get(check.name, 0.0) + cost
@@ -92,19 +93,19 @@ def run_chain(
 
 def _require_verdict(verdict: object) -> None:
     if not isinstance(verdict, Verdict):
-        raise TypeError(f"gave back {type(verdict).__name__}, no Verdict")
+        raise TypeError(f"returned {type(verdict).__name__}, expected a Verdict")
     if verdict.confidence is not None and not 0 <= verdict.confidence <= 1:
-        raise ValueError(f"gave a confidence of {verdict.confidence}")
+        raise ValueError(f"confidence must be from 0 to 1, got {verdict.confidence}")
 
 
 @dataclass
 class ChainCounters:
-    """What the checks of a chain cost and refused, summed over candidates.
+    """Costs and refusals of a chain's checks, summed over candidates.
 
     Attributes:
-        runs: Candidates that went through the chain.
-        used: Those that no check refused.
-        exact: Those of them that were found exact.
+        runs: Candidates checked.
+        used: Candidates that no check refused.
+        exact: Used candidates that were found exact.
         refused: Refusals by cause.
         refused_by: Refusals by name of check.
         calls: Calls by name of check.
@@ -120,7 +121,7 @@ class ChainCounters:
     cost_us: dict[str, float] = field(default_factory=dict)
 
     def add(self, result: ChainResult) -> None:
-        """Count one result."""
+        """Add one result."""
         self.runs += 1
         if result.verdict.ok:
             self.used += 1
@@ -133,7 +134,7 @@ class ChainCounters:
             self.cost_us[name] = self.cost_us.get(name, 0.0) + cost
 
     def counters(self) -> dict[str, float]:
-        """Flat counts by name: ``refused_CAUSE``, and ``NAME_us`` per check."""
+        """Return flat counts by name: ``refused_CAUSE``, and ``NAME_us`` per check."""
         flat: dict[str, float] = {"checked": self.runs, "used": self.used, "exact": self.exact}
         for cause, n in sorted(self.refused.items()):
             flat["refused_" + cause.replace(" ", "_")] = n

@@ -1,7 +1,7 @@
-"""What happened in one request that reused stored KV, with enough to compute it again elsewhere.
+"""Records of requests whose answers drifted after reuse, with all that a replay needs.
 
-The guard writes one for each answer that drifted; ``kvplug explain`` reads it. A record holds the
-request's text and that of the segments, so it is as confidential as they are.
+The guard writes one per drift, and ``kvplug explain`` reads it. A record holds the request's text
+and that of the segments, so it is as confidential as they are.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from kvplug.reuse.guard import BreakerState, Drift
 __all__ = ["BadRecord", "DriftRecord", "FamilyRecord", "PieceRecord"]
 
 VERSION = 1
-MOST_BYTES = 256 << 20
-"""Larger files are not read."""
+MAX_BYTES = 256 << 20
+"""Largest file that is read."""
 
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Position = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -34,7 +34,7 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class BadRecord(KVPlugError, ValueError):
-    """A file that is no record, or one that contradicts itself."""
+    """A file that is not a record, or that contradicts itself."""
 
     exit_code = 2
 
@@ -44,21 +44,21 @@ class _Part(BaseModel):
 
 
 class PieceRecord(_Part):
-    """A run of a stored segment in the request's text.
+    """Consecutive tokens of a stored segment in the request's text.
 
     Attributes:
         segment: Id of the segment.
         offset: First token of the segment that was used.
         length: Tokens used.
         start: Position in the request of the first of them.
-        shift: Positions the keys were rotated by.
-        exact: Whether the checks found it exact.
-        confidence: What the checks estimated, or None.
-        context_ids: The text before the segment when it was computed.
-        token_ids: The whole segment.
-        ancestry: Approximate reuses behind the segment's own computation, which a replay computes
+        shift: Positions the keys were re-rotated by.
+        exact: The checks found it exact.
+        confidence: Confidence of the checks, or None.
+        context_ids: Tokens before the segment when it was computed.
+        token_ids: Tokens of the whole segment.
+        ancestry: Approximate reuses behind the segment's own computation; a replay computes it
             exactly instead.
-        measures: Its stability measures, by name, as its fingerprint has them.
+        measures: Stability measures of its fingerprint, by name.
     """
 
     segment: str
@@ -81,7 +81,7 @@ class PieceRecord(_Part):
         context_ids: Iterable[int],
         token_ids: Iterable[int],
     ) -> PieceRecord:
-        """A placement, with the texts that were before its segment and in it."""
+        """Record a placement, with the text of its segment and the text before it."""
         verdict, fingerprint = placement.verdict, placement.fingerprint
         return cls(
             segment=segment,
@@ -105,14 +105,14 @@ class PieceRecord(_Part):
     @model_validator(mode="after")
     def _agrees(self) -> PieceRecord:
         if self.offset + self.length > len(self.token_ids):
-            raise ValueError("uses more tokens than the segment has")
+            raise ValueError("offset + length exceeds the segment")
         if self.shift not in (0, self.start - self.offset - len(self.context_ids)):
-            raise ValueError("the shift does not lead from where it was computed to its start")
+            raise ValueError("shift does not match where the segment was computed")
         return self
 
 
 class FamilyRecord(_Part):
-    """What the guard compared the answer with, and what its breaker did.
+    """Comparison of the answer with one family, and what its breaker did.
 
     Attributes:
         family: The family of segments.
@@ -123,7 +123,7 @@ class FamilyRecord(_Part):
         logprob_spread: Standard deviation of those.
         entropy_drift: Relative distance beyond the spread.
         logprob_drift: Distance beyond the spread, nats.
-        over: Whether one of the two was above its bound.
+        over: One of the two was above its bound.
         state: The breaker after this answer.
     """
 
@@ -140,7 +140,7 @@ class FamilyRecord(_Part):
 
     @classmethod
     def of(cls, drift: Drift) -> list[FamilyRecord]:
-        """The families of a drift, the farthest first."""
+        """Record the families of a drift, farthest first."""
         return [
             cls(
                 family=f.family,
@@ -159,26 +159,26 @@ class FamilyRecord(_Part):
 
 
 class DriftRecord(_Part):
-    """One request.
+    """One request whose answer drifted.
 
     Attributes:
-        version: Of this layout.
+        version: Version of this layout.
         created: Seconds since the epoch.
-        model: Directory or name the engine had its model from.
-        fingerprint: The model's, as `kvplug.fingerprint.model_fingerprint` makes it.
+        model: Directory or name that the engine loaded its model from.
+        fingerprint: The model's, from `kvplug.fingerprint.model_fingerprint`.
         dtype: Name of the dtype of K and V, e.g. ``bfloat16``.
         block_size: Tokens per block of the engine.
         kvplug: The deployment's section.
         request_id: The engine's id.
         prompt_ids: Tokens of the prompt.
         output_ids: Tokens of the answer, as far as they are known.
-        pieces: What was reused, in the order of the text.
-        computed: Spans ``(start, end)`` of the text that were computed anew although they lie in a
+        pieces: Reused pieces, in the order of the text.
+        computed: Spans ``(start, end)`` of the text that were recomputed although they lie in a
             piece.
-        entropies: Entropy of each watched next-token distribution, nats; the first is that of the
+        entropies: Entropy of each watched next-token distribution, nats; the first belongs to the
             answer's first token.
-        logprobs: Log-probability of the likeliest token of each, nats.
-        families: What it was compared with, the farthest first.
+        logprobs: Log-probability of the most likely token of each, nats.
+        families: Families it was compared with, farthest first.
     """
 
     version: Literal[1] = 1
@@ -203,31 +203,31 @@ class DriftRecord(_Part):
         at = 0
         for i, piece in enumerate(self.pieces):
             if piece.start < at:
-                raise ValueError(f"pieces.{i} overlaps the piece before it, or precedes it")
+                raise ValueError(f"pieces.{i} must start after the piece before it")
             at = piece.end
             if at > len(text):
                 raise ValueError(f"pieces.{i} ends at {at}, beyond a text of {len(text)} tokens")
             used = piece.token_ids[piece.offset : piece.offset + piece.length]
             if used != text[piece.start : at]:
-                raise ValueError(f"pieces.{i} has other tokens than the text where it stands")
+                raise ValueError(f"pieces.{i} does not match the text")
         for i, (start, end) in enumerate(self.computed):
             if not start <= end <= len(text):
-                raise ValueError(f"computed.{i} is no span of a text of {len(text)} tokens")
+                raise ValueError(f"computed.{i} is not a span of a text of {len(text)} tokens")
         if len(self.entropies) != len(self.logprobs):
-            raise ValueError("entropies and logprobs have other lengths")
+            raise ValueError("entropies and logprobs differ in length")
         return self
 
     def write(self, folder: str | Path) -> Path:
-        """Write it into a folder, all of it or nothing.
+        """Write the record into a folder, atomically.
 
         Args:
-            folder: Made where it is not there.
+            folder: Created if it does not exist.
 
         Returns:
             The file, ``reuse-REQUEST-MILLISECONDS.json``.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The file cannot be written.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -250,31 +250,33 @@ class DriftRecord(_Part):
         """Read a record.
 
         Raises:
-            BadRecord: It cannot be read, is no record of a version this release reads, or
+            BadRecord: The file cannot be read, is not a record of a supported version, or
                 contradicts itself; the message names the file and the field.
         """
         path = Path(path)
         try:
-            if path.stat().st_size > MOST_BYTES:
-                raise BadRecord(f"{path}: is larger than {MOST_BYTES >> 20} MiB, so no record")
+            if path.stat().st_size > MAX_BYTES:
+                raise BadRecord(
+                    f"{path}: is larger than {MAX_BYTES >> 20} MiB, so it is not a record"
+                )
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise BadRecord(f"{path}: cannot be read: {error.strerror or error}") from error
         except (ValueError, RecursionError) as error:
             if isinstance(error, BadRecord):
                 raise
-            raise BadRecord(f"{path}: is no JSON: {error}") from error
+            raise BadRecord(f"{path}: is not valid JSON: {error}") from error
         if not isinstance(data, Mapping) or "version" not in data:
-            raise BadRecord(f"{path}: is no record of reuse: it has no version")
+            raise BadRecord(f"{path}: is not a record of reuse: it has no version")
         if data["version"] != VERSION:
             raise BadRecord(
-                f"{path}: version: is {data['version']!r}, and this release reads {VERSION}"
+                f"{path}: version: is {data['version']!r}, but this release reads {VERSION}"
             )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             first, *more = error.errors(include_url=False, include_input=False)
             where = ".".join(str(p) for p in first["loc"]) or "record"
-            said = first["msg"].removeprefix("Value error, ")
+            problem = first["msg"].removeprefix("Value error, ")
             also = f" (and {len(more)} more)" if more else ""
-            raise BadRecord(f"{path}: {where}: {said}{also}") from error
+            raise BadRecord(f"{path}: {where}: {problem}{also}") from error

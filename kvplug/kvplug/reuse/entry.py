@@ -16,7 +16,7 @@ Tokens = NDArray[np.int32]
 
 
 class SegmentState(StrEnum):
-    """Where a segment's bytes are."""
+    """Location of a segment's bytes."""
 
     SAVING = "saving"
     """On their way from the engine's pages into the workers' memory."""

@@ -1,17 +1,17 @@
-"""Files of stored segments: one for each segment and rank, written whole or not at all.
+"""Files of stored segments: one per segment and rank, written atomically.
 
-    offset  bytes  what
+    offset  bytes  content
     0       8      magic: 89 4B 56 53 0D 0A 1A 0A
     8       4      version, 1
     12      4      length of the header in bytes, N
     16      16     XXH3-128 of the first 16 bytes and the header
     32      N      header: JSON, UTF-8
-    32+N    size   the planes one after the other, row-major, as the header lists them
+    32+N    size   the planes, contiguous and row-major, in the header's order
     end-16  16     XXH3-128 of the header's checksum and the planes
 
-Numbers are little endian; token ids stand in the header as base64 of little-endian int32. The
-checksums tell damage, not forgery: whoever can write into the folder can write valid files, so
-everything a header says is checked before it is believed, and nothing is ever unpickled.
+Numbers are little endian; the header holds token ids as base64 of little-endian int32. The
+checksums detect damage, not forgery: whoever can write to the folder can write valid files, so
+every header is validated before use, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -91,11 +91,11 @@ CAUSES = (
     "missing",
     "unreadable",
 )
-"""Why a file is refused."""
+"""Reasons to refuse a file."""
 
 
 class BadSegment(KVPlugError):
-    """A file that is not used.
+    """A segment file that cannot be used.
 
     Attributes:
         path: The file.
@@ -119,7 +119,7 @@ class Plane:
     Attributes:
         name: ``key``, ``value`` or ``cells``.
         dtype: ``bfloat16``, ``float16``, ``float32`` or ``uint8``.
-        shape: Of the tensor.
+        shape: Shape of the tensor.
     """
 
     name: str
@@ -134,7 +134,7 @@ class Plane:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SegmentHeader:
-    """What a file says of the segment in it.
+    """The header of a segment file.
 
     Attributes:
         id: 32 hexadecimal digits.
@@ -142,8 +142,8 @@ class SegmentHeader:
         token_ids: Its token ids, ``[length]`` int32.
         context_ids: All token ids before it, ``[start]`` int32.
         planes: The tensors, in the order of the file.
-        rank: Of the tensor-parallel worker whose heads these are.
-        world: Workers.
+        rank: Tensor-parallel rank of the worker whose heads these are.
+        world: Number of workers.
         size: Bytes of the planes.
         session: Session that keeps it, or the empty string.
     """
@@ -170,7 +170,7 @@ class SegmentHeader:
         world: int = 1,
         session: str = "",
     ) -> SegmentHeader:
-        """The header of these tensors.
+        """Describe tensors in a header.
 
         Raises:
             ValueError: A tensor's dtype cannot be stored.
@@ -195,15 +195,15 @@ class SegmentHeader:
 
 
 def digest(ids: NDArray[np.int32]) -> bytes:
-    """16-byte BLAKE2b of token ids as little-endian int32: a fingerprint's context and tokens."""
+    """Hash token ids for a fingerprint: 16-byte BLAKE2b of little-endian int32."""
     return hashlib.blake2b(_packed(ids), digest_size=16).digest()
 
 
 def segment_id(fingerprint: Fingerprint) -> str:
-    """Name of the segment that a computation gives: 32 hexadecimal digits.
+    """Derive a segment's id from its fingerprint: 32 hexadecimal digits.
 
-    It depends on all of the fingerprint, its texts by their digests, but for when and by whom it
-    was computed, after how many approximate reuses, and how it measured.
+    Every field counts, the texts by their digests, except ``created``, ``request_id``,
+    ``ancestry`` and ``measures``.
     """
     free = {"created", "request_id", "ancestry", "measures"}
     facts = {
@@ -216,20 +216,20 @@ def segment_id(fingerprint: Fingerprint) -> str:
 
 
 def file_name(segment: str, rank: int, world: int) -> str:
-    """Name of a segment's file in the folder.
+    """Return the name of a segment's file in the folder.
 
     Raises:
-        ValueError: The id is not 32 hexadecimal digits, or the rank is not one of the world's.
+        ValueError: The id is not 32 hexadecimal digits, or the rank is not below world.
     """
     if not _ID.fullmatch(segment):
-        raise ValueError(f"{segment!r} is no segment id")
+        raise ValueError(f"{segment!r} is not a segment id")
     if not 0 <= rank < world:
-        raise ValueError(f"rank {rank} is none of {world}")
+        raise ValueError(f"rank must be below world ({world}), got {rank}")
     return f"{segment}.{rank}-{world}{SUFFIX}"
 
 
 def parse_name(name: str) -> tuple[str, int, int] | None:
-    """Id, rank and world of a file's name; None if `file_name` would not have made it."""
+    """Return id, rank and world from a segment file's name; None for any other name."""
     found = _NAME.fullmatch(name)
     if found is None:
         return None
@@ -252,7 +252,7 @@ def _plain(value: Any) -> Any:
 
 
 def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    """The memory of a contiguous CPU tensor."""
+    """View the memory of a contiguous CPU tensor as bytes, without copying."""
     flat: NDArray[np.uint8] = tensor.reshape(-1).view(torch.uint8).numpy()
     return flat
 
@@ -278,20 +278,19 @@ def _encode(header: SegmentHeader) -> bytes:
 
 
 def write_segment(path: Path | str, header: SegmentHeader, planes: Mapping[str, Tensor]) -> int:
-    """Write a segment's file: under another name first, so that no reader ever sees a part.
+    """Write a segment's file, under a temporary name first so that no reader sees a part of it.
 
     Args:
         path: The file; its folder exists.
-        header: What to say of it.
-        planes: The tensors that the header lists.
+        header: Describes the segment.
+        planes: The tensors that the header lists, by name.
 
     Returns:
         Bytes of the file.
 
     Raises:
-        ValueError: The header does not describe the tensors, or what it says could not be read
-            back.
-        OSError: The file cannot be written; what was written of it is removed.
+        ValueError: The header does not describe the tensors, or could not be read back.
+        OSError: The file cannot be written; the partial file is removed.
     """
     path = Path(path)
     made = SegmentHeader.of(
@@ -299,7 +298,7 @@ def write_segment(path: Path | str, header: SegmentHeader, planes: Mapping[str, 
     )
     if (made.planes, made.size) != (header.planes, header.size):
         raise ValueError(
-            f"header of {header.id} lists {header.planes}, the planes are {made.planes}"
+            f"header of {header.id} lists {header.planes}, but the planes are {made.planes}"
         )
     text = _encode(header)
     try:
@@ -310,7 +309,7 @@ def write_segment(path: Path | str, header: SegmentHeader, planes: Mapping[str, 
     head_sum = xxhash.xxh3_128(start + text).digest()
     body = xxhash.xxh3_128(head_sum)
     passing = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    # Text that users sent is in there: nobody else may read it.
+    # It holds users' text: readable by its owner only.
     handle = os.open(passing, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -344,7 +343,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class _Malformed(ValueError):
-    """A header that says something it must not."""
+    """A header that is not valid."""
 
 
 def _need(condition: bool, what: str) -> None:
@@ -354,7 +353,10 @@ def _need(condition: bool, what: str) -> None:
 
 def _text(facts: Mapping[str, Any], key: str) -> str:
     value = facts.get(key)
-    _need(isinstance(value, str) and len(value) <= _MAX_TEXT, f"{key} is no short string")
+    _need(
+        isinstance(value, str) and len(value) <= _MAX_TEXT,
+        f"{key} must be a string of at most {_MAX_TEXT} characters",
+    )
     assert isinstance(value, str)
     return value
 
@@ -362,31 +364,33 @@ def _text(facts: Mapping[str, Any], key: str) -> str:
 def _integer(facts: Mapping[str, Any], key: str, most: int) -> int:
     value = facts.get(key)
     # A bool is an int in Python; in JSON it is not.
-    _need(type(value) is int and 0 <= value <= most, f"{key} is no integer from 0 to {most}")
+    _need(type(value) is int and 0 <= value <= most, f"{key} must be an integer from 0 to {most}")
     assert isinstance(value, int)
     return value
 
 
 def _hash(facts: Mapping[str, Any], key: str) -> bytes:
     value = _text(facts, key)
-    _need(_ID.fullmatch(value) is not None, f"{key} is no 16 bytes in hexadecimal")
+    _need(_ID.fullmatch(value) is not None, f"{key} must be 32 hexadecimal digits")
     return bytes.fromhex(value)
 
 
 def _ids(facts: Mapping[str, Any], key: str) -> NDArray[np.int32]:
     value = facts.get(key)
-    _need(isinstance(value, str), f"{key} is no string")
+    _need(isinstance(value, str), f"{key} must be a string")
     assert isinstance(value, str)
     try:
         raw = base64.b64decode(value, validate=True)
     except (binascii.Error, ValueError):
-        raise _Malformed(f"{key} is no base64") from None
-    _need(len(raw) % 4 == 0, f"{key} are no 32-bit integers")
+        raise _Malformed(f"{key} is not valid base64") from None
+    _need(len(raw) % 4 == 0, f"{key} must hold 32-bit integers")
     return np.frombuffer(raw, "<i4").astype(np.int32)
 
 
 def _object(value: Any, keys: frozenset[str], what: str) -> dict[str, Any]:
-    _need(isinstance(value, dict) and value.keys() == keys, f"{what} has not the keys it must have")
+    _need(
+        isinstance(value, dict) and value.keys() == keys, f"{what} has missing or unexpected keys"
+    )
     assert isinstance(value, dict)
     return value
 
@@ -402,16 +406,18 @@ def _fingerprint(value: Any) -> Fingerprint:
         isinstance(geometry, list)
         and len(geometry) == 3
         and all(type(part) is int and 0 < part < 1 << 24 for part in geometry),
-        "geometry is not three positive integers",
+        "geometry must be three positive integers",
     )
     created = facts["created"]
-    _need(type(created) in (int, float) and abs(created) < 1e18, "created is no time")
+    _need(
+        type(created) in (int, float) and abs(created) < 1e18, "created must be a time in seconds"
+    )
     measures = facts["measures"]
     _need(
         isinstance(measures, dict)
         and len(measures) <= _MAX_MEASURES
         and all(len(name) <= 64 and type(number) is float for name, number in measures.items()),
-        "measures are no numbers by name",
+        "measures must map names to numbers",
     )
     strings = ("model", "tokenizer", "lora", "dtype", "format", "position", "tenant", "mask")
     return Fingerprint(
@@ -429,15 +435,20 @@ def _fingerprint(value: Any) -> Fingerprint:
 
 
 def _plane(value: Any) -> Plane:
-    _need(isinstance(value, list) and len(value) == 3, "a plane is not name, dtype and shape")
+    _need(
+        isinstance(value, list) and len(value) == 3,
+        "a plane must be a list of name, dtype and shape",
+    )
     name, dtype, shape = value
-    _need(isinstance(name, str) and _PLANE.fullmatch(name) is not None, "a plane has no name")
-    _need(isinstance(dtype, str) and dtype in _DTYPES, "a plane's dtype is unknown")
+    _need(
+        isinstance(name, str) and _PLANE.fullmatch(name) is not None, "a plane has an invalid name"
+    )
+    _need(isinstance(dtype, str) and dtype in _DTYPES, "a plane has an unknown dtype")
     _need(
         isinstance(shape, list)
         and 0 < len(shape) <= _MAX_AXES
         and all(type(axis) is int and 0 < axis < 1 << 31 for axis in shape),
-        "a plane's shape is not positive integers",
+        "a plane's shape must be positive integers",
     )
     return Plane(name, dtype, tuple(shape))
 
@@ -446,24 +457,29 @@ def _decode(text: bytes) -> SegmentHeader:
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError):
-        raise _Malformed("it is no JSON") from None
-    facts = _object(facts, _HEADER_KEYS, "it")
-    _need(_ID.fullmatch(_text(facts, "id")) is not None, "id is no 32 hexadecimal digits")
+        raise _Malformed("not valid JSON") from None
+    facts = _object(facts, _HEADER_KEYS, "header")
+    _need(_ID.fullmatch(_text(facts, "id")) is not None, "id must be 32 hexadecimal digits")
     listed = facts["planes"]
-    _need(isinstance(listed, list) and 0 < len(listed) <= _MAX_PLANES, "planes is no list of some")
+    _need(
+        isinstance(listed, list) and 0 < len(listed) <= _MAX_PLANES,
+        "planes must be a non-empty list",
+    )
     planes = tuple(_plane(plane) for plane in listed)
-    _need(len({plane.name for plane in planes}) == len(planes), "two planes have one name")
+    _need(len({plane.name for plane in planes}) == len(planes), "plane names must be unique")
     size = _integer(facts, "size", _MAX_PAYLOAD)
-    _need(sum(plane.size for plane in planes) == size, "size is not that of the planes")
+    _need(sum(plane.size for plane in planes) == size, "size does not match the planes")
     world = _integer(facts, "world", _MAX_RANKS)
     rank = _integer(facts, "rank", _MAX_RANKS)
-    _need(rank < world, "rank is none of the world's")
+    _need(rank < world, f"rank must be below world ({world})")
     fingerprint = _fingerprint(facts["fingerprint"])
     token_ids, context_ids = _ids(facts, "token_ids"), _ids(facts, "context_ids")
-    _need(len(token_ids) == fingerprint.length > 0, "length is not that of token_ids")
-    _need(len(context_ids) == fingerprint.start, "start is not the length of context_ids")
-    _need(digest(token_ids) == fingerprint.tokens, "tokens is not the hash of token_ids")
-    _need(digest(context_ids) == fingerprint.context, "context is not the hash of context_ids")
+    _need(len(token_ids) == fingerprint.length > 0, "length does not match token_ids")
+    _need(len(context_ids) == fingerprint.start, "start does not match the length of context_ids")
+    _need(digest(token_ids) == fingerprint.tokens, "tokens does not match the hash of token_ids")
+    _need(
+        digest(context_ids) == fingerprint.context, "context does not match the hash of context_ids"
+    )
     return SegmentHeader(
         facts["id"],
         fingerprint,
@@ -479,19 +495,19 @@ def _decode(text: bytes) -> SegmentHeader:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
-    """The file and its length; never a link, a pipe or a device."""
+    """Open a regular file, never a link, a pipe or a device; yields it and its length."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise BadSegment(path, "missing") from None
     except OSError as error:
         if path.is_symlink():
-            raise BadSegment(path, "not a segment file", "a link") from None
+            raise BadSegment(path, "not a segment file", "a symbolic link") from None
         raise BadSegment(path, "unreadable", error.strerror or str(error)) from None
     facts = os.fstat(handle)
     if not stat.S_ISREG(facts.st_mode):
         os.close(handle)
-        raise BadSegment(path, "not a segment file", "no regular file")
+        raise BadSegment(path, "not a segment file", "not a regular file")
     with os.fdopen(handle, "rb") as file:
         try:
             yield file, facts.st_size
@@ -500,7 +516,7 @@ def _opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
 
 
 def _head(path: Path, file: BufferedReader, length: int) -> tuple[SegmentHeader, bytes]:
-    """The header and its checksum, the file left at the first plane."""
+    """Read the header and its checksum; the file is left at the first plane."""
     start = file.read(_START.size + _SUM)
     if not start.startswith(MAGIC[: len(start)]):
         raise BadSegment(path, "not a segment file")
@@ -510,7 +526,7 @@ def _head(path: Path, file: BufferedReader, length: int) -> tuple[SegmentHeader,
     if version != VERSION:
         raise BadSegment(path, "other version", f"{version}, not {VERSION}")
     if size > _MAX_HEADER:
-        raise BadSegment(path, "bad header", f"{size} bytes are too many")
+        raise BadSegment(path, "bad header", f"{size} bytes is too long")
     if size > length - len(start):
         raise BadSegment(path, "truncated", "ends in its header")
     text = file.read(size)
@@ -525,15 +541,17 @@ def _head(path: Path, file: BufferedReader, length: int) -> tuple[SegmentHeader,
     if length < whole:
         raise BadSegment(path, "truncated", f"{length} of {whole} bytes")
     if length > whole:
-        raise BadSegment(path, "bad header", f"{length - whole} bytes more than it says")
+        raise BadSegment(
+            path, "bad header", f"the file is {length - whole} bytes longer than the header says"
+        )
     return header, head_sum
 
 
 def read_header(path: Path | str) -> SegmentHeader:
-    """Read what a file says of itself, and that it is as long as it says; not its planes.
+    """Read a file's header, and check the file's length; its planes are not read.
 
     Raises:
-        BadSegment: It is not used; its cause says why.
+        BadSegment: The file cannot be used; the cause says why.
     """
     path = Path(path)
     with _opened(path) as (file, length):
@@ -541,13 +559,13 @@ def read_header(path: Path | str) -> SegmentHeader:
 
 
 def read_segment(path: Path | str) -> tuple[SegmentHeader, dict[str, Tensor]]:
-    """Read a segment's file, all checksums compared.
+    """Read a segment's file and verify its checksums.
 
     Returns:
         The header, and the CPU tensors by name.
 
     Raises:
-        BadSegment: It is not used; its cause says why.
+        BadSegment: The file cannot be used; the cause says why.
     """
     path = Path(path)
     with _opened(path) as (file, length):

@@ -1,12 +1,12 @@
-"""Does what is reused still answer as what is computed did? And a breaker where it does not.
+"""Compares answers after approximate reuse with exact ones, and stops reuse where they drift.
 
-A *family* is what the host says belongs together: the segments of one text, of one tenant. Of each
-family the guard remembers what answers looked like whose KV was exact: the mean entropy of their
-next-token distributions, and the mean log-probability of the likeliest token. An answer that
-follows approximate reuse is compared with the families it used. Where it lies outside of what exact
-answers spread over by more than the bounds, it is an error of that family; with enough of them the
-family's breaker opens, and its approximate reuse stops until one trial goes well (the circuit
-breaker of Nygard, *Release It!*: closed, open, half-open).
+A *family* is a group that the host defines: the segments of one text, of one tenant. For each
+family the guard remembers what exact answers looked like: the mean entropy of their next-token
+distributions, and the mean log-probability of the most likely token. An answer that follows
+approximate reuse is compared with the families it used. If it is outside the spread of exact
+answers by more than the bounds, it is an error of that family; after enough errors the family's
+breaker opens, and its approximate reuse stops until one trial succeeds (the circuit breaker of
+Nygard, *Release It!*: closed, open, half-open).
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ import numpy.typing as npt
 from kvplug.reuse.settings import Breaker, GuardSettings
 
 FAMILIES = 4096
-"""Families remembered; beyond, the one unused for longest is forgotten, open ones last."""
+"""Most families remembered; the least recently used is forgotten first, open ones last."""
 
 RUNNING = 65536
-"""Requests watched at once; beyond, new ones are not watched."""
+"""Most requests watched at once; further ones are not watched."""
 
 SPREADS = 2.0
-"""Standard deviations of exact answers around their mean that are no drift."""
+"""Standard deviations around the mean of exact answers that do not count as drift."""
 
 LEAST_ENTROPY = 0.05
-"""Nats a mean entropy counts as at least when a distance from it is taken."""
+"""Least mean entropy, in nats, that a relative distance is taken of."""
 
 
 class BreakerState(StrEnum):
-    """Of a family's breaker."""
+    """State of a family's circuit breaker."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -46,13 +46,13 @@ class BreakerState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What the exact answers of a family were like.
+    """Statistics of a family's exact answers.
 
     Attributes:
-        count: Answers.
+        count: Number of answers.
         entropy: Mean of their mean entropies, nats.
         entropy_spread: Standard deviation of those, nats; 0 for one answer.
-        logprob: Mean of their mean log-probabilities of the likeliest token, nats.
+        logprob: Mean of their mean log-probabilities of the most likely token, nats.
         logprob_spread: Standard deviation of those, nats.
     """
 
@@ -65,14 +65,14 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class FamilyDrift:
-    """How far an answer lies from one family's history.
+    """Distance of an answer from one family's history.
 
     Attributes:
         family: The family.
         entropy: Distance of its mean entropy from the history's, less `SPREADS` spreads, relative
             to the history's mean.
         logprob: The same distance of its mean log-probability, in nats.
-        over: Whether one of the two is above its bound.
+        over: One of the two is above its bound.
         history: What it was compared with.
         state: The breaker after this answer.
     """
@@ -87,13 +87,13 @@ class FamilyDrift:
 
 @dataclass(frozen=True, slots=True)
 class Drift:
-    """An answer unlike the exact ones of a family it reused.
+    """An answer that drifted from the exact ones of a family it reused.
 
     Attributes:
         request_id: The request.
         entropies: Entropy of each watched distribution, nats.
-        logprobs: Log-probability of the likeliest token of each, nats.
-        families: Every family it was compared with, the farthest first.
+        logprobs: Log-probability of the most likely token of each, nats.
+        families: Every family it was compared with, farthest first.
     """
 
     request_id: str
@@ -104,14 +104,14 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class FamilyReport:
-    """A family at this moment.
+    """A family's current state.
 
     Attributes:
         family: The family.
         state: Of its breaker.
         uses: Answers compared with it.
-        errors: Drifting ones among the latest that its breaker counts.
-        history: Its exact answers, or None.
+        errors: Drifting answers in the breaker's window.
+        history: Statistics of its exact answers, or None.
     """
 
     family: str
@@ -123,7 +123,7 @@ class FamilyReport:
 
 @dataclass
 class _Running:
-    """Mean and spread of a stream of numbers (Welford, Technometrics 4(3), 1962)."""
+    """Mean and standard deviation of a stream of numbers (Welford, Technometrics 4(3), 1962)."""
 
     count: int = 0
     mean: float = 0.0
@@ -145,7 +145,7 @@ class _Family:
     entropy: _Running = field(default_factory=_Running)
     logprob: _Running = field(default_factory=_Running)
     uses: int = 0
-    errors: deque[int] = field(default_factory=deque)  # which use each one was
+    errors: deque[int] = field(default_factory=deque)  # the number of each one's use
     opened: float | None = None
     trial: str | None = None
 
@@ -179,19 +179,19 @@ class _Answer:
 
 @dataclass
 class GuardCounters:
-    """What the guard saw.
+    """Counters of the guard.
 
     Attributes:
         exact: Exact answers taken into histories.
         compared: Approximate answers compared with a history.
-        uncompared: Approximate answers that no family had enough history for, or that nothing was
-            heard of.
+        uncompared: Approximate answers for which no family had enough history, or nothing was
+            observed.
         drifted: Compared answers above a bound for some family.
-        opened: Times a breaker opened, a failed trial counted.
-        closed: Times one closed after a trial.
-        trials: Trials begun.
-        forgotten: Families forgotten for room.
-        unwatched: Requests not watched because too many were.
+        opened: Times a breaker opened, failed trials included.
+        closed: Times a breaker closed after a trial.
+        trials: Trials started.
+        forgotten: Families forgotten to make room.
+        unwatched: Requests not watched because too many already were.
     """
 
     exact: int = 0
@@ -206,7 +206,7 @@ class GuardCounters:
 
 
 class Guard:
-    """Watches answers and holds the breakers. One thread, the scheduler's.
+    """Watches answers and keeps the breakers. Not thread-safe: the scheduler's thread uses it.
 
     Args:
         settings: The ``guard`` key.
@@ -225,10 +225,10 @@ class Guard:
         return self.settings.breaker
 
     def allows(self, family: str) -> bool:
-        """Whether the family may be reused approximately now. Changes nothing.
+        """Return True if the family may be reused approximately now. Changes nothing.
 
-        A half-open breaker allows it until `started` names a request that does: that is its trial,
-        and there is one at a time.
+        A half-open breaker allows it until `started` reports a request that does; that request is
+        the trial, and there is one at a time.
         """
         known = self._families.get(family)
         if known is None:
@@ -241,13 +241,12 @@ class Guard:
     def started(self, request_id: str, families: Sequence[str], approximate: bool) -> None:
         """Watch a request's answer.
 
-        A request that starts anew (it was preempted) stays watched, and is approximate if it ever
-        was.
+        A request that starts again after a preemption stays watched, and stays approximate.
 
         Args:
             request_id: The engine's id.
-            families: Of the segments in its text, reused or not.
-            approximate: Whether KV it uses is approximate.
+            families: Families of the segments in its text, reused or not.
+            approximate: It uses approximate KV.
         """
         answer = self._running.get(request_id)
         if answer is None:
@@ -271,18 +270,18 @@ class Guard:
                 self._counters.trials += 1
 
     def observe(self, request_id: str, entropies: npt.ArrayLike, logprobs: npt.ArrayLike) -> None:
-        """Take in what an answer's next distributions were like.
+        """Add the next distributions of an answer.
 
-        Only the first ``settings.tokens`` count; numbers that are not finite do not, nor do those
-        of requests nobody started.
+        Only the first ``settings.tokens`` count. Values that are not finite are ignored, and so are
+        requests that were not started.
 
         Args:
             request_id: The engine's id.
             entropies: Nats, ``[n]``.
-            logprobs: Log-probability of the likeliest token, nats, ``[n]``.
+            logprobs: Log-probability of the most likely token, nats, ``[n]``.
 
         Raises:
-            ValueError: The two have other lengths.
+            ValueError: The two differ in length.
         """
         answer = self._running.get(request_id)
         if answer is None:
@@ -300,17 +299,17 @@ class Guard:
                 answer.logprobs.append(logprob)
 
     def watching(self, request_id: str) -> bool:
-        """Whether more is wanted of a request's answer."""
+        """Return True while more distributions of a request's answer are needed."""
         answer = self._running.get(request_id)
         return answer is not None and len(answer.entropies) < self.settings.tokens
 
     def finished(self, request_id: str) -> Drift | None:
-        """Judge a request's answer, whatever ended it.
+        """Judge the answer of a request that ended, for whatever reason.
 
         Returns:
-            The drift of an answer that lies beyond a bound for a family, else None: exact answers
-            have taught their families what to expect, and others were as expected or could not be
-            compared.
+            The drift, if the answer is above a bound for some family. None for exact answers,
+            which go into their families' histories, and for answers as expected or without a
+            history to compare with.
         """
         answer = self._running.pop(request_id, None)
         if answer is None:
@@ -326,21 +325,21 @@ class Guard:
                 return None
             return self._compare(request_id, answer, entropy, logprob)
         finally:
-            # A trial that could not be judged leaves the breaker half-open, for the next one.
+            # A trial that could not be judged leaves the breaker half-open for the next one.
             for name in answer.families:
                 known = self._families.get(name)
                 if known is not None and known.trial == request_id:
                     known.trial = None
 
     def counters(self) -> dict[str, float]:
-        """What it saw, and how many breakers are not closed now."""
+        """Return the counters, and how many breakers are not closed."""
         states = [f.state for f in self.families()]
         found: dict[str, float] = {f"guard_{k}": v for k, v in vars(self._counters).items()}
         found["guard_open"] = sum(s is not BreakerState.CLOSED for s in states)
         return found
 
     def families(self) -> list[FamilyReport]:
-        """Every family remembered, the latest used last."""
+        """Return every family remembered, most recently used last."""
         now = self._clock()
         return [
             FamilyReport(
@@ -408,11 +407,11 @@ class Guard:
         )
 
     def _judged(self, known: _Family, request_id: str, over: bool) -> BreakerState:
-        """Count one compared answer of a family; its breaker's state afterwards."""
+        """Count one compared answer of a family; return its breaker's state afterwards."""
         now, breaker = self._clock(), self._breaker
         known.uses += 1
         if known.opened is not None:
-            # Those that began before it opened say nothing new.
+            # Answers that began before it opened do not count.
             if known.trial == request_id:
                 known.opened = now if over else None
                 known.errors.clear()

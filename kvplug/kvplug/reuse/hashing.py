@@ -22,7 +22,7 @@ _WORD = 1 << 64
 
 
 def _mixed(words: Hashes) -> Hashes:
-    """SplitMix64's finalizer: every bit of the input moves every bit of the output."""
+    """SplitMix64's finalizer: every input bit affects every output bit."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
@@ -32,8 +32,8 @@ class RollingHash:
     """Polynomial hash of every window of a text, modulo 2**64, over scrambled token ids.
 
     Args:
-        seed: Where its base and its scrambling come from; drawn anew if None, so that nobody can
-            prepare texts that collide.
+        seed: Seed of its base and its scrambling; random if None, so that nobody can prepare texts
+            that collide.
     """
 
     def __init__(self, seed: int | None = None) -> None:
@@ -42,11 +42,11 @@ class RollingHash:
         self._salt = np.uint64(source.integers(0, _WORD, dtype=np.uint64))
 
     def __call__(self, tokens: Tokens, width: int) -> Hashes:
-        """Hashes of the windows of `width` tokens, ``[max(n - width + 1, 0)]`` uint64."""
+        """Hash every window of `width` tokens: ``[max(n - width + 1, 0)]`` uint64."""
         places = len(tokens) - width + 1
         if places < 1:
             return np.empty(0, np.uint64)
-        # Windows of 1, 2, 4, ... tokens are put together to one of `width`.
+        # Windows of 1, 2, 4, ... tokens are combined to one of `width`.
         power = _mixed(tokens.view(np.uint32).astype(np.uint64) + self._salt)
         size, done = 1, 0
         result: Hashes | None = None
@@ -66,24 +66,24 @@ class RollingHash:
 
 
 class SimHash:
-    """Bits that are alike for token runs with many n-grams in common.
+    """A hash that differs in few bits for texts with many n-grams in common.
 
     Args:
         bits: Bits of a hash, a multiple of 64.
-        grams: Tokens of an n-gram.
-        seed: Of the n-grams' hashes.
+        grams: Tokens per n-gram.
+        seed: Seed of the n-grams' hashes.
     """
 
     def __init__(self, bits: int = 512, grams: int = 2, seed: int | None = None) -> None:
         if bits < 64 or bits % 64:
-            raise ValueError(f"bits must be a multiple of 64, not {bits}")
+            raise ValueError(f"bits must be a positive multiple of 64, got {bits}")
         self.bits = bits
         self.grams = grams
         self._rolling = RollingHash(seed)
         self._steps = np.arange(1, bits // 64 + 1, dtype=np.uint64) * np.uint64(GOLDEN)
 
     def __call__(self, tokens: Tokens) -> NDArray[np.uint8]:
-        """The hash of a text of at least one token, ``[bits / 8]`` packed."""
+        """Hash a text of at least one token: ``[bits / 8]`` uint8."""
         found = np.unique(self._rolling(tokens, min(self.grams, len(tokens))))
         words = _mixed(found[:, None] + self._steps)
         wide = np.uint16 if len(found) < 1 << 16 else np.uint32

@@ -1,7 +1,7 @@
-"""What is stored, found by its text, its time and its request.
+"""Finds stored segments by their text, their time and their request.
 
-Equal text is found by a rolling hash over the whole request at once and then compared token by
-token, so a collision costs time and never gives a wrong answer. Near-duplicate text, found by
+Equal text is found by a rolling hash over the whole request and then compared token by token,
+ so a collision costs time and never gives a wrong answer. Near-duplicate text, found by
 `kvplug.reuse.near_duplicates`, only tells what may be worth fetching from disk.
 """
 
@@ -28,12 +28,12 @@ __all__ = ["Match", "SegmentIndex"]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A stored segment's first tokens, found in a text.
+    """First tokens of a stored segment, found in a text.
 
     Attributes:
-        segment: Its id.
+        segment: The segment's id.
         start: Position in the text.
-        length: How many of its tokens stand there, from its first.
+        length: Number of its tokens that match, from its first.
     """
 
     segment: str
@@ -42,7 +42,7 @@ class Match:
 
 
 def _common(one: Tokens, other: Tokens) -> int:
-    """Tokens that two texts begin with alike."""
+    """Length of the common prefix of two texts."""
     size = min(len(one), len(other))
     if not size:
         return 0
@@ -53,7 +53,7 @@ def _common(one: Tokens, other: Tokens) -> int:
 
 @dataclass(slots=True, eq=False)
 class _Text:
-    """One text, and the segments that hold it; ordered by its tokens."""
+    """One text and the segments of it; ordered by its tokens."""
 
     tokens: Tokens
     ids: list[str] = field(default_factory=list)
@@ -68,8 +68,8 @@ class _Text:
 class _Table:
     """Texts by the hash of their first `width` tokens.
 
-    Which hashes are there at all is asked of an array of counts first, for all places of a text at
-    once: a dictionary would be asked thousands of times in vain.
+    An array of counts first rules out most positions of a text at once: looking each up in the
+    dictionary would miss thousands of times.
     """
 
     def __init__(self, width: int) -> None:
@@ -87,7 +87,7 @@ class _Table:
         self._counts[slot] = int(self._counts[slot]) + change
 
     def text(self, key: int, tokens: Tokens) -> _Text:
-        """The text of these tokens, put in if it is not there."""
+        """Return the text of these tokens, added if it is new."""
         bucket = self.buckets.get(key)
         if bucket is None:
             bucket = self.buckets[key] = []
@@ -114,7 +114,7 @@ class _Table:
         self._counts = np.bincount(slots, minlength=1 << self._bits).astype(np.uint16)
 
     def places(self, hashes: Hashes) -> list[tuple[int, list[_Text]]]:
-        """Where in a text something may begin, and what."""
+        """Positions in a text where stored texts may begin, and those texts."""
         found = []
         for place in np.flatnonzero(self._counts[self._slots(hashes)]).tolist():
             bucket = self.buckets.get(int(hashes[place]))
@@ -125,7 +125,7 @@ class _Table:
 
 @dataclass(slots=True)
 class _Tenant:
-    """All of one tenant: nothing here is ever looked at for another."""
+    """Everything of one tenant; never read for another."""
 
     tables: dict[int, _Table] = field(default_factory=dict)
     near: NearDuplicates | None = None
@@ -143,7 +143,7 @@ class _Entry:
 
 
 def _near_duplicates(seed: int | None) -> Callable[[], NearDuplicates]:
-    """What makes an empty index of near duplicates, one for each tenant."""
+    """Return a function that makes an empty index of near duplicates, one for each tenant."""
     try:
         from kvplug.reuse.near_duplicates import NearDuplicates
     except ModuleNotFoundError as error:
@@ -158,17 +158,17 @@ def _near_duplicates(seed: int | None) -> Callable[[], NearDuplicates]:
 
 
 class SegmentIndex:
-    """Finds stored segments. Everything is kept apart by tenant.
+    """Finds stored segments; tenants are kept apart.
 
     Args:
         min_tokens: Tokens of a segment that a text must contain for it to be found; of a shorter
             segment, all of them.
         window: Tokens that are hashed of segments shorter than `min_tokens`.
         near_duplicates: Also keep what `nearest` needs.
-        limit: Most different texts found at one place, those that go on longest first: thousands
-            of conversations may begin alike.
+        limit: Most different texts found at one position, longest match first: thousands of
+            conversations may begin alike.
         hasher: Hash of windows, another one in tests.
-        seed: Of the hashes; drawn anew if None.
+        seed: Seed of the hashes; random if None.
 
     Raises:
         ValueError: `min_tokens`, `window` or `limit` is below one.
@@ -212,18 +212,18 @@ class SegmentIndex:
     def add(
         self, segment: str, tokens: Tokens, tenant: str, created: float, request_id: str
     ) -> None:
-        """Put a segment in.
+        """Add a segment.
 
         Args:
             segment: Its id.
-            tokens: Its token ids, ``[n]``; not copied where they are int32 already, so they must
-                not change.
-            tenant: Who may find it.
+            tokens: Its token ids, ``[n]``; not copied if they are int32 already, so they must not
+                change.
+            tenant: The tenant that may find it.
             created: Seconds since the epoch.
-            request_id: Who computed it.
+            request_id: Request that computed it.
 
         Raises:
-            ValueError: It has no tokens, or the id is there already.
+            ValueError: It has no tokens, or its id is known already.
         """
         tokens = np.ascontiguousarray(tokens, np.int32)
         if not len(tokens):
@@ -245,10 +245,10 @@ class SegmentIndex:
         self._by_request.add((request_id, created, segment))
 
     def remove(self, segment: str) -> None:
-        """Take a segment out.
+        """Remove a segment.
 
         Raises:
-            KeyError: It is not there.
+            KeyError: The segment is not in the index.
         """
         entry = self._entries.pop(segment)
         owner = self._tenants[entry.tenant]
@@ -266,7 +266,7 @@ class SegmentIndex:
         self._by_request.remove((entry.request_id, entry.created, segment))
 
     def match(self, tokens: Tokens, tenant: str) -> list[Match]:
-        """Find stored segments in a text, at any place of it.
+        """Find stored segments anywhere in a text.
 
         Args:
             tokens: The text's token ids, ``[n]``.
@@ -274,8 +274,8 @@ class SegmentIndex:
 
         Returns:
             Every segment of the tenant whose first ``min(min_tokens, its length)`` tokens or more
-            are in the text, once for each such place, as far as `limit` allows; by place, then
-            the longest first.
+            are in the text, once per position, as far as `limit` allows; by position, then longest
+            first.
         """
         owner = self._tenants.get(tenant)
         if owner is None:
@@ -293,10 +293,10 @@ class SegmentIndex:
     def _verify(
         self, text: Tokens, place: int, bucket: list[_Text], width: int, found: list[Match]
     ) -> None:
-        """Append what of a bucket really stands at a place.
+        """Append the texts of a bucket that match at a position.
 
-        The bucket is in order of its tokens, so what has most in common with the text stands
-        where the text itself would stand, and has less the further from there.
+        The bucket is sorted by tokens, so the texts with most in common with this one are where it
+        would be inserted, and the match gets shorter with the distance from there.
         """
         rest = text[place:]
         right = bisect_left(bucket, _Text(rest)) if len(bucket) > 1 else 0
@@ -318,26 +318,26 @@ class SegmentIndex:
                 texts += 1
 
     def since(self, created: float) -> list[str]:
-        """Ids of the segments made at a time or later, oldest first."""
+        """Return the ids of segments created at a time or later, oldest first."""
         return [segment for _, segment in self._by_time.irange((created, ""))]
 
     def of_request(self, request_id: str) -> list[str]:
-        """Ids of the segments that a request computed, oldest first."""
+        """Return the ids of segments that a request computed, oldest first."""
         first = (request_id, -math.inf, "")
         last = (request_id, math.inf, "")
         return [segment for *_, segment in self._by_request.irange(first, last)]
 
     def nearest(self, tokens: Tokens, tenant: str, k: int = 10) -> list[tuple[str, float]]:
-        """Find segments with nearly the text of a run of tokens.
+        """Find segments with nearly a given text.
 
         Args:
-            tokens: The run's token ids, ``[n]``, about as long as the segments looked for.
+            tokens: Token ids, ``[n]``, about as long as the segments looked for.
             tenant: Whose segments.
-            k: How many at most.
+            k: Most segments to return.
 
         Returns:
-            Ids and an estimate of the cosine of the two sets of n-grams, from 1 to -1, the likest
-            first. Empty without ``near_duplicates=True``.
+            Ids and an estimate of the cosine of the two sets of n-grams, from 1 to -1, most
+            similar first. Empty without ``near_duplicates=True``.
         """
         owner = self._tenants.get(tenant)
         text = np.ascontiguousarray(tokens, np.int32)

@@ -18,8 +18,8 @@ __all__ = ["Inventory", "StoreCommands"]
 
 @dataclass(slots=True)
 class StoreCommands:
-    """What the workers are to do. No id is both fetched and evicted, or saved in the same step and
-    evicted, so a worker may do them in any order.
+    """Commands for the workers. No id is both fetched and evicted, or saved in the same step and
+    evicted, so a worker may carry them out in any order.
 
     Attributes:
         drop: Ids to take out of memory, after the step's own loads.
@@ -69,13 +69,13 @@ class Inventory:
         return name in self._entries
 
     def get(self, name: str) -> CatalogEntry | None:
-        """The segment with an id, or None."""
+        """Return the segment with an id, or None."""
         return self._entries.get(name)
 
     # -- Commands ----------------------------------------------------------------------------------
 
     def take_commands(self) -> StoreCommands:
-        """Commands since the last call; each is given once."""
+        """Return the commands since the last call; each is given once."""
         commands = StoreCommands(list(self._drop), list(self._fetch), list(self._delete))
         self._drop, self._fetch, self._delete = {}, {}, {}
         return commands
@@ -111,7 +111,7 @@ class Inventory:
             fingerprint.request_id,
         )
         self._variants.setdefault(variant_key(fingerprint), {})[entry.id] = entry
-        self._replace(self.sessions.use(entry))
+        self._reorder(self.sessions.use(entry))
         self.quota.charge(entry, self.sessions.spares(entry))
 
     def restore(self, entries: Iterable[CatalogEntry], now: float) -> tuple[int, int]:
@@ -204,17 +204,17 @@ class Inventory:
     def touch(self, entry: CatalogEntry, now: float) -> None:
         """Count a segment and its session as used."""
         entry.last_used = now
-        self._replace(self.sessions.use(entry))
-        self._replace([entry])
+        self._reorder(self.sessions.use(entry))
+        self._reorder([entry])
 
     def end_session(self, session: str, tenant: str | None) -> int:
         """End a session; returns how many segments it had."""
         released = self.sessions.end(session, tenant)
-        self._replace(released)
+        self._reorder(released)
         return len(released)
 
-    def _replace(self, entries: Iterable[CatalogEntry]) -> None:
-        """Place segments anew in the eviction orders."""
+    def _reorder(self, entries: Iterable[CatalogEntry]) -> None:
+        """Update the places of segments in the eviction orders."""
         for entry in entries:
             self.quota.place(entry, self.sessions.spares(entry))
 
@@ -224,7 +224,7 @@ class Inventory:
         self, memory: int, disk: int, now: float, leaving: CatalogEntry | None = None
     ) -> tuple[list[CatalogEntry], list[CatalogEntry]] | None:
         """Choose what to evict for more bytes, as `Quota.room`; idle sessions spare nothing."""
-        self._replace(self.sessions.end_idle(now))
+        self._reorder(self.sessions.end_idle(now))
         return self.quota.room(memory, disk, now, leaving)
 
     def evict(self, dropped: Iterable[CatalogEntry], deleted: Iterable[CatalogEntry]) -> None:
@@ -247,8 +247,8 @@ class Inventory:
         return len(self._variants.get(variant_key(fingerprint), ())) >= self._max_variants
 
     def worst_variant(self, fingerprint: Fingerprint, now: float) -> CatalogEntry | None:
-        """The variant that a new one may replace: unusable, expired, or after more approximate
-        reuses than the new one. None if there is none."""
+        """Return the variant that a new one may replace, or None: it is unusable, expired, or was
+        computed after more approximate reuses than the new one."""
         family = self._variants.get(variant_key(fingerprint), {})
         oldest = now - self._ttl
 

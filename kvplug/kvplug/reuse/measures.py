@@ -1,4 +1,4 @@
-"""Stability measures of a segment, from what `kvplug_kernels.segment_stats` saw in each layer."""
+"""Stability measures of a segment, from the statistics of `kvplug_kernels.segment_stats`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from kvplug_kernels.segment_stats import KEY_COSINE, KEY_RMS, OUTGOING, SPARSITY, VALUE_RMS
 
 QUERIES = 16
-"""Last tokens of a segment whose queries tell how much it leaned on what came before."""
+"""Last tokens of a segment whose queries show how much it attends to the text before it."""
 
 
 class RunningScale:
-    """What the RMS of a model's keys and values is, per layer and head, over all segments so far.
+    """Running mean of the RMS of a model's keys and values, per layer and head, over segments.
 
     Args:
-        half_life: Segments after which what was seen counts half.
+        half_life: Segments after which a segment's weight is halved.
     """
 
     def __init__(self, half_life: float = 1024.0):
@@ -26,8 +26,7 @@ class RunningScale:
         self._sum: Tensor | None = None
 
     def add(self, stats: Tensor) -> None:
-        """Take in a segment: float32 ``[layers, heads, 5]``; one with a NaN or infinity is left
-        out."""
+        """Add a segment's statistics, float32 ``[layers, heads, 5]``; ignored if not finite."""
         rms = stats[..., [KEY_RMS, VALUE_RMS]].double().cpu()
         if not torch.isfinite(rms).all():
             return
@@ -37,21 +36,21 @@ class RunningScale:
 
     @property
     def mean(self) -> Tensor | None:
-        """float64 ``[layers, heads, 2]``, of keys and of values; None before the first segment."""
+        """Mean RMS of keys and of values, float64 ``[layers, heads, 2]``; None without segments."""
         return None if self._sum is None else self._sum / self._weight
 
 
 def measures(stats: Tensor, running: RunningScale) -> dict[str, float]:
-    """The measures of a fingerprint.
+    """Compute the measures that a fingerprint holds.
 
     Args:
-        stats: float32 ``[layers, heads, 5]`` of a segment, in all layers.
-        running: Of the model, whether or not this segment was already taken in.
+        stats: Statistics of a segment in all layers, float32 ``[layers, heads, 5]``.
+        running: Of the model; may include this segment or not.
 
     Returns:
         ``k_drift`` and ``v_drift``, the mean over layers and heads of ``|rms / running - 1|``;
-        ``sparsity``, ``key_cosine`` and ``outgoing``, means over layers and heads. Those that
-        nobody measured, or that are not finite, are left out.
+        ``sparsity``, ``key_cosine`` and ``outgoing``, means over layers and heads. Measures that
+        are unknown or not finite are left out.
     """
     found: dict[str, float] = {}
     mean, rows = running.mean, stats.double().cpu()

@@ -1,7 +1,7 @@
-"""The bytes of stored segments on one worker: in host memory, and in a folder beside it.
+"""The bytes of stored segments on one worker, in host memory and in a folder.
 
-Nothing here decides what stays: the scheduler's catalog does. Files are written, read and removed
-by a thread of its own, so that no step of the engine waits for a disk.
+The scheduler's catalog decides what is kept. Files are written, read and removed by a separate
+thread, so that no step of the engine waits for a disk.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class StoredSegment:
     """A segment's bytes on this rank.
 
     Attributes:
-        header: What is known of it.
+        header: Describes it.
         planes: CPU tensors by name.
     """
 
@@ -53,10 +53,10 @@ class StoredSegment:
 
 @dataclass(slots=True)
 class StoreReport:
-    """What the thread has done since it was last asked.
+    """Work the thread has done since the last report.
 
     Attributes:
-        written: Ids whose files are on the disk.
+        written: Ids whose files are on disk.
         fetched: Ids that are in memory again.
         failed: Ids that could not be written or read, with the cause.
     """
@@ -70,15 +70,15 @@ class StoreReport:
 
 
 class SegmentMemory:
-    """One worker's stored segments.
+    """Stored segments of one worker.
 
     Args:
-        directory: Folder of the files, made if it is not there; empty for none.
-        rank: Of this worker among those that share each token's heads.
-        world: Those workers.
+        directory: Folder of the files, created if it does not exist; empty for none.
+        rank: Rank of this worker among those that share each token's heads.
+        world: Number of those workers.
 
     Raises:
-        KVPlugError: The folder cannot be made.
+        KVPlugError: The folder cannot be created.
     """
 
     def __init__(self, directory: str, rank: int = 0, world: int = 1) -> None:
@@ -88,7 +88,7 @@ class SegmentMemory:
         self._segments: dict[str, StoredSegment] = {}
         self._lock = threading.Lock()
         self._report = StoreReport()
-        # The latest job of each kind for an id; one that is not the latest any more does nothing.
+        # Number of the latest job of each kind for an id; an older job does nothing.
         self._writes: dict[str, int] = {}
         self._marked: dict[str, float] = {}
         self._reads: dict[str, int] = {}
@@ -108,8 +108,8 @@ class SegmentMemory:
                 self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             except OSError as error:
                 raise KVPlugError(
-                    f"reuse.store.directory: {directory} cannot be made ({error.strerror}). Fix: "
-                    "name a folder that the engine's user may read and write."
+                    f"reuse.store.directory: {directory} cannot be created ({error.strerror}). "
+                    "Fix: name a folder that the engine's user can read and write."
                 ) from None
             self._sweep()
             self._thread = threading.Thread(target=self._work, name="kvplug-segments", daemon=True)
@@ -128,14 +128,14 @@ class SegmentMemory:
             return sum(stored.header.size for stored in self._segments.values())
 
     def put(self, header: SegmentHeader, planes: dict[str, Tensor]) -> None:
-        """Keep a segment, and write its file in the background where there is a folder.
+        """Keep a segment, and write its file in the background if there is a folder.
 
         Args:
-            header: What is known of it; its rank and world are this worker's.
-            planes: CPU tensors as the header lists them. They are kept, not copied.
+            header: Describes it; of this worker's rank and world.
+            planes: CPU tensors as the header lists them, kept without a copy.
 
         Raises:
-            ValueError: The header is of another rank, or its id is none.
+            ValueError: The header is of another rank, or its id is not a segment id.
         """
         if (header.rank, header.world) != (self._rank, self._world):
             raise ValueError(
@@ -151,10 +151,10 @@ class SegmentMemory:
                 self._jobs.put((_LATER, number, job))
 
     def get(self, segment: str) -> StoredSegment:
-        """The segment's bytes; read only. Its file is marked as used, at most once a minute.
+        """Return a segment's bytes, read-only. Marks its file as used, at most once a minute.
 
         Raises:
-            KeyError: They are not in memory.
+            KeyError: The segment is not in memory.
         """
         stored = self._segments[segment]
         path, now = self._path(segment), time.monotonic()
@@ -166,7 +166,7 @@ class SegmentMemory:
         return stored
 
     def drop(self, segments: Iterable[str]) -> None:
-        """Take segments out of memory; their files stay. Ids that are not there are passed over."""
+        """Remove segments from memory; their files stay. Unknown ids are ignored."""
         with self._lock:
             for segment in segments:
                 self._segments.pop(segment, None)
@@ -174,7 +174,7 @@ class SegmentMemory:
                 self._marked.pop(segment, None)
 
     def delete(self, segments: Iterable[str]) -> None:
-        """Remove files, and give up on writing those that wait; what is in memory stays there."""
+        """Remove files, and cancel those not written yet; what is in memory stays."""
         for segment in segments:
             path = self._path(segment)
             if path is None:
@@ -190,7 +190,7 @@ class SegmentMemory:
                     self._jobs.put((_LATER, number, job))
 
     def fetch(self, segments: Iterable[str]) -> None:
-        """Bring segments back from the folder in the background, before anything is written."""
+        """Read segments from the folder in the background, ahead of pending writes."""
         for segment in segments:
             path = self._path(segment)
             with self._lock:
@@ -204,13 +204,13 @@ class SegmentMemory:
                 self._jobs.put((_SOON, number, job))
 
     def take_report(self) -> StoreReport:
-        """What has been done since the last call."""
+        """Return what has been done since the last call."""
         with self._lock:
             report, self._report = self._report, StoreReport()
         return report
 
     def counters(self) -> dict[str, float]:
-        """Segments and bytes written, fetched and deleted; write errors; refused files by cause."""
+        """Return segments and bytes written, fetched and deleted; write errors; refused files."""
         with self._lock:
             counts: dict[str, float] = {
                 "memory_segments": len(self._segments),
@@ -220,14 +220,14 @@ class SegmentMemory:
         return counts
 
     def flush(self) -> None:
-        """Wait until all that was asked for is done."""
+        """Wait until all requested work is done."""
         if self._thread is not None and self._thread.is_alive():
             done = threading.Event()
             self._jobs.put((_LAST, next(self._numbers), done.set))
             done.wait()
 
     def close(self) -> None:
-        """Write what waits to be written, and end the thread; a second call does nothing."""
+        """Finish pending writes and end the thread; a second call does nothing."""
         with self._lock:
             closed, self._closed = self._closed, True
         if self._thread is not None and not closed:
@@ -242,7 +242,7 @@ class SegmentMemory:
         return self._folder / file_name(segment, self._rank, self._world)
 
     def _sweep(self) -> None:
-        """Remove what this rank was writing when an earlier process ended."""
+        """Remove temporary files that an earlier process of this rank left."""
         assert self._folder is not None
         for path in self._folder.glob(f".*.{self._rank}-{self._world}.kvseg.*.tmp"):
             if parse_name(path.name[1:].rsplit(".", 2)[0]) is not None:
@@ -257,7 +257,7 @@ class SegmentMemory:
             try:
                 job()
             except Exception:
-                logger.exception("a stored segment's file")
+                logger.exception("work on a stored segment's file failed")
 
     def _write(
         self, path: Path, header: SegmentHeader, planes: dict[str, Tensor], number: int
@@ -272,8 +272,8 @@ class SegmentMemory:
             if not self._write_failed:
                 self._write_failed = True
                 logger.error(
-                    "a segment could not be written, and more may follow; they stay in memory "
-                    "alone (%s: %s)",
+                    "a segment could not be written and stays in memory only (%s: %s); further "
+                    "failures are counted, not logged",
                     path,
                     error,
                 )
@@ -308,7 +308,7 @@ class SegmentMemory:
             cause = "no memory"
             logger.warning("a stored segment is not used: %s: %s", path, error)
         except Exception as error:
-            # Whatever it is, somebody waits to hear of it.
+            # Whatever it is, the scheduler waits for a report.
             cause = "unreadable"
             logger.warning("a stored segment is not used: %s", path, exc_info=error)
         with self._lock:
@@ -330,13 +330,13 @@ class SegmentMemory:
         except FileNotFoundError:
             return
         except OSError as error:
-            logger.warning("a stored segment's file stays: %s: %s", path, error)
+            logger.warning("a stored segment's file cannot be removed: %s: %s", path, error)
             return
         with self._lock:
             self._counts["deleted"] += 1
 
 
 def _mark_used(path: Path) -> None:
-    """Set a file's time, by which a restart tells what was used last."""
+    """Set a file's modification time, from which a restart knows when it was last used."""
     with contextlib.suppress(OSError):
         os.utime(path)

@@ -1,4 +1,4 @@
-"""Which stored tokens a request takes, and what is computed anew between them."""
+"""Plans which stored tokens a request reuses, and what is recomputed between them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from kvplug.reuse.index import Match
 from kvplug.reuse.settings import Recompute
 
 Judge = Callable[[CatalogEntry, Match], ChainResult]
-"""What the chain of checks says of a segment's first tokens where they stand in the text."""
+"""Runs the chain of checks on a segment matched in the text."""
 
 Span = tuple[int, int]
 
 SHORTEST = 16
-"""Tokens below which a run is not worth claiming."""
+"""Fewest tokens that are worth reusing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of a stored segment's tokens and where it goes.
+    """Consecutive tokens of a stored segment, and where they go.
 
     Attributes:
         segment: The segment.
         offset: First token of the segment that is used.
         length: Tokens used.
         start: Position in the request of the first of them.
-        verdict: What the chain found.
+        verdict: Of the chain of checks.
     """
 
     segment: CatalogEntry
@@ -53,13 +53,13 @@ class ReusePlan:
         begin: Its first token.
         end: The token after its last; equal to ``begin`` where nothing is reused.
         pieces: What is loaded, in order.
-        spans: What is computed anew within the run, ascending and disjoint; inside a piece or
-            between two.
-        deviating: Tokens of approximate pieces, in no span, that are computed anew besides: which
-            ones, the worker finds.
-        waiting: Segments on their way into memory, or in the folder: the run is planned anew once
-            they are there.
-        refused: How many segments were refused, by cause.
+        spans: What is recomputed within the run, ascending and disjoint; inside a piece or between
+            two.
+        deviating: Tokens of approximate pieces, in no span, that are recomputed as well; the worker
+            finds out which.
+        waiting: Ids of segments that are being saved or fetched, or are on disk only; the run is
+            planned again once they are in memory.
+        refused: Segments that were refused, by cause.
         costs_us: Microseconds each check took, by its name.
     """
 
@@ -79,12 +79,12 @@ class ReusePlan:
 
     @property
     def recomputed(self) -> int:
-        """Tokens of it that are computed anew."""
+        """Tokens of the run that are recomputed."""
         return sum(b - a for a, b in self.spans) + self.deviating
 
     @property
     def approximate_from(self) -> int | None:
-        """First token whose KV is not exactly what the text gives, or None."""
+        """First token whose KV is approximate, or None."""
         for start, end in self.approximate_spans:
             at = _first_outside(start, end, self.spans)
             if at < end:
@@ -93,12 +93,12 @@ class ReusePlan:
 
     @property
     def approximate_spans(self) -> list[Span]:
-        """What approximate pieces cover, in order."""
+        """Spans of the approximate pieces, in order."""
         return [(p.start, p.end) for p in self.pieces if not p.verdict.exact]
 
 
 def _first_outside(start: int, end: int, spans: Sequence[Span]) -> int:
-    """The first position from ``start`` on in no span, or one from ``end`` on."""
+    """The first position from ``start`` that is in no span; may be ``end`` or later."""
     at = start
     for a, b in spans:
         if a <= at < b:
@@ -107,11 +107,11 @@ def _first_outside(start: int, end: int, spans: Sequence[Span]) -> int:
 
 
 class Planner:
-    """Walks from an engine's own hit through what is stored.
+    """Plans the run of stored tokens that follows the engine's own prefix-cache hit.
 
     Args:
-        recompute: What may be computed inside a run.
-        can_compute: Whether the worker can compute inside a run at all.
+        recompute: What may be recomputed inside a run.
+        can_compute: The worker can compute inside a run at all.
     """
 
     def __init__(self, recompute: Recompute, can_compute: bool):
@@ -127,12 +127,12 @@ class Planner:
         matches: Sequence[tuple[CatalogEntry, Match]],
         judge: Judge,
     ) -> ReusePlan:
-        """The run that starts at the engine's own hit.
+        """Plan the run that starts at the engine's own hit.
 
         Args:
-            num_tokens: Tokens of the request; the last of them is always left to the engine.
+            num_tokens: Tokens of the request; the last one is always left to the engine.
             begin: Tokens the engine found in its prefix cache.
-            matches: Stored segments that stand in the text, as `Catalog.match` gives them.
+            matches: Stored segments found in the text, from `Catalog.match`.
             judge: The chain of checks.
         """
         limit = num_tokens - 1
@@ -151,16 +151,16 @@ class Planner:
                     break
                 gap = piece.start - at
                 spans.append((at, piece.start))
-            anew = 0
+            recomputed = 0
             if self.boundary and not piece.verdict.exact and piece.offset == 0:
-                anew = min(self.boundary, piece.length)
-                _add(spans, (piece.start, piece.start + anew))
-            computed += gap + anew
+                recomputed = min(self.boundary, piece.length)
+                _add(spans, (piece.start, piece.start + recomputed))
+            computed += gap + recomputed
             taken.append(piece)
             at = piece.end
-            if computed <= self.max_fraction * (at - begin) and anew < piece.length:
+            if computed <= self.max_fraction * (at - begin) and recomputed < piece.length:
                 end, kept = at, (len(taken), len(spans))
-        # A span that was joined to a later one would reach beyond what is kept.
+        # A span merged with a later one may extend beyond what is kept.
         plan.pieces = taken[: kept[0]]
         plan.spans = [(a, min(b, end)) for a, b in spans[: kept[1]] if a < end]
         plan.end = end if end - begin >= SHORTEST else begin
@@ -171,11 +171,11 @@ class Planner:
 
 
 def deviating(approximate: Sequence[Span], spans: Sequence[Span], fraction: float) -> int:
-    """How many tokens are computed anew besides those in spans.
+    """Count the deviating tokens to recompute, in addition to those in spans.
 
     Args:
-        approximate: What approximate pieces cover.
-        spans: What is computed anyway.
+        approximate: Spans of the approximate pieces.
+        spans: What is recomputed anyway.
         fraction: Fraction of the tokens in ``approximate`` to compute, those in spans included.
     """
     within = sum(max(0, min(b, d) - max(a, c)) for a, b in approximate for c, d in spans)
@@ -183,7 +183,7 @@ def deviating(approximate: Sequence[Span], spans: Sequence[Span], fraction: floa
 
 
 def _add(spans: list[Span], span: Span) -> None:
-    """Append a span, as one with the last where they touch."""
+    """Append a span, merged with the last one where they touch."""
     if spans and spans[-1][1] >= span[0]:
         spans[-1] = (spans[-1][0], max(spans[-1][1], span[1]))
     else:
@@ -191,7 +191,7 @@ def _add(spans: list[Span], span: Span) -> None:
 
 
 class _Walk:
-    """Looks up what can stand at a position; each segment is judged once per place."""
+    """Looks up what can be used at a position; each segment is judged once per position."""
 
     def __init__(
         self,
@@ -207,13 +207,13 @@ class _Walk:
         self._found: dict[tuple[str, int], Verdict | None] = {}
 
     def covering(self, at: int) -> Piece | None:
-        """The best stored token run that holds the token at a position."""
+        """The best piece that contains the token at a position."""
         here = [(s, m) for s, m in self._matches if m.start <= at < m.start + m.length]
         return self._best(at, here)
 
-    def following(self, at: int, most: int) -> Piece | None:
-        """The nearest stored run that begins up to ``most`` tokens after a position."""
-        for start in sorted({m.start for _, m in self._matches if at < m.start <= at + most}):
+    def following(self, at: int, max_gap: int) -> Piece | None:
+        """The nearest piece that begins up to ``max_gap`` tokens after a position."""
+        for start in sorted({m.start for _, m in self._matches if at < m.start <= at + max_gap}):
             found = self._best(start, [(s, m) for s, m in self._matches if m.start == start])
             if found is not None:
                 return found
@@ -221,8 +221,7 @@ class _Walk:
 
     def _best(self, at: int, here: list[tuple[CatalogEntry, Match]]) -> Piece | None:
         found: list[Piece] = []
-        # Longest first, and of a length what was computed exactly and in place: the first that
-        # passes is taken unless an exact one follows.
+        # Computed in place first, then longest, then exactly computed ones.
         order = sorted(
             here,
             key=lambda one: (

@@ -1,4 +1,4 @@
-"""How many bytes stored segments take in memory and on disk, and which leave first."""
+"""Limits of the bytes that stored segments take, and the order of eviction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a deployment says of reuse beside its checks: the keys next to ``reuse.use``."""
+"""Settings of reuse: the keys next to ``reuse.use``, and ``guard``."""
 
 from __future__ import annotations
 
@@ -13,74 +13,72 @@ MIB = 1 << 20
 
 
 class Splitting(PolicyOptions):
-    """Where the segments of a text begin and end."""
+    """Boundaries of the segments of a text."""
 
     renamed: ClassVar[Mapping[str, str]] = {"least": "min_tokens", "most": "max_tokens"}
 
     by: Literal["paragraph", "separator", "fixed", "request"] = Field(
         default="paragraph",
         description="boundaries: after an empty line, after `separator`, every `size` tokens, or "
-        "only where the request says (`kvplug: {segments: [lengths]}`, which always counts)",
+        "only those of the request (`kvplug: {segments: [lengths]}`, which always apply)",
     )
-    separator: str = Field(
-        default="", description="text whose last token ends a segment, with `by: separator`"
-    )
+    separator: str = Field(default="", description="text that ends a segment, with `by: separator`")
     size: int = Field(
-        default=256, ge=16, le=65536, description="tokens of a segment, with `by: fixed`"
+        default=256, ge=16, le=65536, description="tokens per segment, with `by: fixed`"
     )
     min_tokens: int = Field(
         default=32,
         ge=16,
         le=65536,
-        description="tokens a segment has at least: shorter ones join the next",
+        description="least tokens of a segment; a shorter one is merged with the next",
     )
     max_tokens: int = Field(
         default=4096,
         ge=16,
         le=1 << 20,
-        description="tokens a segment has at most: longer ones are cut",
+        description="most tokens of a segment; a longer one is split",
     )
 
     @model_validator(mode="after")
     def _agree(self) -> Splitting:
         if self.by == "separator" and not self.separator:
-            raise ValueError("by: separator needs a separator")
+            raise ValueError("by: separator requires separator")
         if self.min_tokens > self.max_tokens:
             raise ValueError("min_tokens must not exceed max_tokens")
         return self
 
 
 class Store(PolicyOptions):
-    """Where stored segments lie, and for how long."""
+    """Storage of segments."""
 
     memory: int = Field(
         default=1024,
         ge=1,
-        description="MiB of host memory for segments, on each rank's own host share",
+        description="MiB of host memory for segments, of all ranks together",
     )
     directory: str = Field(
-        default="", description="folder that keeps them across restarts; empty for none"
+        default="", description="folder that keeps segments across restarts; empty for none"
     )
-    disk: int = Field(default=16384, ge=1, description="MiB the folder may take")
-    ttl: float = Field(default=86400.0, gt=0, description="seconds a segment is kept unused")
+    disk: int = Field(
+        default=16384, ge=1, description="MiB of files in the folder, of all ranks together"
+    )
+    ttl: float = Field(default=86400.0, gt=0, description="seconds that an unused segment is kept")
     session_ttl: float = Field(
         default=3600.0,
         gt=0,
-        description="seconds an idle session's segments are spared from the quota",
+        description="seconds that an unused session's segments are evicted last",
     )
     variants: int = Field(
         default=4,
         ge=1,
         le=64,
-        description="copies of one text kept, computed after different texts",
+        description="copies of one text, computed after different texts, that are kept",
     )
-    outputs: bool = Field(
-        default=True, description="keep what requests generated, not only their prompts"
-    )
+    outputs: bool = Field(default=True, description="store generated tokens too, not only prompts")
 
 
 class Recompute(PolicyOptions):
-    """What is computed anew inside a reused run; needs vLLM's `--worker-extension-cls`."""
+    """Tokens recomputed inside a reused run; needs vLLM's `--worker-extension-cls`."""
 
     renamed: ClassVar[Mapping[str, str]] = {"share": "fraction", "most": "max_fraction"}
 
@@ -88,31 +86,31 @@ class Recompute(PolicyOptions):
         default=0,
         ge=0,
         le=4096,
-        description="first tokens of each approximate segment computed anew",
+        description="first tokens of each approximate segment to recompute",
     )
     fraction: float = Field(
         default=0.0,
         ge=0,
         le=1,
-        description="fraction of an approximate run's tokens computed anew: those whose keys and "
+        description="fraction of an approximate run's tokens to recompute: those whose keys and "
         "values deviate most after one layer (CacheBlend)",
     )
     gaps: int = Field(
         default=64,
         ge=0,
         le=65536,
-        description="most tokens between two stored segments computed anew",
+        description="most tokens to recompute between two stored segments",
     )
     max_fraction: float = Field(
         default=0.5,
         ge=0,
         le=1,
-        description="most of a run that may be computed anew; beyond, it ends",
+        description="largest fraction of a run that may be recomputed; the run ends before more",
     )
 
     @property
     def needed(self) -> bool:
-        """Whether anything is to be computed inside a run."""
+        """True if anything is to be recomputed inside a run."""
         return bool(self.boundary or self.fraction or self.gaps)
 
 
@@ -140,15 +138,15 @@ class ReuseSettings(PolicyOptions):
 
     approximate: bool = Field(
         default=False,
-        description="allow reuse that is not exact, for requests that ask for it too "
+        description="allow approximate reuse for requests that ask for it "
         "(`kvplug: {reuse: approximate}`)",
     )
-    segments: Splitting = Field(
-        default_factory=Splitting, description="where segments begin and end"
+    segments: Splitting = Field(default_factory=Splitting, description="boundaries of segments")
+    store: Store = Field(
+        default_factory=Store, description="where segments are stored, and for how long"
     )
-    store: Store = Field(default_factory=Store, description="where they lie, and for how long")
     recompute: Recompute = Field(
-        default_factory=lambda: Recompute(gaps=0), description="what is computed anew in a run"
+        default_factory=lambda: Recompute(gaps=0), description="what is recomputed in a run"
     )
     prefetch: bool = Field(
         default=False,
@@ -158,7 +156,7 @@ class ReuseSettings(PolicyOptions):
 
 
 class Breaker(PolicyOptions):
-    """When reuse of a family of segments stops, and starts again."""
+    """When approximate reuse of a family of segments stops, and starts again."""
 
     renamed: ClassVar[Mapping[str, str]] = {
         "errors": "threshold",
@@ -167,36 +165,38 @@ class Breaker(PolicyOptions):
     }
 
     threshold: int = Field(
-        default=5, ge=1, description="drifting answers of a family that stop its reuse"
+        default=5, ge=1, description="drifting answers of a family after which its reuse stops"
     )
     window: int = Field(
-        default=1000, ge=1, description="latest reuses of the family they are counted over"
+        default=1000, ge=1, description="latest answers of the family in which they are counted"
     )
     cooldown: float = Field(
-        default=600.0, gt=0, description="seconds until one reuse is tried again"
+        default=600.0, gt=0, description="seconds until one reuse is tried as a trial"
     )
 
 
 class GuardSettings(PolicyOptions):
-    """The ``guard`` key: watches what answers look like after approximate reuse."""
+    """The ``guard`` key: compares answers after approximate reuse with exact ones."""
 
     max_entropy_drift: float = Field(
         default=0.2,
         gt=0,
-        description="relative distance of an answer's mean entropy from exact history",
+        description="largest relative distance of an answer's mean entropy from exact answers'",
     )
     max_logprob_drift: float = Field(
-        default=0.5, gt=0, description="the same of its mean log-probability, in nats"
+        default=0.5, gt=0, description="largest distance of its mean log-probability, in nats"
     )
     tokens: int = Field(
-        default=32, ge=1, le=65536, description="first tokens of an answer that are watched"
+        default=32, ge=1, le=65536, description="first tokens of an answer that are compared"
     )
     history: int = Field(
         default=3,
         ge=1,
-        description="exact answers a family must have before others are compared with it",
+        description="exact answers that a family needs before others are compared with it",
     )
-    breaker: Breaker = Field(default_factory=Breaker, description="when reuse of a family stops")
+    breaker: Breaker = Field(
+        default_factory=Breaker, description="when approximate reuse of a family stops"
+    )
     records: str = Field(
         default="", description="folder for a JSON record of each drift; empty for none"
     )

@@ -1,4 +1,4 @@
-"""Where the segments of a text begin and end, on token ids."""
+"""Splits token ids into segments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvplug.reuse.settings import Splitting
 __all__ = ["Splitter", "line_ends"]
 
 _BLANK = frozenset(" \t\n\r\u0120\u0109\u010a\u010d\u2581")
-"""Characters that a vocabulary writes for white space: as they are, in the printable alphabet of
+"""Characters that stand for white space in a vocabulary: themselves, those of the alphabet of
 byte-level BPE (space, tab, line feed, carriage return), and SentencePiece's word mark."""
 
 _BREAKS = ("\n", "\u010a")
@@ -22,21 +22,21 @@ _BREAK_BYTES = ("<0x0A>", "<0x0D>", "<0x20>", "<0x09>")
 
 
 def line_ends(tokenizer: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """What each token of a vocabulary says of lines.
+    """Find line feeds and white space among a vocabulary's tokens.
 
     Args:
         tokenizer: A Hugging Face tokenizer: `get_vocab` and `decode` are called.
 
     Returns:
-        Line feeds in the white space that ends each token, and whether the token is white space
-        alone; both ``[largest id + 1]``.
+        Line feeds in the trailing white space of each token, and a mask of tokens that are white
+        space only; both ``[largest id + 1]``.
     """
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     size = max(vocabulary.values(), default=-1) + 1
     trailing = np.zeros(size, np.int64)
     blank = np.zeros(size, np.bool_)
     for token, index in vocabulary.items():
-        # Decoding a whole vocabulary takes seconds; few tokens can matter.
+        # Decoding a whole vocabulary takes seconds, and few tokens matter.
         if not (
             any(mark in token for mark in _BREAKS)
             or token in _BREAK_BYTES
@@ -51,10 +51,10 @@ def line_ends(tokenizer: Any) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
 
 
 class Splitter:
-    """Cuts token ids into runs.
+    """Splits a text into segments.
 
-    A longer text's runs begin with those of its own beginning, but for the last: what was cut
-    once stays cut there as a conversation grows.
+    A text that is continued splits as before, except for its last segment, so boundaries stay where
+    they are as a conversation grows.
 
     Args:
         settings: The rule.
@@ -70,7 +70,7 @@ class Splitter:
         self._lines: tuple[NDArray[np.int64], NDArray[np.bool_]] | None = None
         if settings.by in ("paragraph", "separator") and tokenizer is None:
             raise KVPlugError(
-                f"reuse.segments.by: {settings.by} needs the model's tokenizer, and the engine has "
+                f"reuse.segments.by: {settings.by} needs the model's tokenizer, but the engine has "
                 "none. Fix: use by: fixed or by: request."
             )
         if settings.by == "paragraph":
@@ -81,26 +81,26 @@ class Splitter:
             if not ids:
                 raise KVPlugError(
                     f"reuse.segments.separator: {settings.separator!r} has no tokens in this "
-                    "model's vocabulary. Fix: choose another text."
+                    "model's vocabulary. Fix: choose another separator."
                 )
             self._separator = np.asarray(ids, np.int32)
 
     def split(
         self, tokens: NDArray[np.int32], lengths: Sequence[int] | None = None
     ) -> list[tuple[int, int]]:
-        """Cut a text.
+        """Split a text.
 
         Args:
             tokens: Token ids, ``[n]``.
-            lengths: Lengths of the first runs as the request states them; they are cut where they
-                are too long, but never joined. What is not a positive integer is passed over, and
-                what reaches beyond the text ends with it.
+            lengths: Lengths of the first segments, from the request; those that are too long are
+                split, but none are merged. Values that are not positive integers are ignored, and
+                a length beyond the text's end is shortened.
 
         Returns:
-            ``(begin, end)`` of each run, in order; together they cover ``[0, n)``.
+            ``(begin, end)`` of each segment, in order; together they cover ``[0, n)``.
         """
         tokens = np.asarray(tokens)
-        size, most = len(tokens), self._settings.max_tokens
+        size, longest = len(tokens), self._settings.max_tokens
         runs: list[tuple[int, int]] = []
         start = 0
         for length in lengths or ():
@@ -108,24 +108,24 @@ class Splitter:
                 continue
             end = min(start + length, size)
             while start < end:
-                cut = min(start + most, end)
+                cut = min(start + longest, end)
                 runs.append((start, cut))
                 start = cut
         for boundary in self._boundaries(tokens, start):
-            while boundary - start > most:
-                runs.append((start, start + most))
-                start += most
+            while boundary - start > longest:
+                runs.append((start, start + longest))
+                start += longest
             if boundary - start >= self._settings.min_tokens:
                 runs.append((start, boundary))
                 start = boundary
         while start < size:
-            cut = min(start + most, size)
+            cut = min(start + longest, size)
             runs.append((start, cut))
             start = cut
         return runs
 
     def _boundaries(self, tokens: NDArray[np.int32], start: int) -> Iterable[int]:
-        """Where the rule would cut what follows `start`, in order."""
+        """Boundaries that the rule gives after `start`, in order."""
         if self._settings.by == "fixed":
             return range(start + self._settings.size, len(tokens) + 1, self._settings.size)
         if self._lines is not None:
@@ -143,12 +143,12 @@ class Splitter:
         ids = np.where(known, tokens, 0)
         feeds = np.where(known, trailing[ids], 0)
         empty = known & blank[ids]
-        # Line feeds since the last character that is not white space.
+        # Count line feeds since the last character that is not white space.
         last = np.maximum.accumulate(np.where(empty, -1, np.arange(len(tokens))))
         total = np.cumsum(feeds)
         before = np.where(last >= 0, total[last] - feeds[last], 0)
         ended = total - before >= 2
-        # Of several empty lines the last one ends the paragraph.
+        # The last of several empty lines ends the paragraph.
         goes_on = np.zeros(len(tokens), np.bool_)
         goes_on[:-1] = empty[1:] & (feeds[1:] > 0)
         return np.flatnonzero(ended & ~goes_on & (feeds > 0)) + 1

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from kvplug.contract import EngineView, FormatPolicy, Kind
-from kvplug.errors import DeploymentError, KVPlugError, Refusal
+from kvplug.errors import KVPlugError
 from kvplug.parser import load_deployment
 from kvplug.registry import plugins
+from kvplug_lab.policy_text import policy_section
 
 DEFAULT = "plain,int8,int4,kivi:bits=4,kivi:bits=2"
 
@@ -54,31 +55,16 @@ def candidates(text: str, calibration: str) -> list[Candidate]:
     """
     found: dict[str, Candidate] = {}
     for label in (part.strip() for part in text.split(",") if part.strip()):
-        name, *pairs = label.split(":")
-        section: dict[str, Any] = {"use": name}
-        for pair in pairs:
-            key, equals, value = pair.partition("=")
-            # `options.bits=2` is an option of the format inside a format.
-            *outer, last = (part.strip() for part in key.split("."))
-            inside = section
-            for part in outer:
-                inside = inside.setdefault(part, {})
-            try:
-                inside[last] = yaml.safe_load(value)
-            except (yaml.YAMLError, TypeError):
-                equals = ""
-            if not equals or not key.strip():
-                refusal = Refusal(
-                    label, f"{pair!r} is no option.", "write NAME:OPTION=VALUE, e.g. kivi:bits=2."
-                )
-                raise DeploymentError("--candidates", [refusal])
-        policy = plugins().registry.get(Kind.FORMAT, name)
+        section = policy_section(label, "--candidates", "kivi:bits=2")
+        policy = plugins().registry.get(Kind.FORMAT, section["use"])
         if policy is not None and "calibration" in policy.Options.model_fields:
             section.setdefault("calibration", calibration)
         load_deployment({"format": section}, source="--candidates", key="")
         found.setdefault(label, Candidate(label, section))
     if not found:
-        raise KVPlugError(f"--candidates {text!r} names no format; write e.g. {DEFAULT}")
+        raise KVPlugError(
+            f"--candidates {text!r} must name at least one format; write e.g. {DEFAULT}"
+        )
     return list(found.values())
 
 

@@ -17,7 +17,7 @@ from kvplug_lab.calibrate.sensitivity import Loss, Meter
 from kvplug_lab.calibrate.solve import assign
 
 WAYS = ("divergence", "perplexity", "error")
-"""What an assignment may be chosen by."""
+"""Criteria of an assignment."""
 
 
 def windows(
@@ -40,7 +40,7 @@ def windows(
     body = size - len(prefix)
     if body < 2:
         raise KVPlugError(f"windows of {size} tokens are too short: use at least {len(prefix) + 2}")
-    cut = len(ids) * 4 // 5
+    split = len(ids) * 4 // 5
 
     def even(part: Sequence[int], wanted: int, what: str) -> list[Tensor]:
         n = max(wanted // size, 1) if wanted else 0
@@ -52,7 +52,7 @@ def windows(
         gap = len(part) // n if n else 0
         return [torch.tensor([*prefix, *part[i * gap : i * gap + body]]) for i in range(n)]
 
-    return even(ids[:cut], tokens, "learn from"), even(ids[cut:], held_out, "measure on")
+    return even(ids[:split], tokens, "learn from"), even(ids[split:], held_out, "measure on")
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Assignment:
 
 @dataclass
 class AssignmentSearch:
-    """What a calibration with a budget found.
+    """Result of a search for formats within a budget.
 
     Attributes:
         candidates: The formats.

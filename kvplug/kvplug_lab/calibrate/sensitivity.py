@@ -1,4 +1,4 @@
-"""What each candidate format costs in each layer, one layer at a time, and all together.
+"""Costs of each candidate format in each layer, one layer at a time, and of all together.
 
 K and V of a layer go through the format's own `write` and `read`, in the model's type, and what
 comes back is attended in their place, by every query and for every token, its own included: no
@@ -49,7 +49,7 @@ def stored(
 
 @dataclass
 class Loss:
-    """What a format costs where it was used.
+    """Costs of a format where it is used.
 
     Attributes:
         error: Relative error of attention outputs: the norm of the difference over that of the
@@ -136,7 +136,7 @@ class Meter:
         choices: Sequence[Mapping[int, FormatPolicy]],
         progress: Callable[[str], None] | None = None,
     ) -> tuple[list[Loss], float]:
-        """What some choices of formats cost.
+        """Measure the costs of choices of formats.
 
         Args:
             choices: The format of each layer that has one, by index.

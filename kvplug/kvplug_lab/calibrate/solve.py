@@ -34,7 +34,7 @@ def assign(
             "--bytes-per-token or add a smaller candidate"
         )
     if not all(math.isfinite(cost) for row in costs for cost in row):
-        raise KVPlugError("a candidate's cost is not finite: leave it out of --candidates")
+        raise KVPlugError("a candidate's cost is not finite: remove it from --candidates")
     unit = functools.reduce(math.gcd, (size for row in sizes for size in row))
     room = min(budget, sum(max(row) for row in sizes)) // unit
     best = np.zeros(room + 1)

@@ -92,7 +92,7 @@ def received(query: Tensor, key: Tensor, scale: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Source:
-    """What a calibration was made of, for its file.
+    """Source of a calibration, for its file.
 
     Attributes:
         fingerprint: Of the model.
@@ -205,7 +205,7 @@ def merges(fit: str, key: Tensor, value: Tensor, query: Tensor) -> Iterator[tupl
 def merge(
     fit: str, heads: tuple[int, ...], key: Tensor, value: Tensor, query: Tensor
 ) -> tuple[float, dict[str, Tensor]]:
-    """How well one head stands for several, and the maps; arguments as for `merges`.
+    """Error of one head in place of several, and the maps; arguments as for `merges`.
 
     Returns:
         The part of the energy lost, the larger of keys' (mean square of products with queries)

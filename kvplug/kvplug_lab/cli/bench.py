@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvplug.cli.refusals import refusing
-from kvplug_lab.cli.inputs import smollm2
+from kvplug_lab.cli.inputs import check_outputs, smollm2
 from kvplug_lab.cli.options import Json, Model
 from kvplug_lab.cli.outputs import print_written
 
@@ -37,6 +37,7 @@ def bench(
     console = Console(soft_wrap=True)
     found: dict[str, Any] = {"machine": {"cpu": _cpu(), "cores": os.cpu_count()}}
     with refusing(1):
+        check_outputs(json=json)
         if engines:
             directory = model or smollm2(console)
             found["engine_steps"] = host.engine_steps(directory, rounds, _say)

@@ -16,7 +16,7 @@ from rich.progress import TextColumn
 from rich.table import Table
 
 from kvplug.cli.refusals import refusing
-from kvplug_lab.cli.inputs import smollm2
+from kvplug_lab.cli.inputs import check_outputs, smollm2
 from kvplug_lab.cli.options import Model
 from kvplug_lab.cli.outputs import bar, print_written
 
@@ -47,6 +47,7 @@ def demo(
 
     console = Console(soft_wrap=True)
     with refusing(1):
+        check_outputs(json=json, html=html)
         file = read_config(config or configs.shipped("quickstart"))
         directory = model or smollm2(console)
         prompts = texts.passages(texts.shakespeare(), requests, WORDS, seed=0)
@@ -219,7 +220,7 @@ def _table(figures: dict[str, dict[str, float]], name: str) -> Table:
 
 
 def policy_lines(result: TrialResult) -> list[str]:
-    """What each policy did, one line each."""
+    """Summary of each policy, one line each."""
     from kvplug.contract import PolicyReport
     from kvplug.observe.summary import summary_lines
 

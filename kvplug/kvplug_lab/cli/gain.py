@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvplug.cli.refusals import refusing
-from kvplug_lab.cli.inputs import smollm2
+from kvplug_lab.cli.inputs import check_outputs, smollm2
 from kvplug_lab.cli.options import Json, Model
 from kvplug_lab.cli.outputs import print_written
 
@@ -83,6 +83,7 @@ def gain(
         name: section_of(name, budget) for name in _names(asked, plugins().registry) if asked
     }
     with refusing():
+        check_outputs(json=json)
         sections |= {
             own.label: {"format": {"use": own.policy.name, **own.options}}
             for own in wanted.formats(format or [])

@@ -1,4 +1,4 @@
-"""What commands read, and the checks of what they are to write."""
+"""Inputs of commands, and checks of the files they are to write."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ from rich.console import Console
 
 from kvplug.errors import KVPlugError
 
+
+class InvalidInput(KVPlugError):
+    """An option or a file that a command cannot use; the message says which."""
+
+    exit_code = 2
+
+
 PLOTS = (".png", ".svg", ".pdf")
 """File name endings of plots."""
 
@@ -23,36 +30,36 @@ def check_outputs(**outputs: Path | None) -> None:
         outputs: File of each option, by the option's name with underscores.
 
     Raises:
-        KVPlugError: One is a folder, or its folder does not exist.
+        InvalidInput: One is a folder, or its folder does not exist.
     """
     for name, path in outputs.items():
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             option = f"--{name.replace('_', '-')}"
-            raise KVPlugError(f"{option}: cannot write {path}: its folder must exist")
+            raise InvalidInput(f"{option}: cannot write {path}: its folder must exist")
 
 
 def check_plot(plot: Path | None) -> None:
     """Refuse a plot that cannot be drawn.
 
     Raises:
-        KVPlugError: The file's ending is not in `PLOTS`, or matplotlib is not installed.
+        InvalidInput: The file's ending is not in `PLOTS`, or matplotlib is not installed.
     """
     if plot is None:
         return
     if plot.suffix not in PLOTS:
-        raise KVPlugError(f"--plot: {plot} must end in {', '.join(PLOTS)}")
+        raise InvalidInput(f"--plot: {plot} must end in {', '.join(PLOTS)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise KVPlugError("--plot needs matplotlib: pip install 'kvplug[lab]'")
+        raise InvalidInput("--plot needs matplotlib: pip install 'kvplug[lab]'")
 
 
 def need_transformers(command: str) -> None:
     """Refuse a command that runs models where transformers is not installed.
 
     Raises:
-        KVPlugError: It is not installed.
+        InvalidInput: It is not installed.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise KVPlugError(f"kvplug {command} needs transformers: pip install 'kvplug[lab]'")
+        raise InvalidInput(f"kvplug {command} needs transformers: pip install 'kvplug[lab]'")
 
 
 def model_directory(model: Path | None, console: Console, name: str = "--model") -> Path:
@@ -64,13 +71,13 @@ def model_directory(model: Path | None, console: Console, name: str = "--model")
         name: The option or argument, for messages.
 
     Raises:
-        KVPlugError: The directory holds no model.
+        InvalidInput: The directory holds no model.
         ModelUnavailable: SmolLM2 cannot be made.
     """
     if model is None:
         return smollm2(console)
     if not (model / "config.json").is_file():
-        raise KVPlugError(f"{name}: {model} is not a model directory: it has no config.json")
+        raise InvalidInput(f"{name}: {model} is not a model directory: it has no config.json")
     return model
 
 
@@ -89,7 +96,7 @@ def text_of(file: Path | None) -> str:
     """The text of a file, or Shakespeare.
 
     Raises:
-        KVPlugError: The file cannot be read or is not UTF-8.
+        InvalidInput: The file cannot be read or is not UTF-8.
         TextUnavailable: The package that carries Shakespeare is not installed.
     """
     from kvplug_lab import texts
@@ -100,7 +107,7 @@ def text_of(file: Path | None) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise KVPlugError(f"--text: cannot read {file}: {reason}") from error
+        raise InvalidInput(f"--text: cannot read {file}: {reason}") from error
 
 
 def encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:

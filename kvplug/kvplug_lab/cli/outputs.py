@@ -1,4 +1,4 @@
-"""What commands show: progress, tables as wide as they need, and the files they wrote."""
+"""Output of commands: progress, wide tables, and the names of written files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.progress import (
 
 
 def wide_console(width: int) -> Console:
-    """The standard output, ``width`` columns wide where it is neither a terminal nor told."""
+    """A console on stdout: ``width`` columns where it is not a terminal and COLUMNS is not set."""
     terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if terminal else width)
 

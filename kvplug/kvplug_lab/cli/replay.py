@@ -61,9 +61,8 @@ def replay(
 
     console = Console(soft_wrap=True)
     names = dict.fromkeys([host.BASELINE, *(n.strip() for n in policy.split(",") if n.strip())])
-    with refusing():
-        check_outputs(json=json)
     with refusing(1):
+        check_outputs(json=json)
         for name in names:
             host.choice_of(name)
         loaded = traces.read(trace) if trace is not None else None

@@ -500,10 +500,10 @@ def chat_table(found: reuse_chat.ChatFigures) -> Table:
 
 
 def mixed_table(found: reuse_mixed.MixedFigures) -> Table:
-    """What was served, and what differed afterwards."""
-    modes = ", ".join(f"{n} {kind}" for kind, n in sorted(found.wishes.items()))
+    """Requests served, and answers that differed afterwards."""
+    modes = ", ".join(f"{n} {kind}" for kind, n in sorted(found.modes.items()))
     rows = {
-        "mixed requests": f"{sum(found.wishes.values()):,} ({modes})",
+        "mixed requests": f"{sum(found.modes.values()):,} ({modes})",
         "reused approximately": f"{found.approximate:,}",
         "reused exactly": f"{found.exact:,}",
         "tokens reused": f"{found.reused:,} of {found.prompt_tokens:,}",

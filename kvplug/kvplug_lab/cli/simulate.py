@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -146,12 +146,11 @@ def _runs_unasked(name: str) -> bool:
 
 
 def _one(label: str) -> _Asked:
-    import yaml
-
     from kvplug.contract import Kind
     from kvplug.errors import DeploymentError, Refusal
     from kvplug.hosts.trace.minimum import Minimum
     from kvplug.parser import load_deployment
+    from kvplug_lab.policy_text import policy_section
 
     if label == Minimum.name:
         return _Asked(label, Minimum)
@@ -165,22 +164,7 @@ def _one(label: str) -> _Asked:
             )
             raise DeploymentError(label, [refusal])
     else:
-        name, *pairs = label.split(":")
-        options: dict[str, Any] = {}
-        for pair in pairs:
-            key, equals, value = pair.partition("=")
-            try:
-                options[key.strip()] = yaml.safe_load(value)
-            except yaml.YAMLError:
-                equals = ""
-            if not equals or not key.strip():
-                refusal = Refusal(
-                    label,
-                    f"{pair!r} is not an option.",
-                    "write NAME:OPTION=VALUE, e.g. lfu:half_life=9",
-                )
-                raise DeploymentError("--policy", [refusal])
-        section = {"prefix_cache": {"use": name, **options}}
+        section = {"prefix_cache": policy_section(label, "--policy", "lfu:half_life=9")}
         deployment = load_deployment(section, source="--policy", key="")
     choice = deployment.choice(Kind.PREFIX_CACHE)
     assert choice is not None

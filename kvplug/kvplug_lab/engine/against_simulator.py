@@ -10,9 +10,9 @@ ended. With one at a time, engine and simulator see the same events in the same 
 the simulator still serves one after the other, in the order of arrival.
 
 Two simulated rates are given. `PoolReplay` stores blocks as vLLM's pool does and is the one to be
-held against the engine. ``kvplug simulate`` stores each block once and knows no block that is not
+compared with the engine. ``kvplug simulate`` stores each block once and has no block that is not
 full, so it is given one block less per request that runs at once; it differs from the engine
-where an order gives up the head of a prefix before its tail.
+where an order evicts the head of a prefix before its end.
 """
 
 from __future__ import annotations
@@ -163,22 +163,22 @@ def conversations(
     passages = iter(texts.passages(plays, sessions + visitors, 340, seed))
     asides = iter(texts.passages(plays, sessions * max(1, turns - 1), 110, seed + 1))
 
-    def tokens(said: str) -> list[int]:
-        return list(tokenizer(said).input_ids)
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text).input_ids)
 
-    def cut(text: str, least: int) -> str:
+    def whole_lines(text: str, least: int) -> str:
         words = text.split(" ")
         return " ".join(words[: choose.randint(least, max(least, len(words)))])
 
     def opening() -> list[int]:
         return tokens(
             f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
-            f"{cut(next(passages), 100)}\nWho speaks?<|im_end|>\n<|im_start|>assistant\n"
+            f"{whole_lines(next(passages), 100)}\nWho speaks?<|im_end|>\n<|im_start|>assistant\n"
         )
 
     def further() -> list[int]:
         return tokens(
-            f"<|im_end|>\n<|im_start|>user\n{cut(next(asides), 50)}\nAnd who speaks here?"
+            f"<|im_end|>\n<|im_start|>user\n{whole_lines(next(asides), 50)}\nAnd who speaks here?"
             "<|im_end|>\n<|im_start|>assistant\n"
         )
 
@@ -215,7 +215,7 @@ def from_trace(
 ) -> Workload:
     """The first requests of a trace, with made-up text: equal blocks, equal tokens.
 
-    A block of the trace becomes one block of the engine, whatever number of tokens it stood for.
+    A block of the trace becomes one block of the engine, whatever number of tokens it represents.
     Only prompts are replayed; answers are the engine's own.
 
     Args:
@@ -223,7 +223,7 @@ def from_trace(
         model: Directory of the model whose vocabulary the tokens are drawn from.
         block_size: Tokens per block of the engine.
         requests: Requests to take from its start.
-        longest: Tokens that a prompt is cut to, at most.
+        longest: Most tokens of a prompt; longer ones are truncated.
         output_tokens: Tokens of each answer.
         concurrency: Requests sent together.
     """
@@ -331,7 +331,7 @@ def compare(
     need = workload.concurrency * -(-workload.longest // block_size)
     if blocks < need:
         raise WorkloadError(
-            f"{blocks} blocks of {block_size} tokens cannot hold {workload.concurrency} of the "
+            f"{blocks} blocks of {block_size} tokens are too few for {workload.concurrency} of the "
             f"longest requests at once, {workload.longest} tokens each: give it at least {need}"
         )
     choice = choice_of(policy)

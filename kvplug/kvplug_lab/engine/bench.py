@@ -1,6 +1,6 @@
-"""What being there costs: engine steps side by side, and microseconds per scheduler step.
+"""Overhead of kvplug: engine steps side by side, and microseconds per scheduler step.
 
-Every figure is a comparison inside one run. Engines that differ only in kvplug live at the same
+Every figure is a comparison inside one run. Engines that differ only in kvplug run at the same
 time and take turns; scheduler steps with and without kvplug alternate on the same input.
 """
 
@@ -44,7 +44,7 @@ def engine_steps(
     Args:
         model: Model directory.
         rounds: Turns each engine takes.
-        say: Told what happens.
+        say: Called with a line about each step.
         names: Engines of `ENGINES`; the first is what the others are divided by.
 
     Returns:
@@ -98,7 +98,7 @@ def _start(model: Path, section: Any) -> subprocess.Popen[str]:
     for line in child.stdout:
         if line.strip() == "ready":
             return child
-    raise KVPlugError(f"an engine of the benchmark ended with code {child.wait()}")
+    raise KVPlugError(f"a benchmark engine exited with code {child.wait()}")
 
 
 def _ask(child: subprocess.Popen[str], name: str) -> float:
@@ -108,7 +108,7 @@ def _ask(child: subprocess.Popen[str], name: str) -> float:
     for line in child.stdout:
         if line.startswith("took "):
             return float(line.split()[1])
-    raise KVPlugError(f"the engine {name!r} of the benchmark ended with code {child.wait()}")
+    raise KVPlugError(f"benchmark engine {name!r} exited with code {child.wait()}")
 
 
 def _serve_turns(model: str) -> None:

@@ -1,11 +1,11 @@
-"""What a prefix-cache policy costs at a million blocks: operations per second, bytes per block.
+"""Costs of a prefix-cache policy at a million blocks: operations per second, bytes per block.
 
 ``python -m kvplug_lab.engine.scale`` gives every policy the same load, each in a process of its
 own, and vLLM's queue of free blocks with them where vLLM is installed. An operation is one block
 released, hit or evicted. The cache is filled first; then requests of 32 blocks either hit cached
-blocks, a few of them most of the time, and let them go, or evict and release new content in equal
+blocks, a few of them most of the time, and release them, or evict and release new content in equal
 number. Counted is processor time inside the policy's calls, and the growth of the process's
-resident memory from before the policy was built to the end, keys it holds on to included.
+resident memory from before the policy was built to the end, keys it keeps included.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ KEY_BYTES = 36
 """Bytes of a key in vLLM: a SHA-256 and the number of the group."""
 
 HITS = 0.5
-"""Part of the requests that hit."""
+"""Share of requests that hit."""
 
 SESSIONS = 1000
 STOCK = "vLLM's queue"
 
 
 class Cache(Protocol):
-    """What is measured."""
+    """The measured object: a policy, or vLLM's own queue."""
 
     def release(self, released: Released) -> None: ...
 
@@ -81,7 +81,7 @@ def measure(
 
     Args:
         build: Makes the cache.
-        needs: Facts it is told.
+        needs: Facts it is given.
         blocks: Its size.
         operations: Blocks released, hit and evicted in all, the filling included.
 
@@ -169,7 +169,7 @@ def measure_named(name: str, blocks: int, operations: int) -> dict[str, float]:
         return measure(lambda: StockQueue(blocks), frozenset(), blocks, operations)
     policy = plugins().registry.get(Kind.PREFIX_CACHE, name)
     if policy is None or not issubclass(policy, PrefixCachePolicy):
-        raise typer.BadParameter(f"no prefix_cache policy is called {name!r}")
+        raise typer.BadParameter(f"unknown prefix_cache policy {name!r}")
     chosen: type[PrefixCachePolicy] = policy
     engine = EngineView(16, blocks, features=frozenset({Feature.PREFIX_CACHING}), host="trace")
     return measure(

@@ -99,8 +99,8 @@ class Step:
         seconds: Since the first step began.
         running: Requests running.
         waiting: Requests waiting.
-        held: Blocks that requests hold, shared ones counted once.
-        largest: Most blocks any one request holds.
+        held: Blocks in use by requests, shared ones counted once.
+        largest: Most blocks of any one request.
     """
 
     seconds: float
@@ -112,14 +112,14 @@ class Step:
 
 @dataclass
 class Answer:
-    """What one request got.
+    """Answer to one request.
 
     Attributes:
         prompt_tokens: Tokens of its prompt.
         cached_tokens: Those of them found in the prefix cache.
         token_ids: Generated tokens.
         text: The same as text.
-        kvplug: What kvplug said in the output, or None.
+        kvplug: kvplug's part of the output, or None.
         ttft: Seconds from adding the request to its first token; None in an engine not watched.
         logprobs: Log-probability of each forced token, or None.
     """
@@ -135,7 +135,7 @@ class Answer:
 
 @dataclass
 class TrialResult:
-    """What happened.
+    """Result of a trial.
 
     Attributes:
         answers: In the order of the requests.
@@ -145,7 +145,7 @@ class TrialResult:
         block_bytes: Bytes of KV per block, all layers.
         seconds: Wall time of all steps.
         preemptions: Times a request was preempted.
-        handed_over: Blocks a request gave back while running that another one then held while
+        handed_over: Blocks that a request freed while running and another one then used while
             the first was still running.
         reports: What kvplug's policies reported; empty for stock.
         cap_blocks: Per KV-cache group, the cap kvplug states; empty without a sequence policy.
@@ -178,7 +178,7 @@ class TrialResult:
 
     @property
     def peak_held(self) -> int:
-        """Most blocks held at once."""
+        """Most blocks in use at once."""
         return max((s.held for s in self.steps), default=0)
 
     @property
@@ -188,12 +188,12 @@ class TrialResult:
 
     @property
     def largest(self) -> int:
-        """Most blocks any one request ever held."""
+        """Most blocks of any one request at any time."""
         return max((s.largest for s in self.steps), default=0)
 
     @property
     def tokens_per_request(self) -> float:
-        """Mean tokens of KV memory held per running request, over steps with any."""
+        """Mean tokens of KV memory per running request, over steps with any."""
         busy = [(s.held, s.running) for s in self.steps if s.running]
         if not busy:
             return 0.0
@@ -206,14 +206,14 @@ class TrialResult:
 
 
 def pool_tokens(log: str) -> int:
-    """Tokens that the KV cache holds, as vLLM itself says in its log when it starts.
+    """Capacity of the KV cache in tokens, as vLLM logs it when it starts.
 
     Raises:
-        KVPlugError: It does not say.
+        KVPlugError: The log does not state it.
     """
     found = re.search(r"KV cache size: ([\d,]+) tokens", log)
     if found is None:
-        raise KVPlugError("vLLM did not say how many tokens its KV cache holds")
+        raise KVPlugError("vLLM's log does not state the size of its KV cache")
     return int(found[1].replace(",", ""))
 
 
@@ -325,29 +325,29 @@ def _text(output: Any) -> list[int]:
 def _sampling(request: TrialRequest) -> Any:
     from vllm import SamplingParams
 
-    wishes: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
     if request.kvplug:
-        wishes["kv_transfer_params"] = {"kvplug": request.kvplug}
+        extra["kv_transfer_params"] = {"kvplug": request.kvplug}
     if request.force is not None:
-        wishes[FORCED] = request.force
+        extra[FORCED] = request.force
     return SamplingParams(
         temperature=0.0,
         max_tokens=request.max_tokens,
         ignore_eos=True,
-        extra_args=wishes or None,
+        extra_args=extra or None,
         logprobs=0 if request.force is not None else None,
     )
 
 
 def _answer(output: Any, ttft: float | None = None) -> Answer:
-    said = output.kv_transfer_params
+    params = output.kv_transfer_params
     likely = output.outputs[0].logprobs
     return Answer(
         prompt_tokens=len(output.prompt_token_ids),
         cached_tokens=output.num_cached_tokens or 0,
         token_ids=list(output.outputs[0].token_ids),
         text=output.outputs[0].text,
-        kvplug=said.get("kvplug") if said else None,
+        kvplug=params.get("kvplug") if params else None,
         ttft=ttft,
         logprobs=[next(iter(step.values())).logprob for step in likely] if likely else None,
     )
@@ -508,7 +508,7 @@ def run_fresh(
         result = folder / "result.json"
         if child.returncode or not result.exists():
             tail = log.read_text(encoding="utf-8", errors="replace")[-4000:]
-            raise TrialFailed(f"the engine run ended with code {child.returncode}:\n{tail}")
+            raise TrialFailed(f"the engine exited with code {child.returncode}:\n{tail}")
         return TrialResult.from_json(result.read_text(encoding="utf-8"))
 
 

@@ -70,9 +70,9 @@ class Engine:
             TrialFailed: The engine ended.
         """
         self._write(json.dumps([asdict(request) for request in requests]))
-        told = json.loads(self._read(ANSWERED))
-        self.processor = [seconds for _, seconds in told]
-        return [Answer(**answer) for answer, _ in told]
+        answered = json.loads(self._read(ANSWERED))
+        self.processor = [seconds for _, seconds in answered]
+        return [Answer(**answer) for answer, _ in answered]
 
     def finish(self) -> None:
         """Stop the engine in good order; `counters` are then those of kvplug's reuse.
@@ -118,7 +118,7 @@ class Engine:
     def _ended(self) -> TrialFailed:
         code = self._child.wait()
         tail = self.log.read_text(encoding="utf-8", errors="replace")[-4000:]
-        return TrialFailed(f"an engine that took turns ended with code {code}:\n{tail}")
+        return TrialFailed(f"an engine exited with code {code}:\n{tail}")
 
 
 def _serve(llm: Any) -> None:
@@ -130,8 +130,8 @@ def _serve(llm: Any) -> None:
         requests = [TrialRequest(**request) for request in json.loads(line)]
         answers = _answers(engine, requests, served)
         served += len(requests)
-        told = [(asdict(answer), seconds) for answer, seconds in answers]
-        print(ANSWERED + json.dumps(told), flush=True)
+        answered = [(asdict(answer), seconds) for answer, seconds in answers]
+        print(ANSWERED + json.dumps(answered), flush=True)
 
 
 def _answers(

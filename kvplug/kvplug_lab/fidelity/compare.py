@@ -167,8 +167,8 @@ def formats_markdown(found: Sequence[FormatPair]) -> str:
         for metric in shown:
             one = each.get(metric.name)
             both = f"{one.ours:{metric.form}} / {one.theirs:{metric.form}}" if one else ""
-            said = "" if one is None or one.verdict == "within noise" else f" **{one.verdict}**"
-            cells.append(both + said)
+            verdict = "" if one is None or one.verdict == "within noise" else f" **{one.verdict}**"
+            cells.append(both + verdict)
         sizes = f"{pair.bytes[0]:,} / {pair.bytes[1]:,}"
         lines.append(f"| {pair.ours} / {pair.theirs} | {sizes} | {' | '.join(cells)} |")
     return "\n".join(lines)

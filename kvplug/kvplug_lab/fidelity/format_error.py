@@ -1,4 +1,4 @@
-"""What formats make of the K and V of a real text, and of the attention over them.
+"""Errors of formats on K and V of a real text, and on the attention over them.
 
     python -m kvplug_lab.fidelity.format_error
     python -m kvplug_lab.fidelity.format_error --use int4 '{"group": 32}'
@@ -143,7 +143,7 @@ def read(model_path: Path, tokens: int) -> list[Read]:
 
 
 def errors(policy: FormatPolicy, layers: Sequence[Read], queries: int) -> Errors:
-    """What a format makes of what was read.
+    """Errors of a format on what was read.
 
     Args:
         policy: A format built for these layers and blocks of `BLOCK` tokens.
@@ -191,7 +191,7 @@ def _layer_errors(
 
 
 def _recent(size: int, read: Read, lens: Tensor) -> Recent | None:
-    """What a host would have kept before each decode step, a lane for each."""
+    """Kept positions before each decode step, one slot per step."""
     if not size:
         return None
     slot = torch.arange(size)
@@ -225,7 +225,7 @@ def build(use: str, options: dict[str, Any], layers: Sequence[Read]) -> FormatPo
     policy = plugins().registry.get(Kind.FORMAT, use)
     if policy is None:
         names = ", ".join(plugins().registry.names(Kind.FORMAT))
-        raise KVPlugError(f"no format is called {use!r}; there are {names}")
+        raise KVPlugError(f"unknown format {use!r}; installed: {names}")
     engine = EngineView(BLOCK, layers=tuple(read.layer for read in layers), host="transformers")
     made = policy(policy.Options.model_validate(options), engine)
     assert isinstance(made, FormatPolicy)
@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         shown = [(use, _options(use, given)) for use, given in asked.use or ()] or list(SHOWN)
         if not 0 < asked.queries <= asked.tokens:
-            raise KVPlugError(f"{asked.tokens} tokens have no {asked.queries} latest ones")
+            raise KVPlugError(f"--queries must be from 1 to {asked.tokens}, not {asked.queries}")
         layers = read(asked.model or smollm2(), asked.tokens)
         built = [(use, options, build(use, options, layers)) for use, options in shown]
     except (KVPlugError, OSError, ValueError) as error:
@@ -269,10 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for use, options, policy in built:
         found = errors(policy, layers, asked.queries)
-        knobs = ", ".join(f"`{name}: {value}`" for name, value in options.items())
+        columns = ", ".join(f"`{name}: {value}`" for name, value in options.items())
         cells = (f"{e:.2%}" for e in (found.key, found.value, found.output, found.worst))
         size = f"{found.bytes_per_token_head:g}"
-        print(f"| {use} | {knobs} | {size} | {' | '.join(cells)} |", flush=True)
+        print(f"| {use} | {columns} | {size} | {' | '.join(cells)} |", flush=True)
         label = ":".join([use, *(f"{name}={_plain(value)}" for name, value in options.items())])
         rows.append(
             {

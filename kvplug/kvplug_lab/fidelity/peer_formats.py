@@ -9,7 +9,7 @@ Written from reading vLLM 0.32.0, whose Triton kernels run on no CPU:
   ``..._decode.py``, ``v1/attention/backends/turboquant_attn.py`` and
   ``model_executor/layers/quantization/turboquant/{config,centroids}.py``.
 
-They are no plugins and serve nothing: `kvplug_lab.fidelity` alone knows them. By default each reads
+They are not plugins and serve nothing; only `kvplug_lab.fidelity` uses them. By default each reads
 what vLLM's backend reads from the cache and what it takes as computed. Arithmetic after decoding
 is in float32; vLLM's is in float32 and, in places, in the query's type.
 """
@@ -192,7 +192,7 @@ class Int4(PerTokenHead):
 
 
 class TurboQuantOptions(FormatOptions):
-    """The knobs of the comparison."""
+    """Options of the comparison."""
 
     reread: int = Knob(
         128,
@@ -218,7 +218,7 @@ class TurboQuant(PeerFormat):
     paper = "vLLM 0.32; TurboQuant, arXiv 2504.19874"
 
     class Options(TurboQuantOptions):
-        """The knobs of the comparison."""
+        """Options of the comparison."""
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
@@ -233,7 +233,7 @@ class TurboQuant(PeerFormat):
                 )
 
     def skipped(self, layer: LayerView) -> bool:
-        """Whether the layer is one of the first or last that vLLM leaves alone."""
+        """True for the first and last layers, which vLLM leaves in bfloat16."""
         edge = min(self.boundary, layer.num_layers // 2)
         return layer.index < edge or layer.index >= layer.num_layers - edge
 
@@ -383,7 +383,7 @@ def lloyd_max(width: int, bits: int) -> Tensor:
     """Levels of the best scalar quantizer of N(0, 1/width), float32 ``[2**bits]`` ascending.
 
     Found as vLLM finds them, conditional means by the trapezoid rule over 200 steps a cell and
-    tails cut at 10.5 standard deviations, so that the levels are its own.
+    truncated at 10.5 standard deviations, so that the levels are its own.
     """
     count = 1 << bits
     levels = -3.5 + 7.0 * (torch.arange(count, dtype=torch.float64) + 0.5) / count

@@ -1,4 +1,4 @@
-"""What an evaluation measured: one record per variant and prompt, plain enough for JSON.
+"""Records of an evaluation: one per variant and prompt, in JSON types.
 
 Another program that ran the same prompts writes the same records, and the two are compared.
 """
@@ -16,32 +16,32 @@ from kvplug.errors import KVPlugError
 FORMAT = "kvplug eval 1"
 
 FULL = "full cache"
-"""Label of the variant that drops nothing."""
+"""Label of the variant that evicts nothing."""
 
 
 class BadRecords(KVPlugError, ValueError):
-    """A file is no file of records; the message names it and what is wrong."""
+    """A file does not hold valid records; the message names it and the problem."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one variant did with one prompt.
+    """Result of one variant on one prompt.
 
     Attributes:
         variant: The policy with its options, or `FULL`.
-        budget: Part of the context kept that was asked for, or of the bytes that bfloat16 takes
-            under a format; 1.0 for the full cache.
+        budget: Requested share of the context to keep, or the share of bfloat16's bytes under a
+            format; 1.0 for the full cache.
         task: The prompt's task.
         prompt: The prompt's name.
-        held: Tokens held per KV head just after the context's cut, mean over the pruned layers.
+        held: Tokens kept per KV head just after the eviction, mean over the pruned layers.
         nll: Negative log-likelihood of each scored token, in nats.
         top: The likeliest token at each of those places.
         right: Whether each of those is the token scored.
         kl: Mean divergence of the full cache's next-token distribution from the variant's, in
             nats; None where not measured.
-        ids: Tokens generated, from the first that the cut could change.
+        ids: Tokens generated, from the first that the eviction could change.
         bytes: Bytes of K and V per token, all heads and all full-attention layers together; None
-            where tokens are dropped and not coded.
+            where tokens are evicted and not encoded.
     """
 
     variant: str
@@ -96,5 +96,5 @@ class Run:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, BadRecords):
                 raise
-            said = f"{type(error).__name__}: {error}"
-            raise BadRecords(f"{path} is no file of `kvplug eval --json` ({said})") from error
+            cause = f"{type(error).__name__}: {error}"
+            raise BadRecords(f"{path} is not a file of `kvplug eval --json` ({cause})") from error

@@ -119,7 +119,7 @@ class Row:
         low: Lower end of its 95 % interval.
         high: Upper end.
         prompts: Prompts it is over.
-        held: Tokens held after the cut, mean over them.
+        held: Tokens kept after the eviction, mean over them.
         bytes: Bytes of K and V per token under a format; None for a sequence policy.
     """
 
@@ -134,7 +134,7 @@ class Row:
     bytes: int | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Convert to JSON types."""
         return asdict(self)
 
 

@@ -38,9 +38,9 @@ class Variant:
 
     Attributes:
         label: The policy with the options asked for.
-        budget: Part of the context to keep.
+        budget: Share of the context to keep.
         policy: Its class.
-        options: Its knobs, without the budget.
+        options: Its options, without the budget.
     """
 
     label: str
@@ -52,20 +52,20 @@ class Variant:
         """The policy for contexts of this many tokens.
 
         Raises:
-            KVPlugError: The policy has no knob that a budget could set, or refuses it.
+            KVPlugError: The policy has no option that sets a budget, or refuses it.
         """
-        knobs = self.policy.Options.model_fields
+        fields = self.policy.Options.model_fields
         options = dict(self.options)
-        if "budget" in knobs:
+        if "budget" in fields:
             options["budget"] = self.budget
-        elif {"sink", "window"} <= set(knobs):
+        elif {"sink", "window"} <= set(fields):
             size = host.block_size
-            sink = int(options.get("sink", knobs["sink"].get_default()))
+            sink = int(options.get("sink", fields["sink"].get_default()))
             blocks = -(-round(self.budget * context) // size) - -(-sink // size)
             options["window"] = max(0, blocks) * size + 1
         else:
             raise KVPlugError(
-                f"{self.policy.name} has no budget to set (options: {', '.join(knobs) or 'none'})"
+                f"{self.policy.name} has no budget to set (options: {', '.join(fields) or 'none'})"
             )
         try:
             built = host.policy(self.policy, **options)
@@ -84,7 +84,7 @@ class FormatVariant:
     Attributes:
         label: What was asked for.
         policy: Its class.
-        options: Its knobs.
+        options: Its options.
     """
 
     label: str
@@ -140,9 +140,9 @@ def run(
 
     Args:
         host: The model.
-        prompts: The prompts; those of one context stand together.
+        prompts: The prompts; those of one context are adjacent.
         variants: The policies and budgets.
-        progress: Told what runs next; one call per prompt and variant, as many as `steps` says.
+        progress: Called before each prompt and variant, as many times as `steps` counts.
 
     Raises:
         KVPlugError: A variant cannot be built.
@@ -164,7 +164,7 @@ def run_formats(
 
     Args:
         host: The model; its ``chunk`` is what a prompt is read in.
-        prompts: The prompts; those of one context stand together.
+        prompts: The prompts; those of one context are adjacent.
         variants: The formats.
         progress: As in `run`.
         piece: Scored tokens of one pass.
@@ -174,16 +174,16 @@ def run_formats(
     """
     formats = [variant.build(host) for variant in variants]
     whole = bytes_per_token(None, host.engine.layers)
-    said: list[tuple[str, float, int]] = [(FULL, 1.0, whole)]
+    labels: list[tuple[str, float, int]] = [(FULL, 1.0, whole)]
     for variant, format in zip(variants, formats, strict=True):
         size = bytes_per_token(format, host.engine.layers)
-        said.append((variant.label, round(size / whole, 4), size))
+        labels.append((variant.label, round(size / whole, 4), size))
     for batch in _by_context(prompts):
-        yield from _stored(host, batch, formats, said, progress, piece)
+        yield from _stored(host, batch, formats, labels, progress, piece)
 
 
 def steps(prompts: Sequence[Prompt], variants: Sequence[Variant | FormatVariant]) -> int:
-    """How often `run` and `run_formats` call their progress."""
+    """Number of times that `run` and `run_formats` call their progress."""
     return len(prompts) * (len(variants) + 1)
 
 
@@ -219,7 +219,7 @@ def _context(
             return full.branch(policy)
         return host.read(context, policy)[0]
 
-    def said(which: int) -> tuple[str, float]:
+    def label_of(which: int) -> tuple[str, float]:
         return (FULL, 1.0) if which < 0 else (variants[which].label, variants[which].budget)
 
     everyone = range(-1, len(variants))
@@ -228,12 +228,12 @@ def _context(
     for which in everyone:
         begun = start(which)
         for i, prompt in enumerate(p for p in prompts if not p.new_tokens):
-            progress(f"{prompt.name} {said(which)[0]}")
+            progress(f"{prompt.name} {label_of(which)[0]}")
             # The text is fed on, so each prompt needs one of its own.
             text = begun if i == 0 else start(which)
             held = text.kept
             logits = _scored(host, text, prompt, device)
-            yield _record(*said(which), prompt, held, logits, reference)
+            yield _record(*label_of(which), prompt, held, logits, reference)
     for prompt in generate:
         for at in range(0, len(everyone), AT_ONCE):
             chosen = everyone[at : at + AT_ONCE]
@@ -241,20 +241,19 @@ def _context(
             helds = [text.kept for text in texts]
             written = _generate(host, texts, int(last.argmax()), prompt.new_tokens - 1, device)
             for which, held, ids in zip(chosen, helds, written, strict=True):
-                progress(f"{prompt.name} {said(which)[0]}")
-                yield Record(*said(which), prompt.task, prompt.name, held, ids=ids)
+                progress(f"{prompt.name} {label_of(which)[0]}")
+                yield Record(*label_of(which), prompt.task, prompt.name, held, ids=ids)
 
 
 def _stored(
     host: Host,
     prompts: Sequence[Prompt],
     formats: Sequence[FormatPolicy],
-    said: Sequence[tuple[str, float, int]],
+    labels: Sequence[tuple[str, float, int]],
     progress: Callable[[str], None],
     piece: int,
 ) -> Iterator[Record]:
-    """The records of prompts that share a context, under formats; the first of ``said`` is the full
-    cache."""
+    """Measure prompts that share a context under formats; the first label is the full cache's."""
     device = next(host.model.parameters()).device
     context = torch.tensor(prompts[0].context, device=device)
     begun = host.open(len(context))
@@ -263,7 +262,7 @@ def _stored(
     reference: dict[str, Tensor] = {}
     first = 0
     generate: list[tuple[Text, str, float, int]] = []
-    for (label, budget, size), format in zip(said, (None, *formats), strict=True):
+    for (label, budget, size), format in zip(labels, (None, *formats), strict=True):
         if begun.can_branch(format):
             text, last = begun.branch(format), lead
             if len(rest):

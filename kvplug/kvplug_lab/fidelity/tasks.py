@@ -1,16 +1,16 @@
 """The prompts: real text, facts hidden in it, and what is asked of whoever read it.
 
 Everything here is tokens: the same prompts can be given to another program, as JSON. A prompt has a
-context, which is read with the whole cache and then cut to a budget, and tokens that follow with
-what is left: fed and scored, or generated. Nothing is scored that was computed before the cut.
+context, which is read with the full cache and then pruned to a budget, and tokens that follow with
+what is left: fed and scored, or generated. Nothing is scored that was computed before the eviction.
 
 * ``perplexity``: the text goes on; how likely is what comes next.
 * ``greedy``: the text goes on by itself; how long is it what the full cache would have written.
 * ``passkey``: a five-digit key hidden once, at a depth of its own in every prompt; the question
-  stands at the end of the context, so it is read before the cut.
+  is at the end of the context, so it is read before the eviction.
 * ``multikey``: eight keys with names, spread over the context; one is asked for.
-* ``passkey_later``, ``multikey_later``: the same, asked after the cut: what was kept had to be kept
-  without knowing the question.
+* ``passkey_later``, ``multikey_later``: the same, asked after the eviction: what was kept had to be
+  kept without knowing the question.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NAMES = (
 
 
 class BadText(KVPlugError, ValueError):
-    """The text cannot serve: too short, or it leaves no room for what is to be hidden in it."""
+    """The text is too short, or leaves no room for what is to be hidden in it."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Prompt:
     Attributes:
         task: One of `TASKS`.
         name: Unique among the prompts.
-        context: Tokens read before the cut.
+        context: Tokens read before the eviction.
         then: Tokens fed after it, not scored.
         answer: Tokens scored after those, each given the right ones before it.
         new_tokens: Tokens to generate, where nothing is scored: the first one comes from the
@@ -68,7 +68,7 @@ class Prompt:
     new_tokens: int = 0
 
     def plain(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Convert to JSON types."""
         return asdict(self)
 
     @classmethod
@@ -80,7 +80,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSizes:
-    """How much of what.
+    """Numbers of prompts and tokens.
 
     Attributes:
         context: Tokens of every context.
@@ -134,8 +134,8 @@ def build(
         context = (*bos, *words[: sizes.context - len(bos)])
         after = tuple(words[len(context) - len(bos) :])
         if "perplexity" in tasks:
-            cut = (after[:1], after[1 : sizes.scored + 1])
-            found.append(Prompt("perplexity", f"perplexity-{i}", context, *cut))
+            parts = (after[:1], after[1 : sizes.scored + 1])
+            found.append(Prompt("perplexity", f"perplexity-{i}", context, *parts))
         if "greedy" in tasks:
             found.append(Prompt("greedy", f"greedy-{i}", context, new_tokens=sizes.generated + 1))
     for kind in ("passkey", "multikey"):

@@ -1,13 +1,10 @@
-"""What a user asks to be evaluated, read and checked before anything runs."""
+"""Parse and check the policies and formats to evaluate, before anything runs."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from kvplug.contract import Kind
 from kvplug.deployment import Choice
@@ -16,6 +13,7 @@ from kvplug.parser import load_deployment, read_yaml
 from kvplug.registry import Plugins, plugins
 from kvplug_lab.fidelity.peer_formats import PEERS
 from kvplug_lab.fidelity.run import FormatVariant, Variant
+from kvplug_lab.policy_text import policy_section
 
 NEVER = 1 << 20
 """An interval no evaluation reaches."""
@@ -83,10 +81,10 @@ def _every_format() -> dict[str, list[str]]:
     for name in registry.names(Kind.FORMAT):
         policy = registry.get(Kind.FORMAT, name)
         assert policy is not None
-        knobs = policy.Options.model_fields
-        needed = any(info.is_required() for info in knobs.values())
+        fields = policy.Options.model_fields
+        needed = any(info.is_required() for info in fields.values())
         # A calibration is a file of the model's own, which must be named.
-        if not needed and "calibration" not in knobs:
+        if not needed and "calibration" not in fields:
             names.append(name)
     return {"all": names, "peers": [policy.name for policy in PEERS]}
 
@@ -95,7 +93,7 @@ def budgets(text: str) -> list[float]:
     """Parts of the context, ascending.
 
     Raises:
-        KVPlugError: One is no number above 0 and at most 1.
+        KVPlugError: A share is not a number above 0 and at most 1.
     """
     try:
         found = sorted({float(part) for part in text.split(",") if part.strip()})
@@ -103,7 +101,7 @@ def budgets(text: str) -> list[float]:
         found = []
     if not found or not all(0 < budget <= 1 for budget in found):
         raise KVPlugError(
-            f"--budget {text!r}: write parts of the context above 0 and at most 1, "
+            f"--budget {text!r}: use shares of the context above 0 and at most 1, "
             "e.g. 0.25,0.5,0.75"
         )
     return found
@@ -133,9 +131,9 @@ def _everything() -> list[str]:
     for name in registry.names(Kind.SEQUENCE):
         policy = registry.get(Kind.SEQUENCE, name)
         assert policy is not None
-        knobs = policy.Options.model_fields
-        needed = [n for n, info in knobs.items() if info.is_required() and n != "budget"]
-        if not needed and ("budget" in knobs or {"sink", "window"} <= set(knobs)):
+        fields = policy.Options.model_fields
+        needed = [n for n, info in fields.items() if info.is_required() and n != "budget"]
+        if not needed and ("budget" in fields or {"sink", "window"} <= set(fields)):
             found.append(name)
     return found
 
@@ -148,33 +146,16 @@ def _choice(label: str, kind: Kind = Kind.SEQUENCE, option: str = "--policy") ->
 
         choice = read_config(Path(label)).deployment.choice(kind)
         if choice is None:
-            refusal = Refusal(
-                str(kind), "chooses no policy.", "name a file whose kvplug section does."
-            )
+            refusal = Refusal(str(kind), "is not set.", "use a file whose kvplug section sets it.")
             raise DeploymentError(label, [refusal])
         return choice
-    name, *pairs = label.split(":")
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        try:
-            options[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals or not key.strip():
-            refusal = Refusal(
-                label,
-                f"{pair!r} is no option.",
-                "write NAME:OPTION=VALUE, e.g. "
-                + ("kivi:bits=2." if kind is Kind.FORMAT else "snapkv:window=64."),
-            )
-            raise DeploymentError(option, [refusal])
-    if kind is Kind.SEQUENCE and "budget" in options:
+    example = "kivi:bits=2" if kind is Kind.FORMAT else "snapkv:window=64"
+    own = policy_section(label, option, example)
+    if kind is Kind.SEQUENCE and "budget" in own:
         refusal = Refusal(label, "sets a budget.", "write it as --budget.")
         raise DeploymentError(option, [refusal])
-    section = {str(kind): {"use": name, **options}}
     using = with_peers() if kind is Kind.FORMAT else None
-    choice = load_deployment(section, source=option, key="", using=using).choice(kind)
+    choice = load_deployment({str(kind): own}, source=option, key="", using=using).choice(kind)
     assert choice is not None
     return choice
 
@@ -188,6 +169,6 @@ def _section(path: Path, kind: Kind, option: str) -> Choice:
     deployment = load_deployment(data, source=str(path), key="", lines=lines, using=using)
     choice = deployment.choice(kind)
     if choice is None:
-        refusal = Refusal(str(kind), "chooses no policy.", f"write `{kind}: {{use: NAME}}`.")
+        refusal = Refusal(str(kind), "is not set.", f"write `{kind}: {{use: NAME}}`.")
         raise DeploymentError(f"{option} {path}", [refusal])
     return choice

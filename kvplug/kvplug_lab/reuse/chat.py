@@ -1,11 +1,11 @@
-"""A chat over its window: the client drops the oldest turns, and what is left moves to the front.
+"""A chat over its window: the client drops the oldest turns, and the others move to the front.
 
-The system prompt stays, so stock finds it in its prefix cache and computes everything behind it
-again at every turn that drops one. kvplug turns the keys of the stored turns to where they now
-stand. User and assistant speak a play in turns. Each turn is asked twice of every engine: freely,
-for the time to first token and the greedy reply, and with the reply made to be the play's own next
-lines, for their perplexity. The chat goes on with the play, so all engines read the same text, and
-no reply is a copy of the one before it.
+The system prompt stays, so stock finds it in its prefix cache and recomputes everything behind it
+at every turn that drops one. kvplug re-rotates the keys of the stored turns to their new positions.
+User and assistant speak a play in turns. Every engine serves each turn twice: freely, for the time
+to first token and the greedy reply, and with the reply forced to be the play's own next lines, for
+their perplexity. The chat goes on with the play, so all engines read the same text, and no reply is
+a copy of the one before it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from kvplug_lab.reuse.runs import (
     TooFew,
     encoder,
     engines,
-    said,
-    stretches,
+    passages_of,
+    reported,
     turns,
 )
 from kvplug_lab.spread import Spread
@@ -44,24 +44,24 @@ USER, ASSISTANT, END = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_en
 
 @dataclass(frozen=True)
 class ChatSizes:
-    """How much of what.
+    """Sizes of the experiment.
 
     Attributes:
         turns: Turns of the chat.
         window: Tokens of a prompt and its answer at most: the client drops the oldest turns beyond.
-        said: Tokens of the play that the user says in a turn.
+        spoken: Tokens of the play that the user speaks per turn.
         reply: Tokens of a reply.
         seed: Seed of where in the plays the chat begins.
     """
 
     turns: int = 30
     window: int = 1024
-    said: int = 64
+    spoken: int = 64
     reply: int = 24
     seed: int = 0
 
 
-QUICK = ChatSizes(turns=6, window=256, said=32, reply=4)
+QUICK = ChatSizes(turns=6, window=256, spoken=32, reply=4)
 
 
 @dataclass
@@ -71,7 +71,7 @@ class History:
     Attributes:
         system: Tokens of the system prompt.
         window: Tokens of a prompt and its answer at most.
-        past: Tokens of each past turn: what the user said, and the reply.
+        past: Tokens of each past turn: of the user, and of the reply.
         first: The oldest turn still sent.
     """
 
@@ -97,7 +97,7 @@ class History:
         return prompt, [len(self.system), *map(len, kept)]
 
     def add(self, turn: Sequence[int]) -> None:
-        """Note a turn: what the user said and the reply."""
+        """Add a turn: tokens of the user, and of the reply."""
         self.past.append(list(turn))
 
 
@@ -110,7 +110,7 @@ class Turn:
         dropped: Turns no longer sent.
         prompt: Tokens of the prompt.
         reused: Tokens of it that were not computed, by kvplug and the engine's cache together.
-        computed: Tokens of it computed anew inside a reused run.
+        computed: Tokens of it recomputed inside a reused run.
         ttft: Seconds to the first token.
         ratio: Stock's seconds by its own.
         busy: Processor seconds to the first token.
@@ -118,7 +118,7 @@ class Turn:
         before: Tokens of the reply before it differs from stock's.
         reply: Tokens of the reply.
         nll: Mean negative log-likelihood of the play's own words, nats a token.
-        approximate: Whether the answer says that reuse was approximate.
+        approximate: Whether the answer reports approximate reuse.
     """
 
     number: int
@@ -145,18 +145,26 @@ class Turn:
         busy: tuple[float, float],
         forced: Answer,
     ) -> Turn:
-        """Of an answer and stock's answer to the same prompt, with both processor seconds, and
-        the answer that was made to be the play's."""
+        """Compare an answer with stock's answer to the same prompt.
+
+        Args:
+            number: From 1.
+            dropped: Turns no longer sent.
+            answer: The answer.
+            stock: Stock's answer.
+            busy: Processor seconds of both.
+            forced: The answer whose tokens were forced to be the play's.
+        """
         assert answer.ttft is not None and stock.ttft is not None
         same = Agreement()
         same.add(answer.token_ids, stock.token_ids)
-        told = said(answer)
+        reuse = reported(answer)
         return cls(
             number,
             dropped,
             answer.prompt_tokens,
-            answer.cached_tokens - told.computed,
-            told.computed,
+            answer.cached_tokens - reuse.computed,
+            reuse.computed,
             answer.ttft,
             stock.ttft / answer.ttft,
             busy[0],
@@ -164,7 +172,7 @@ class Turn:
             same.before[0],
             len(stock.token_ids),
             -statistics.fmean(forced.logprobs or [math.nan]),
-            told.approximate,
+            reuse.approximate,
         )
 
 
@@ -194,12 +202,12 @@ def summary(served: Sequence[Turn]) -> dict[str, dict[str, Any]]:
 
 @dataclass
 class ChatFigures:
-    """What the chat showed.
+    """Figures of the chat.
 
     Attributes:
         sizes: How much was measured.
         turns: Per engine, stock among them, every turn.
-        replies: What stock replied.
+        replies: Stock's replies.
         counters: Per variant, kvplug's own counters of reuse.
     """
 
@@ -209,7 +217,7 @@ class ChatFigures:
     replies: list[str] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Convert to JSON types."""
         return {
             "sizes": asdict(self.sizes),
             "summary": {name: summary(own) for name, own in self.turns.items()},
@@ -221,12 +229,12 @@ class ChatFigures:
 
 
 def speeches(encode: Encode, text: str, sizes: ChatSizes) -> list[tuple[list[int], list[int]]]:
-    """What the user says in each turn, framed, and the play's own words after it."""
+    """The user's part of each turn, framed, and the play's own words after it."""
     opens, closes = list(encode(USER)), list(encode(END + ASSISTANT))
-    turn = sizes.said + sizes.reply
-    ((play, _),) = stretches(encode, text, 1, sizes.turns * turn, sizes.seed)
+    turn = sizes.spoken + sizes.reply
+    ((play, _),) = passages_of(encode, text, 1, sizes.turns * turn, sizes.seed)
     return [
-        ([*opens, *play[at : at + sizes.said], *closes], play[at + sizes.said : at + turn])
+        ([*opens, *play[at : at + sizes.spoken], *closes], play[at + sizes.spoken : at + turn])
         for at in range(0, sizes.turns * turn, turn)
     ]
 
@@ -246,10 +254,10 @@ def measure(
     Args:
         model: Model directory.
         text: Long plain text, the play.
-        sizes: How much.
-        variants: Ways to reuse, each an engine of its own that lives beside the others.
+        sizes: Sizes of the experiment.
+        variants: Ways to reuse, each in an engine of its own, all running at once.
         logs: Folder for the engines' logs.
-        say: Told what happens.
+        say: Called with a line about each step.
         dtype: Of the model.
     """
     from kvplug_lab.engine.trial import TrialRequest
@@ -270,20 +278,20 @@ def measure(
     sections = {STOCK: None} | {v.name: v.section for v in variants}
     served: dict[str, list[Turn]] = {name: [] for name in sections}
     replies: list[str] = []
-    with engines(model, sections, logs, say, **arguments) as living:
-        for engine in living.values():
-            # The first forced answer of an engine's life sets up log-probabilities.
+    with engines(model, sections, logs, say, **arguments) as running:
+        for engine in running.values():
+            # The first forced answer of an engine sets up log-probabilities.
             engine.ask([TrialRequest(list(history.system), 2, force=[0, 0])])
         for number, (user, follows) in enumerate(asked, 1):
             prompt, lengths = history.prompt(user, sizes.reply)
-            wish = {"reuse": "approximate", "segments": lengths, "session_id": "chat"}
-            request = TrialRequest(prompt, sizes.reply, kvplug=wish)
-            told = replace(request, force=follows)
+            options = {"reuse": "approximate", "segments": lengths, "session_id": "chat"}
+            request = TrialRequest(prompt, sizes.reply, kvplug=options)
+            scored = replace(request, force=follows)
             answers, busy, forced = {}, {}, {}
-            for name in turns([*living], number):
-                (answers[name],) = living[name].ask([request])
-                (busy[name],) = living[name].processor
-                (forced[name],) = living[name].ask([told])
+            for name in turns([*running], number):
+                (answers[name],) = running[name].ask([request])
+                (busy[name],) = running[name].processor
+                (forced[name],) = running[name].ask([scored])
             stock = answers[STOCK]
             for name, answer in answers.items():
                 both = busy[name], busy[STOCK]
@@ -295,7 +303,7 @@ def measure(
                 f"turn {number} of {sizes.turns}, {len(prompt)} tokens, {history.first} dropped: "
                 + ", ".join(f"{n} {own[-1].ttft:.2f} s" for n, own in served.items())
             )
-        for engine in living.values():
+        for engine in running.values():
             engine.finish()
-        counters = {name: engine.counters for name, engine in living.items() if name != STOCK}
+        counters = {name: engine.counters for name, engine in running.items() if name != STOCK}
     return ChatFigures(sizes, served, counters, replies)

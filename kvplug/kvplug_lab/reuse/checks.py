@@ -1,4 +1,4 @@
-"""What finding and checking stored segments costs the scheduler, at many stored segments.
+"""Costs of finding and checking stored segments in the scheduler, at many stored segments.
 
 The catalog holds real documents among many others; each request takes some of the real ones in
 random order, as in `kvplug_lab.reuse.rag`. Measured are the look-up of every stored segment in the
@@ -41,7 +41,7 @@ MEASURES = {"k_drift": 0.02, "v_drift": 0.03, "sparsity": 0.2, "key_cosine": 0.6
 
 @dataclass
 class CheckCosts:
-    """What was measured.
+    """Figures of the experiment.
 
     Attributes:
         sizes: Numbers of stored segments.
@@ -60,7 +60,7 @@ class CheckCosts:
     tokens: Spread = field(default_factory=lambda: Spread.of([]))
 
     def plain(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Convert to JSON types."""
         return asdict(self)
 
 
@@ -95,8 +95,8 @@ def time_requests(
     costs: dict[str, list[float]] = {name: [] for name in (*scheduler.checks, TAKE, MATCH, PLAN)}
     judged = 0
     for one in asked:
-        wishes = {"reuse": "approximate", "segments": list(one.lengths)}
-        request, spent = scheduler.request(one.prompt, wishes)
+        options = {"reuse": "approximate", "segments": list(one.lengths)}
+        request, spent = scheduler.request(one.prompt, options)
         costs[TAKE].append(spent)
         tokens = np.array(one.prompt, np.int32)
         before = time.perf_counter()
@@ -132,7 +132,7 @@ def measure(
         rounds: Requests measured at each.
         credibility: File of the check `credibility`, or None to leave it out.
         seed: Seed of documents and orders.
-        say: Told what happens.
+        say: Called with a line about each step.
     """
     from kvplug_lab.engine.alone import LoneScheduler
 

@@ -1,7 +1,7 @@
 """Computes a recorded request again, with the stored KV it used and without, and compares the two.
 
 The segments are computed after the texts they were computed after, put where the record says and
-corrected by the deployment's own checks; what the record says was computed anew is. So the text
+corrected by the deployment's own checks; what the record says was recomputed is. So the text
 with reuse and the one without differ in nothing else.
 """
 
@@ -26,16 +26,16 @@ __all__ = ["Explanation", "OutputToken", "Parted", "adapting_checks", "explain",
 
 @dataclass(frozen=True)
 class Parted:
-    """How far the KV of a run is from what computing it gives.
+    """Distance of a run's KV from computed KV.
 
     Attributes:
-        name: The segment's id, or what else the run is.
+        name: The segment's id, or a description of a computed run.
         start: Position of its first token.
         end: Position after its last.
-        exact: Whether the checks had found it exact; None for what was computed.
+        exact: Whether the checks found it exact; None for computed tokens.
         shift: Positions its keys were rotated by.
         confidence: What the checks estimated, or None.
-        computed: Tokens of it that were computed anew.
+        computed: Tokens of it that were recomputed.
         key: Relative error of the keys per layer: Frobenius norm of the difference over that of
             the right ones.
         value: The same of the values.
@@ -64,10 +64,10 @@ class OutputToken:
         kl: Kullback-Leibler divergence of the one with reuse from the computed one, nats.
         entropy_exact: Entropy when all is computed, nats.
         entropy_reused: Entropy with reuse, nats.
-        entropy_recorded: What the engine heard, or None.
+        entropy_recorded: The engine's, as recorded, or None.
         logprob_exact: Log-probability of the likeliest token when all is computed, nats.
         logprob_reused: The same with reuse.
-        logprob_recorded: What the engine heard, or None.
+        logprob_recorded: The engine's, as recorded, or None.
     """
 
     index: int
@@ -85,21 +85,21 @@ class OutputToken:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a record comes to.
+    """Explanation of a record.
 
     Attributes:
         request_id: The engine's id.
         prompt_tokens: Tokens of the prompt.
-        loaded_tokens: Those of them that were loaded and not computed anew.
+        loaded_tokens: Those of them that were loaded and not recomputed.
         runs: The pieces in the order of the text, and last what was computed of the prompt from
             the first piece on, if anything.
         outputs: One per recorded output token; of a record without any, the next token's.
-        parts_at: Index of the first output token for which the two choose differently, or None.
+        parts_at: Index of the first output token at which the two diverge, or None.
         follows: Whether every recorded token is the choice with reuse: then the answer was greedy,
-            and the replay is what the engine did.
+            and the recomputation is what the engine did.
         entropy_off: Mean distance of the recorded entropies from those with reuse, nats; None
             without any.
-        notes: What the replay leaves out, a sentence each.
+        notes: What the recomputation omits, a sentence each.
     """
 
     request_id: str
@@ -117,7 +117,7 @@ def adapting_checks(record: DriftRecord, engine: EngineView) -> list[ReuseCheck]
     """The checks of a record's deployment that correct KV, built for a model.
 
     Raises:
-        DeploymentError: The section in the record is none.
+        DeploymentError: The section in the record is invalid.
         KVPlugError: A check cannot be built, such as one whose file is not there.
     """
     deployment = load_deployment(record.kvplug, source=f"record of {record.request_id}")
@@ -319,7 +319,7 @@ def _outputs(record: DriftRecord, right: Tensor, reused: Tensor) -> tuple[Output
     found = []
     for i, (exact_row, reused_row) in enumerate(zip(right, reused, strict=True)):
         p, q = (torch.log_softmax(row.double(), -1) for row in (exact_row, reused_row))
-        heard = i < len(record.entropies)
+        recorded = i < len(record.entropies)
         found.append(
             OutputToken(
                 i,
@@ -329,10 +329,10 @@ def _outputs(record: DriftRecord, right: Tensor, reused: Tensor) -> tuple[Output
                 max(0.0, float((p.exp() * (p - q)).nan_to_num().sum())),
                 float(torch.special.entr(p.exp()).sum()),
                 float(torch.special.entr(q.exp()).sum()),
-                record.entropies[i] if heard else None,
+                record.entropies[i] if recorded else None,
                 float(p.max()),
                 float(q.max()),
-                record.logprobs[i] if heard else None,
+                record.logprobs[i] if recorded else None,
             )
         )
     return tuple(found)

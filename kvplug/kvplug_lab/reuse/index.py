@@ -1,4 +1,4 @@
-"""What it costs to find stored segments in a request, and how many near-equal ones are found.
+"""Costs of finding stored segments in a request, and the recall of near-equal ones.
 
     python -m kvplug_lab.reuse.index
     python -m kvplug_lab.reuse.index --sizes 1000 10000 --graph
@@ -6,7 +6,7 @@
 Segments are pieces of Shakespeare in SmolLM2's tokens as far as the plays reach; beyond that,
 their tokens are drawn one by one as often as they occur there, which gives texts that have frequent
 tokens in common and nothing else. A request is made of stored segments with new text between them.
-Requests for near-equal text are stored segments of which a share of the tokens is drawn anew.
+Requests for near-equal text are stored segments of which a share of the tokens is redrawn.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ REPLACED = (0.01, 0.05, 0.1, 0.2)
 
 @dataclass(frozen=True)
 class MatchCost:
-    """What it costs to find equal text.
+    """Costs of finding equal text.
 
     Attributes:
         segments: In the index.
@@ -56,12 +56,12 @@ class MatchCost:
 
 @dataclass(frozen=True)
 class NearCost:
-    """What it costs to find near-equal text, and what is found.
+    """Costs of finding near-equal text, and its recall.
 
     Attributes:
         segments: In the index.
         way: ``exact``, as the product does it, or ``graph``: HNSW of the same library.
-        replaced: Share of a query's tokens that were drawn anew.
+        replaced: Share of a query's tokens that were redrawn.
         near: Of one search for ten, the query's hash included.
         add: Of adding one, its hash included; for ``exact`` that is all of `SegmentIndex.add`.
         recall_1: Share of queries of which the nearest of all hashes came first.
@@ -98,7 +98,7 @@ class _Texts:
 
     @property
     def real(self) -> int:
-        """How many segments are pieces of the plays."""
+        """Number of segments that are pieces of the plays."""
         return len(self._real) // self._length
 
     def drawn(self, *shape: int) -> Tokens:
@@ -127,7 +127,7 @@ class _Texts:
         return [int(n) for n in self._source.integers(0, of, count)]
 
     def changed(self, segment: Tokens, share: float) -> Tokens:
-        """The segment with a share of its tokens drawn anew."""
+        """The segment with a share of its tokens redrawn."""
         places = self._source.permutation(len(segment))[: round(share * len(segment))]
         changed = segment.copy()
         changed[places] = self.drawn(len(places))
@@ -154,7 +154,7 @@ def measure(
         length: Tokens of a segment.
         repeats: Requests that are matched.
         queries: Searches for near-equal text, for each share.
-        replaced: Shares of a query's tokens that are drawn anew.
+        replaced: Shares of a query's tokens that are redrawn.
         near: Sizes at which near-equal text is searched; the largest of `sizes` if None.
         graph: Measure HNSW beside it; adding 100,000 segments to it takes a minute or more.
         seed: Of segments, requests and hashes; times are what they are.

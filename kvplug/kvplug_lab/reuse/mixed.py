@@ -1,4 +1,4 @@
-"""Zero pollution: what exact requests get from an engine that has reused a thousand times.
+"""Zero pollution: exact requests to an engine that has reused approximately a thousand times.
 
 One engine serves many small requests at once: some exact, some that opt in to approximate reuse,
 some that turn reuse off, in several tenants, some in sessions, over a pool of blocks small enough
@@ -22,8 +22,8 @@ from kvplug_lab.reuse.runs import (
     Encode,
     agreement,
     encoder,
-    said,
-    stretches,
+    passages_of,
+    reported,
     worker_extension,
 )
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kvplug_lab.engine.trial import Answer, TrialRequest, TrialResult
 
 KINDS = {"approximate": 0.5, "exact": 0.2, "unsaid": 0.2, "off": 0.1}
-"""What requests wish, and the share of them that does."""
+"""Request option ``reuse``, and the share of requests that set it so."""
 
 TENANTS: tuple[str | None, ...] = (None, None, "tenant-a", "tenant-b")
 """Cache salts that requests draw from."""
@@ -39,7 +39,7 @@ TENANTS: tuple[str | None, ...] = (None, None, "tenant-a", "tenant-b")
 
 @dataclass(frozen=True)
 class MixedSizes:
-    """How much of what.
+    """Sizes of the experiment.
 
     Attributes:
         requests: Mixed requests.
@@ -76,13 +76,13 @@ class Workload:
     Attributes:
         mixed: Mixed requests.
         exact: Exact requests, with waves that begin at 0.
-        wishes: What the mixed requests wish, by kind.
+        modes: Mixed requests by their option ``reuse``.
         longest: Tokens of the longest prompt with its answer.
     """
 
     mixed: list[TrialRequest]
     exact: list[TrialRequest]
-    wishes: dict[str, int]
+    modes: dict[str, int]
     longest: int
 
     def together(self) -> list[TrialRequest]:
@@ -99,28 +99,28 @@ def workload(encode: Encode, bos: Sequence[int], text: str, sizes: MixedSizes) -
     end = list(encode("\n\n"))
     pieces = [
         [*tokens[: source.randint(sizes.shortest, sizes.longest) - len(end)], *end]
-        for tokens, _ in stretches(encode, text, sizes.pieces, sizes.longest, sizes.seed)
+        for tokens, _ in passages_of(encode, text, sizes.pieces, sizes.longest, sizes.seed)
     ]
-    tails = [list(encode(t)) for t in ("And then", "The king said", "Who", "What follows is")]
+    endings = [list(encode(t)) for t in ("And then", "The king said", "Who", "What follows is")]
     kinds = source.choices(list(KINDS), list(KINDS.values()), k=sizes.requests)
     mixed, again = [], []
     for number, kind in enumerate(kinds):
         chosen = source.sample(pieces, source.randint(1, min(3, len(pieces))))
-        # The first piece alone would always stand where it was stored.
+        # The first piece alone would always be where it was stored.
         lengths = [*([len(bos)] if bos else []), *map(len, chosen)]
-        prompt = [*bos, *(t for piece in chosen for t in piece), *source.choice(tails)]
-        wish: dict[str, Any] = {"segments": lengths}
+        prompt = [*bos, *(t for piece in chosen for t in piece), *source.choice(endings)]
+        options: dict[str, Any] = {"segments": lengths}
         if kind != "unsaid":
-            wish["reuse"] = kind
+            options["reuse"] = kind
         if source.random() < 0.1:
-            wish["session_id"] = f"session-{source.randrange(8)}"
+            options["session_id"] = f"session-{source.randrange(8)}"
         salt = source.choice(TENANTS)
         mixed.append(
             TrialRequest(
                 prompt,
                 source.randint(1, sizes.answer),
                 wave=number // sizes.at_once,
-                kvplug=wish,
+                kvplug=options,
                 salt=salt,
             )
         )
@@ -133,7 +133,7 @@ def workload(encode: Encode, bos: Sequence[int], text: str, sizes: MixedSizes) -
         else:
             chosen = source.sample(pieces, min(3, len(pieces)))
             lengths, salt = [*([len(bos)] if bos else []), *map(len, chosen)], None
-            prompt = [*bos, *(t for piece in chosen for t in piece), *tails[0]]
+            prompt = [*bos, *(t for piece in chosen for t in piece), *endings[0]]
         own = {"segments": lengths} | ({"reuse": "exact"} if number % 2 else {})
         exact.append(TrialRequest(prompt, sizes.exact_answer, wave=number, kvplug=own, salt=salt))
     longest = max(len(r.prompt) + r.max_tokens for r in [*mixed, *exact])
@@ -168,18 +168,18 @@ class Mismatch:
 
 @dataclass
 class MixedFigures:
-    """What was served, and whether it left a trace.
+    """Figures of the experiment: what was served, and whether it changed exact answers.
 
     Attributes:
         sizes: How much was measured.
-        wishes: What the mixed requests wished, by kind.
-        approximate: Mixed requests whose answers say that reuse was approximate.
-        exact: Those whose answers say that it was exact.
+        modes: Mixed requests by their option ``reuse``.
+        approximate: Mixed requests whose answers report approximate reuse.
+        exact: Those whose answers report exact reuse.
         reused: Tokens not prefilled, of mixed requests that reused.
         preemptions: Preemptions in the engine under test.
         compared: Exact requests compared with a fresh stock engine.
         mismatches: Those whose tokens differ.
-        served_as: What the compared requests' own answers say of reuse, by kind.
+        served_as: Compared requests by the reuse that their answers report.
         control: The same where the engine that served the mixed requests was stock; None
             where it was not measured.
         counters: kvplug's own counters of reuse.
@@ -187,7 +187,7 @@ class MixedFigures:
     """
 
     sizes: MixedSizes
-    wishes: dict[str, int]
+    modes: dict[str, int]
     approximate: int = 0
     exact: int = 0
     reused: int = 0
@@ -200,22 +200,22 @@ class MixedFigures:
     prompt_tokens: int = 0
 
     def plain(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Convert to JSON types."""
         return asdict(self)
 
 
 def judge(work: Workload, ours: TrialResult, fresh: TrialResult, sizes: MixedSizes) -> MixedFigures:
-    """What a run's answers say, against those of a fresh stock engine."""
-    result = MixedFigures(sizes, work.wishes, preemptions=ours.preemptions)
+    """Compare a run's answers with those of a fresh stock engine."""
+    result = MixedFigures(sizes, work.modes, preemptions=ours.preemptions)
     for answer in ours.answers[: len(work.mixed)]:
         result.prompt_tokens += answer.prompt_tokens
-        told = said(answer)
-        result.approximate += told.approximate
-        result.exact += told.any and not told.approximate
-        result.reused += told.reused
+        reuse = reported(answer)
+        result.approximate += reuse.approximate
+        result.exact += reuse.any and not reuse.approximate
+        result.reused += reuse.reused
     after = ours.answers[len(work.mixed) :]
     result.compared = len(after)
-    kinds = (said(answer) for answer in after)
+    kinds = (reported(answer) for answer in after)
     result.served_as = dict(
         Counter("approximate" if t.approximate else "exact" if t.any else "none" for t in kinds)
     )
@@ -231,7 +231,7 @@ def mismatches(ours: TrialResult, fresh: TrialResult, mixed: int) -> list[Mismat
     found = []
     for index, (own, right) in enumerate(zip(ours.answers[mixed:], fresh.answers, strict=True)):
         if own.token_ids != right.token_ids:
-            at, told = agreement(own.token_ids, right.token_ids), said(own)
+            at, reuse = agreement(own.token_ids, right.token_ids), reported(own)
             found.append(
                 Mismatch(
                     index,
@@ -239,8 +239,8 @@ def mismatches(ours: TrialResult, fresh: TrialResult, mixed: int) -> list[Mismat
                     own.token_ids,
                     right.token_ids,
                     own.cached_tokens,
-                    told.reused,
-                    told.approximate,
+                    reuse.reused,
+                    reuse.approximate,
                 )
             )
     return found
@@ -262,13 +262,13 @@ def measure(
     Args:
         model: Model directory.
         text: Long plain text.
-        sizes: How much.
+        sizes: Sizes of the experiment.
         section: The ``kvplug`` section of the engine under test.
         logs: Folder for the engines' logs.
-        say: Told what happens.
+        say: Called with a line about each step.
         dtype: Of the model.
-        control: Serve the mixed requests on stock, too: what differs there differs by rounding,
-            as batches and cache hits do, and not by reuse.
+        control: Serve the mixed requests on stock as well: differences there come from rounding,
+            which depends on batches and cache hits, and not from reuse.
     """
     from kvplug_lab.engine.trial import TrialSpec, run_fresh
 
@@ -285,7 +285,7 @@ def measure(
         "num_gpu_blocks_override": sizes.blocks,
     }
 
-    def told(name: str, total: int) -> Callable[[dict[str, Any]], None]:
+    def progress_of(name: str, total: int) -> Callable[[dict[str, Any]], None]:
         shown = 0
 
         def progress(what: dict[str, Any]) -> None:
@@ -302,7 +302,7 @@ def measure(
         extra = worker_extension(own) if own is not None else {}
         spec = TrialSpec(str(model), requests, engine | extra, own)
         return run_fresh(
-            spec, told(name, len(requests)), log=logs / f"{name.replace(' ', '-')}.log"
+            spec, progress_of(name, len(requests)), log=logs / f"{name.replace(' ', '-')}.log"
         )
 
     fresh = run("fresh stock", work.exact, None)
@@ -334,7 +334,7 @@ def either(request: TrialRequest, differing: Mismatch) -> list[TrialRequest]:
 
 
 def margin(answers: Sequence[Answer], differing: Mismatch, first: int) -> float | None:
-    """How much likelier the first of two answers' last token is, in nats."""
+    """Log-probability ratio of the last tokens of two answers, in nats."""
     if min(len(differing.right), len(differing.answer)) <= differing.at:
         return None
     right, other = answers[first].logprobs, answers[first + 1].logprobs

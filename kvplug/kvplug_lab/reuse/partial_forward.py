@@ -1,7 +1,7 @@
-"""Reuse on a Hugging Face causal LM, without an engine: what stored KV does to what follows it.
+"""Reuse on a Hugging Face causal LM, without an engine: effects of stored KV on what follows it.
 
-A text is put together from pieces of stored KV and from tokens computed anew, wherever they lie:
-the loaded tokens stand in the model's cache, the others go through the model in one forward, and
+A text is put together from pieces of stored KV and from tokens recomputed, wherever they lie:
+the loaded tokens are in the model's cache, the others go through the model in one forward, and
 an explicit mask over their real positions says who sees whom. It is what the worker does on pages,
 so it can be computed again exactly, and measured.
 """
@@ -71,16 +71,16 @@ def capture(
 
     Returns:
         Keys and values, per layer ``[len(token_ids), kv_heads, head_size]`` in the model's dtype;
-        keys are rotated as they stand after the context.
+        keys are rotated to positions after the context.
 
     Raises:
         KVPlugError: The run is empty, or the model's attention is not plainly causal.
     """
     if not len(token_ids):
-        raise KVPlugError("there is nothing to capture: the run of tokens is empty")
+        raise KVPlugError("cannot capture an empty run of tokens")
     whole = forward_reused(model, [*context_ids, *token_ids], keep=[])
-    cut = len(context_ids)
-    return [k[cut:].clone() for k in whole.keys], [v[cut:].clone() for v in whole.values]
+    start = len(context_ids)
+    return [k[start:].clone() for k in whole.keys], [v[start:].clone() for v in whole.values]
 
 
 @torch.inference_mode()
@@ -98,7 +98,7 @@ def forward_reused(
         model: A Hugging Face ``...ForCausalLM``.
         token_ids: The whole text, N tokens.
         pieces: Stored KV; pieces do not overlap.
-        compute: Spans ``(start, end)`` computed anew although they lie in a piece.
+        compute: Spans ``(start, end)`` recomputed although they lie in a piece.
         keep: Computed positions whose logits are wanted; None for all of them.
 
     Raises:
@@ -178,12 +178,14 @@ def frequencies(model: Any) -> Tensor:
     inner = getattr(model, "model", model)
     found = getattr(getattr(inner, "rotary_emb", None), "inv_freq", None)
     if not isinstance(found, Tensor):
-        raise KVPlugError(f"{type(model).__name__} has no RoPE table: its keys cannot be moved")
+        raise KVPlugError(
+            f"{type(model).__name__} has no RoPE table: its keys cannot be re-rotated"
+        )
     kind = getattr(inner.rotary_emb, "rope_type", "default")
     if kind in ("dynamic", "longrope"):
         raise KVPlugError(
             f"{type(model).__name__} has RoPE of type {kind!r}, whose table depends on the length "
-            "of the text: its keys cannot be moved"
+            "of the text: its keys cannot be re-rotated"
         )
     return found.detach().float()
 
@@ -206,13 +208,13 @@ def _forward(
     loaded = _loaded(model, total, pieces, compute)
     positions = (~loaded).nonzero()[:, 0]
     if not len(positions):
-        raise KVPlugError("nothing is left to compute: the last token of a text must be")
+        raise KVPlugError("the last token of a text must be computed, not loaded")
     wanted = positions if keep is None else torch.tensor(sorted(keep), dtype=torch.int64)
     rows = torch.searchsorted(positions, wanted)
     if len(wanted) and (
         int(rows.max()) >= len(positions) or not torch.equal(positions[rows], wanted)
     ):
-        raise KVPlugError("logits are wanted of a position that is loaded, not computed")
+        raise KVPlugError("logits were requested of a position that is loaded, not computed")
 
     cache: Any = DynamicCache()
     order = torch.cat([loaded.nonzero()[:, 0], positions])
@@ -223,7 +225,7 @@ def _forward(
         mask = mask.masked_fill(~seen, torch.finfo(model.dtype).min)[None, None].to(device)
         ordered = sorted(pieces, key=lambda p: p.start)
         for layer in range(_layers(model)):
-            # Rows of all pieces in the order of the text, less what is computed anew.
+            # Rows of all pieces in the order of the text, less what is recomputed.
             rest = torch.cat([loaded[p.start : p.end] for p in ordered]).to(device)
             key = torch.cat([p.key[layer] for p in ordered]).to(device, model.dtype)[rest]
             value = torch.cat([p.value[layer] for p in ordered]).to(device, model.dtype)[rest]
@@ -250,7 +252,7 @@ def _layers(model: Any) -> int:
 def _loaded(
     model: Any, total: int, pieces: Sequence[Piece], compute: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Which tokens come from pieces, bool ``[total]`` on the CPU."""
+    """Mask of the tokens that come from pieces, bool ``[total]`` on the CPU."""
     loaded, layers = torch.zeros(total, dtype=torch.bool), _layers(model)
     for piece in pieces:
         if len(piece.key) != layers or len(piece.value) != layers:
@@ -259,14 +261,14 @@ def _loaded(
             )
         if piece.start < 0 or piece.end > total:
             raise KVPlugError(
-                f"a piece stands at {piece.start}-{piece.end}, outside a text of {total} tokens"
+                f"a piece at {piece.start}-{piece.end} is outside a text of {total} tokens"
             )
         if loaded[piece.start : piece.end].any():
             raise KVPlugError(f"the piece at {piece.start}-{piece.end} overlaps another")
         loaded[piece.start : piece.end] = True
     for start, end in compute:
         if not 0 <= start <= end <= total:
-            raise KVPlugError(f"a span {start}-{end} lies outside a text of {total} tokens")
+            raise KVPlugError(f"a span {start}-{end} is outside a text of {total} tokens")
         loaded[start:end] = False
     return loaded
 
@@ -279,6 +281,6 @@ def _refuse_windows(model: Any) -> None:
     )
     if kinds - {"full_attention"} or (not kinds and windowed):
         raise KVPlugError(
-            f"{type(model).__name__} has layers without full attention: only plainly causal models "
-            "can be replayed"
+            f"{type(model).__name__} has layers without full attention: only causal models with "
+            "full attention are supported"
         )

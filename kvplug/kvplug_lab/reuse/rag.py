@@ -29,9 +29,9 @@ from kvplug_lab.reuse.runs import (
     TooFew,
     encoder,
     engines,
+    passages_of,
     perplexity,
-    said,
-    stretches,
+    reported,
     turns,
 )
 from kvplug_lab.spread import Spread
@@ -66,7 +66,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class RagSizes:
-    """How much of what.
+    """Sizes of the experiment.
 
     Attributes:
         documents: Documents read once.
@@ -134,7 +134,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is read once, and what is asked then.
+    """Prompts that are read once, and requests after them.
 
     Attributes:
         warm: A prompt and its lengths per document.
@@ -154,7 +154,7 @@ def workload(encode: Encode, bos: Sequence[int], text: str, sizes: RagSizes) -> 
         encode: The model's tokenizer.
         bos: Tokens that every text begins with.
         text: Long plain text.
-        sizes: How much.
+        sizes: Sizes of the experiment.
 
     Raises:
         TooFew: A size or the text cannot serve.
@@ -184,7 +184,7 @@ def _documents(encode: Encode, text: str, sizes: RagSizes) -> list[Document]:
     room = sizes.longest + sizes.scored
     found = []
     for number, (tokens, _) in enumerate(
-        stretches(encode, text, sizes.documents, room, sizes.seed)
+        passages_of(encode, text, sizes.documents, room, sizes.seed)
     ):
         fact: list[int] = []
         key = ""
@@ -248,7 +248,7 @@ def _asked(
 
 @dataclass
 class Measured:
-    """What one engine needed and answered.
+    """Times and answers of one engine.
 
     Attributes:
         variant: Its name.
@@ -257,7 +257,7 @@ class Measured:
         busy: Processor seconds to the first token, per request.
         busy_ratio: Stock's processor seconds by its own, per request.
         reused: Tokens of prompts that were not computed, by kvplug and the engine's cache together.
-        computed: Tokens of them that were computed anew inside a reused run.
+        computed: Tokens of them that were recomputed inside a reused run.
         prompt: Tokens of prompts.
         approximate: Requests whose answer says that reuse was approximate.
         greedy: Answers to questions about the texts against stock's.
@@ -290,10 +290,10 @@ class Measured:
         self.busy.append(busy[0])
         self.busy_ratio.append(busy[1] / busy[0])
         self.prompt += answer.prompt_tokens
-        told = said(answer)
-        self.reused += answer.cached_tokens - told.computed
-        self.computed += told.computed
-        self.approximate += told.approximate
+        reuse = reported(answer)
+        self.reused += answer.cached_tokens - reuse.computed
+        self.computed += reuse.computed
+        self.approximate += reuse.approximate
         if asked.kind == "continuation":
             self.logprobs += answer.logprobs or []
             return
@@ -304,7 +304,7 @@ class Measured:
             self.found += answer.text.strip().startswith(asked.key)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Convert to JSON types."""
         return {
             "variant": self.variant,
             "requests": len(self.ttft),
@@ -328,16 +328,16 @@ class Measured:
 
 
 def request_of(asked: Asked, *, reuse: str | None = "approximate") -> TrialRequest:
-    """What an engine is asked, with a request's wish for reuse; None wishes nothing."""
+    """A request to an engine with its option ``reuse``, or without it for None."""
     from kvplug_lab.engine.trial import TrialRequest
 
-    wish: dict[str, Any] = {"segments": list(asked.lengths)}
+    options: dict[str, Any] = {"segments": list(asked.lengths)}
     if reuse is not None:
-        wish["reuse"] = reuse
+        options["reuse"] = reuse
     return TrialRequest(
         list(asked.prompt),
         asked.max_tokens,
-        kvplug=wish,
+        kvplug=options,
         force=list(asked.force) if asked.force is not None else None,
     )
 
@@ -357,7 +357,7 @@ def without_documents(asked: Asked) -> Asked:
 
 @dataclass
 class RagFigures:
-    """What the benchmark found.
+    """Figures of the benchmark.
 
     Attributes:
         sizes: How much was measured.
@@ -376,7 +376,7 @@ class RagFigures:
     prompt_tokens: Spread
 
     def plain(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Convert to JSON types."""
         return {
             "sizes": asdict(self.sizes),
             "prompt_tokens": asdict(self.prompt_tokens),
@@ -403,25 +403,25 @@ def measure(
     Args:
         model: Model directory.
         text: Long plain text.
-        sizes: How much.
-        variants: Ways to reuse, each an engine of its own that lives beside the others.
+        sizes: Sizes of the experiment.
+        variants: Ways to reuse, each in an engine of its own, all running at once.
         logs: Folder for the engines' logs.
-        say: Told what happens.
+        say: Called with a line about each step.
         dtype: Of the model.
     """
     encode, bos = encoder(model)
     work = workload(encode, bos, text, sizes)
     longest = max(len(a.prompt) + a.max_tokens for a in [*work.plain, *work.headed])
     length = -(-(longest + 1) // BLOCK) * BLOCK
-    held = sum(len(a.prompt) + a.max_tokens for a in [*work.warm, *work.plain, *work.headed])
+    tokens = sum(len(a.prompt) + a.max_tokens for a in [*work.warm, *work.plain, *work.headed])
     arguments = {
         "block_size": BLOCK,
         "dtype": dtype,
         "max_model_len": length,
         "max_num_batched_tokens": max(length, 2048),
         "enable_prefix_caching": True,
-        # No document is ever pushed out: stock finds all that it can.
-        "num_gpu_blocks_override": min(2 * held // BLOCK + 64, 2400),
+        # No document is ever evicted: stock finds all that it can.
+        "num_gpu_blocks_override": min(2 * tokens // BLOCK + 64, 2400),
     }
     sections: dict[str, Mapping[str, Any] | None] = {STOCK: None}
     sections |= {v.name: v.section for v in variants}
@@ -429,10 +429,10 @@ def measure(
     stock = {headed: Measured(f"{STOCK}{', headed' * headed}") for headed in (False, True)}
     found = {v.name: Measured(v.name) for v in variants}
     bare: list[float] = []
-    with engines(model, sections, logs, say, **arguments) as living:
-        for name, engine in living.items():
+    with engines(model, sections, logs, say, **arguments) as running:
+        for name, engine in running.items():
             say(f"{name}: reading {len(work.warm)} documents")
-            # The first forced answer of an engine's life sets up log-probabilities.
+            # The first forced answer of an engine sets up log-probabilities.
             engine.ask([request_of(warm_up(work.warm[0]), reuse=None)])
             for asked in work.warm:
                 engine.ask([request_of(asked, reuse=None)])
@@ -443,11 +443,11 @@ def measure(
                 continue
             for number, asked in enumerate(work.headed if headed else work.plain, 1):
                 answers = {
-                    name: living[name].ask([request_of(asked)])[0]
+                    name: running[name].ask([request_of(asked)])[0]
                     for name in turns([STOCK, *names], turn)
                 }
                 turn += 1
-                busy = {name: living[name].processor[0] for name in answers}
+                busy = {name: running[name].processor[0] for name in answers}
                 base = answers[STOCK], busy[STOCK]
                 stock[headed].add(asked, answers[STOCK], base[0], (base[1], base[1]))
                 for name in names:
@@ -456,11 +456,11 @@ def measure(
                 say(f"request {number} of {sizes.requests}{' with headings' * headed}: {medians}")
         for asked in work.plain:
             if asked.kind == "continuation":
-                (answer,) = living[STOCK].ask([request_of(without_documents(asked))])
+                (answer,) = running[STOCK].ask([request_of(without_documents(asked))])
                 bare += answer.logprobs or []
-        for engine in living.values():
+        for engine in running.values():
             engine.finish()
-        counters = {name: engine.counters for name, engine in living.items() if name != STOCK}
+        counters = {name: engine.counters for name, engine in running.items() if name != STOCK}
     return RagFigures(
         sizes,
         [measured for measured in stock.values() if measured.ttft],

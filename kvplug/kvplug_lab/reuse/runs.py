@@ -1,4 +1,4 @@
-"""What the evaluations of reuse share: sections to compare, engines, and the measure of answers."""
+"""Shared parts of the reuse experiments: sections to compare, engines, measures of answers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Encode = Callable[[str], Sequence[int]]
 """Text to tokens, nothing added; special tokens in the text are single tokens."""
 
 BLOCK = 32
-"""Tokens per block: one that vLLM takes on a CPU, too."""
+"""Tokens per block; a size that vLLM supports on CPUs, too."""
 
 STOCK = "stock"
 """Name of the engine that the others are compared with."""
 
 CHECKS = ("structure", "position", "mask")
-"""The chain every section of an evaluation begins with."""
+"""Checks that every section of an experiment begins with."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class ReuseVariant:
     """One way to reuse.
 
     Attributes:
-        name: What it is called in tables.
+        name: Its name in tables.
         section: The ``kvplug`` section.
-        headed: Whether it is asked requests with a heading before every document.
+        headed: Whether its requests have a heading before every document.
     """
 
     name: str
@@ -55,7 +55,7 @@ def section(
     Args:
         learnt: Checks behind the first ones, as YAML has them.
         checks: The first ones.
-        recompute: Keys of ``reuse.recompute``; what is not said is off.
+        recompute: Keys of ``reuse.recompute``; omitted keys are off.
     """
     again = {"boundary": 0, "fraction": 0.0, "gaps": 0} | recompute
     own = {"approximate": True, "segments": {"by": "request"}, "recompute": again}
@@ -63,7 +63,7 @@ def section(
 
 
 GAPS = 64
-"""Most tokens between two stored segments that ``gaps`` computes anew unless it says a number."""
+"""Default of ``gaps``: the most tokens between two stored segments that are recomputed."""
 
 LEARNT = ("credibility", "compensate")
 """Checks that need a file from a calibration."""
@@ -84,7 +84,7 @@ def named(
         name: ``nothing``, ``boundary=N``, ``fraction=X``, ``gaps[=N]``, ``compensate`` and
             ``credibility``.
         files: The files of `LEARNT` checks.
-        checks: What the chain begins with; `CHECKS` by default.
+        checks: Checks before those; `CHECKS` by default.
 
     Raises:
         ValueError: A part is unknown, lacks its value or its file.
@@ -103,8 +103,8 @@ def named(
         elif word in ("boundary", "fraction"):
             recompute[word] = float(value) if word == "fraction" else int(value)
         elif word != "nothing":
-            raise ValueError(f"{word!r} is no way to reuse")
-    # A correction weighs what is credible, so it goes last.
+            raise ValueError(f"{word!r} is not a way to reuse")
+    # A correction is applied only to what is credible, so it runs last.
     learnt.sort(key=lambda check: "compensate" in check)
     return ReuseVariant(
         name, section(learnt, checks=checks or CHECKS, **recompute), headed="gaps" in recompute
@@ -138,17 +138,17 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """Share of tokens that come before the first difference; NaN of no answers."""
+        """Share of tokens before the first difference; NaN without answers."""
         return sum(self.before) / sum(self.of) if sum(self.of) else math.nan
 
     @property
     def identical(self) -> float:
-        """Share of answers that are the same to the end; NaN of none."""
+        """Share of identical answers; NaN without answers."""
         same = sum(b == o for b, o in zip(self.before, self.of, strict=True))
         return same / len(self.of) if self.of else math.nan
 
     def plain(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Convert to JSON types."""
         return {
             "answers": len(self.of),
             "tokens_before_first_difference": Spread.of(self.before).__dict__,
@@ -158,19 +158,19 @@ class Agreement:
 
 
 def perplexity(logprobs: Sequence[float]) -> float:
-    """Of log-probabilities in nats; NaN of none."""
+    """Perplexity of tokens by their log-probabilities in nats; NaN without any."""
     return math.exp(-statistics.fmean(logprobs)) if logprobs else math.nan
 
 
 @dataclass(frozen=True)
-class Told:
-    """What an answer says of reuse.
+class ReportedReuse:
+    """Reuse as an answer reports it.
 
     Attributes:
-        any: Whether anything stored was used.
-        approximate: Whether it was not exact.
-        reused: Tokens used, without those computed anew among them.
-        computed: Tokens computed anew within the run.
+        any: Whether stored KV was used.
+        approximate: Whether the answer is approximate.
+        reused: Tokens used, without those recomputed among them.
+        computed: Tokens recomputed within the run.
     """
 
     any: bool
@@ -179,11 +179,12 @@ class Told:
     computed: int
 
 
-def said(answer: Answer) -> Told:
-    """What an answer says of reuse."""
-    told = answer.kvplug or {}
-    reused = int(told.get("reused", 0))
-    return Told(reused > 0, not told.get("exact", True), reused, int(told.get("recomputed", 0)))
+def reported(answer: Answer) -> ReportedReuse:
+    """Read the reuse that an answer reports."""
+    fields = answer.kvplug or {}
+    reused = int(fields.get("reused", 0))
+    recomputed = int(fields.get("recomputed", 0))
+    return ReportedReuse(reused > 0, not fields.get("exact", True), reused, recomputed)
 
 
 @contextmanager
@@ -194,13 +195,13 @@ def engines(
     say: Callable[[str], None],
     **engine: Any,
 ) -> Iterator[dict[str, Engine]]:
-    """Engines that take turns, started one after the other and ended with the context.
+    """Start engines one after the other to take turns, and stop them at the end.
 
     Args:
         model: Model directory.
         sections: Name to the ``kvplug`` section, None for stock vLLM.
         logs: Folder for their logs.
-        say: Told what happens.
+        say: Called with a line about each step.
         engine: Keyword arguments of ``vllm.LLM``.
     """
     from kvplug_lab.engine.trial import TrialSpec
@@ -218,7 +219,7 @@ def engines(
 
 
 def worker_extension(own: Mapping[str, Any]) -> dict[str, Any]:
-    """The engine's argument that a section needs to compute inside a reused run."""
+    """The engine argument that a section needs to recompute inside a reused run."""
     from kvplug.hosts.vllm.flags import EXTENSION
     from kvplug.reuse.settings import ReuseSettings
 
@@ -247,17 +248,19 @@ def encoder(model: Path) -> tuple[Encode, list[int]]:
 
 
 class TooFew(KVPlugError, ValueError):
-    """The text or a size cannot serve; the message says which."""
+    """The text is too short or a size is too small; the message says which."""
 
 
-def stretches(
+def passages_of(
     encode: Encode, text: str, n: int, tokens: int, seed: int
 ) -> list[tuple[list[int], str]]:
-    """Stretches of a text that do not overlap, each of at least ``tokens`` tokens from a line's
-    beginning, in an order that the seed gives; with the text that each was.
+    """Draw passages of a text that do not overlap and start at a line's beginning.
+
+    Returns:
+        ``n`` passages in an order that the seed gives: ``tokens`` tokens each, with their text.
 
     Raises:
-        TooFew: The text has not as many.
+        TooFew: The text has fewer passages.
     """
     import random
 
@@ -273,4 +276,4 @@ def stretches(
             found.append((own[:tokens], piece))
         if len(found) == n:
             return found
-    raise TooFew(f"the text has {len(found)} stretches of {tokens} tokens; {n} are needed")
+    raise TooFew(f"the text has {len(found)} passages of {tokens} tokens; {n} are needed")

@@ -3,7 +3,7 @@
 `Replay` stores every block once. vLLM's pool does not quite: a prefix cache is looked up from the
 start of a text, so a block that lies cached behind a gap is not found; it is computed again into
 another block, and both copies stay until each is evicted. The copies matter for orders that give
-up the head of a prefix before its tail. Two smaller rules: the last token of a prompt is always
+up the head of a prefix before its end. Two smaller rules: the last token of a prompt is always
 computed, so a block that ends with it is never a hit; and a running request holds one block that
 is not full, which it gives back without content.
 """

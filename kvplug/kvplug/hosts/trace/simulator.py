@@ -1,13 +1,13 @@
 """Replays a trace through the policy objects an engine would run.
 
-The model is the plainest one that has everything an eviction order can get right or wrong: a
+The model is the simplest one in which an eviction order can be right or wrong: a
 cache of ``capacity`` blocks, requests served one after the other. A request's hit is its longest
 cached prefix. Its own blocks are pinned while it is served; what it lacks takes free slots, then
-the slots of the policy's victims; at its end all its blocks are released, tail first. Of a
+the slots of the policy's victims; at its end all its blocks are released, last block first. Of a
 request longer than the cache, the first ``capacity`` blocks are kept. The hit rate is the number
 of blocks hit over the number referred to.
 
-A block of the request that is cached behind a gap in its prefix is no hit, but it is not stored
+A block of the request that is cached behind a gap in its prefix is not a hit, but it is not stored
 twice either: it is pinned with the others and released with them.
 """
 
@@ -30,7 +30,7 @@ from kvplug.hosts.trace.traces import Trace
 
 
 class PolicyFailed(KVPlugError):
-    """A policy raised or answered wrongly; an engine would have retired it here."""
+    """A policy raised, or returned invalid victims; an engine would have retired it here."""
 
     exit_code = 1
 
@@ -45,7 +45,7 @@ class ReplayResult:
         capacity: Blocks of the cache.
         references: Blocks referred to.
         hits: Blocks hit.
-        evicted: Blocks given up.
+        evicted: Blocks evicted.
     """
 
     trace: str
@@ -62,7 +62,7 @@ class ReplayResult:
 
 
 class Replay:
-    """One trace made ready to be replayed, many times over.
+    """One trace prepared to be replayed many times.
 
     Args:
         trace: The trace.
@@ -86,7 +86,7 @@ class Replay:
         ]
 
     def engine(self, capacity: int) -> EngineView:
-        """The engine a policy is told it runs in."""
+        """The view of the engine that a policy is built with."""
         return EngineView(
             block_size=self.trace.block_size,
             num_blocks=capacity,
@@ -108,10 +108,10 @@ class Replay:
             policy: A fresh policy object.
             capacity: Blocks of the cache, at least 1.
             label: Name in the result; the policy's own if None.
-            step: Told now and then how many more requests were served.
+            step: Called now and then with the number of requests served since the last call.
 
         Raises:
-            PolicyFailed: The policy raised, or named victims that are none.
+            PolicyFailed: The policy raised, or returned invalid victims.
         """
         served = 0
         hits = evicted = 0

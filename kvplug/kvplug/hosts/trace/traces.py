@@ -20,7 +20,7 @@ import numpy.typing as npt
 from kvplug.errors import KVPlugError
 
 MOONCAKE_BLOCK = 512
-"""Tokens a block in Mooncake's release."""
+"""Tokens per block in Mooncake's release."""
 
 MAX_BYTES = 8 << 30
 """The most bytes a trace may unpack to."""
@@ -52,13 +52,13 @@ class Trace:
     Attributes:
         name: The file's name without its ending.
         off: (R+1,) int64; request r owns ``ids[off[r]:off[r+1]]``.
-        ids: (N,) int64, each in ``[0, num_distinct)``, in prompt order. An id stands for a block's
+        ids: (N,) int64, each in ``[0, num_distinct)``, in prompt order. An id identifies a block's
             tokens and all before them, as a vLLM block hash does.
         arrival: (R,) float64, seconds.
         prompt_tokens: (R,) int64.
         output_tokens: (R,) int64.
         session: (R,) int64; 0 throughout where the source names none.
-        block_size: Tokens a block.
+        block_size: Tokens per block.
         num_distinct: Distinct blocks the trace declares; percentages of capacity are of these.
     """
 
@@ -82,7 +82,7 @@ class Trace:
 
     @property
     def names_sessions(self) -> bool:
-        """Whether the source says which requests belong together."""
+        """True if the source names sessions."""
         return bool((self.session != 0).any())
 
     def positions(self) -> Ints:
@@ -91,25 +91,25 @@ class Trace:
         return np.arange(len(self.ids)) - np.repeat(self.off[:-1], lengths)
 
     def capacity(self, text: str) -> int:
-        """Blocks meant by ``"100"`` (blocks) or ``"2.5%"`` (of the distinct blocks, rounded).
+        """Parse a capacity: ``"100"`` (blocks) or ``"2.5%"`` (of the distinct blocks, rounded).
 
         Raises:
-            ValueError: Neither, or less than one block.
+            ValueError: It is neither, or out of range.
         """
-        said = text.strip()
+        stripped = text.strip()
         try:
-            if said.endswith("%"):
-                blocks = round(self.num_distinct * float(said[:-1]) / 100)
+            if stripped.endswith("%"):
+                blocks = round(self.num_distinct * float(stripped[:-1]) / 100)
             else:
-                blocks = int(said)
+                blocks = int(stripped)
         except (ValueError, OverflowError):
             raise ValueError(
-                f"{text!r} is no capacity: write a number of blocks (200) or a part of the "
+                f"{text!r} is not a capacity: use a number of blocks (200) or a percentage of the "
                 "trace's distinct blocks (2.5%)"
             ) from None
         if not 1 <= blocks <= MAX_BLOCKS:
             raise ValueError(
-                f"capacity {text!r} is {blocks} blocks of {self.name}: from 1 to {MAX_BLOCKS:,}"
+                f"capacity {text!r} is {blocks} blocks of {self.name}; use 1 to {MAX_BLOCKS:,}"
             )
         return blocks
 
@@ -119,10 +119,10 @@ def read(path: Path, block_size: int = MOONCAKE_BLOCK) -> Trace:
 
     Args:
         path: An ``.npz`` or a ``.jsonl``.
-        block_size: Tokens a block of a ``.jsonl``; an ``.npz`` says its own.
+        block_size: Tokens per block of a ``.jsonl``; an ``.npz`` states its own.
 
     Raises:
-        TraceError: It is not there, is neither format, or breaks the format.
+        TraceError: The file does not exist, or is in neither format.
     """
     if not path.is_file():
         raise TraceError(path, "no such file")
@@ -171,12 +171,12 @@ def _read_npz(path: Path) -> Trace:
     off, ids = arrays["off"], arrays["ids"]
     requests = len(off) - 1
     if requests < 1:
-        raise TraceError(path, "off has fewer than 2 entries: there is no request")
+        raise TraceError(path, "off has fewer than 2 entries: it has no requests")
     for name in ("t", "inp", "outp", "sess"):
         if len(arrays[name]) != requests:
             raise TraceError(
                 path,
-                f"{name} has {len(arrays[name])} entries and off speaks of {requests} requests",
+                f"{name} has {len(arrays[name])} entries, but off has {requests} requests",
             )
     return _checked(
         path,
@@ -205,13 +205,13 @@ def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     except (TraceError, OSError):
         raise
     except Exception as error:
-        raise TraceError(path, f"is no readable .npz: {error}") from error
+        raise TraceError(path, f"is not a readable .npz: {error}") from error
     for name, (shape, what) in SHAPES.items():
         array = arrays[name]
         if array.ndim != shape.count(","):
             raise TraceError(path, f"{name} has shape {array.shape}, expected {shape}")
         if array.dtype.kind not in ("iuf" if what == "numbers" else "iu"):
-            raise TraceError(path, f"{name} holds {array.dtype}, expected {what}")
+            raise TraceError(path, f"{name} has dtype {array.dtype}, expected {what}")
         arrays[name] = array.astype(np.float64 if what == "numbers" else np.int64)
     return arrays
 
@@ -230,7 +230,7 @@ def _read_jsonl(path: Path, block_size: int) -> Trace:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise TraceError(f"{path}:{number}", f"is no JSON: {error}") from error
+                raise TraceError(f"{path}:{number}", f"is not JSON: {error}") from error
             found = _request(row)
             if isinstance(found, str):
                 raise TraceError(f"{path}:{number}", found)
@@ -239,11 +239,11 @@ def _read_jsonl(path: Path, block_size: int) -> Trace:
             lengths.append(len(hashes))
             ids += hashes
     if not rows:
-        raise TraceError(path, "has no request")
+        raise TraceError(path, "has no requests")
     try:
         distinct, dense = np.unique(np.array(ids, dtype=np.int64), return_inverse=True)
     except OverflowError:
-        raise TraceError(path, "hash_ids holds a number of more than 64 bits") from None
+        raise TraceError(path, "hash_ids must fit in 64 bits") from None
     return _checked(
         path,
         off=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -260,16 +260,16 @@ def _read_jsonl(path: Path, block_size: int) -> Trace:
 def _request(row: object) -> tuple[float, int, int, list[int]] | str:
     """One line's fields, or what is wrong with it."""
     if not isinstance(row, dict):
-        return "is no JSON object"
+        return "is not a JSON object"
     time, prompt, output = (row.get(k) for k in ("timestamp", "input_length", "output_length"))
     hashes = row.get("hash_ids")
     if isinstance(time, bool) or not isinstance(time, int | float) or not abs(time) <= 1e18:
-        return "timestamp is no number (milliseconds)"
+        return "timestamp is not a number (milliseconds)"
     for name, value in (("input_length", prompt), ("output_length", output)):
         if type(value) is not int or not 0 <= value < 1 << 63:
-            return f"{name} is no number of tokens"
+            return f"{name} is not a number of tokens"
     if not isinstance(hashes, list) or not all(type(h) is int for h in hashes):
-        return "hash_ids is no list of integers"
+        return "hash_ids is not a list of integers"
     assert isinstance(prompt, int) and isinstance(output, int)
     return float(time), prompt, output, hashes
 
@@ -283,9 +283,9 @@ def _checked(path: Path, **fields: Any) -> Trace:
     if off[0] != 0 or off[-1] != len(ids) or (np.diff(off) < 0).any():
         raise TraceError(path, f"off must rise from 0 to the {len(ids)} entries of ids")
     if trace.block_size < 1:
-        raise TraceError(path, f"bs says {trace.block_size} tokens a block")
+        raise TraceError(path, f"bs must be at least 1 token per block, not {trace.block_size}")
     if len(ids) == 0:
-        raise TraceError(path, "no request refers to a block")
+        raise TraceError(path, "no request references a block")
     if trace.num_distinct < 1 or ids.min() < 0 or ids.max() >= trace.num_distinct:
         raise TraceError(
             path,
@@ -294,12 +294,12 @@ def _checked(path: Path, **fields: Any) -> Trace:
         )
     if trace.num_distinct > len(ids):
         raise TraceError(
-            path, f"nblk says {trace.num_distinct} distinct blocks of {len(ids)} references"
+            path, f"nblk is {trace.num_distinct} distinct blocks, for {len(ids)} references"
         )
     if not np.isfinite(trace.arrival).all():
-        raise TraceError(path, "an arrival time is not finite")
+        raise TraceError(path, "arrival times must be finite")
     if (trace.prompt_tokens < 0).any() or (trace.output_tokens < 0).any():
-        raise TraceError(path, "a number of tokens is negative")
+        raise TraceError(path, "numbers of tokens must not be negative")
     owner = np.repeat(np.arange(trace.num_requests), np.diff(off))
     order = np.lexsort((ids, owner))
     twice = (np.diff(ids[order]) == 0) & (np.diff(owner[order]) == 0)
@@ -307,7 +307,7 @@ def _checked(path: Path, **fields: Any) -> Trace:
         at = order[:-1][twice][0]
         raise TraceError(
             path,
-            f"request {owner[at]} names block {ids[at]} twice, but an id stands for a block and "
+            f"request {owner[at]} names block {ids[at]} twice, but an id identifies a block and "
             "all before it",
         )
     return trace

@@ -1,4 +1,4 @@
-"""vLLM's flags as kvplug reads them from a ``--config`` file, without importing vllm."""
+"""Reads vLLM's flags from a ``--config`` file, without importing vllm."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from kvplug.parser import SECTION_KEYS, load_deployment, read_yaml
 CONNECTOR = "KVPlugConnector"
 MODULE = "kvplug.hosts.vllm.connector"
 EXTENSION = "kvplug.hosts.vllm.extension.WorkerExtension"
-"""Value of ``--worker-extension-cls`` with which tokens can be computed inside a reused run."""
+"""Value of ``--worker-extension-cls`` that lets tokens be recomputed inside a reused run."""
 GUARD = "kvplug.hosts.vllm.guard:GuardProcessor"
-"""Value of ``--logits-processors`` with which answers are watched."""
+"""Value of ``--logits-processors`` that lets the guard see next-token distributions."""
 REQUEST_CHECK = "kvplug.hosts.vllm.request_check:RequestCheck"
-"""Value of ``--logits-processors`` with which requests with invalid options are refused."""
+"""Value of ``--logits-processors`` that refuses requests with invalid options."""
 REQUEST_CHECK_MIDDLEWARE = "kvplug.hosts.vllm.request_check.RequestCheckMiddleware"
-"""Value of ``--middleware`` with which the server refuses streamed ones with HTTP 400, too."""
+"""Value of ``--middleware`` that answers HTTP 400 to streamed requests, too."""
 RUNS = frozenset({Kind.PREFIX_CACHE, Kind.SEQUENCE, Kind.FORMAT, Kind.REUSE})
 """Kinds this host runs."""
 
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A vLLM ``--config`` file with a ``kvplug`` section, or a section in a file of its own.
+    """A vLLM ``--config`` file with a ``kvplug`` section, or a file that is a section by itself.
 
     Attributes:
         path: The file.
         flags: vLLM's flags by name, dashes, the section left out.
         deployment: The parsed section.
-        standalone: True when the file is a section of its own.
+        standalone: True when the file is a section by itself.
     """
 
     path: Path
@@ -48,7 +48,7 @@ def read_config(path: Path) -> ConfigFile:
     """Read a deployment file.
 
     Raises:
-        DeploymentError: It cannot be read, does not turn kvplug on, or the section is wrong.
+        DeploymentError: It cannot be read, does not enable kvplug, or the section is invalid.
     """
     data, lines = read_yaml(path)
     if data is None:
@@ -81,7 +81,7 @@ def read_config(path: Path) -> ConfigFile:
             [
                 Refusal(
                     "kv-transfer-config",
-                    "is missing, so nothing would turn kvplug on.",
+                    "is missing, so kvplug is not enabled.",
                     f"add it with kv_connector: {CONNECTOR}, kv_connector_module_path: {MODULE}, "
                     "kv_role: kv_both and kv_connector_extra_config: {kvplug: ...}.",
                 )
@@ -107,7 +107,7 @@ def read_config(path: Path) -> ConfigFile:
 
 
 def _parsed(path: Path, key: str, value: Any, lines: Mapping[str, int]) -> Any:
-    """A flag's value; vLLM takes structured ones as JSON text too."""
+    """A flag's value, parsed where it is JSON text: vLLM accepts structured flags as both."""
     if not (key.endswith("config") and isinstance(value, str) and value.lstrip().startswith("{")):
         return value
     try:
@@ -115,7 +115,11 @@ def _parsed(path: Path, key: str, value: Any, lines: Mapping[str, int]) -> Any:
     except json.JSONDecodeError as error:
         raise DeploymentError(
             str(path),
-            [Refusal(key, f"is not JSON: {error}.", "write it as nested YAML.", lines.get(key))],
+            [
+                Refusal(
+                    key, f"is not valid JSON: {error}.", "write it as nested YAML.", lines.get(key)
+                )
+            ],
         ) from error
 
 
@@ -136,7 +140,7 @@ def _connector_refusals(transfer: Any, key: str, lines: Mapping[str, int]) -> li
             found.append(
                 refusal(
                     name,
-                    f"is {transfer.get(name)!r}, so kvplug would not be turned on.",
+                    f"is {transfer.get(name)!r}, so kvplug is not enabled.",
                     f"set it to {value}.",
                 )
             )
@@ -213,7 +217,7 @@ def features_from_flags(flags: Mapping[str, Any]) -> frozenset[Feature]:
 
 
 def engine_from_flags(flags: Mapping[str, Any]) -> EngineView:
-    """The engine a flag file describes, as far as it can be known without starting it."""
+    """The engine that flags describe, as far as it can be known without starting it."""
     return EngineView(
         block_size=_number(flags, "block-size", 16),
         num_blocks=_number(flags, "num-gpu-blocks-override", 0),
