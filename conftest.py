@@ -18,6 +18,7 @@ LONGEST = (
     "test_reuse_with_others.py",
     "test_reuse_exact.py",
     "test_serve.py",
+    "test_request_check.py",
     "test_refusals.py",
     "test_recording.py",
     "test_reuse_store.py",

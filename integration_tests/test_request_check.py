@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_serve import Server, start
+from serving import Server, connected, serving
 
 from kvplug.hosts.vllm.admission import SECTION, _request_refusals
 from kvplug.hosts.vllm.flags import REQUEST_CHECK, REQUEST_CHECK_MIDDLEWARE
@@ -173,19 +171,13 @@ def test_nothing_but_posts_is_read() -> None:
 def server(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("refuse")
     (folder / "deployment.yaml").write_text(DEPLOYMENT)
-    found = start(folder, str(folder / "deployment.yaml"), "--model", str(tiny))
-    try:
-        found.wait_until_healthy()
+    with serving(folder, str(folder / "deployment.yaml"), "--model", str(tiny)) as found:
         yield found
-    finally:
-        if found.process.poll() is None:
-            os.killpg(found.process.pid, signal.SIGKILL)
-            found.process.wait()
 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Any:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=60, max_retries=0)
+    return connected(server)
 
 
 def asked(options: Any, **more: Any) -> dict[str, Any]:

@@ -1,24 +1,18 @@
-"""`kvplug serve` as a user runs it: a server in a process of its own, spoken to over HTTP."""
+"""`kvplug serve` as a user runs it."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import random
 import re
 import signal
-import socket
-import subprocess
-import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from serving import SECONDS, Server, connected, ended, serving, start
 from waiting import wait_for
 
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
@@ -26,106 +20,20 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 512
 """Tokens that configs/quickstart.yaml keeps of a request."""
 BLOCK = 32
-SECONDS = 600
-"""For anything to happen on a busy machine."""
 
 SHORT = [{"role": "user", "content": "Say something."}]
 
 
-class Server:
-    """One `kvplug serve` process, its log and its address."""
-
-    def __init__(self, process: subprocess.Popen[bytes], log: Path, port: int):
-        self.process, self.log_file, self.port = process, log, port
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def log(self) -> str:
-        return self.log_file.read_text(encoding="utf-8", errors="replace")
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=SECONDS) as answer:
-            return str(answer.read().decode())
-
-    def is_healthy(self) -> bool:
-        if self.process.poll() is not None:
-            pytest.fail(f"the server ended with {self.process.returncode}:\n{self.log()}")
-        self.get("/health")
-        return True
-
-    def metric(self, name: str) -> float:
-        """Sum of a metric over its labels."""
-        lines = self.get("/metrics").splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
-
-    def counters(self) -> dict[tuple[str, str, str], float]:
-        """`vllm:kvplug_policy_total` by kind, policy and counter."""
-        found = {}
-        for line in self.get("/metrics").splitlines():
-            if line.startswith("vllm:kvplug_policy_total{"):
-                labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
-                value = float(line.rsplit(" ", 1)[1])
-                found[labels["kind"], labels["policy"], labels["counter"]] = value
-        return found
-
-    def running(self) -> float:
-        return self.metric("vllm:num_requests_running")
-
-
-def free_port() -> int:
-    """A free port below the range that the kernel takes ephemeral ports from."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
-def start(folder: Path, *arguments: str) -> Server:
-    """Start `kvplug serve` in its own session, so that nothing of it outlives the test."""
-    port, log = free_port(), folder / "server.log"
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-    }
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", "from kvplug.cli import app; app()", "serve", *arguments]
-    command += ["--", "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
-    # vLLM kills an engine that has not stopped in this time, and its summary is lost.
-    command += ["--shutdown-timeout", str(SECONDS)]
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
-    return Server(process, log, port)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("serve")
-    found = start(folder, str(ROOT / "configs" / "quickstart.yaml"), "--model", str(tiny))
-    try:
-        wait_for(found.is_healthy, "a healthy server", SECONDS)
+    config = str(ROOT / "configs" / "quickstart.yaml")
+    with serving(tmp_path_factory.mktemp("serve"), config, "--model", str(tiny)) as found:
         yield found
-    finally:
-        if found.process.poll() is None:
-            os.killpg(found.process.pid, signal.SIGKILL)
-            found.process.wait()
 
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Any:
-    return openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key="none", timeout=SECONDS, max_retries=0
-    )
+    return connected(server)
 
 
 def test_the_process_became_the_server_it_announced(server: Server) -> None:
@@ -218,12 +126,7 @@ def test_a_deployment_the_engine_refuses_ends_with_the_refusal(tmp_path: Path, t
     text = (ROOT / "configs" / "sink_window.yaml").read_text("utf-8")
     config = tmp_path / "layers.yaml"
     config.write_text(text.replace('"0-9"', '"7"'), encoding="utf-8")
-    server = start(tmp_path, str(config), "--model", str(tiny))
-    try:
+    with ended(start(tmp_path, str(config), "--model", str(tiny))) as server:
         code = server.process.wait(timeout=SECONDS)
-    finally:
-        if server.process.poll() is None:
-            os.killpg(server.process.pid, signal.SIGKILL)
-            server.process.wait()
     assert code != 0
     assert "sink_window: layers '7' is outside the model's 0-1." in server.log()
