@@ -9,6 +9,7 @@ input; it answers each with the child's exit code.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
@@ -31,6 +32,8 @@ PRELOADED = (
     "vllm.model_executor.model_loader",
     "vllm.model_executor.models.llama",
 )
+
+PR_SET_PDEATHSIG = 1
 
 
 class TrialServer:
@@ -128,8 +131,15 @@ def _preload() -> None:
         importlib.import_module(name)
 
 
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _become(order: dict[str, Any]) -> None:
     """Turn a forked child into the process of a trial."""
+    _die_with_parent()
     with (
         Path(order["log"]).open("ab", buffering=0) as log,
         Path(os.devnull).open("rb", buffering=0) as nothing,
@@ -179,6 +189,7 @@ def _serve(orders: TextIO, replies: int) -> Path | None:
 
 def main() -> None:
     """Entry point of the server process."""
+    _die_with_parent()
     replies = os.dup(1)
     os.dup2(2, 1)
     _preload()
