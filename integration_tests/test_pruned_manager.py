@@ -21,7 +21,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from kvplug.contract import EngineView, HeldView, LayerView, ScoringPolicy
+from kvplug.contract import EngineView, LayerView, ResidentView, ScoringPolicy
 from kvplug.hosts.pruning import Cut, Limits, Plan, layout
 from kvplug.hosts.vllm.messages import Plans, RowPlan, SequenceDirectives, merge_measured
 from kvplug.hosts.vllm.scheduler.evictions import SIZES_REPORTED, EvictionPlanner
@@ -511,10 +511,10 @@ class Sized(ScoringPolicy):
         self.asked: list[tuple[list[float], int, int]] = []
         self.answers: list[int | Exception] = []
 
-    def score(self, held: HeldView) -> Tensor:
+    def score(self, held: ResidentView) -> Tensor:
         raise AssertionError("the scheduler scores nothing")
 
-    def measure(self, held: HeldView, scores: Tensor) -> Tensor | None:
+    def measure(self, held: ResidentView, scores: Tensor) -> Tensor | None:
         return None
 
     def resize(self, measured: Sequence[float], budget: int, num_tokens: int) -> int:

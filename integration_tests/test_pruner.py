@@ -19,7 +19,7 @@ from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
 
-from kvplug.contract import EngineView, HeldView, LayerView, ScoringPolicy
+from kvplug.contract import EngineView, LayerView, ResidentView, ScoringPolicy
 from kvplug.hosts.pruning import Cut, Limits, Plan
 from kvplug.hosts.spans import SpanStore
 from kvplug.hosts.vllm.messages import Plans, RowPlan, StepReport
@@ -432,12 +432,12 @@ class Watcher(ScoringPolicy):
 
     name = "watcher"
     observation = OBSERVED
-    wants_totals = True
+    wants_cumulative_attention = True
     table = torch.randperm(1 << 16, generator=torch.Generator().manual_seed(0)).float()
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.shown: list[HeldView] = []
+        self.shown: list[ResidentView] = []
 
     @classmethod
     def worth(cls, positions: Tensor, prompts: Tensor) -> Tensor:
@@ -445,7 +445,7 @@ class Watcher(ScoringPolicy):
         head = torch.arange(positions.shape[1])[:, None]
         return cls.table[positions.long() + 4096 * head + 8192 * (prompts[:, None, None] % 7)]
 
-    def score(self, held: HeldView) -> Tensor:
+    def score(self, held: ResidentView) -> Tensor:
         self.shown.append(held)
         return self.worth(held.positions, held.num_prompt_tokens.long())
 
@@ -455,7 +455,7 @@ class Fails(Watcher):
 
     name = "fails"
 
-    def score(self, held: HeldView) -> Tensor:
+    def score(self, held: ResidentView) -> Tensor:
         super().score(held)
         raise RuntimeError("no idea")
 
@@ -465,7 +465,7 @@ class Fickle(Watcher):
 
     name = "fickle"
 
-    def score(self, held: HeldView) -> Tensor:
+    def score(self, held: ResidentView) -> Tensor:
         return super().score(held) * (1 if len(self.shown) % 2 else -1)
 
 
@@ -593,7 +593,7 @@ class Layer:
         for segments in self.planner.parts(common, [r.slot for r in rows], own) or []:
             for s in segments:
                 self.truths[rows[s.row].slot].attend(s.start, s.end)
-            if self.policy.wants_totals:
+            if self.policy.wants_cumulative_attention:
                 for flush in self.planner.flushes(common, segments, self.kind.ring):
                     self.residents.flush(query, flush)
             remembered = self.planner.remembered(segments, self.kind.ring)
@@ -629,12 +629,12 @@ class Layer:
         assert self.residents.cumulative is not None
         return self.residents.positions.clone(), self.residents.cumulative.clone()
 
-    def check_view(self, view: HeldView, decision: Any) -> None:
+    def check_view(self, view: ResidentView, decision: Any) -> None:
         """The policy was shown each token as it was written, wherever it lay."""
         assert view.num_tokens.tolist() == decision.num_tokens.tolist()
         assert view.queries is not None
         assert view.query_positions is not None
-        assert view.totals is not None
+        assert view.cumulative_attention is not None
         for i, slot in enumerate(decision.slots):
             truth = self.truths[slot]
             assert int(view.num_prompt_tokens[i]) == truth.prompt
@@ -645,7 +645,7 @@ class Layer:
                 assert torch.equal(view.keys[i, h], truth.key[where, h])
                 assert torch.equal(view.values[i, h], truth.value[where, h])
                 torch.testing.assert_close(
-                    view.totals[i, h], truth.totals[h, where], rtol=1e-4, atol=1e-4
+                    view.cumulative_attention[i, h], truth.totals[h, where], rtol=1e-4, atol=1e-4
                 )
             at = int(view.num_tokens[i])
             assert view.query_positions[i].tolist() == list(range(at - OBSERVED, at))

@@ -12,10 +12,10 @@ from kvplug.contract import (
     AttendBatch,
     EngineView,
     FormatOptions,
-    HeldView,
     LayerView,
     PolicyOptions,
     Released,
+    ResidentView,
     ScoringPolicy,
     SequencePolicy,
     WriteBatch,
@@ -91,7 +91,7 @@ class FailsToScore(ScoringPolicy):
     name = "fails_to_score"
     changes = "what a request sees"
 
-    def score(self, held: HeldView) -> Tensor:
+    def score(self, held: ResidentView) -> Tensor:
         raise RuntimeError("scores are not wanted")
 
 

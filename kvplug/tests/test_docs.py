@@ -24,13 +24,13 @@ from kvplug.contract import (
     BlockFact,
     EngineView,
     Feature,
-    HeldView,
     Kind,
     LayerView,
     Policy,
     PolicyOptions,
     PolicyReport,
     PrefixCachePolicy,
+    ResidentView,
     ScoringOptions,
     ScoringPolicy,
     Window,
@@ -433,14 +433,14 @@ def test_every_fact_of_a_block_is_listed() -> None:
 
 
 def test_what_a_scoring_policy_says_and_sees_is_listed_whole() -> None:
-    says, sees = contract_section("sequence").split("| of a `HeldView` |")
+    says, sees = contract_section("sequence").split("| of a `ResidentView` |")
     named = set(re.findall(r"^\| `(\w+)", says, re.MULTILINE))
     own = {n for n in vars(ScoringPolicy) if not n.startswith("_")}
     assert own - {"window", "supports", "mutates_blocks", "resizes"} == named
     cells = " ".join(re.findall(r"^\| ([^|]+) \|", sees, re.MULTILINE))
     listed = set(re.findall(r"`(\w+)", cells))
-    public = {n for n in vars(HeldView) if not n.startswith("_")}
-    assert listed == public | set(HeldView.__annotations__)
+    public = {n for n in vars(ResidentView) if not n.startswith("_")}
+    assert listed == public | set(ResidentView.__annotations__)
 
 
 # -- Sequence policies -----------------------------------------------------------------------------
@@ -466,9 +466,9 @@ def test_the_table_of_policies_says_what_each_costs_between_decisions() -> None:
     assert flush is not None
     for policy in scoring:
         built = policy(policy.Options(), EngineView(32, layers=LAYERS))
-        totals = int(flush[1]) if built.wants_totals else 0
+        totals = int(flush[1]) if built.wants_cumulative_attention else 0
         said = (policy.name, str(max(built.observation, totals)))
-        yes = ("yes" if on else "no" for on in (built.wants_totals, built.resizes))
+        yes = ("yes" if on else "no" for on in (built.wants_cumulative_attention, built.resizes))
         assert (*said, *yes) in rows
         assert built.resizes == (Feature.ASYNC_SCHEDULING not in policy.supports)
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from kvplug.contract import EngineView, HeldView, LayerView, ScoringPolicy
+from kvplug.contract import EngineView, LayerView, ResidentView, ScoringPolicy
 from kvplug.hosts.pruning import Cut, Layout, Limits, Plan, choose, keep_best, layout
 
 INF, NAN = math.inf, math.nan
@@ -345,7 +345,7 @@ class Given(ScoringPolicy):
     name = "given"
     scores: Any = None
 
-    def score(self, held: HeldView) -> Tensor:
+    def score(self, held: ResidentView) -> Tensor:
         found: Tensor = self.scores
         return found
 
@@ -393,18 +393,18 @@ def test_most_is_reached_one_token_before_a_cut() -> None:
 # -- what survives ---------------------------------------------------------------------------------
 
 
-def held_view(positions: list[list[list[int]]], num_tokens: list[int]) -> HeldView:
+def held_view(positions: list[list[list[int]]], num_tokens: list[int]) -> ResidentView:
     """Tokens by position, ``[rows, kv_heads, held]``."""
     where = torch.tensor(positions, dtype=torch.int32)
     rows, heads, held = where.shape
     pages = torch.zeros(rows, heads, held, 2)
-    return HeldView(
+    return ResidentView(
         layer=LayerView(0, 1, heads, heads, 2),
         scale=1.0,
         softcap=0.0,
         num_tokens=torch.tensor(num_tokens, dtype=torch.int32),
         num_prompt_tokens=torch.tensor(num_tokens, dtype=torch.int32),
-        held=held,
+        count=held,
         positions=where,
         key_pages=pages,
         value_pages=pages,

@@ -15,10 +15,10 @@ from torch import Tensor
 from kvplug.contract import (
     AttendBatch,
     FormatPolicy,
-    HeldView,
     Kind,
     LayerView,
     PageLayout,
+    ResidentView,
     ScoringPolicy,
     WriteBatch,
 )
@@ -53,7 +53,7 @@ class Oldest(ScoringPolicy):
 
     name, changes = "oldest", "drops the latest tokens"
 
-    def score(self, held: HeldView) -> Tensor:
+    def score(self, held: ResidentView) -> Tensor:
         return -held.positions.float()
 
 
@@ -62,7 +62,7 @@ class ByHead(ScoringPolicy):
 
     name, changes = "by_head", "drops every other token"
 
-    def score(self, held: HeldView) -> Tensor:
+    def score(self, held: ResidentView) -> Tensor:
         heads = torch.arange(held.positions.shape[1])[None, :, None]
         return ((held.positions + heads) % 2 == 0).float()
 
@@ -246,7 +246,7 @@ def test_a_policy_resizes_its_budget(host: Host, ids: Tensor) -> None:
     class Halving(Oldest):
         asked: ClassVar[list[tuple[list[float], int, int]]] = []
 
-        def measure(self, held: HeldView, scores: Tensor) -> Tensor:
+        def measure(self, held: ResidentView, scores: Tensor) -> Tensor:
             return torch.full((1, 2), float(held.layer.index))
 
         def resize(self, measured: Any, budget: int, num_tokens: int) -> int:
@@ -357,8 +357,8 @@ def test_totals_and_observed_queries_give_the_models_attention(
         view = layer.view_for(needs, len(ids), len(ids))
         kv_heads = view.positions.shape[1]
         group = expected.view(kv_heads, -1, len(ids), len(ids)).mean(1)
-        assert view.totals is not None and view.query_positions is not None
-        torch.testing.assert_close(view.totals[0], group.sum(1), atol=2e-5, rtol=0)
+        assert view.cumulative_attention is not None and view.query_positions is not None
+        torch.testing.assert_close(view.cumulative_attention[0], group.sum(1), atol=2e-5, rtol=0)
         mass = view.attention_mass(20)[0]
         torch.testing.assert_close(mass, expected[:, -20:].sum(1), atol=2e-5, rtol=0)
         assert view.query_positions[0].tolist() == list(range(220, 240))

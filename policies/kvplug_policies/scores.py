@@ -2,7 +2,7 @@
 
 A request's resident tokens are in no particular order, and after a decision each KV head keeps
 different ones. Neighbours and the latest tokens are therefore found here by position in the text.
-Scores are ``[rows, kv_heads, held]`` float32 throughout.
+Scores are ``[rows, kv_heads, resident]`` float32 throughout.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvplug.contract import HeldView
+from kvplug.contract import ResidentView
 from kvplug_kernels.key_scores import VALUE_NORM
 
 CHUNK_BYTES = 64 << 20
@@ -29,7 +29,7 @@ class TextOrder:
     """The resident tokens of each KV head in the order of the text.
 
     Args:
-        positions: Position in the text of each resident token, ``[rows, kv_heads, held]``.
+        positions: Position in the text of each resident token, ``[rows, kv_heads, resident]``.
     """
 
     def __init__(self, positions: Tensor):
@@ -51,7 +51,7 @@ def pool(
     """Pool scores over neighbours in the text, as SnapKV does to keep clusters together.
 
     Args:
-        scores: At least 0, ``[rows, kv_heads, held]``.
+        scores: At least 0, ``[rows, kv_heads, resident]``.
         positions: Position in the text of each resident token, the same shape.
         kernel: Tokens pooled, odd: the token and as many to either side.
         how: Mean or largest of them.
@@ -63,13 +63,13 @@ def pool(
     if kernel == 1:
         return scores
     text = TextOrder(positions)
-    reach, held = kernel // 2, scores.shape[-1]
+    reach, resident = kernel // 2, scores.shape[-1]
     padded = functional.pad(text.sort(scores), (reach, reach))
     places = functional.pad(text.positions, (reach, reach), value=-kernel)
     pooled = torch.zeros_like(scores)
     for shift in range(kernel):
-        near = (places[..., shift : shift + held] - text.positions).abs() <= reach
-        taken = padded[..., shift : shift + held].where(near, 0)
+        near = (places[..., shift : shift + resident] - text.positions).abs() <= reach
+        taken = padded[..., shift : shift + resident].where(near, 0)
         pooled = torch.maximum(pooled, taken) if how == "max" else pooled + taken
     return text.unsort(pooled if how == "max" else pooled / kernel)
 
@@ -79,73 +79,73 @@ def raised(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(mask, ALWAYS)
 
 
-def latest(held: HeldView, count: int | Tensor) -> Tensor:
+def latest(resident: ResidentView, count: int | Tensor) -> Tensor:
     """Mask of the resident tokens among the latest ``count`` of the text.
 
     Args:
-        held: The resident tokens.
+        resident: The resident tokens.
         count: Tokens, or one number per row, ``[rows]``.
 
     Returns:
-        ``[rows, kv_heads, held]`` bool.
+        ``[rows, kv_heads, resident]`` bool.
     """
-    since = held.num_tokens - count
-    return held.positions >= since[:, None, None]
+    since = resident.num_tokens - count
+    return resident.positions >= since[:, None, None]
 
 
-def value_norms(held: HeldView) -> Tensor:
-    """L2 norm of each resident value, ``[rows, kv_heads, held]``.
+def value_norms(resident: ResidentView) -> Tensor:
+    """L2 norm of each resident value, ``[rows, kv_heads, resident]``.
 
     Attention times value norm is the first-order proxy of how much the layer's output changes
     when a token goes; the gradient itself would need a backward pass, which inference has not.
     """
-    return held.key_scores[VALUE_NORM]
+    return resident.key_scores[VALUE_NORM]
 
 
-def query_count(held: HeldView, window: int) -> Tensor:
+def query_count(resident: ResidentView, window: int) -> Tensor:
     """Count observed queries among the latest ``window``, at least 1, ``[rows, 1, 1]`` float32."""
-    assert held.query_positions is not None
-    seen = (held.query_positions[:, -window:] >= 0).sum(-1)
+    assert resident.query_positions is not None
+    seen = (resident.query_positions[:, -window:] >= 0).sum(-1)
     return seen.clamp(min=1).float()[:, None, None]
 
 
-def per_query_max(held: HeldView, window: int) -> Tensor:
+def per_query_max(resident: ResidentView, window: int) -> Tensor:
     """Largest attention weight that each resident token receives from one of the latest queries.
 
     Returns:
-        ``[rows, num_heads, held]`` float32. Each query is a row of its own to the kernel; so
+        ``[rows, num_heads, resident]`` float32. Each query is a row of its own to the kernel; so
         many at a time that what it returns stays within `CHUNK_BYTES`.
 
     Raises:
         ValueError: The policy observes no queries.
     """
-    if held.queries is None or held.query_positions is None:
+    if resident.queries is None or resident.query_positions is None:
         raise ValueError("per_query_max needs queries: set the policy's `observation`")
-    queries = held.queries[:, -window:]
-    places = held.query_positions[:, -window:]
+    queries = resident.queries[:, -window:]
+    places = resident.query_positions[:, -window:]
     rows, window, heads, size = queries.shape
-    most = held.positions.new_zeros((rows, heads, held.held), dtype=torch.float32)
-    step = max(1, CHUNK_BYTES // (4 * max(1, rows * heads * held.held)))
+    most = resident.positions.new_zeros((rows, heads, resident.count), dtype=torch.float32)
+    step = max(1, CHUNK_BYTES // (4 * max(1, rows * heads * resident.count)))
     for start in range(0, window, step):
         some = queries[:, start : start + step]
         count = some.shape[1]
         each = replace(
-            held,
-            num_tokens=held.num_tokens.repeat_interleave(count),
-            num_prompt_tokens=held.num_prompt_tokens.repeat_interleave(count),
-            positions=held.positions.repeat_interleave(count, 0),
-            block_table=held.block_table.repeat_interleave(count, 0),
+            resident,
+            num_tokens=resident.num_tokens.repeat_interleave(count),
+            num_prompt_tokens=resident.num_prompt_tokens.repeat_interleave(count),
+            positions=resident.positions.repeat_interleave(count, 0),
+            block_table=resident.block_table.repeat_interleave(count, 0),
             queries=some.reshape(rows * count, 1, heads, size),
             query_positions=places[:, start : start + step].reshape(rows * count, 1),
-            totals=None,
+            cumulative_attention=None,
         )
-        mass = each.attention_mass(1).reshape(rows, count, heads, held.held)
+        mass = each.attention_mass(1).reshape(rows, count, heads, resident.count)
         most = torch.maximum(most, mass.amax(1))
     return most
 
 
-def chunked(held: int, bytes_per_token: int, part: Callable[[slice], Tensor]) -> Tensor:
+def chunked(resident: int, bytes_per_token: int, part: Callable[[slice], Tensor]) -> Tensor:
     """Concatenate ``part`` over slices of resident tokens that stay within `CHUNK_BYTES`."""
     step = max(1, CHUNK_BYTES // max(1, bytes_per_token))
-    parts = [part(slice(s, min(s + step, held))) for s in range(0, held, step)]
+    parts = [part(slice(s, min(s + step, resident))) for s in range(0, resident, step)]
     return torch.cat(parts, dim=-1)

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from kvplug.contract import EngineView, HeldView, LayerView, ScoringPolicy
+from kvplug.contract import EngineView, LayerView, ResidentView, ScoringPolicy
 from kvplug.registry import plugins
 
 ENGINE = EngineView(block_size=16, num_blocks=64, host="test")
@@ -35,7 +35,7 @@ def view(
     totals: Tensor | None = None,
     layer: LayerView | None = None,
     scale: float | None = None,
-) -> HeldView:
+) -> ResidentView:
     """A host's view for keys in slot order, ``[rows, kv_heads, held, head_size]``.
 
     Pages lie in shuffled order between others that are NaN, as is the rest of the last page.
@@ -63,20 +63,20 @@ def view(
         query_positions = num_tokens[:, None] - count + torch.arange(count)
         query_positions = query_positions.clamp(min=-1)
     heads = kv_heads if queries is None else queries.shape[2]
-    return HeldView(
+    return ResidentView(
         layer=layer or LayerView(0, 4, kv_heads, heads, head_size),
         scale=head_size**-0.5 if scale is None else scale,
         softcap=0.0,
         num_tokens=num_tokens.int(),
         num_prompt_tokens=(num_tokens if num_prompt_tokens is None else num_prompt_tokens).int(),
-        held=held,
+        count=held,
         positions=positions.int(),
         key_pages=pages(keys),
         value_pages=pages(values),
         block_table=table.int(),
         queries=queries,
         query_positions=None if query_positions is None else query_positions.int(),
-        totals=totals,
+        cumulative_attention=totals,
     )
 
 
@@ -93,7 +93,7 @@ def random_case(
     dtype: torch.dtype = torch.float32,
     same_tokens: bool = False,
     seed: int = 0,
-) -> HeldView:
+) -> ResidentView:
     """A request in the middle of its life: each KV head holds its own tokens of the text, in no
     order, the latest 20 of the text among them; the rows' texts end at different positions."""
     random = torch.Generator().manual_seed(seed)
@@ -122,12 +122,12 @@ def random_case(
             if policy.observation
             else None
         ),
-        totals=normal(rows, kv_heads, held).abs() if policy.wants_totals else None,
+        totals=(normal(rows, kv_heads, held).abs() if policy.wants_cumulative_attention else None),
     )
     return case
 
 
-def row(held: HeldView, index: int) -> HeldView:
+def row(held: ResidentView, index: int) -> ResidentView:
     """One row alone."""
     part = {
         f.name: value[index : index + 1]
@@ -138,8 +138,9 @@ def row(held: HeldView, index: int) -> HeldView:
     return replace(held, **part)
 
 
-def permuted(held: HeldView, order: Tensor, page: int) -> HeldView:
+def permuted(held: ResidentView, order: Tensor, page: int) -> ResidentView:
     """The same tokens in other slots; ``order[r, h, t]`` is the old held index of slot ``t``."""
+    totals = held.cumulative_attention
     wide = order[..., None].expand(-1, -1, -1, held.keys.shape[-1])
     moved = view(
         held.keys.gather(2, wide),
@@ -150,7 +151,7 @@ def permuted(held: HeldView, order: Tensor, page: int) -> HeldView:
         num_prompt_tokens=held.num_prompt_tokens,
         queries=held.queries,
         query_positions=held.query_positions,
-        totals=None if held.totals is None else held.totals.gather(2, order),
+        totals=totals if totals is None else totals.gather(2, order),
         layer=held.layer,
     )
     return moved

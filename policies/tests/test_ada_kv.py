@@ -72,8 +72,8 @@ def test_it_scores_and_shares_as_its_scorer_with_its_own_common_options() -> Non
     assert [made.share(v) for v in layers] == [alone.share(v) for v in layers]
 
     totals = build(AdaKV, of="h2o")
-    assert totals.wants_totals
-    assert not made.wants_totals
+    assert totals.wants_cumulative_attention
+    assert not made.wants_cumulative_attention
     held = random_case(totals)
     assert torch.equal(totals.score(held), build(H2O).score(held))
 

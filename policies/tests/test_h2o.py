@@ -53,7 +53,7 @@ def test_value_norm_weighs_what_the_output_would_lose() -> None:
 
 
 def test_totals_are_asked_for_and_missed() -> None:
-    assert build(H2O).wants_totals
+    assert build(H2O).wants_cumulative_attention
     with pytest.raises(ValueError, match="cumulative attention"):
         build(H2O).score(view(KEYS))
 

@@ -28,7 +28,7 @@ def test_an_answers_tokens_share_their_pages_mean() -> None:
     scores = build(PagedEviction, sink=0, recent=0).score(held)
     torch.testing.assert_close(scores, pages)
 
-    order = torch.stack([torch.randperm(held.held, generator=random) for _ in range(2)])[None]
+    order = torch.stack([torch.randperm(held.count, generator=random) for _ in range(2)])[None]
     moved = build(PagedEviction, sink=0, recent=0).score(permuted(held, order, PAGE))
     torch.testing.assert_close(moved, pages.gather(2, order))
 

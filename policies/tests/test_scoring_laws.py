@@ -7,7 +7,7 @@ import torch
 from scoring_laws import build, permuted, random_case, row, scoring_policies
 from torch import Tensor
 
-from kvplug.contract import HeldView, ScoringPolicy
+from kvplug.contract import ResidentView, ScoringPolicy
 
 EVERY = pytest.mark.parametrize("policy", scoring_policies(), ids=lambda p: p.name)
 
@@ -56,7 +56,7 @@ def test_a_row_scores_alone_as_it_does_beside_others(policy: type[ScoringPolicy]
 def test_slots_do_not_matter(policy: type[ScoringPolicy], page: int) -> None:
     made = build(policy)
     case = random_case(made, same_tokens=True, seed=2)
-    order = torch.stack([torch.randperm(case.held) for _ in range(4)]).reshape(2, 2, -1)
+    order = torch.stack([torch.randperm(case.count) for _ in range(4)]).reshape(2, 2, -1)
     moved = made.score(permuted(case, order, page))
     close(moved, made.score(case).gather(2, order))
 
@@ -67,7 +67,7 @@ def test_scores_are_the_same_twice_and_inputs_stay(policy: type[ScoringPolicy]) 
     case = random_case(made, dtype=torch.bfloat16, seed=4)
     before = {
         f.name: value.clone()
-        for f in fields(HeldView)
+        for f in fields(ResidentView)
         if isinstance(value := getattr(case, f.name), Tensor)
     }
     first, second = made.score(case), made.score(case)

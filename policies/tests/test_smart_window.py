@@ -9,14 +9,16 @@ from pydantic import ValidationError
 from scoring_laws import build, random_case, view
 from torch import Tensor
 
-from kvplug.contract import Feature, HeldView
+from kvplug.contract import Feature, ResidentView
 from kvplug_policies.scores import ALWAYS
 from kvplug_policies.sequence.smart_window import SmartWindow
 
 HELD, WINDOW = 40, 4
 
 
-def case(totals: Tensor, attended: int | None = None, positions: Tensor | None = None) -> HeldView:
+def case(
+    totals: Tensor, attended: int | None = None, positions: Tensor | None = None
+) -> ResidentView:
     """One head of flat keys; the window's queries look at one held token, if asked to."""
     keys = torch.zeros(1, 1, HELD, 8)
     queries = torch.zeros(1, WINDOW, 1, 8)
@@ -138,12 +140,12 @@ def test_nothing_is_counted_before_a_decision() -> None:
 
 def test_it_resizes_and_so_cannot_run_ahead() -> None:
     assert smart().resizes
-    assert smart().wants_totals
+    assert smart().wants_cumulative_attention
     assert Feature.ASYNC_SCHEDULING not in SmartWindow.supports
 
 
 def test_totals_are_missed() -> None:
-    held = replace(case(torch.zeros(HELD)), totals=None)
+    held = replace(case(torch.zeros(HELD)), cumulative_attention=None)
     with pytest.raises(ValueError, match="cumulative attention"):
         smart().score(held)
 

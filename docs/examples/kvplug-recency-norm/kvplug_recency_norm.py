@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvplug import hookimpl
-from kvplug.contract import HeldView, ScoringOptions, ScoringPolicy
+from kvplug.contract import ResidentView, ScoringOptions, ScoringPolicy
 from kvplug.registry import PolicyRegistry
 from kvplug_kernels.key_scores import KEY_NORM
 
@@ -29,9 +29,9 @@ class RecencyNorm(ScoringPolicy):
 
     options: Options
 
-    def score(self, held: HeldView) -> Tensor:
-        norms = held.key_scores[KEY_NORM].clamp_min(1e-6)
-        age = held.num_tokens[:, None, None] - held.positions
+    def score(self, resident: ResidentView) -> Tensor:
+        norms = resident.key_scores[KEY_NORM].clamp_min(1e-6)
+        age = resident.num_tokens[:, None, None] - resident.positions
         return -(norms.log2() + age / self.options.half_life)
 
 

@@ -4,7 +4,7 @@ import torch
 import transformers
 from kvplug_recency_norm import RecencyNorm
 
-from kvplug.contract import EngineView, HeldView, Kind, LayerView
+from kvplug.contract import EngineView, Kind, LayerView, ResidentView
 from kvplug.hosts.pruning import choose
 from kvplug.hosts.transformers import generate
 from kvplug.registry import plugins
@@ -16,17 +16,17 @@ def make(**options: object) -> RecencyNorm:
     return RecencyNorm(RecencyNorm.Options.model_validate(options), EngineView(block_size=16))
 
 
-def held(norms: torch.Tensor) -> HeldView:
-    """One request, one KV head, all 64 tokens of its text held: keys of these norms, ``[64]``."""
+def resident(norms: torch.Tensor) -> ResidentView:
+    """One request, one KV head, all 64 tokens resident: keys of these norms, ``[64]``."""
     keys = torch.zeros(1, 1, HELD, SIZE)
     keys[0, 0, :, 0] = norms
-    return HeldView(
+    return ResidentView(
         layer=LayerView(0, 1, 1, 1, SIZE),
         scale=SIZE**-0.5,
         softcap=0.0,
         num_tokens=torch.tensor([HELD], dtype=torch.int32),
         num_prompt_tokens=torch.tensor([HELD], dtype=torch.int32),
-        held=HELD,
+        count=HELD,
         positions=torch.arange(HELD, dtype=torch.int32)[None, None],
         key_pages=keys,
         value_pages=torch.ones_like(keys),
@@ -41,7 +41,7 @@ def test_the_entry_point_registers_it() -> None:
 def test_a_half_life_of_age_counts_as_a_norm_twice_as_large() -> None:
     norms = torch.full((HELD,), 8.0)
     norms[10], norms[30] = 2.0, 4.0
-    scores = make(budget=64, half_life=20).score(held(norms))[0, 0]
+    scores = make(budget=64, half_life=20).score(resident(norms))[0, 0]
     torch.testing.assert_close(scores[10], scores[30])
     assert scores[63] > scores[62] > scores[0]
 
@@ -50,7 +50,7 @@ def test_the_best_survive_with_the_first_and_the_latest() -> None:
     norms = torch.full((HELD,), 8.0)
     norms[[20, 25]] = 1.0
     policy = make(budget=8, sink=2, recent=4, half_life=1 << 20)
-    keep, _ = choose(policy, held(norms), candidates=HELD, count=8)
+    keep, _ = choose(policy, resident(norms), candidates=HELD, count=8)
     assert keep.tolist() == [[[0, 1, 20, 25, 60, 61, 62, 63]]]
 
 

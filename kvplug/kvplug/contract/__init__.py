@@ -32,7 +32,7 @@ from kvplug.contract.reuse import (
     Verdict,
 )
 from kvplug.contract.sequence import (
-    HeldView,
+    ResidentView,
     ScoringOptions,
     ScoringPolicy,
     SequencePolicy,
@@ -63,7 +63,6 @@ __all__ = [
     "Fingerprint",
     "FormatOptions",
     "FormatPolicy",
-    "HeldView",
     "Kind",
     "LayerView",
     "LifecyclePolicy",
@@ -80,6 +79,7 @@ __all__ = [
     "Recent",
     "Released",
     "RequestView",
+    "ResidentView",
     "ReuseCheck",
     "ReuseRequest",
     "Rope",

@@ -68,7 +68,7 @@ class SequencePolicy(Policy):
 
 
 @dataclass(frozen=True)
-class HeldView:
+class ResidentView:
     """The resident tokens of some requests in one layer at a decision, on the worker.
 
     Rows are requests with equally many resident tokens. Resident token ``t`` of a row and KV head
@@ -82,8 +82,8 @@ class HeldView:
         softcap: Soft cap of its logits, 0 for none.
         num_tokens: Tokens of the text computed so far, ``[rows]`` int32.
         num_prompt_tokens: Tokens of the prompt, ``[rows]`` int32.
-        held: Resident tokens per row and head.
-        positions: Position in the text of each resident token, ``[rows, kv_heads, held]`` int32.
+        count: Resident tokens per row and head.
+        positions: Position in the text of each resident token, ``[rows, kv_heads, count]`` int32.
         key_pages: ``[pages, kv_heads, page, head_size]``, keys after RoPE; the last dimension is
             contiguous.
         value_pages: The same shape.
@@ -92,9 +92,9 @@ class HeldView:
             num_heads, head_size]``, or None if the policy observes none.
         query_positions: Their positions, ``[rows, observation]`` int32; -1 if the text is shorter
             than the observation.
-        totals: Cumulative attention: the mass each resident token received from every query since
-            it was written, mean over the query heads of its group, ``[rows, kv_heads, held]``
-            float32, or None unless the policy sets `ScoringPolicy.wants_totals`.
+        cumulative_attention: Mass each resident token received from every query since
+            it was written, mean over the query heads of its group, ``[rows, kv_heads, count]``
+            float32, or None unless the policy sets `ScoringPolicy.wants_cumulative_attention`.
     """
 
     layer: LayerView
@@ -102,46 +102,46 @@ class HeldView:
     softcap: float
     num_tokens: Tensor
     num_prompt_tokens: Tensor
-    held: int
+    count: int
     positions: Tensor
     key_pages: Tensor
     value_pages: Tensor
     block_table: Tensor
     queries: Tensor | None = None
     query_positions: Tensor | None = None
-    totals: Tensor | None = None
+    cumulative_attention: Tensor | None = None
 
     def _dense(self, pages: Tensor) -> Tensor:
         import torch
 
         rows, page = self.block_table.shape[0], pages.shape[2]
         # Asking a GPU whether the table is plain would wait for it.
-        if not pages.is_cuda and pages.shape[0] == rows and page == self.held:
+        if not pages.is_cuda and pages.shape[0] == rows and page == self.count:
             first = self.block_table[:, 0].long()
             if torch.equal(first, torch.arange(rows, device=first.device)):
                 return pages
-        width = -(-self.held // page)
+        width = -(-self.count // page)
         taken = pages[self.block_table[:, :width].long()]
         flat = taken.transpose(1, 2).reshape(rows, pages.shape[1], width * page, pages.shape[3])
-        return flat[:, :, : self.held]
+        return flat[:, :, : self.count]
 
     @cached_property
     def keys(self) -> Tensor:
-        """Keys in slot order, ``[rows, kv_heads, held, head_size]``; gathered at first use."""
+        """Keys in slot order, ``[rows, kv_heads, count, head_size]``; gathered at first use."""
         return self._dense(self.key_pages)
 
     @cached_property
     def values(self) -> Tensor:
-        """Values in slot order, ``[rows, kv_heads, held, head_size]``; gathered at first use."""
+        """Values in slot order, ``[rows, kv_heads, count, head_size]``; gathered at first use."""
         return self._dense(self.value_pages)
 
     @cached_property
     def lens(self) -> Tensor:
-        """`held` for each row, ``[rows]`` int32, as kernels take it."""
+        """`count` for each row, ``[rows]`` int32, as kernels take it."""
         import torch
 
         rows = self.block_table.shape[0]
-        return torch.full((rows,), self.held, dtype=torch.int32, device=self.positions.device)
+        return torch.full((rows,), self.count, dtype=torch.int32, device=self.positions.device)
 
     def attention_mass(self, window: int | None = None) -> Tensor:
         """Compute the attention mass that each resident token receives from the latest queries.
@@ -150,7 +150,7 @@ class HeldView:
             window: Number of latest queries; all observed ones by default.
 
         Returns:
-            ``[rows, num_heads, held]`` float32, summed over the queries; each query's softmax is
+            ``[rows, num_heads, count]`` float32, summed over the queries; each query's softmax is
             over the resident tokens it may see.
 
         Raises:
@@ -174,7 +174,7 @@ class HeldView:
             key_positions=self.positions,
             query_positions=self.query_positions[:, -window:],
             softcap=self.softcap,
-            out=queries.new_empty((rows, heads, self.held), dtype=torch.float32),
+            out=queries.new_empty((rows, heads, self.count), dtype=torch.float32),
         )
 
     def over_groups(self, values: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class HeldView:
 
     @cached_property
     def key_scores(self) -> Tensor:
-        """Norms and similarities of the resident keys, ``[4, rows, kv_heads, held]`` float32.
+        """Norms and similarities of the resident keys, ``[4, rows, kv_heads, count]`` float32.
 
         Indexed by the constants of `kvplug_kernels.key_scores`: ``KEY_NORM``, ``VALUE_NORM``,
         ``KEY_TO_MEAN`` (cosine with the mean of the normalised keys), ``KEY_TO_PREVIOUS``.
@@ -200,7 +200,7 @@ class HeldView:
         from kvplug_kernels.key_scores import key_scores
 
         scores = key_scores(self.key_pages, self.value_pages, self.block_table, self.lens)
-        return scores[..., : self.held]
+        return scores[..., : self.count]
 
 
 class ScoringOptions(PolicyOptions):
@@ -319,8 +319,8 @@ class ScoringPolicy(SequencePolicy):
         class Knorm(ScoringPolicy):
             name, changes = "knorm", "drops the tokens with the largest keys"
 
-            def score(self, held):
-                return -held.keys.float().norm(dim=-1)
+            def score(self, resident):
+                return -resident.keys.float().norm(dim=-1)
 
     Decisions fall at points of the text known in advance to both sides of the engine: at the end
     of the prompt, every ``interval`` generated tokens, and inside a prompt that is longer than
@@ -328,12 +328,13 @@ class ScoringPolicy(SequencePolicy):
     that reached one; the host keeps sinks and recent tokens whatever their score.
 
     Attributes:
-        observation: Latest queries that `HeldView.queries` carries; 0 for none.
-        wants_totals: True to have `HeldView.totals` kept up to date.
+        observation: Latest queries that `ResidentView.queries` carries; 0 for none.
+        wants_cumulative_attention: True to keep `ResidentView.cumulative_attention`
+            up to date.
     """
 
     observation: int = 0
-    wants_totals: bool = False
+    wants_cumulative_attention: bool = False
     mutates_blocks: ClassVar[bool] = True
     supports: ClassVar[frozenset[Feature]] = frozenset(
         {
@@ -356,7 +357,6 @@ class ScoringPolicy(SequencePolicy):
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
-        self.knobs: ScoringOptions = self.options
         for layers in self.options.layers:
             if engine.layers:
                 layer_range(layers, engine.layers[0].num_layers)
@@ -365,8 +365,8 @@ class ScoringPolicy(SequencePolicy):
         return None
 
     @abstractmethod
-    def score(self, held: HeldView) -> Tensor:
-        """Score each resident token, ``[rows, kv_heads, held]`` float; higher scores are kept.
+    def score(self, resident: ResidentView) -> Tensor:
+        """Score each resident token, ``[rows, kv_heads, count]`` float; higher scores are kept.
 
         Deterministic, and row by row: a request's scores must not depend on its neighbours.
         """
@@ -382,7 +382,7 @@ class ScoringPolicy(SequencePolicy):
                 return share
         return 1.0
 
-    def measure(self, held: HeldView, scores: Tensor) -> Tensor | None:
+    def measure(self, resident: ResidentView, scores: Tensor) -> Tensor | None:
         """Measure a decision for the scheduler, ``[rows, n]`` float, or None for nothing.
 
         Called after each `score` with its result, on the worker. The host averages it over the

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvplug.contract import HeldView, LayerView, ScoringPolicy
+from kvplug.contract import LayerView, ResidentView, ScoringPolicy
 from kvplug_kernels.select_top import select_top
 
 
@@ -241,7 +241,7 @@ def layout(last: Cut | None, cut: Cut, shared: int, block_size: int) -> Layout:
 
 def choose(
     policy: ScoringPolicy,
-    held: HeldView,
+    held: ResidentView,
     candidates: int,
     count: int,
     unwanted: Tensor | None = None,
@@ -276,7 +276,7 @@ def choose(
 
 def keep_best(
     policy: ScoringPolicy,
-    held: HeldView,
+    held: ResidentView,
     scores: Tensor,
     candidates: int,
     count: int,

@@ -33,10 +33,10 @@ from torch import Tensor
 from kvplug.contract import (
     EngineView,
     Feature,
-    HeldView,
     Kind,
     LayerView,
     PolicyOptions,
+    ResidentView,
     ScoringOptions,
     ScoringPolicy,
 )
@@ -51,36 +51,36 @@ def pooled_counts(scores: Tensor, budget: Tensor) -> Tensor:
     top ``budget`` tokens hold.
 
     Args:
-        scores: At least 0, ``[rows, heads, held]``.
-        budget: Tokens per head, ``[rows]`` int64, at most ``held``.
+        scores: At least 0, ``[rows, heads, resident]``.
+        budget: Tokens per head, ``[rows]`` int64, at most ``resident``.
 
     Returns:
         ``[rows, heads]`` int64, of sum ``heads * budget``.
     """
-    rows, heads, held = scores.shape
+    rows, heads, resident = scores.shape
     pooled = _weighed(scores, budget).flatten(1)
     order = pooled.argsort(dim=-1, descending=True, stable=True)
-    taken = torch.arange(heads * held, device=scores.device) < (heads * budget)[:, None]
+    taken = torch.arange(heads * resident, device=scores.device) < (heads * budget)[:, None]
     counts = torch.zeros((rows, heads), dtype=torch.int64, device=scores.device)
-    return counts.scatter_add_(-1, order // held, taken.long())
+    return counts.scatter_add_(-1, order // resident, taken.long())
 
 
 def head_budgets(scores: Tensor, budget: int | Tensor, safeguard: float = 0.2) -> Tensor:
     """Ada-KV's allocation: tokens per head, adaptive except for a fraction every head has.
 
     Args:
-        scores: At least 0, ``[rows, heads, held]``.
-        budget: Mean tokens per head, at most ``held``; a number, or one per row ``[rows]``.
+        scores: At least 0, ``[rows, heads, resident]``.
+        budget: Mean tokens per head, at most ``resident``; a number, or one per row ``[rows]``.
         safeguard: Part of the budget that every head has, 0.0-1.0.
 
     Returns:
         ``[rows, heads]`` int64, of sum ``heads * budget``; a head gets at least ``safeguard *
         budget``, rounded down.
     """
-    rows, heads, held = scores.shape
+    rows, heads, resident = scores.shape
     if not isinstance(budget, Tensor):
         budget = torch.full((rows,), budget, device=scores.device)
-    budget = budget.long().clamp(0, held)
+    budget = budget.long().clamp(0, resident)
     counts = pooled_counts(scores, budget).double()
     wanted = counts * (1.0 - safeguard) + budget[:, None].double() * safeguard
     whole = wanted.floor()
@@ -140,7 +140,7 @@ class AdaKV(ScoringPolicy):
         super().__init__(options, engine)
         self.inner = self._scorer(engine)
         self.observation = self.inner.observation
-        self.wants_totals = self.inner.wants_totals
+        self.wants_cumulative_attention = self.inner.wants_cumulative_attention
         self._resized = 0
         self._wanted = 0.0
         self._kept = 0.0
@@ -176,10 +176,10 @@ class AdaKV(ScoringPolicy):
     def share(self, layer: LayerView) -> float:
         return self.inner.share(layer)
 
-    def score(self, held: HeldView) -> Tensor:
-        return self.inner.score(held)
+    def score(self, resident: ResidentView) -> Tensor:
+        return self.inner.score(resident)
 
-    def measure(self, held: HeldView, scores: Tensor) -> Tensor:
+    def measure(self, resident: ResidentView, scores: Tensor) -> Tensor:
         """Measure how many tokens per head the layer needs, and what it was given.
 
         Returns:
@@ -187,8 +187,8 @@ class AdaKV(ScoringPolicy):
             for, both of a layer with share 1, the largest part of the budget that Ada-KV would
             give to one head, and 1 where nothing of the text was dropped before, else 0.
         """
-        share, count = self.share(held.layer), held.held
-        always = (held.positions < self.options.sink) | latest(held, self.options.recent)
+        share, count = self.share(resident.layer), resident.count
+        always = (resident.positions < self.options.sink) | latest(resident, self.options.recent)
         always |= scores >= ALWAYS / 2
         low = scores.masked_fill(always, ALWAYS).amin(-1, keepdim=True).clamp(max=0.0)
         open_ = (scores - low).masked_fill(always, 0.0)
@@ -197,7 +197,7 @@ class AdaKV(ScoringPolicy):
         base = (
             torch.full_like(fixed, float(asked))
             if isinstance(asked, int)
-            else held.num_prompt_tokens * asked
+            else resident.num_prompt_tokens * asked
         )
         budget = (base * share - fixed).round().long().clamp(1, count)
         pooled = _weighed(open_, budget).flatten(1).double().sort(-1, descending=True).values
@@ -206,7 +206,7 @@ class AdaKV(ScoringPolicy):
         needed = (pooled < enough).sum(-1) + 1
         heads = scores.shape[1]
         widest = head_budgets(open_, budget, self.options.safeguard).amax(-1) / budget
-        whole = held.num_tokens <= count
+        whole = resident.num_tokens <= count
         return torch.stack([(needed / heads + fixed) / share, base, widest, whole], -1).float()
 
     def resize(self, measured: Sequence[float], budget: int, num_tokens: int) -> int:

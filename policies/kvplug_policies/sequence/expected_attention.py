@@ -28,8 +28,8 @@ from torch import Tensor
 
 from kvplug.contract import (
     EngineView,
-    HeldView,
     PolicyOptions,
+    ResidentView,
     Rope,
     ScoringOptions,
     ScoringPolicy,
@@ -91,14 +91,14 @@ class ExpectedAttention(ScoringPolicy):
         super().__init__(options, engine)
         self.observation = self.options.queries
 
-    def score(self, held: HeldView) -> Tensor:
-        mean, spread = self._future(held)
-        keys = held.keys
+    def score(self, resident: ResidentView) -> Tensor:
+        mean, spread = self._future(resident)
+        keys = resident.keys
         rows, heads, size = mean.shape
         kv_heads = keys.shape[1]
         group = heads // kv_heads
         mean = mean.view(rows, kv_heads, group, size)
-        logits = torch.einsum("rhgd,rhtd->rhgt", mean, keys.float()) * held.scale
+        logits = torch.einsum("rhgd,rhtd->rhgt", mean, keys.float()) * resident.scale
         if self.options.covariance:
             spread = spread.view(rows, kv_heads, group, size, size)
 
@@ -106,25 +106,25 @@ class ExpectedAttention(ScoringPolicy):
                 some = keys[:, :, None, part].float()
                 return ((some @ spread) * some).sum(-1)
 
-            logits = logits + chunked(held.held, 8 * rows * heads * size, variance) * (
-                held.scale**2 / 2
+            logits = logits + chunked(resident.count, 8 * rows * heads * size, variance) * (
+                resident.scale**2 / 2
             )
-        sink = held.positions < self.options.sink
+        sink = resident.positions < self.options.sink
         # A sink draws attention whatever the query; it must not take it from those compared.
         logits = logits.masked_fill(sink[:, :, None], torch.finfo(torch.float32).min)
         expected = logits.softmax(-1).mean(2)
         if self.options.value_norm:
-            expected = (expected + self.options.epsilon) * value_norms(held)
+            expected = (expected + self.options.epsilon) * value_norms(resident)
         return raised(expected, sink)
 
-    def _future(self, held: HeldView) -> tuple[Tensor, Tensor]:
+    def _future(self, resident: ResidentView) -> tuple[Tensor, Tensor]:
         """Mean and covariance of future queries, ``[rows, heads, head_size]`` and ``[rows, heads,
         head_size, head_size]``."""
-        if held.queries is None or held.query_positions is None:
+        if resident.queries is None or resident.query_positions is None:
             raise ValueError("expected_attention needs queries, which its host does not provide")
-        queries, places = held.queries.float(), held.query_positions
+        queries, places = resident.queries.float(), resident.query_positions
         counted = (places >= self.options.sink).float()[:, :, None, None]
-        rope = held.layer.rope
+        rope = resident.layer.rope
         if rope is not None:
             cos, sin = _angles(rope, places.clamp(min=0))
             queries = rotated(queries, cos[:, :, None], -sin[:, :, None], rope.interleaved)
@@ -133,7 +133,7 @@ class ExpectedAttention(ScoringPolicy):
         centred = (queries - mean[:, None]) * counted
         if rope is not None:
             ahead = torch.arange(self.options.horizon, device=places.device)
-            cos, sin = _angles(rope, held.num_tokens[:, None] + ahead)
+            cos, sin = _angles(rope, resident.num_tokens[:, None] + ahead)
             cos, sin = cos.mean(1)[:, None], sin.mean(1)[:, None]
             mean = rotated(mean, cos, sin, rope.interleaved)
             centred = rotated(centred, cos[:, None], sin[:, None], rope.interleaved)

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvplug.contract import (
-    HeldView,
+    ResidentView,
     ScoringOptions,
     ScoringPolicy,
 )
@@ -37,7 +37,7 @@ class H2O(ScoringPolicy):
         "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models, "
         "arXiv 2306.14048"
     )
-    wants_totals = True
+    wants_cumulative_attention = True
 
     class Options(ScoringOptions):
         """Options of `H2O`."""
@@ -56,21 +56,21 @@ class H2O(ScoringPolicy):
 
     options: Options
 
-    def score(self, held: HeldView) -> Tensor:
-        if held.totals is None:
+    def score(self, resident: ResidentView) -> Tensor:
+        if resident.cumulative_attention is None:
             raise ValueError("h2o needs cumulative attention, which its host does not provide")
-        heavy = held.totals.float()
+        heavy = resident.cumulative_attention.float()
         if self.options.per_query:
-            seen = held.num_tokens[:, None, None] - held.positions
+            seen = resident.num_tokens[:, None, None] - resident.positions
             heavy = heavy / seen.clamp(min=1)
         if self.options.value_norm:
-            heavy = heavy * value_norms(held)
-        return raised(heavy, latest(held, self._recent(held)))
+            heavy = heavy * value_norms(resident)
+        return raised(heavy, latest(resident, self._recent(resident)))
 
-    def _recent(self, held: HeldView) -> Tensor:
+    def _recent(self, resident: ResidentView) -> Tensor:
         """Latest tokens that are kept whatever their total, ``[rows]``."""
         options = self.options
-        part = options.recent_part * self.share(held.layer)
+        part = options.recent_part * self.share(resident.layer)
         if isinstance(options.budget, int):
-            return torch.full_like(held.num_tokens, math.floor(options.budget * part))
-        return (held.num_prompt_tokens * (options.budget * part)).int()
+            return torch.full_like(resident.num_tokens, math.floor(options.budget * part))
+        return (resident.num_prompt_tokens * (options.budget * part)).int()

@@ -2,7 +2,7 @@
 
 Park et al., arXiv 2504.15364: keys that point away from the mean direction of the cache draw more
 attention, so each token scores minus the cosine between its key and the mean of all normalised
-keys held. Needs no query, so it works block by block while a long prompt is read.
+keys resident. Needs no query, so it works block by block while a long prompt is read.
 
 Differences from the paper, forced by paging or by serving:
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvplug.contract import HeldView, ScoringPolicy
+from kvplug.contract import ResidentView, ScoringPolicy
 from kvplug_kernels.key_scores import KEY_TO_MEAN
 
 
@@ -31,5 +31,5 @@ class KeyDiff(ScoringPolicy):
         "arXiv 2504.15364"
     )
 
-    def score(self, held: HeldView) -> Tensor:
-        return -held.key_scores[KEY_TO_MEAN]
+    def score(self, resident: ResidentView) -> Tensor:
+        return -resident.key_scores[KEY_TO_MEAN]

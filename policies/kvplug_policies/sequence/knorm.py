@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvplug.contract import HeldView, ScoringPolicy
+from kvplug.contract import ResidentView, ScoringPolicy
 from kvplug_kernels.key_scores import KEY_NORM
 
 
@@ -31,5 +31,5 @@ class Knorm(ScoringPolicy):
         "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, arXiv 2406.11430"
     )
 
-    def score(self, held: HeldView) -> Tensor:
-        return -held.key_scores[KEY_NORM]
+    def score(self, resident: ResidentView) -> Tensor:
+        return -resident.key_scores[KEY_NORM]

@@ -23,7 +23,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kvplug.contract import EngineView, HeldView, PolicyOptions, ScoringOptions, ScoringPolicy
+from kvplug.contract import EngineView, PolicyOptions, ResidentView, ScoringOptions, ScoringPolicy
 from kvplug_policies.scores import latest, per_query_max, raised, value_norms
 
 
@@ -70,12 +70,12 @@ class MorphKV(ScoringPolicy):
         super().__init__(options, engine)
         self.observation = self.options.window
 
-    def score(self, held: HeldView) -> Tensor:
+    def score(self, resident: ResidentView) -> Tensor:
         window = self.options.window
         if self.options.fusion == "max":
-            received = held.over_groups(per_query_max(held, window))
+            received = resident.over_groups(per_query_max(resident, window))
         else:
-            received = held.over_groups(held.attention_mass(window))
+            received = resident.over_groups(resident.attention_mass(window))
         if self.options.value_norm:
-            received = received * value_norms(held)
-        return raised(received, latest(held, window))
+            received = received * value_norms(resident)
+        return raised(received, latest(resident, window))

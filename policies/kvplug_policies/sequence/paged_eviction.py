@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvplug.contract import HeldView, ScoringPolicy
+from kvplug.contract import ResidentView, ScoringPolicy
 from kvplug_kernels.key_scores import KEY_NORM, VALUE_NORM
 from kvplug_policies.scores import TextOrder, raised
 
@@ -38,19 +38,19 @@ class PagedEviction(ScoringPolicy):
         "Inference, arXiv 2509.04377"
     )
 
-    def score(self, held: HeldView) -> Tensor:
-        norms = held.key_scores
+    def score(self, resident: ResidentView) -> Tensor:
+        norms = resident.key_scores
         token = norms[VALUE_NORM] / norms[KEY_NORM].clamp(min=1e-6)
-        generating = held.num_tokens > held.num_prompt_tokens
-        return torch.where(generating[:, None, None], self._by_page(held, token), token)
+        generating = resident.num_tokens > resident.num_prompt_tokens
+        return torch.where(generating[:, None, None], self._by_page(resident, token), token)
 
-    def _by_page(self, held: HeldView, token: Tensor) -> Tensor:
+    def _by_page(self, resident: ResidentView, token: Tensor) -> Tensor:
         """Mean score of each token's page."""
-        page, count, device = self.engine.block_size, held.held, token.device
-        text = TextOrder(held.positions)
+        page, count, device = self.engine.block_size, resident.count, token.device
+        text = TextOrder(resident.positions)
         # Counted back from the newest token, the block being filled is page 0, and every page
         # after it ends where a block of the text does.
-        filling = (held.num_tokens % page).long()[:, None]
+        filling = (resident.num_tokens % page).long()[:, None]
         back = torch.arange(count, device=device).flip(0)[None]
         index = torch.div(back - filling, page, rounding_mode="floor") + 1
         starts = torch.arange(-(-count // page) + 1, device=device) * page
@@ -65,7 +65,7 @@ class PagedEviction(ScoringPolicy):
             return torch.where(inside, taken.view(-1, heads, *places.shape[2:]), 0)
 
         always = (text.positions < self.options.sink) | (
-            text.positions >= (held.num_tokens - self.options.recent)[:, None, None]
+            text.positions >= (resident.num_tokens - self.options.recent)[:, None, None]
         )
         sums = of_pages(text.sort(token)).sum(-1)
         mean = raised(sums / inside.sum(-1).clamp(min=1), of_pages(always).any(-1))

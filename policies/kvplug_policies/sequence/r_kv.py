@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from kvplug.contract import EngineView, HeldView, PolicyOptions, ScoringOptions, ScoringPolicy
+from kvplug.contract import EngineView, PolicyOptions, ResidentView, ScoringOptions, ScoringPolicy
 from kvplug_policies.scores import CHUNK_BYTES, latest, pool, query_count, raised
 
 
@@ -33,21 +33,21 @@ def redundancy(keys: Tensor, positions: Tensor, threshold: float, spare: int) ->
     """Redundancy of each key with the others of its head; sums to 1 over the keys.
 
     Args:
-        keys: ``[rows, kv_heads, held, head_size]``.
-        positions: Position in the text, ``[rows, kv_heads, held]``.
+        keys: ``[rows, kv_heads, resident, head_size]``.
+        positions: Position in the text, ``[rows, kv_heads, resident]``.
         threshold: Cosine above which two keys are alike.
         spare: Latest keys alike to a given one that it does not count against.
 
     Returns:
-        ``[rows, kv_heads, held]`` float32.
+        ``[rows, kv_heads, resident]`` float32.
     """
-    rows, heads, held, _ = keys.shape
+    rows, heads, resident, _ = keys.shape
     unit = torch.nn.functional.normalize(keys.float(), dim=-1, eps=1e-8)
-    penalty = unit.new_zeros((rows, heads, held))
+    penalty = unit.new_zeros((rows, heads, resident))
     # The similarity itself, its mask and the masked positions live at one time.
-    step = max(1, CHUNK_BYTES // (12 * max(1, rows * heads * held)))
-    others = torch.arange(held, device=keys.device)
-    for start in range(0, held, step):
+    step = max(1, CHUNK_BYTES // (12 * max(1, rows * heads * resident)))
+    others = torch.arange(resident, device=keys.device)
+    for start in range(0, resident, step):
         some = unit[:, :, start : start + step]
         similarity = some @ unit.mT
         mine = others[start : start + step, None] == others
@@ -57,10 +57,10 @@ def redundancy(keys: Tensor, positions: Tensor, threshold: float, spare: int) ->
         last = (
             places.amax(-1, keepdim=True)
             if spare == 1
-            else places.topk(min(spare, held), dim=-1).values[..., -1:]
+            else places.topk(min(spare, resident), dim=-1).values[..., -1:]
         )
         penalty += similarity.masked_fill_(alike & (places >= last), 0.0).sum(2)
-    return (penalty / held).softmax(-1)
+    return (penalty / resident).softmax(-1)
 
 
 class RKV(ScoringPolicy):
@@ -99,14 +99,14 @@ class RKV(ScoringPolicy):
         super().__init__(options, engine)
         self.observation = self.options.window
 
-    def score(self, held: HeldView) -> Tensor:
+    def score(self, resident: ResidentView) -> Tensor:
         options = self.options
-        rows, kv_heads = held.positions.shape[:2]
-        mass = held.attention_mass(options.window).view(rows, kv_heads, -1, held.held)
-        importance = mass.amax(2) / query_count(held, options.window)
-        inside = latest(held, options.window)
+        rows, kv_heads = resident.positions.shape[:2]
+        mass = resident.attention_mass(options.window).view(rows, kv_heads, -1, resident.count)
+        importance = mass.amax(2) / query_count(resident, options.window)
+        inside = latest(resident, options.window)
         importance = pool(
-            importance.masked_fill(inside, 0.0), held.positions, options.kernel, "max"
+            importance.masked_fill(inside, 0.0), resident.positions, options.kernel, "max"
         )
-        repeated = redundancy(held.keys, held.positions, options.threshold, options.spare)
+        repeated = redundancy(resident.keys, resident.positions, options.threshold, options.spare)
         return raised(options.mix * importance - (1.0 - options.mix) * repeated, inside)

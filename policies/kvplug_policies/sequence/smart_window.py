@@ -32,8 +32,8 @@ from torch import Tensor
 from kvplug.contract import (
     EngineView,
     Feature,
-    HeldView,
     PolicyOptions,
+    ResidentView,
     ScoringOptions,
     ScoringPolicy,
 )
@@ -54,7 +54,7 @@ class SmartWindow(ScoringPolicy):
     changes = "drops the tokens worth least so far and now; how many, follows what each is paid"
     supports = ScoringPolicy.supports - {Feature.ASYNC_SCHEDULING}
     paper = "kvplug's own"
-    wants_totals = True
+    wants_cumulative_attention = True
 
     class Options(ScoringOptions):
         """Options of `SmartWindow`."""
@@ -101,21 +101,22 @@ class SmartWindow(ScoringPolicy):
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
         self.observation = self.options.window
-        self._observed: tuple[HeldView, Tensor] | None = None
+        self._observed: tuple[ResidentView, Tensor] | None = None
         self._verdicts = {"grew": 0, "stayed": 0, "shrank": 0}
         self._sizes: list[float] = [0.0, 0.0, 0.0]
         self._far = self._lost = 0.0
 
-    def score(self, held: HeldView) -> Tensor:
+    def score(self, resident: ResidentView) -> Tensor:
         options = self.options
-        received = self._received(held)
-        self._observed = held, received
-        inside = latest(held, options.window)
-        pooled = pool(received.masked_fill(inside, 0.0), held.positions, options.kernel)
-        now = pooled * held.held
-        return raised(torch.maximum(now, self._so_far(held, self._cumulative(held))), inside)
+        received = self._received(resident)
+        self._observed = resident, received
+        inside = latest(resident, options.window)
+        pooled = pool(received.masked_fill(inside, 0.0), resident.positions, options.kernel)
+        now = pooled * resident.count
+        so_far = self._so_far(resident, self._cumulative(resident))
+        return raised(torch.maximum(now, so_far), inside)
 
-    def measure(self, held: HeldView, scores: Tensor) -> Tensor:
+    def measure(self, resident: ResidentView, scores: Tensor) -> Tensor:
         """Measure the attention that the latest queries pay to far tokens.
 
         Returns:
@@ -123,25 +124,27 @@ class SmartWindow(ScoringPolicy):
             smaller window would have lost, and the requested budget.
         """
         observed, self._observed = self._observed, None
-        same = observed is not None and observed[0] is held
-        received = observed[1] if observed is not None and same else self._received(held)
-        count = query_count(held, self.options.window)
-        before = (self._cumulative(held) - received * count).clamp(min=0.0)
-        near = latest(held, max(self.options.window, self.options.recent))
-        always = near | (held.positions < self.options.sink)
-        worth = self._so_far(held, before).masked_fill(always, torch.inf)
+        same = observed is not None and observed[0] is resident
+        received = observed[1] if observed is not None and same else self._received(resident)
+        count = query_count(resident, self.options.window)
+        before = (self._cumulative(resident) - received * count).clamp(min=0.0)
+        near = latest(resident, max(self.options.window, self.options.recent))
+        always = near | (resident.positions < self.options.sink)
+        worth = self._so_far(resident, before).masked_fill(always, torch.inf)
         order = worth.argsort(dim=-1, descending=True, stable=True)
-        rank = torch.arange(held.held, device=worth.device)
+        rank = torch.arange(resident.count, device=worth.device)
         asked = self.options.budget
         base = (
-            torch.full_like(held.num_tokens, asked)
+            torch.full_like(resident.num_tokens, asked)
             if isinstance(asked, int)
-            else held.num_prompt_tokens * asked
+            else resident.num_prompt_tokens * asked
         ).float()
         block = self.engine.block_size
         since = -(-self.options.interval // block) * block
         size = torch.where(
-            held.num_tokens <= held.held, base * self.share(held.layer), float(held.held - since)
+            resident.num_tokens <= resident.count,
+            base * self.share(resident.layer),
+            float(resident.count - since),
         )
         lost = rank >= size[:, None, None] * SMALLER
         paid = received.masked_fill(always, 0.0)
@@ -188,22 +191,22 @@ class SmartWindow(ScoringPolicy):
             "lost_attention": self._lost / decisions,
         }
 
-    def _received(self, held: HeldView) -> Tensor:
-        """Attention of the latest queries per query, ``[rows, kv_heads, held]``."""
+    def _received(self, resident: ResidentView) -> Tensor:
+        """Attention of the latest queries per query, ``[rows, kv_heads, resident]``."""
         window = self.options.window
-        return held.over_groups(held.attention_mass(window)) / query_count(held, window)
+        return resident.over_groups(resident.attention_mass(window)) / query_count(resident, window)
 
     @staticmethod
-    def _cumulative(held: HeldView) -> Tensor:
-        if held.totals is None:
+    def _cumulative(resident: ResidentView) -> Tensor:
+        if resident.cumulative_attention is None:
             raise ValueError(
                 "smart_window needs cumulative attention, which its host does not provide"
             )
-        return held.totals.float()
+        return resident.cumulative_attention.float()
 
     @staticmethod
-    def _so_far(held: HeldView, totals: Tensor) -> Tensor:
+    def _so_far(resident: ResidentView, totals: Tensor) -> Tensor:
         """Attention received since a token was written, against its fair share of it."""
-        text = held.num_tokens[:, None, None].float()
-        fair = (text.log() - (held.positions + 1).float().log()).clamp(min=0.0)
+        text = resident.num_tokens[:, None, None].float()
+        fair = (text.log() - (resident.positions + 1).float().log()).clamp(min=0.0)
         return (totals + DOUBT) / (fair + DOUBT)

@@ -21,7 +21,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from kvplug.contract import EngineView, HeldView, PolicyOptions, ScoringOptions, ScoringPolicy
+from kvplug.contract import EngineView, PolicyOptions, ResidentView, ScoringOptions, ScoringPolicy
 from kvplug_policies.scores import latest, pool, query_count, raised, value_norms
 
 
@@ -63,13 +63,13 @@ class SnapKV(ScoringPolicy):
         super().__init__(options, engine)
         self.observation = self.options.window
 
-    def score(self, held: HeldView) -> Tensor:
+    def score(self, resident: ResidentView) -> Tensor:
         options, window = self.options, self.options.window
-        mass = held.over_groups(held.attention_mass(window)) / query_count(held, window)
-        inside = latest(held, window)
+        mass = resident.over_groups(resident.attention_mass(window)) / query_count(resident, window)
+        inside = latest(resident, window)
         pooled = pool(
-            mass.masked_fill(inside, 0.0), held.positions, options.kernel, options.pooling
+            mass.masked_fill(inside, 0.0), resident.positions, options.kernel, options.pooling
         )
         if options.value_norm:
-            pooled = pooled * value_norms(held)
+            pooled = pooled * value_norms(resident)
         return raised(pooled, inside)

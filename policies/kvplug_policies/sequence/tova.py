@@ -20,7 +20,7 @@ from __future__ import annotations
 from pydantic import Field
 from torch import Tensor
 
-from kvplug.contract import HeldView, ScoringOptions, ScoringPolicy
+from kvplug.contract import ResidentView, ScoringOptions, ScoringPolicy
 from kvplug_policies.scores import TextOrder, value_norms
 
 
@@ -44,11 +44,11 @@ class Tova(ScoringPolicy):
 
     options: Options
 
-    def score(self, held: HeldView) -> Tensor:
-        received = held.over_groups(held.attention_mass(1))
+    def score(self, resident: ResidentView) -> Tensor:
+        received = resident.over_groups(resident.attention_mass(1))
         if self.options.value_norm:
-            received = received * value_norms(held)
+            received = received * value_norms(resident)
         # Heads hold the same tokens, though not always in the same slots.
-        text = TextOrder(held.positions)
+        text = TextOrder(resident.positions)
         mean = text.sort(received).mean(1, keepdim=True)
         return text.unsort(mean.expand_as(received))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvplug.contract import HeldView, LayerView, Window
+from kvplug.contract import LayerView, ResidentView, Window
 
 PAGE = 16
 """Tokens per page as GPU kernels see them, which want a power of two; room grows by it."""
@@ -178,13 +178,15 @@ class LayerCache:
             seen &= (block < rule.sink_blocks) | (block >= first)
         return seen
 
-    def view_for(self, policy_needs: Watched, num_tokens: int, num_prompt_tokens: int) -> HeldView:
+    def view_for(
+        self, policy_needs: Watched, num_tokens: int, num_prompt_tokens: int
+    ) -> ResidentView:
         """Make the view of the layer that a policy scores."""
         device = self._keys.device
         if self._keys.is_cuda:
             pages, table = self._paged(), torch.arange(-(-self.kept // PAGE), device=device)
         else:
-            # One page of everything: `HeldView.keys` gathers nothing then.
+            # One page of everything: `ResidentView.keys` gathers nothing then.
             pages, table = (self.keys, self.values), torch.zeros(1, device=device)
 
         def one(value: int) -> Tensor:
@@ -193,20 +195,20 @@ class LayerCache:
         queries = query_positions = None
         if policy_needs.observation:
             queries, query_positions = self._observed(policy_needs.observation)
-        return HeldView(
+        return ResidentView(
             layer=self.view,
             scale=self.scale,
             softcap=self.softcap,
             num_tokens=one(num_tokens),
             num_prompt_tokens=one(num_prompt_tokens),
-            held=self.kept,
+            count=self.kept,
             positions=self.positions,
             key_pages=pages[0],
             value_pages=pages[1],
             block_table=table.to(torch.int32)[None],
             queries=queries,
             query_positions=query_positions,
-            totals=self.totals if policy_needs.totals else None,
+            cumulative_attention=self.totals if policy_needs.totals else None,
         )
 
     def _observed(self, most: int) -> tuple[Tensor, Tensor]:

@@ -565,7 +565,7 @@ def _copied(layer: LayerCache) -> LayerCache:
 def watched_by(policy: SequencePolicy | FormatPolicy | None) -> Watched:
     """Return the statistics that a policy needs recorded beside keys and values."""
     if isinstance(policy, ScoringPolicy):
-        return Watched(policy.observation, policy.wants_totals)
+        return Watched(policy.observation, policy.wants_cumulative_attention)
     return Watched()
 
 

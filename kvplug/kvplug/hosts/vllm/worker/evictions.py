@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
-from kvplug.contract import HeldView, ScoringPolicy
+from kvplug.contract import ResidentView, ScoringPolicy
 from kvplug.hosts.pruning import choose, keep_best
 from kvplug.hosts.spans import SpanStore, Tokens
 from kvplug.hosts.vllm.messages import SequenceReport
@@ -130,7 +130,7 @@ class LayerEvictions:
             view.keys[0],
             view.values[0],
             view.positions[0],
-            view.totals[0] if view.totals is not None else None,
+            view.cumulative_attention[0] if view.cumulative_attention is not None else None,
         )
         queries = self.residents.latest_queries(decision, min(self.residents.ring, RECALL_QUERIES))
         found = store.needed(queries[0], mine.keys, count // 4)
@@ -166,15 +166,15 @@ class LayerEvictions:
             back.totals = None
         return Tokens.cat([mine.take(index[:, :at]), back, mine.take(index[:, at:])])
 
-    def _dense_view(self, view: HeldView, mine: Tokens) -> HeldView:
+    def _dense_view(self, view: ResidentView, mine: Tokens) -> ResidentView:
         return replace(
             view,
-            held=mine.keys.shape[1],
+            count=mine.keys.shape[1],
             positions=mine.positions[None],
             key_pages=mine.keys[None],
             value_pages=mine.values[None],
             block_table=torch.zeros_like(view.block_table[:, :1]),
-            totals=mine.totals[None] if mine.totals is not None else None,
+            cumulative_attention=mine.totals[None] if mine.totals is not None else None,
         )
 
     def _moved(self, source: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -185,7 +185,7 @@ class LayerEvictions:
 
     def _choose(
         self,
-        view: HeldView,
+        view: ResidentView,
         slots: list[int],
         candidates: int,
         count: int,
@@ -203,7 +203,7 @@ class LayerEvictions:
         newest = view.positions.float()
         return keep_best(self.policy, view, newest, candidates, count, unwanted)
 
-    def _measure(self, view: HeldView, scores: Tensor, slots: list[int]) -> None:
+    def _measure(self, view: ResidentView, scores: Tensor, slots: list[int]) -> None:
         measured = self.policy.measure(view, scores)
         if measured is not None:
             self._log.add_measured(slots, self._group, measured.double().cpu().numpy())

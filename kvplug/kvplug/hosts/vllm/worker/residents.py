@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvplug.contract import HeldView, LayerView, ScoringPolicy
+from kvplug.contract import LayerView, ResidentView, ScoringPolicy
 from kvplug.hosts.vllm.worker.pages import TokenPages, open_pages
 from kvplug.hosts.vllm.worker.phases import AttentionFlush, EvictionDecision, ResidentBlocks
 from kvplug_kernels.attention_mass import attention_mass
@@ -56,7 +56,7 @@ class LayerResidents:
             self.positions = torch.zeros(
                 (blocks, heads, size), dtype=torch.int32, device=cache.device
             )
-            if self.policy.wants_totals:
+            if self.policy.wants_cumulative_attention:
                 self.cumulative = torch.zeros((blocks, heads, size), device=cache.device)
 
     def forget(self, slot_mapping: Tensor) -> None:
@@ -119,7 +119,9 @@ class LayerResidents:
         ).reshape(rows, heads, -1)
         return found[..., : resident.tokens].contiguous()
 
-    def view(self, resident: ResidentBlocks, decision: EvictionDecision | None = None) -> HeldView:
+    def view(
+        self, resident: ResidentBlocks, decision: EvictionDecision | None = None
+    ) -> ResidentView:
         """Return what a policy sees of some rows, with their observed queries at a decision."""
         pages = self.pages
         queries = None
@@ -140,20 +142,22 @@ class LayerResidents:
         if queries is not None:
             window = torch.arange(-self.policy.observation, 0, device=device, dtype=torch.int32)
             positions = (num_tokens[:, None] + window).clamp_min(-1)
-        return HeldView(
+        return ResidentView(
             layer=self.layer,
             scale=self.scale,
             softcap=self.softcap,
             num_tokens=num_tokens,
             num_prompt_tokens=decision.num_prompt_tokens if decision is not None else none,
-            held=resident.tokens,
+            count=resident.tokens,
             positions=self._positions_of(resident),
             key_pages=key,
             value_pages=value,
             block_table=table,
             queries=queries,
             query_positions=positions,
-            totals=self._attention_of(resident) if self.cumulative is not None else None,
+            cumulative_attention=self._attention_of(resident)
+            if self.cumulative is not None
+            else None,
         )
 
     def latest_queries(self, decision: EvictionDecision, window: int) -> Tensor:
@@ -164,7 +168,7 @@ class LayerResidents:
         positions = decision.num_tokens[:, None].long() + torch.arange(-window, 0, device=device)
         return self._queries[slots * self.ring + positions % self.ring]
 
-    def put(self, resident: ResidentBlocks, source: Tensor, view: HeldView) -> None:
+    def put(self, resident: ResidentBlocks, source: Tensor, view: ResidentView) -> None:
         """Let positions and cumulative attention follow the tokens that moved.
 
         Args:
@@ -182,5 +186,5 @@ class LayerResidents:
 
         assert self.positions is not None
         store(self.positions, view.positions)
-        if self.cumulative is not None and view.totals is not None:
-            store(self.cumulative, view.totals)
+        if self.cumulative is not None and view.cumulative_attention is not None:
+            store(self.cumulative, view.cumulative_attention)

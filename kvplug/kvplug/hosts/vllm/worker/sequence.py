@@ -77,7 +77,7 @@ class ScoringWorker(KindWorker):
         policy = self.policy
         self.check_block_size(spec, stock, policy.name)
         # A prefix-cache hit would bring tokens without the attention they received so far.
-        shared = 0 if policy.wants_totals else min(own.shared for own in self._limits)
+        shared = 0 if policy.wants_cumulative_attention else min(own.shared for own in self._limits)
         return replace_as(
             spec,
             PrunedSpec,
@@ -136,7 +136,7 @@ def ring_size(policy: ScoringPolicy) -> int:
     """Queries remembered per request and layer."""
     return max(
         policy.observation,
-        FLUSH if policy.wants_totals else 0,
+        FLUSH if policy.wants_cumulative_attention else 0,
         RECALL_QUERIES if policy.options.on_demand else 0,
     )
 
@@ -168,7 +168,7 @@ class Phases(MetadataStep):
                 remembered = planner.remembered(parts, kind.ring)
                 if remembered is not None:
                     phase.remember_from, phase.remember_at = remembered
-            if kind.policy.wants_totals:
+            if kind.policy.wants_cumulative_attention:
                 phase.flushes = planner.flushes(common, parts, kind.ring)
             phase.decisions = planner.decisions(common, parts)
             kind.log.counts.rows += len(parts)
