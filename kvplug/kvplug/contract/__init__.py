@@ -1,5 +1,6 @@
 """The contract between policies and hosts: one file a kind, and the views they receive."""
 
+from kvplug.contract.attention import AttentionPolicy, DecodeRows, Gather
 from kvplug.contract.format import (
     AttendBatch,
     FormatOptions,
@@ -46,6 +47,7 @@ BASES: dict[Kind, type[Policy]] = {
     Kind.SEQUENCE: SequencePolicy,
     Kind.FORMAT: FormatPolicy,
     Kind.REUSE: ReuseCheck,
+    Kind.ATTENTION: AttentionPolicy,
     Kind.TRANSFER: TransferCodec,
     Kind.LIFECYCLE: LifecyclePolicy,
 }
@@ -55,14 +57,17 @@ __all__ = [
     "BASES",
     "Action",
     "AttendBatch",
+    "AttentionPolicy",
     "BlockFact",
     "Candidate",
     "CorruptPayload",
+    "DecodeRows",
     "EngineView",
     "Feature",
     "Fingerprint",
     "FormatOptions",
     "FormatPolicy",
+    "Gather",
     "Kind",
     "LayerView",
     "LifecyclePolicy",

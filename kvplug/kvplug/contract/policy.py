@@ -25,6 +25,7 @@ class Kind(StrEnum):
         SEQUENCE: Which tokens of a running request to keep.
         FORMAT: How K and V are stored in pages and attended there.
         REUSE: Whether stored KV may be used in place of a computation.
+        ATTENTION: How decode steps attend what a request holds.
         TRANSFER: How KV is encoded on its way out of the accelerator; no host runs it yet.
         LIFECYCLE: When a block changes tier or precision; no host runs it yet.
     """
@@ -33,6 +34,7 @@ class Kind(StrEnum):
     SEQUENCE = "sequence"
     FORMAT = "format"
     REUSE = "reuse"
+    ATTENTION = "attention"
     TRANSFER = "transfer"
     LIFECYCLE = "lifecycle"
 

@@ -26,8 +26,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from kvplug.errors import KVPlugError
-from kvplug.reuse.settings import Memo
-from kvplug_attention_memo.memory import AttentionMemo
+from kvplug_attention_memo.memory import AttentionMemo, MemoOptions
 from kvplug_lab.models import smollm2
 from kvplug_lab.texts import passages, shakespeare
 
@@ -78,7 +77,7 @@ class Decoder:
             step; with full attention only.
     """
 
-    def __init__(self, memo: Memo | None):
+    def __init__(self, memo: MemoOptions | None):
         self.memo = memo
         self.layers: dict[int, AttentionMemo] = {}
         self.rows: dict[int, int] = {}
@@ -112,7 +111,7 @@ class Decoder:
             )
         if layer not in self.layers:
             self.layers[layer] = AttentionMemo(
-                self.memo, heads, kv_heads, query.shape[3], scale, softcap=softcap, lanes=1
+                self.memo, heads, kv_heads, query.shape[3], scale, softcap=softcap, slots=1
             )
         read = 0
 
@@ -213,7 +212,7 @@ def read(model_path: Path, tokens: int, generate: int, count: int) -> list[Passa
 
 
 @torch.inference_mode()
-def measure(read_passages: Sequence[Passage], memo: Memo) -> Outcome:
+def measure(read_passages: Sequence[Passage], memo: MemoOptions) -> Outcome:
     """What one setting skips and costs."""
     decoders, same = [], []
     for passage in read_passages:
@@ -260,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if min(asked.tokens, asked.generate, asked.passages) < 1:
             raise KVPlugError("--tokens, --generate and --passages must be at least 1")
-        memos = [Memo(cosine=c, near=asked.near, every=asked.every) for c in asked.cosine]
+        memos = [MemoOptions(cosine=c, near=asked.near, every=asked.every) for c in asked.cosine]
         texts = read(asked.model or smollm2(), asked.tokens, asked.generate, asked.passages)
     except (KVPlugError, OSError, ValueError, ValidationError) as error:
         print(error, file=sys.stderr)

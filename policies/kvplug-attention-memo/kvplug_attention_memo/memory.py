@@ -10,29 +10,45 @@ exact for the query it was computed for, and an approximation for those after it
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from kvplug.reuse.settings import Memo
+from kvplug.contract import Gather, PolicyOptions
 from kvplug_kernels.attend_exact import merge_attention
 
-__all__ = ["AttentionMemo", "Gather", "Memoized", "attend_part"]
-
-Gather = Callable[[Sequence[int], Sequence[int], Sequence[int]], tuple[Tensor, Tensor]]
-"""``gather(rows, starts, ends)``: keys and values of the tokens from ``starts[i]`` on and below
-``ends[i]`` of row ``rows[i]``, each ``[len(rows), kv_heads, n, head_size]`` with ``n`` at least the
-longest; what lies beyond a row's own tokens does not matter."""
+__all__ = ["AttentionMemo", "MemoOptions", "Memoized", "attend_part"]
 
 PART_BYTES = 64 << 20
 """Keys and values gathered at a time; one row may need more."""
 
 
+class MemoOptions(PolicyOptions):
+    """When the attention over far tokens is reused."""
+
+    cosine: float = Field(
+        default=0.99,
+        gt=0,
+        le=1,
+        description="least cosine of a query with the remembered one, per head",
+    )
+    near: int = Field(
+        default=256, ge=16, le=1 << 20, description="latest tokens attended at every step"
+    )
+    every: int = Field(
+        default=16,
+        ge=1,
+        le=4096,
+        description="steps after which the far tokens are attended again in any case",
+    )
+
+
 @dataclass(frozen=True)
 class Memoized:
-    """What `AttentionMemo.attend` returns.
+    """Result of `AttentionMemo.attend`.
 
     Attributes:
         out: float32 ``[rows, num_heads, head_size]``.
@@ -50,41 +66,41 @@ class Memoized:
 
 @dataclass(slots=True)
 class _Remembered:
-    """What is kept of a lane beside its tensors."""
+    """A slot's memory, its tensors excepted."""
 
-    slot: int
+    place: int
     owner: int
     boundary: int
     length: int
 
 
 class AttentionMemo:
-    """The far attention of the requests of one layer.
+    """Remembers the far attention of one layer's requests.
 
-    A row reuses what its lane remembers if it belongs to the same owner, fewer than ``every``
+    A row reuses what its slot remembers if it belongs to the same owner, fewer than ``every``
     tokens have come since, and for every query head ``q . r >= cosine * max(|q|, |r|)**2`` with
     the remembered query ``r``: then the cosine is at least that, and neither is much longer than
     the other, which the cosine alone would not see. Else the far tokens are those older than the
-    latest ``near`` when the row is attended, they are attended afresh, and remembered. Tokens that
+    latest ``near`` when the row is attended, they are attended again, and remembered. Tokens that
     grow older meanwhile are attended at every step until then.
 
-    Memory is bounded by ``lanes``: beyond, what was used longest ago is forgotten.
+    Memory is bounded by ``slots``: beyond, what was used longest ago is forgotten.
 
     Args:
-        memo: When a query is alike.
+        options: When a query is alike.
         num_heads: Query heads.
         num_kv_heads: KV heads; query head ``h`` reads head ``h // (num_heads // num_kv_heads)``.
         head_size: Elements of a query, key or value.
         scale: Factor of the logits.
         softcap: Bound of the logits, 0 for none.
         align: The number of far tokens is a multiple of it: the block size of pages.
-        lanes: Lanes remembered at most.
+        slots: Maximum number of slots remembered.
         device: Where the queries are.
     """
 
     def __init__(
         self,
-        memo: Memo,
+        options: MemoOptions,
         num_heads: int,
         num_kv_heads: int,
         head_size: int,
@@ -92,14 +108,14 @@ class AttentionMemo:
         *,
         softcap: float = 0.0,
         align: int = 1,
-        lanes: int = 256,
+        slots: int = 256,
         device: torch.device | str = "cpu",
     ):
-        self.memo = memo
+        self.options = options
         self.scale = scale
         self.softcap = softcap
         self.align = align
-        self.lanes = lanes
+        self.slots = slots
         self._kv_heads = num_kv_heads
         self._shape = (num_heads, head_size)
         self._known: OrderedDict[int, _Remembered] = OrderedDict()
@@ -109,28 +125,28 @@ class AttentionMemo:
         self._lse = self._query.new_zeros((0, num_heads))
 
     def __len__(self) -> int:
-        """Lanes remembered."""
+        """Number of slots remembered."""
         return len(self._known)
 
     def far(self, length: int) -> int:
-        """Far tokens of a text of that many: all but the latest ``near``, in whole ``align``."""
-        return max(length - self.memo.near, 0) // self.align * self.align
+        """Number of far tokens of a text: all but the latest ``near``, in whole ``align``."""
+        return max(length - self.options.near, 0) // self.align * self.align
 
-    def release(self, lane: int) -> None:
-        """Forget a lane; one that is not known is no error."""
-        found = self._known.pop(lane, None)
+    def release(self, slot: int) -> None:
+        """Forget a slot; one that is not known is no error."""
+        found = self._known.pop(slot, None)
         if found is not None:
-            self._free.append(found.slot)
+            self._free.append(found.place)
 
     def clear(self) -> None:
-        """Forget every lane."""
-        for lane in list(self._known):
-            self.release(lane)
+        """Forget every slot."""
+        for slot in list(self._known):
+            self.release(slot)
 
     def attend(
         self,
         query: Tensor,
-        lanes: Sequence[int],
+        slots: Sequence[int],
         owners: Sequence[int],
         lens: Sequence[int],
         gather: Gather,
@@ -139,38 +155,38 @@ class AttentionMemo:
     ) -> Memoized:
         """Attend one query of each row.
 
-        A row whose merged output is not finite is attended in full, and its lane forgotten.
+        A row whose merged output is not finite is attended in full, and its slot forgotten.
 
         Args:
             query: ``[rows, num_heads, head_size]``, rotated like the keys.
-            lanes: Lane of each row, distinct.
-            owners: Which request has the lane: another one's memory is never used, and given up.
+            slots: Lane of each row, distinct.
+            owners: Number of the request that has each slot; another one's memory is never used.
             lens: Tokens of each row, its query's own among them; at least one.
             gather: Reads the rows' keys and values.
             audit: Whether to attend rows that reuse in full as well, to tell their error.
         """
-        rows = len(lanes)
+        rows = len(slots)
         wide = query.float()
         if rows == 0:
             return Memoized(wide, 0, 0, wide.new_zeros(0) if audit else None)
-        alike = self._alike(wide, lanes, owners, lens)
+        alike = self._alike(wide, slots, owners, lens)
         starts = [
-            self._known[lanes[i]].boundary if alike[i] else self.far(lens[i]) for i in range(rows)
+            self._known[slots[i]].boundary if alike[i] else self.far(lens[i]) for i in range(rows)
         ]
-        anew = [i for i in range(rows) if starts[i] > 0 and not alike[i]]
+        fresh = [i for i in range(rows) if starts[i] > 0 and not alike[i]]
         again = [i for i in range(rows) if alike[i]]
         out, lse = self._attend(wide, list(range(rows)), starts, list(lens), gather)
         near_out, near_lse = out.clone(), lse
         far_out, far_lse = torch.zeros_like(out), torch.full_like(lse, float("-inf"))
         if again:
-            slots = [self._known[lanes[i]].slot for i in again]
-            far_out[again], far_lse[again] = self._out[slots], self._lse[slots]
-        if anew:
-            zero = [0] * len(anew)
-            found = self._attend(wide, anew, zero, [starts[i] for i in anew], gather)
-            far_out[anew], far_lse[anew] = found
-            self._remember(anew, wide, *found, lanes, owners, starts, lens)
-        if anew or again:
+            places = [self._known[slots[i]].place for i in again]
+            far_out[again], far_lse[again] = self._out[places], self._lse[places]
+        if fresh:
+            zero = [0] * len(fresh)
+            found = self._attend(wide, fresh, zero, [starts[i] for i in fresh], gather)
+            far_out[fresh], far_lse[fresh] = found
+            self._remember(fresh, wide, *found, slots, owners, starts, lens)
+        if fresh or again:
             merge_attention(far_out, far_lse, near_out, near_lse, out)
         broken = self._broken(out, again)
         if broken:
@@ -178,34 +194,34 @@ class AttentionMemo:
             full = self._attend(wide, broken, zero, [lens[i] for i in broken], gather)
             out[broken] = full[0]
             for i in broken:
-                self.release(lanes[i])
+                self.release(slots[i])
             again = [i for i in again if i not in set(broken)]
         errors = self._errors(wide, out, again, lens, gather) if audit else None
-        return Memoized(out, len(anew) + len(again) + len(broken), len(again), errors)
+        return Memoized(out, len(fresh) + len(again) + len(broken), len(again), errors)
 
     def _alike(
-        self, query: Tensor, lanes: Sequence[int], owners: Sequence[int], lens: Sequence[int]
+        self, query: Tensor, slots: Sequence[int], owners: Sequence[int], lens: Sequence[int]
     ) -> list[bool]:
-        """Which rows may reuse what their lanes remember."""
-        found = [False] * len(lanes)
+        """Find the rows that may reuse their slots' memory."""
+        found = [False] * len(slots)
         asked: list[int] = []
-        slots: list[int] = []
-        for i, lane in enumerate(lanes):
-            known = self._known.get(lane)
+        places: list[int] = []
+        for i, slot in enumerate(slots):
+            known = self._known.get(slot)
             if known is None:
                 continue
             if known.owner != owners[i] or lens[i] <= known.length:
-                self.release(lane)
-            elif lens[i] - known.length < self.memo.every:
-                self._known.move_to_end(lane)
+                self.release(slot)
+            elif lens[i] - known.length < self.options.every:
+                self._known.move_to_end(slot)
                 asked.append(i)
-                slots.append(known.slot)
+                places.append(known.place)
         if not asked:
             return found
         # In float64 a bound of 1 means the same query, and not one within float32's rounding.
-        now, then = query[asked].double(), self._query[slots].double()
+        now, then = query[asked].double(), self._query[places].double()
         longest = torch.maximum(now.square().sum(-1), then.square().sum(-1))
-        alike = ((now * then).sum(-1) >= self.memo.cosine * longest).all(-1)
+        alike = ((now * then).sum(-1) >= self.options.cosine * longest).all(-1)
         for i, yes in zip(asked, alike.tolist(), strict=True):
             found[i] = yes
         return found
@@ -216,27 +232,27 @@ class AttentionMemo:
         query: Tensor,
         out: Tensor,
         lse: Tensor,
-        lanes: Sequence[int],
+        slots: Sequence[int],
         owners: Sequence[int],
         starts: Sequence[int],
         lens: Sequence[int],
     ) -> None:
-        # More rows than lanes: the last of them are remembered.
-        kept = range(max(len(rows) - self.lanes, 0), len(rows))
-        slots = []
+        # More rows than slots: the last of them are remembered.
+        kept = range(max(len(rows) - self.slots, 0), len(rows))
+        places = []
         for at in kept:
             i = rows[at]
-            self.release(lanes[i])
-            slot = self._slot()
-            slots.append(slot)
-            self._known[lanes[i]] = _Remembered(slot, owners[i], starts[i], lens[i])
-        self._query[slots] = query[[rows[at] for at in kept]]
-        self._out[slots] = out[kept.start :]
-        self._lse[slots] = lse[kept.start :]
+            self.release(slots[i])
+            place = self._place()
+            places.append(place)
+            self._known[slots[i]] = _Remembered(place, owners[i], starts[i], lens[i])
+        self._query[places] = query[[rows[at] for at in kept]]
+        self._out[places] = out[kept.start :]
+        self._lse[places] = lse[kept.start :]
 
-    def _slot(self) -> int:
+    def _place(self) -> int:
         if not self._free:
-            if len(self._known) >= self.lanes:
+            if len(self._known) >= self.slots:
                 self.release(next(iter(self._known)))
             else:
                 self._grow()
@@ -244,7 +260,7 @@ class AttentionMemo:
 
     def _grow(self) -> None:
         size = self._query.shape[0]
-        room = min(max(2 * size, 8), self.lanes)
+        room = min(max(2 * size, 8), self.slots)
         for name in ("_query", "_out", "_lse"):
             held = getattr(self, name)
             grown = held.new_zeros((room, *held.shape[1:]))

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvplug.reuse.settings import Memo
-from kvplug_attention_memo.memory import AttentionMemo, Gather, Memoized, attend_part
+from kvplug_attention_memo.memory import AttentionMemo, Gather, Memoized, MemoOptions, attend_part
 
 HEADS, KV_HEADS, SIZE = 6, 2, 16
 SCALE = SIZE**-0.5
@@ -50,9 +49,9 @@ class Texts:
         return torch.stack(out).float()
 
 
-def memory(align: int = 1, lanes: int = 8, **options: Any) -> AttentionMemo:
-    memo = Memo(**{"near": 16, **options})
-    return AttentionMemo(memo, HEADS, KV_HEADS, SIZE, SCALE, align=align, lanes=lanes)
+def memory(align: int = 1, slots: int = 8, **options: Any) -> AttentionMemo:
+    memo = MemoOptions(**{"near": 16, **options})
+    return AttentionMemo(memo, HEADS, KV_HEADS, SIZE, SCALE, align=align, slots=slots)
 
 
 def smooth(steps: int, rows: int, drift: float, seed: int = 1) -> list[Tensor]:
@@ -165,7 +164,7 @@ def test_rows_decide_for_themselves() -> None:
 
 
 def test_lanes_do_not_leak() -> None:
-    """Another request in the lane, the same query, the next length: nothing old is used."""
+    """Another request in the slot, the same query, the next length: nothing old is used."""
     one, other, memo = Texts(1, 100, seed=1), Texts(1, 100, seed=2), memory(cosine=0.5)
     query = smooth(1, 1, 0.0)[0]
     memo.attend(query, [3], [10], [80], one.gather)
@@ -187,10 +186,10 @@ def test_a_text_that_starts_over_is_another() -> None:
 
 
 def test_released_lanes_and_bounded_memory() -> None:
-    texts, memo = Texts(1, 100), memory(cosine=0.5, lanes=4)
+    texts, memo = Texts(1, 100), memory(cosine=0.5, slots=4)
     query = smooth(1, 1, 0.0)[0]
-    for lane in range(50):
-        memo.attend(query, [lane], [lane], [80], texts.gather)
+    for slot in range(50):
+        memo.attend(query, [slot], [slot], [80], texts.gather)
         assert len(memo) <= 4
     assert memo._query.shape[0] == 4
     # The four latest are there, the others forgotten.
@@ -236,7 +235,7 @@ def test_what_is_not_finite_falls_back_to_full_attention() -> None:
 
 def test_softcap() -> None:
     texts = Texts(1, 80)
-    memo = AttentionMemo(Memo(near=16), HEADS, KV_HEADS, SIZE, 2.0, softcap=3.0)
+    memo = AttentionMemo(MemoOptions(near=16), HEADS, KV_HEADS, SIZE, 2.0, softcap=3.0)
     query = smooth(1, 1, 0.0)[0]
     key, value = (x.repeat_interleave(HEADS // KV_HEADS, 1)[0] for x in (texts.key, texts.value))
     logits = 3 * torch.tanh((query[0][:, None] @ key.mT)[:, 0, :70] * 2.0 / 3)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvplug.reuse.settings import Memo
 from kvplug_attention_memo import measure as memo
 from kvplug_attention_memo.measure import Decoder, Passage, main, measure, read
+from kvplug_attention_memo.memory import MemoOptions
 from kvplug_lab.models import tiny_llama
 
 
@@ -37,13 +37,13 @@ def test_the_continuation_is_the_models_own(model: Path, texts: list[Passage]) -
 
 
 def test_a_bound_of_one_is_full_attention(texts: list[Passage]) -> None:
-    found = measure(texts, Memo(cosine=1.0, near=16))
+    found = measure(texts, MemoOptions(cosine=1.0, near=16))
     assert (found.skipped, found.agreed, found.before, found.identical) == (0, 1, 12, 2)
     assert found.read == 1 and found.error is None
 
 
 def test_a_loose_bound_skips_reads_less_and_errs(texts: list[Passage]) -> None:
-    tight, loose = (measure(texts, Memo(cosine=c, near=16, every=4)) for c in (0.9, 0.01))
+    tight, loose = (measure(texts, MemoOptions(cosine=c, near=16, every=4)) for c in (0.9, 0.01))
     assert loose.skipped > tight.skipped
     assert loose.read < tight.read <= 1
     assert loose.error is not None and loose.worst is not None
@@ -54,7 +54,7 @@ def test_a_loose_bound_skips_reads_less_and_errs(texts: list[Passage]) -> None:
 
 def test_what_the_audit_reads_is_not_counted() -> None:
     """One step remembers and reads all, the next reads what is near: 49 and 17 tokens of 99."""
-    decoder = Decoder(Memo(near=16, cosine=0.5))
+    decoder = Decoder(MemoOptions(near=16, cosine=0.5))
     rng = torch.Generator().manual_seed(0)
     key, value = (torch.randn(1, 2, 50, 16, generator=rng) for _ in "kv")
     query = torch.randn(1, 4, 1, 16, generator=rng)
