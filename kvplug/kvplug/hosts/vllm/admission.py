@@ -306,9 +306,36 @@ def _scoring_refusals(policy: ScoringPolicy, key: str, vllm_config: Any) -> list
     return []
 
 
+def _attention_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    choice = deployment.choice(Kind.ATTENTION)
+    assert choice is not None
+    key, name = choice.key.removesuffix(".use"), choice.policy.name
+    if vllm_config.use_v2_model_runner:
+        return [
+            Refusal(
+                key,
+                f"{name} must know whose each row is before attention metadata is built, and "
+                "vLLM's second model runner learns it later.",
+                "set VLLM_USE_V2_MODEL_RUNNER=0.",
+            )
+        ]
+    stored = format_policy(deployment, vllm_config)
+    if stored is not None and any(stored.recent(layer) for layer in stored.engine.layers):
+        return [
+            Refusal(
+                key,
+                f"format {stored.name} keeps recent tokens outside the pages, where {name} does "
+                "not read them.",
+                "choose another format or remove the attention section.",
+            )
+        ]
+    return []
+
+
 REFUSALS: dict[Kind, Callable[[Deployment, Any], list[Refusal]]] = {
     Kind.SEQUENCE: _sequence_refusals,
     Kind.FORMAT: _format_refusals,
     Kind.REUSE: _reuse_refusals,
+    Kind.ATTENTION: _attention_refusals,
 }
 """Refusals by kind, of kinds that touch attention layers; in this order, until one refuses."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvplug.contract import (
+    AttentionPolicy,
     EngineView,
     FormatPolicy,
     Kind,
@@ -63,6 +64,17 @@ def sequence_policy(deployment: Deployment, vllm_config: Any) -> SequencePolicy 
         return None
     policy = choice.build(engine_view(vllm_config))
     assert isinstance(policy, SequencePolicy)
+    return policy
+
+
+@plain_defaults()
+def attention_policy(deployment: Deployment, vllm_config: Any) -> AttentionPolicy | None:
+    """Build the deployment's attention policy for the engine, or None."""
+    choice = deployment.choice(Kind.ATTENTION)
+    if choice is None:
+        return None
+    policy = choice.build(engine_view(vllm_config))
+    assert isinstance(policy, AttentionPolicy)
     return policy
 
 

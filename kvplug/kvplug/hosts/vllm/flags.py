@@ -23,7 +23,7 @@ REQUEST_CHECK = "kvplug.hosts.vllm.request_check:RequestCheck"
 """Value of ``--logits-processors`` that refuses requests with invalid options."""
 REQUEST_CHECK_MIDDLEWARE = "kvplug.hosts.vllm.request_check.RequestCheckMiddleware"
 """Value of ``--middleware`` that answers HTTP 400 to streamed requests, too."""
-RUNS = frozenset({Kind.PREFIX_CACHE, Kind.SEQUENCE, Kind.FORMAT, Kind.REUSE})
+RUNS = frozenset({Kind.PREFIX_CACHE, Kind.SEQUENCE, Kind.FORMAT, Kind.REUSE, Kind.ATTENTION})
 """Kinds this host runs."""
 
 

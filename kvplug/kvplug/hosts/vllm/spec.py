@@ -3,7 +3,7 @@
 Every full-attention layer of a deployment with a sequence policy gets a `WindowedSpec` or a
 `PrunedSpec`. Their managers free blocks that no query can see any more (the freed entry becomes
 the null block; the table stays positional), let admission count on that, and keep approximate KV
-out of the prefix cache. Under reuse a layer gets a `ReusedSpec`, whose manager only does the last.
+out of the prefix cache. Under reuse a layer gets a `ApproximateSpec`, whose manager only does the last.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
-from kvplug.contract import Window
+from kvplug.contract import Kind, Window
 from kvplug.hosts.pruning import Cut, Limits, Plan, layout
 
 # vLLM registers its own specs only into an empty registry, so they must go first.
@@ -288,17 +288,27 @@ class PrunedSpec(ShorteningSpec):
         return max(self.limits.hold + 1, self.limits.most(self.max_tokens))
 
 
-class ReusedManager(FullAttentionManager):
-    """Full attention whose requests may hold reused KV.
+class ApproximateManager(FullAttentionManager):
+    """Full attention whose requests may hold approximate KV, from a token on that kinds state."""
 
-    Attributes:
-        approximate_from: First token of a request whose KV is not exactly what its text gives;
-            requests without one are exact.
-    """
-
-    def __init__(self, kv_cache_spec: ReusedSpec, **kwargs: Any):
+    def __init__(self, kv_cache_spec: ApproximateSpec, **kwargs: Any):
         super().__init__(kv_cache_spec, **kwargs)
-        self.approximate_from: dict[str, int] = {}
+        self._from: dict[str, dict[Kind, int]] = {}
+
+    def set_approximate(self, kind: Kind, request_id: str, first: int | None) -> None:
+        """State the first token of a request whose KV a kind approximates; None for no token."""
+        own = self._from.setdefault(request_id, {})
+        if first is None:
+            own.pop(kind, None)
+        else:
+            own[kind] = first
+        if not own:
+            del self._from[request_id]
+
+    def approximate_from(self, request_id: str) -> int | None:
+        """First token of a request whose KV is not exactly what its text gives, or None."""
+        own = self._from.get(request_id)
+        return min(own.values()) if own else None
 
     def cache_blocks(
         self,
@@ -309,7 +319,7 @@ class ReusedManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Hash only blocks before the first approximate token: what follows saw it."""
-        limit = self.approximate_from.get(request.request_id)
+        limit = self.approximate_from(request.request_id)
         if limit is not None:
             cached = self.num_cached_block.get(request.request_id, 0)
             num_tokens = min(num_tokens, limit)
@@ -320,7 +330,7 @@ class ReusedManager(FullAttentionManager):
         )
 
 
-@register_kv_cache_spec(manager_class=ReusedManager, uniform_type_base_spec=FullAttentionSpec)
+@register_kv_cache_spec(manager_class=ApproximateManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
-class ReusedSpec(FullAttentionSpec):
-    """A full-attention layer whose requests may reuse stored KV."""
+class ApproximateSpec(FullAttentionSpec):
+    """A full-attention layer whose requests may hold approximate KV."""

@@ -11,6 +11,7 @@ from kvplug.contract import Kind, PolicyReport
 from kvplug.deployment import Deployment
 from kvplug.hosts.vllm.admission import require_groups
 from kvplug.hosts.vllm.messages import StepDirectives, StepReport
+from kvplug.hosts.vllm.scheduler.attention import AttentionScheduler
 from kvplug.hosts.vllm.scheduler.events import Events, call_each
 from kvplug.hosts.vllm.scheduler.format import FormatScheduler
 from kvplug.hosts.vllm.scheduler.kind import (
@@ -34,6 +35,8 @@ logger = init_logger("vllm.kvplug")
 KINDS: tuple[type[KindScheduler], ...] = (
     # Takes a request's cache salt for the user's own, so before format makes it longer.
     ReuseScheduler,
+    # After reuse: at a request's end, reuse must still see what attention has approximated.
+    AttentionScheduler,
     FormatScheduler,
     SequenceScheduler,
     PrefixCacheScheduler,

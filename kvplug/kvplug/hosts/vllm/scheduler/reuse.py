@@ -31,7 +31,7 @@ from kvplug.hosts.vllm.scheduler.reuse_loading import take_run
 from kvplug.hosts.vllm.scheduler.reuse_matching import RunMatcher
 from kvplug.hosts.vllm.scheduler.reuse_requests import ReusingRequest
 from kvplug.hosts.vllm.scheduler.reuse_saving import SegmentSaver
-from kvplug.hosts.vllm.spec import ReusedManager
+from kvplug.hosts.vllm.spec import ApproximateManager
 from kvplug.hosts.vllm.view import identity, token_bytes, tokenizer
 from kvplug.observe.events import EventType
 from kvplug.request_options import RequestOptions
@@ -88,7 +88,7 @@ class ReuseScheduler(KindScheduler):
         self._saver = SegmentSaver(self.catalog, self.settings, common, view.block_size, world)
         self._splitter = Splitter(self.settings.segments, tokenizer(vllm_config))
         self._costs_us: Counter[str] = Counter()
-        self._managers: list[ReusedManager] = []
+        self._managers: list[ApproximateManager] = []
         self._loads: list[LoadOrder] = []
         self._left: list[SaveOrder] = []
         self._failed: str | None = None
@@ -98,7 +98,7 @@ class ReuseScheduler(KindScheduler):
     def bind(self, manager: Any) -> None:
         """Bind to the managers of groups whose requests may reuse KV."""
         managers = manager.coordinator.single_type_managers
-        self._managers = [m for m in managers if isinstance(m, ReusedManager)]
+        self._managers = [m for m in managers if isinstance(m, ApproximateManager)]
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -145,13 +145,12 @@ class ReuseScheduler(KindScheduler):
 
     def _set_limit(self, reusing: ReusingRequest, first: int | None) -> None:
         """Keep a request's blocks out of the prefix cache from a token on; None for no limit."""
-        reusing.approximate_from = first
         request_id = reusing.request.request_id
         for manager in self._managers:
-            if first is None:
-                manager.approximate_from.pop(request_id, None)
-            else:
-                manager.approximate_from[request_id] = first
+            manager.set_approximate(self.kind, request_id, first)
+            # Of all kinds: what another one approximates is not stored as exact either.
+            first = manager.approximate_from(request_id)
+        reusing.approximate_from = first
 
     def allocated(self, request: Any, blocks: Any, num_external: int) -> None:
         """Order the load of a run into a request's blocks.
@@ -187,10 +186,10 @@ class ReuseScheduler(KindScheduler):
     def finished(self, request: Any, blocks: list[int], answer: Answer) -> None:
         """Order what the request leaves to be stored, and state what it reused."""
         reusing = self.requests.pop(request.request_id, None)
-        for manager in self._managers:
-            manager.approximate_from.pop(request.request_id, None)
         if reusing is not None:
             self._guarded("finished", None, self._finish, reusing, blocks, answer)
+        for manager in self._managers:
+            manager.set_approximate(self.kind, request.request_id, None)
 
     def _finish(self, reusing: ReusingRequest, blocks: list[int], answer: Answer) -> None:
         reusing.describe(answer)

@@ -53,7 +53,7 @@ class DriftWatch:
         """Start watching an allocated request."""
         if reusing.families:
             request_id = reusing.request.request_id
-            self.guard.started(request_id, reusing.families, reusing.ancestry > 0)
+            self.guard.started(request_id, reusing.families, reusing.approximate_from is not None)
 
     def on_report(self, watched: Iterable[tuple[str, float, float]]) -> None:
         """Take in ``(request, entropy, log-probability)`` of watched tokens."""

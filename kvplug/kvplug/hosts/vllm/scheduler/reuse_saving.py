@@ -138,8 +138,9 @@ class SegmentSaver:
             return None
         tokens = reusing.tokens
         fingerprint = reusing.fingerprint(self._identity, tokens, start, end)
-        if not approximate:
-            fingerprint = replace(fingerprint, ancestry=0)
+        # Another kind may have approximated where nothing was reused.
+        ancestry = max(1, fingerprint.ancestry) if approximate else 0
+        fingerprint = replace(fingerprint, ancestry=ancestry)
         session = reusing.options.session_id or ""
         segment = self._catalog.plan_save(
             fingerprint, tokens[start:end].copy(), tokens[:start].copy(), session

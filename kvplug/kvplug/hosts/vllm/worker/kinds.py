@@ -11,6 +11,7 @@ from typing import Any
 from kvplug.contract import Kind, ScoringPolicy
 from kvplug.deployment import Deployment
 from kvplug.hosts.vllm import engine
+from kvplug.hosts.vllm.worker.attention import AttentionWorker, Served
 from kvplug.hosts.vllm.worker.format import FormatRows, FormatTokens, FormatWorker
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
 from kvplug.hosts.vllm.worker.reuse import ReuseWorker, WatchedRows
@@ -39,6 +40,13 @@ def _reuse(deployment: Deployment, config: Any, state: WorkerState) -> KindWorke
     return ReuseWorker(deployment, config, state, _origin(deployment, Kind.REUSE))
 
 
+def _attention(deployment: Deployment, config: Any, state: WorkerState) -> KindWorker | None:
+    policy = engine.attention_policy(deployment, config)
+    if policy is None:
+        return None
+    return AttentionWorker(policy, _origin(deployment, Kind.ATTENTION))
+
+
 def _format(deployment: Deployment, config: Any, state: WorkerState) -> KindWorker | None:
     policy = engine.format_policy(deployment, config)
     if policy is None:
@@ -57,6 +65,8 @@ KINDS: tuple[Make, ...] = (
     _sequence,
     # Only watches queries, keys and values, as the model computed them.
     _reuse,
+    # Takes some rows away from the attention below, and reads pages in whatever bytes.
+    _attention,
     # Replaces the backend's own pages and attention, so nothing of ours is below it.
     _format,
 )
@@ -66,6 +76,8 @@ made in the reverse order: a format sets the bytes of a page, and the others bui
 METADATA_STEPS: tuple[type[MetadataStep], ...] = (
     # Counts queries in the step's own rows.
     WatchedRows,
+    # Finds rows by slot, and builds the others apart, as if they were the whole step.
+    Served,
     # Counts tokens in the step's own rows too, before the rows are split.
     FormatTokens,
     # Either shortens and splits rows; a deployment has one of them.

@@ -84,9 +84,9 @@ class ReuseWorker(KindWorker):
     def customize_spec(self, spec: Any, rule: Any, stock: type[Any]) -> Any:
         from vllm.v1.kv_cache_interface import replace_as
 
-        from kvplug.hosts.vllm.spec import ReusedSpec
+        from kvplug.hosts.vllm.spec import ApproximateSpec
 
-        return replace_as(spec, ReusedSpec)
+        return replace_as(spec, ApproximateSpec)
 
     def metadata_steps(
         self, spec: Any, vllm_config: Any, device: torch.device

@@ -33,6 +33,10 @@ class RowSlots:
         self._common = common
         self._block_size = block_size
 
+    def of(self, common: Any) -> RowSlots:
+        """Slots of other rows of the same KV-cache group."""
+        return RowSlots(self._rows, common, self._block_size)
+
     @cached_property
     def value(self) -> Tensor:
         """Slot of each row, ``[rows]`` int64; -1 where unknown."""
@@ -60,6 +64,10 @@ class BuildCall:
     def slots(self) -> Tensor:
         """Slot of each row at the head of the chain, ``[rows]`` int64; -1 where unknown."""
         return self.rows.value
+
+    def part(self, common: Any) -> BuildCall:
+        """Return the call on some of the rows as if they were the whole step."""
+        return replace(self, common=common, prefix_len=0, rows=self.rows.of(common))
 
     def on(self, common: Any) -> BuildCall:
         """Return the call with other rows or lengths, which share no prefix that is known."""

@@ -1,0 +1,117 @@
+"""The attention kind in the scheduler process: which requests the policy may serve."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from kvplug.contract import Kind, PolicyReport
+from kvplug.hosts.vllm import engine
+from kvplug.hosts.vllm.messages import AttentionDirectives, StepDirectives, StepReport
+from kvplug.hosts.vllm.scheduler.kind import (
+    Answer,
+    KindScheduler,
+    SchedulerContext,
+    SchedulerStep,
+)
+from kvplug.hosts.vllm.spec import ApproximateManager
+from kvplug.observe.events import EventType
+from kvplug.request_options import RequestOptions
+
+
+class AttentionScheduler(KindScheduler):
+    """Names the requests that the policy serves, and keeps their output out of the prefix cache.
+
+    Attributes:
+        policy: The attention policy; here it only states what it is.
+        requests: Requests served so far.
+        rows: Decode rows the policy attended, once per layer.
+    """
+
+    kind = Kind.ATTENTION
+
+    def __init__(self, context: SchedulerContext):
+        super().__init__(context)
+        policy = engine.attention_policy(context.deployment, context.vllm_config)
+        assert policy is not None
+        self.policy = policy
+        self.requests = 0
+        self.rows = 0
+        self._managers: list[ApproximateManager] = []
+        self._prompts: dict[str, int] = {}
+        self._owners: dict[str, int] = {}
+        self._numbers = count()
+        self._failed: str | None = None
+        self._worker_counters: dict[str, float] = {}
+
+    def bind(self, manager: Any) -> None:
+        """Bind to the managers of groups whose requests may hold approximate KV."""
+        managers = manager.coordinator.single_type_managers
+        self._managers = [m for m in managers if isinstance(m, ApproximateManager)]
+
+    def on_new_request(self, request: Any, options: RequestOptions) -> None:
+        """Take in a request that asks for approximate attention."""
+        if options.attention != "approximate" or request.pooling_params is not None:
+            return
+        self.requests += 1
+        self._prompts[request.request_id] = request.num_prompt_tokens
+        self._owners[request.request_id] = next(self._numbers)
+        for manager in self._managers:
+            manager.set_approximate(self.kind, request.request_id, request.num_prompt_tokens)
+
+    def step(self, step: SchedulerStep, into: StepDirectives) -> None:
+        """Send slot and owner of each request that generates."""
+        if not self._owners:
+            return
+        for request_id in step.output.scheduled_cached_reqs.resumed_req_ids:
+            if request_id in self._owners:
+                # It starts over: what workers remember of it is of blocks it no longer has.
+                self._owners[request_id] = next(self._numbers)
+        served = [
+            (step.slots[request_id], self._owners[request_id])
+            for request_id, start in step.starts.items()
+            # The prompt is exact to its last token, which may come as a row of one.
+            if start >= self._prompts.get(request_id, start + 1)
+        ]
+        if served:
+            into.attention = AttentionDirectives(np.array(served, dtype=np.int32))
+
+    def on_report(self, report: StepReport) -> None:
+        """Count the rows that workers attended."""
+        part = report.attention
+        if part is None:
+            return
+        self.rows += part.rows
+        self._worker_counters = part.counters or self._worker_counters
+        if part.failed is not None and self._failed is None:
+            self._failed = part.failed
+            self.context.events.add(EventType.FALLEN_BACK, self.kind, detail=part.failed)
+
+    def finished(self, request: Any, blocks: list[int], answer: Answer) -> None:
+        """State that the request was served approximately."""
+        for manager in self._managers:
+            manager.set_approximate(self.kind, request.request_id, None)
+        self._prompts.pop(request.request_id, None)
+        if self._owners.pop(request.request_id, None) is not None:
+            answer.exact = False
+            answer.fields["attention"] = self.policy.name
+
+    def reports(self) -> list[PolicyReport]:
+        """The policy's report; rows attended count as decisions."""
+        counters = {"requests": self.requests, "rows": self.rows} | self._worker_counters
+        return [
+            PolicyReport(
+                str(self.kind),
+                self.policy.name,
+                self.policy.exact,
+                acted=self.rows,
+                errors=int(self._failed is not None),
+                counters=counters,
+            )
+        ]
+
+    def mark(self) -> object:
+        """Requests and rows."""
+        return (self.requests, self.rows, self._failed)

@@ -1,0 +1,259 @@
+"""Attention policies on a worker: the policy attends some decode rows, the backend all others.
+
+Which rows those are is the same in every layer, so a metadata step finds them once and builds the
+backend's metadata of the other rows beside that of all. In each layer the policy is given its rows;
+what it leaves, and every row once it has failed, goes to the backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from kvplug.contract import AttentionPolicy, DecodeRows, Kind
+from kvplug.hosts.vllm.messages import AttentionReport, StepDirectives, StepReport
+from kvplug.hosts.vllm.worker import metadata
+from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
+from kvplug.hosts.vllm.worker.pages import TokenPages, open_pages
+from kvplug.hosts.vllm.worker.steps import (
+    Attend,
+    AttendCall,
+    AttentionStep,
+    Build,
+    BuildCall,
+    MetadataStep,
+)
+
+logger = init_logger("vllm.kvplug")
+
+
+@dataclass
+class ServedRows:
+    """Rows of one step that the policy attends.
+
+    Attributes:
+        slots: Slot of each row.
+        owners: Owner of each slot.
+        lens: Tokens of each row.
+        tokens: Its token among the step's, ``[rows]`` int64.
+        table: Its blocks, ``[rows, max_blocks]`` int64.
+        rest: The backend's metadata of all other rows; None if there are none.
+        rest_tokens: Their tokens among the step's, ``[n]`` int64.
+    """
+
+    slots: list[int]
+    owners: list[int]
+    lens: list[int]
+    tokens: Tensor
+    table: Tensor
+    rest: Any = None
+    rest_tokens: Tensor | None = None
+
+
+class AttentionWorker(KindWorker):
+    """An attention policy on a worker.
+
+    Args:
+        policy: The policy.
+        origin: Source and key of the policy in its deployment, for messages.
+
+    Attributes:
+        owners: Owner of each slot that the policy serves in the step.
+        failed: Cause the policy was retired for, or None.
+    """
+
+    kind = Kind.ATTENTION
+    # Taking another group's metadata would take its rows.
+    supports_update_block_table = False
+
+    def __init__(self, policy: AttentionPolicy, origin: Origin):
+        super().__init__(origin)
+        self.policy = policy
+        self.owners: dict[int, int] = {}
+        self.failed: str | None = None
+        self._rows = 0
+        self._pages: dict[str, tuple[int, TokenPages]] = {}
+
+    # -- layers --------------------------------------------------------------------------------
+
+    def customize_spec(self, spec: Any, rule: Any, stock: type[Any]) -> Any:
+        from vllm.v1.kv_cache_interface import replace_as
+
+        from kvplug.hosts.vllm.spec import ApproximateSpec
+
+        return replace_as(spec, ApproximateSpec)
+
+    def metadata_steps(
+        self, spec: Any, vllm_config: Any, device: torch.device
+    ) -> Sequence[MetadataStep]:
+        return (Served(self, int(spec.block_size)),)
+
+    def cudagraph_support(self, spec: Any, inner: AttentionCGSupport) -> AttentionCGSupport:
+        # The policy decides between the graphs, layer by layer.
+        return AttentionCGSupport.NEVER
+
+    def attention_step(self) -> AttentionStep:
+        return ServedAttention(self)
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def begin(self, directives: StepDirectives) -> None:
+        own = directives.attention
+        self.owners = {} if own is None else dict(own.requests.tolist())
+
+    def report(self, into: StepReport) -> None:
+        if not self._rows:
+            return
+        rows, self._rows = self._rows, 0
+        into.attention = AttentionReport(rows, self.failed, self._counters())
+
+    def _counters(self) -> dict[str, float]:
+        try:
+            return {str(k): float(v) for k, v in self.policy.counters().items()}
+        except Exception as error:
+            self.fail("counters", error)
+            return {}
+
+    def fail(self, method: str, error: Exception) -> None:
+        """Retire the policy: the backend attends from now on."""
+        if self.failed is None:
+            self.failed = f"{method}: {type(error).__name__}: {error}"
+            logger.error(
+                "attention policy %r failed in %s and is retired; the backend attends instead",
+                self.policy.name,
+                self.failed,
+                exc_info=error,
+            )
+
+    def attend(self, call: AttendCall, rows: ServedRows) -> Tensor | None:
+        """Let the policy attend rows of one layer; None where it leaves them.
+
+        Returns:
+            float32 ``[rows, num_heads, head_size]``.
+        """
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        name = call.layer.layer_name
+        view = self.policy.engine.layers[extract_layer_index(name)]
+        pages, size = self._open(call), int(call.cache.shape[2])
+        table = rows.table
+
+        def gather(
+            which: Sequence[int], starts: Sequence[int], ends: Sequence[int]
+        ) -> tuple[Tensor, Tensor]:
+            first = torch.tensor([start // size for start in starts], device=table.device)
+            last = torch.tensor([-(-end // size) for end in ends], device=table.device)
+            column = first[:, None] + torch.arange(int((last - first).max()), device=table.device)
+            own = table[torch.tensor(list(which), device=table.device)]
+            blocks = own.gather(1, column.clamp_max(own.shape[1] - 1))
+            # Entries behind a row's last block name no block of its own.
+            blocks = blocks.masked_fill(column >= last[:, None], 0)
+            return pages.gather(0, blocks), pages.gather(1, blocks)
+
+        query = call.query[rows.tokens].view(len(rows.lens), view.num_heads, view.head_size)
+        softcap = float(getattr(call.impl, "logits_soft_cap", 0) or 0)
+        scale = float(call.impl.scale)
+        batch = DecodeRows(query, rows.slots, rows.owners, rows.lens, scale, softcap, gather)
+        out = self.policy.attend(view, batch)
+        if out is not None:
+            if out.shape != query.shape:
+                raise ValueError(f"attend returned {tuple(out.shape)}, not {tuple(query.shape)}")
+            self._rows += len(rows.lens)
+        return out
+
+    def _open(self, call: AttendCall) -> TokenPages:
+        name, at = call.layer.layer_name, call.cache.data_ptr()
+        opened = self._pages.get(name)
+        if opened is None or opened[0] != at:
+            opened = self._pages[name] = (at, open_pages(call.impl, call.layer, call.cache))
+        return opened[1]
+
+
+class Served(MetadataStep):
+    """Finds the rows that the policy attends; they ride on the step's metadata."""
+
+    def __init__(self, kind: AttentionWorker, block_size: int):
+        self._kind = kind
+        self._block_size = block_size
+
+    def build(self, inner: Build, call: BuildCall) -> Any:
+        rows, rest = self._find(call)
+        if rows is None:
+            return inner(call)
+        if rest:
+            part, rows.rest_tokens = metadata.select_rows(call.common, rest)
+            rows.rest = inner(call.part(part))
+        # Of all rows too: an error, or a layer the policy does not serve, falls back to it.
+        built = inner(call.on(call.common))
+        built.kvplug_served = rows
+        return built
+
+    def _find(self, call: BuildCall) -> tuple[ServedRows | None, list[int]]:
+        """The policy's rows, or None for none, and the numbers of the others."""
+        common, owners = call.common, self._kind.owners
+        if not owners or self._kind.failed is not None or common.causal is not True:
+            return None, []
+        count = common.num_reqs
+        starts = common.query_start_loc_cpu[: count + 1].tolist()
+        slots, lens = call.slots[:count].tolist(), common.seq_lens[:count].tolist()
+        mine: list[int] = []
+        rest: list[int] = []
+        for row in range(count):
+            single = starts[row + 1] - starts[row] == 1 and lens[row] > 0
+            (mine if single and slots[row] in owners else rest).append(row)
+        if not mine:
+            return None, rest
+        device = common.seq_lens.device
+        found = ServedRows(
+            [slots[row] for row in mine],
+            [owners[slots[row]] for row in mine],
+            [lens[row] for row in mine],
+            torch.tensor([starts[row] for row in mine], device=device),
+            common.block_table_tensor[torch.tensor(mine, device=device)].long(),
+        )
+        return found, rest
+
+
+class ServedAttention(AttentionStep):
+    """Attends the policy's rows by the policy, and the others through the rest of the chain."""
+
+    def __init__(self, kind: AttentionWorker):
+        self._kind = kind
+
+    def attend(self, inner: Attend, call: AttendCall) -> Tensor:
+        rows: ServedRows | None = getattr(call.metadata, "kvplug_served", None)
+        if rows is None or self._kind.failed is not None or not _plain(call):
+            return inner(call)
+        try:
+            made = self._kind.attend(call, rows)
+        except Exception as error:
+            self._kind.fail("attend", error)
+            made = None
+        if made is None:
+            return inner(call)
+        if rows.rest is not None and rows.rest_tokens is not None:
+            part = call.on_tokens(rows.rest_tokens, rows.rest)
+            inner(part)
+            call.output[rows.rest_tokens] = part.output
+        shape = call.output.shape[1:]
+        call.output[rows.tokens] = made.view(-1, *shape).to(call.output.dtype)
+        return call.output
+
+
+def _plain(call: AttendCall) -> bool:
+    """True if the layer attends causally and in no other way than the contract's."""
+    impl = call.impl
+    return (
+        not call.args
+        and all(extra is None for extra in call.kwargs.values())
+        and getattr(impl, "sliding_window", None) in (None, -1, (-1, -1))
+        and getattr(impl, "alibi_slopes", None) is None
+        and getattr(impl, "sinks", None) is None
+        and getattr(impl, "attn_type", "decoder") == "decoder"
+    )
