@@ -71,6 +71,10 @@ class AttentionPolicy(Policy):
         "sequence": "the policy reads every token of a request, and a sequence policy evicts some"
     }
 
+    def serves(self, num_tokens: int) -> bool:
+        """Return True if rows of that many tokens go to `attend`; the kernel attends others."""
+        return True
+
     @abstractmethod
     def attend(self, layer: LayerView, rows: DecodeRows) -> Tensor | None:
         """Attend the rows of a step in one layer.

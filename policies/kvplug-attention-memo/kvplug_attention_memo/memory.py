@@ -130,7 +130,7 @@ class AttentionMemo:
 
     def far(self, length: int) -> int:
         """Number of far tokens of a text: all but the latest ``near``, in whole ``align``."""
-        return max(length - self.options.near, 0) // self.align * self.align
+        return far(length, self.options.near, self.align)
 
     def release(self, slot: int) -> None:
         """Forget a slot; one that is not known is no error."""
@@ -312,6 +312,11 @@ class AttentionMemo:
                 self.softcap,
             )
         return out, lse
+
+
+def far(length: int, near: int, align: int) -> int:
+    """Number of tokens older than the latest ``near`` of ``length``, in whole ``align``."""
+    return max(length - near, 0) // align * align
 
 
 def attend_part(

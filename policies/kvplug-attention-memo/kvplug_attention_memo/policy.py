@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from kvplug.contract import AttentionPolicy, DecodeRows, EngineView, LayerView, PolicyOptions
-from kvplug_attention_memo.memory import AttentionMemo, MemoOptions
+from kvplug_attention_memo.memory import AttentionMemo, MemoOptions, far
 
 SLOTS = 256
 """Requests remembered at most."""
@@ -33,6 +33,10 @@ class Memo(AttentionPolicy):
         self._layers: dict[int, AttentionMemo] = {}
         self._rows = 0
         self._skipped = 0
+
+    def serves(self, num_tokens: int) -> bool:
+        """Return True where some tokens are far."""
+        return far(num_tokens, self.options.near, self.engine.block_size) > 0
 
     def attend(self, layer: LayerView, rows: DecodeRows) -> Tensor:
         """Attend rows; those whose query is like the remembered one skip their far tokens."""

@@ -182,13 +182,14 @@ class ReuseDirectives:
 
 @dataclass
 class AttentionDirectives:
-    """Requests that an attention policy may serve in a step.
+    """Requests that an attention policy serves in a step.
 
     Attributes:
-        slots: Slots of scheduled requests that it may serve, ``[n]`` int32.
+        requests: Slot and owner of each, ``[n, 2]`` int32. The owner's number changes when another
+            request takes the slot, and when the request starts over.
     """
 
-    slots: npt.NDArray[np.int32]
+    requests: npt.NDArray[np.int32]
 
 
 @dataclass

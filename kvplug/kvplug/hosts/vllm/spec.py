@@ -3,7 +3,8 @@
 Every full-attention layer of a deployment with a sequence policy gets a `WindowedSpec` or a
 `PrunedSpec`. Their managers free blocks that no query can see any more (the freed entry becomes
 the null block; the table stays positional), let admission count on that, and keep approximate KV
-out of the prefix cache. Under reuse a layer gets a `ApproximateSpec`, whose manager only does the last.
+out of the prefix cache. Under reuse or an attention policy a layer gets an `ApproximateSpec`,
+whose manager only does the last.
 """
 
 from __future__ import annotations

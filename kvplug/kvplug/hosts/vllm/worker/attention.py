@@ -78,6 +78,7 @@ class AttentionWorker(KindWorker):
         self.owners: dict[int, int] = {}
         self.failed: str | None = None
         self._rows = 0
+        self._reported = False
         self._pages: dict[str, tuple[int, TokenPages]] = {}
 
     # -- layers --------------------------------------------------------------------------------
@@ -108,8 +109,9 @@ class AttentionWorker(KindWorker):
         self.owners = {} if own is None else dict(own.requests.tolist())
 
     def report(self, into: StepReport) -> None:
-        if not self._rows:
+        if not self._rows and (self.failed is None or self._reported):
             return
+        self._reported = self.failed is not None
         rows, self._rows = self._rows, 0
         into.attention = AttentionReport(rows, self.failed, self._counters())
 
@@ -130,6 +132,14 @@ class AttentionWorker(KindWorker):
                 self.failed,
                 exc_info=error,
             )
+
+    def serves(self, num_tokens: int) -> bool:
+        """Return True if the policy attends rows of that many tokens."""
+        try:
+            return self.failed is None and bool(self.policy.serves(num_tokens))
+        except Exception as error:
+            self.fail("serves", error)
+            return False
 
     def attend(self, call: AttendCall, rows: ServedRows) -> Tensor | None:
         """Let the policy attend rows of one layer; None where it leaves them.
@@ -196,7 +206,7 @@ class Served(MetadataStep):
 
     def _find(self, call: BuildCall) -> tuple[ServedRows | None, list[int]]:
         """The policy's rows, or None for none, and the numbers of the others."""
-        common, owners = call.common, self._kind.owners
+        common, owners, serves = call.common, self._kind.owners, self._kind.serves
         if not owners or self._kind.failed is not None or common.causal is not True:
             return None, []
         count = common.num_reqs
@@ -206,7 +216,8 @@ class Served(MetadataStep):
         rest: list[int] = []
         for row in range(count):
             single = starts[row + 1] - starts[row] == 1 and lens[row] > 0
-            (mine if single and slots[row] in owners else rest).append(row)
+            served = single and slots[row] in owners and serves(lens[row])
+            (mine if served else rest).append(row)
         if not mine:
             return None, rest
         device = common.seq_lens.device

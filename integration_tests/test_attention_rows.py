@@ -1,10 +1,15 @@
-"""Attention memory between vLLM's metadata and its pages: the rows it takes, and what they get."""
+"""An attention policy between vLLM's metadata and its pages: the rows it serves, and their output.
+
+The policy is the attention memory, whose rows must be those of full attention or marked as reused.
+"""
 
 from __future__ import annotations
 
+import itertools
 import random
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,22 +18,16 @@ from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
 
-from kvplug.hosts.vllm.worker.state import drop_worker_state, worker_state
-from kvplug.reuse.settings import Memo
-from kvplug_attention_memo.vllm_attic import LANES, LaneOwners, LayerMemo, memo_builder, memo_impl
+from kvplug.contract import EngineView, LayerView
+from kvplug.hosts.vllm.messages import AttentionDirectives, StepDirectives
+from kvplug.hosts.vllm.worker.attention import AttentionWorker
+from kvplug.hosts.vllm.worker.composition import plugged_builder, plugged_impl
+from kvplug.hosts.vllm.worker.rows import StepRows
+from kvplug_attention_memo.policy import Memo
 
 BLOCK, HEADS, KV_HEADS, SIZE = 32, 4, 2, 64
 NEAR = 32
-
-
-def config() -> Any:
-    return SimpleNamespace(kv_transfer_config=SimpleNamespace(engine_id="a memo engine"))
-
-
-@pytest.fixture(autouse=True)
-def _forget_engine() -> Any:
-    yield
-    drop_worker_state(config())
+OWNERS = itertools.count()
 
 
 class Stock:
@@ -102,25 +101,33 @@ class StockBuilder:
 
 
 class Request:
-    def __init__(self, lane: int, blocks: list[int], seed: int, queries: str = "random"):
-        self.lane, self.blocks = lane, blocks
+    def __init__(self, slot: int, blocks: list[int], seed: int, queries: str = "random"):
+        self.slot, self.blocks = slot, blocks
+        self.owner = next(OWNERS)
         self.rng = torch.Generator().manual_seed(seed)
         self.done = 0
         self.query = torch.randn(HEADS, SIZE, generator=self.rng) if queries == "alike" else None
 
 
 class Layer:
-    """One layer in which requests run, beside the same without a memory."""
+    """One layer in which requests run, beside the same without a policy."""
 
-    def __init__(self, memo: Memo, *, builder: bool = True, dtype: torch.dtype = torch.float32):
+    def __init__(self, *, dtype: torch.dtype = torch.float32, **options: Any):
         blocks = 60
-        self.state = worker_state(config())
-        self.impl = type("Impl", (memo_impl(memo, self.state), Stock), {})(blocks, dtype)
+        view = LayerView(0, 1, KV_HEADS, HEADS, SIZE, str(dtype).removeprefix("torch."))
+        engine = EngineView(block_size=BLOCK, layers=(view,))
+        self.policy = Memo(Memo.Options(near=NEAR, **options), engine)
+        self.kind = AttentionWorker(self.policy, ("inline", "attention"))
+        self.rows = StepRows()
+        kinds = [self.kind]
+        context = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
+        with patch("vllm.config.get_current_vllm_config", lambda: context):
+            self.impl = plugged_impl(Stock, kinds, lambda name, impl: Stock)(blocks, dtype)
         spec = SimpleNamespace(block_size=BLOCK)
-        made = (memo_builder(memo), StockBuilder) if builder else (StockBuilder,)
-        self.builder = type("Builder", made, {})(spec, ["a layer"], config(), torch.device("cpu"))
+        builder = plugged_builder(StockBuilder, kinds, self.rows)
+        self.builder = builder(spec, ["layers.0"], None, torch.device("cpu"))
         self.layer = SimpleNamespace(
-            layer_name="a layer",
+            layer_name="layers.0",
             attn_backend=SimpleNamespace(),
             isa=_get_attn_isa(dtype, BLOCK, SIZE, "auto"),
             _k_scale_float=1.0,
@@ -129,7 +136,13 @@ class Layer:
         self.cache = torch.zeros(blocks, KV_HEADS, BLOCK, 2 * SIZE, dtype=dtype)
         self.dtype = dtype
 
-    def step(self, work: list[tuple[Request, int]], memo: bool = True) -> tuple[Tensor, Tensor]:
+    @property
+    def counts(self) -> tuple[float, float]:
+        """Rows with far tokens, and those that reused their attention."""
+        counters = self.policy.counters()
+        return counters["far_rows"], counters["reused_rows"]
+
+    def step(self, work: list[tuple[Request, int]], serve: bool = True) -> tuple[Tensor, Tensor]:
         """Run ``n`` tokens of each request; returns the output and the stock backend's."""
         table = torch.zeros(len(work), max(len(r.blocks) for r, _ in work), dtype=torch.int32)
         query, slots = [], []
@@ -158,9 +171,11 @@ class Layer:
             seq_lens_cpu_upper_bound=lens.clone(),
             req_idx=np.arange(len(work)),
         )
-        self.state.memo_lanes = {
-            r.blocks[(r.done - 1) // BLOCK]: r.lane for r, _ in work if memo and r.lane >= 0
-        }
+        named = [(r.blocks[(r.done - 1) // BLOCK], r.slot) for r, _ in work if r.slot >= 0]
+        self.rows.begin(np.array(named, dtype=np.int32).reshape(-1, 2))
+        served = [(r.slot, r.owner) for r, _ in work if serve and r.slot >= 0]
+        own = AttentionDirectives(np.array(served, dtype=np.int32)) if served else None
+        self.kind.begin(StepDirectives(attention=own))
         q = torch.stack(query).to(self.dtype)
         rng = torch.Generator().manual_seed(sum(slots))
         k, v = (torch.randn(len(slots), KV_HEADS, SIZE, generator=rng).to(self.dtype) for _ in "kv")
@@ -183,67 +198,54 @@ def close(found: tuple[Tensor, Tensor], dtype: torch.dtype = torch.float32) -> b
     return torch.allclose(*found, rtol=bound, atol=bound)
 
 
-@pytest.mark.parametrize("builder", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_decode_rows_are_attended_from_the_pages(dtype: torch.dtype, builder: bool) -> None:
-    layer = Layer(Memo(cosine=1.0, near=NEAR), builder=builder, dtype=dtype)
+def test_decode_rows_are_attended_from_the_pages(dtype: torch.dtype) -> None:
+    layer = Layer(cosine=1.0, dtype=dtype)
     requests = [Request(i, list(range(8 * i, 8 * i + 8)), i) for i in range(3)]
     assert close(layer.step([(r, 100 + 7 * i) for i, r in enumerate(requests)]), dtype)
     assert layer.impl.asked == [3]
     for _ in range(6):
         assert close(layer.step([(r, 1) for r in requests]), dtype)
         assert layer.impl.asked == []
-    assert layer.state.memo_rows == (18, 0)
+    assert layer.counts == (18, 0)
 
 
 def test_other_rows_go_to_the_backend_unchanged() -> None:
     """Chunks, requests that did not ask, and texts with nothing far: bit for bit."""
-    layer = Layer(Memo(cosine=1.0, near=NEAR))
+    layer = Layer(cosine=1.0)
     memo, chunk, exact = (Request(i, list(range(8 * i, 8 * i + 8)), i) for i in range(3))
     short = Request(3, list(range(24, 32)), 3)
-    exact.lane = -1
+    exact.slot = -1
     layer.step([(memo, 90), (exact, 80), (chunk, 64), (short, 5)])
     out, want = layer.step([(chunk, 40), (memo, 1), (exact, 1), (short, 1)])
     assert layer.impl.asked == [3]
     assert torch.equal(out[:40], want[:40]) and torch.equal(out[41:], want[41:])
-    assert close((out[40:41], want[40:41])) and layer.state.memo_rows == (1, 0)
-
-
-def test_without_the_builder_a_mixed_step_is_the_backends() -> None:
-    layer = Layer(Memo(cosine=0.5, near=NEAR), builder=False)
-    memo, chunk = (Request(i, list(range(8 * i, 8 * i + 8)), i, "alike") for i in range(2))
-    layer.step([(memo, 90)])
-    layer.step([(memo, 1)])
-    out, want = layer.step([(memo, 1), (chunk, 70)])
-    assert torch.equal(out, want) and layer.impl.asked == [2]
-    # What was remembered before is still of this request.
-    layer.step([(memo, 1)])
-    assert layer.state.memo_rows == (2, 1)
+    assert close((out[40:41], want[40:41])) and layer.counts == (1, 0)
 
 
 def test_alike_queries_reuse_their_far_attention() -> None:
-    layer = Layer(Memo(cosine=0.99, near=NEAR, every=8))
+    layer = Layer(cosine=0.99, every=8)
     requests = [Request(i, list(range(8 * i, 8 * i + 8)), i, "alike") for i in range(2)]
     layer.step([(r, 100) for r in requests])
     for _ in range(16):
         assert close(layer.step([(r, 1) for r in requests])), "the query is the same"
-    assert layer.state.memo_rows == (32, 28)
+    assert layer.counts == (32, 28)
 
 
-def test_nothing_is_memoized_unless_the_request_allows_it() -> None:
-    layer = Layer(Memo(cosine=0.5, near=NEAR))
+def test_nothing_is_served_unless_the_request_allows_it() -> None:
+    layer = Layer(cosine=0.5)
     request = Request(0, list(range(8)), 0, "alike")
-    layer.step([(request, 100)], memo=False)
+    layer.step([(request, 100)], serve=False)
     for _ in range(4):
-        out, want = layer.step([(request, 1)], memo=False)
+        out, want = layer.step([(request, 1)], serve=False)
         assert torch.equal(out, want) and layer.impl.asked == [1]
-    assert layer.state.memo_rows == (0, 0)
+    assert layer.counts == (0, 0)
 
 
 @pytest.mark.parametrize("same_blocks", [True, False])
-def test_a_lane_of_another_request_does_not_leak(same_blocks: bool) -> None:
-    """It takes the lane, the queries, and the very blocks of one that ended."""
-    layer = Layer(Memo(cosine=0.5, near=NEAR, every=100))
+def test_a_slot_of_another_request_does_not_leak(same_blocks: bool) -> None:
+    """It takes the slot, the queries, and the very blocks of one that ended."""
+    layer = Layer(cosine=0.5, every=100)
     one = Request(0, list(range(8)), 5, "alike")
     layer.step([(one, 100)])
     layer.step([(one, 1)])
@@ -251,32 +253,31 @@ def test_a_lane_of_another_request_does_not_leak(same_blocks: bool) -> None:
     other.query = one.query
     layer.step([(other, 102)])
     found = layer.step([(other, 1)])
-    assert close(found) and layer.state.memo_rows == (2, 0)
+    assert close(found) and layer.counts == (2, 0)
     layer.step([(other, 1)])
-    assert layer.state.memo_rows == (3, 1)
+    assert layer.counts == (3, 1)
 
 
 def test_a_request_that_starts_over_does_not_use_what_it_had() -> None:
-    layer = Layer(Memo(cosine=0.5, near=NEAR, every=100))
+    layer = Layer(cosine=0.5, every=100)
     request = Request(0, list(range(8)), 5, "alike")
     layer.step([(request, 100)])
     layer.step([(request, 1)])
-    request.done, request.blocks = 0, list(range(8, 16))
+    request.done, request.blocks, request.owner = 0, list(range(8, 16)), next(OWNERS)
     layer.step([(request, 101)])
-    assert close(layer.step([(request, 1)])) and layer.state.memo_rows == (2, 0)
+    assert close(layer.step([(request, 1)])) and layer.counts == (2, 0)
 
 
-@pytest.mark.parametrize("builder", [True, False])
 @pytest.mark.parametrize("seed", range(4))
-def test_any_schedule_is_full_attention_when_nothing_is_reused(seed: int, builder: bool) -> None:
+def test_any_schedule_is_full_attention_when_nothing_is_reused(seed: int) -> None:
     choose = random.Random(seed)
-    layer = Layer(Memo(cosine=0.01, near=NEAR, every=1), builder=builder)
+    layer = Layer(cosine=0.01, every=1)
     free = [list(range(6 * i, 6 * i + 6)) for i in range(8)]
     running: list[Request] = []
     for _ in range(60):
         if len(running) < 5 and choose.random() < 0.4:
-            lane = min(set(range(9)) - {r.lane for r in running})
-            running.append(Request(lane, free.pop(choose.randrange(len(free))), lane))
+            slot = min(set(range(9)) - {r.slot for r in running})
+            running.append(Request(slot, free.pop(choose.randrange(len(free))), slot))
         for request in [r for r in running if r.done > 150 or choose.random() < 0.03]:
             running.remove(request)
             free.append(request.blocks)
@@ -287,23 +288,23 @@ def test_any_schedule_is_full_attention_when_nothing_is_reused(seed: int, builde
         ]
         if work:
             assert close(layer.step(work))
-    asked, reused = layer.state.memo_rows
-    assert reused == 0 and (asked > 0 or not builder)
+    asked, reused = layer.counts
+    assert reused == 0 and asked > 0
 
 
-def test_a_failure_falls_back_and_retires_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = Layer(Memo(cosine=0.5, near=NEAR))
+def test_a_failure_falls_back_and_retires_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(cosine=0.5)
     request = Request(0, list(range(8)), 5, "alike")
     layer.step([(request, 100)])
 
     def broken(*args: Any) -> Tensor:
         raise RuntimeError("no memory left")
 
-    monkeypatch.setattr(LayerMemo, "attend", broken)
+    monkeypatch.setattr(layer.policy, "attend", broken)
     for _ in range(2):
         out, want = layer.step([(request, 1)])
         assert torch.equal(out, want) and layer.impl.asked == [1]
-    assert "no memory left" in layer.impl.kvplug_memo_broken
+    assert layer.kind.failed == "attend: RuntimeError: no memory left"
 
 
 @pytest.mark.parametrize(
@@ -312,44 +313,44 @@ def test_a_failure_falls_back_and_retires_the_memory(monkeypatch: pytest.MonkeyP
     ids=["window", "alibi", "sinks"],
 )
 def test_layers_that_attend_otherwise_are_left_alone(change: dict[str, Any]) -> None:
-    layer = Layer(Memo(cosine=0.5, near=NEAR))
+    layer = Layer(cosine=0.5)
     request = Request(0, list(range(8)), 5)
     layer.step([(request, 100)])
     vars(layer.impl).update(change)
     layer.step([(request, 1)])
-    assert layer.impl.asked == [1] and layer.state.memo_rows == (0, 0)
+    assert layer.impl.asked == [1] and layer.counts == (0, 0)
 
 
-def test_owners_are_bounded_and_change_with_the_request() -> None:
-    owners = LaneOwners(4)
-    first = owners.owner(0, 9, [1, 2, 3])
-    assert owners.owner(0, 10, [1, 2, 3]) == first
-    assert owners.owner(0, 13, [1, 2, 3, 4]) == first
-    assert owners.owner(0, 14, [1, 9, 3, 4]) != first
-    again = owners.owner(0, 14, [1, 9, 3, 4])
-    assert again != first and owners.owner(0, 15, [1, 9, 3, 4]) == again
-    owners.forget(0)
-    assert owners.owner(0, 16, [1, 9, 3, 4]) != again
-    for lane in range(10 * LANES):
-        owners.owner(lane, 5, [1, 2])
-    assert len(owners._seen) <= 4 * LANES
-
-
-@pytest.mark.parametrize("recent", [0, 32])
-def test_pages_in_a_format_are_read_through_it_unless_it_keeps_recent_tokens(recent: int) -> None:
-    layer = Layer(Memo(cosine=0.5, near=NEAR))
-    layer.layer.attn_backend.kvplug_layout = object()
+def test_pages_in_a_format_are_read_through_it() -> None:
+    layer = Layer(cosine=0.5)
     impl = layer.impl
 
     def gather(which: int, blocks: Tensor) -> Tensor:
         found: Tensor = impl.plain[which][blocks]
         return found.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-    impl.kvplug_layer = lambda layer: SimpleNamespace(recent_size=recent)
-    impl.kvplug_pages = lambda layer, cache, dtype: SimpleNamespace(gather=gather)
+    impl.kvplug_pages = lambda layer, cache: SimpleNamespace(gather=gather)
     request = Request(0, list(range(8)), 5, "alike")
     layer.step([(request, 100)])
     layer.cache.fill_(float("nan"))
     for _ in range(3):
         assert close(layer.step([(request, 1)]))
-    assert layer.state.memo_rows == ((0, 0) if recent else (3, 2))
+    assert layer.counts == (3, 2)
+
+
+def test_an_output_of_another_shape_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(cosine=0.5)
+    request = Request(0, list(range(8)), 5)
+    layer.step([(request, 100)])
+    monkeypatch.setattr(layer.policy, "attend", lambda view, rows: torch.zeros(1, 1))
+    out, want = layer.step([(request, 1)])
+    assert torch.equal(out, want) and "attend returned (1, 1)" in (layer.kind.failed or "")
+
+
+def test_rows_that_the_policy_leaves_go_to_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(cosine=0.5)
+    request = Request(0, list(range(8)), 5)
+    layer.step([(request, 100)])
+    monkeypatch.setattr(layer.policy, "attend", lambda view, rows: None)
+    out, want = layer.step([(request, 1)])
+    assert torch.equal(out, want) and layer.kind.failed is None and layer.impl.asked == [1]
