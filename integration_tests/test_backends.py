@@ -21,7 +21,7 @@ from kvplug.hosts.vllm import admission, engine
 from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
 from kvplug.hosts.vllm.messages import StepReport
 from kvplug.hosts.vllm.plugin import BACKENDS
-from kvplug.hosts.vllm.spec import ReusedSpec, WindowedSpec
+from kvplug.hosts.vllm.spec import ApproximateSpec, WindowedSpec
 from kvplug.hosts.vllm.worker import backend
 from kvplug.hosts.vllm.worker.composition import (
     plugged_backend,
@@ -478,6 +478,7 @@ def test_a_name_is_stock_unless_the_engine_runs_a_policy_of_layers(
     monkeypatch.setattr(admission, "deployment_of", lambda vllm_config: chosen)
     monkeypatch.setattr(engine, "sequence_policy", lambda deployment, vllm_config: policy)
     monkeypatch.setattr(engine, "format_policy", lambda deployment, vllm_config: stored)
+    monkeypatch.setattr(engine, "attention_policy", lambda deployment, vllm_config: None)
 
     def resolved() -> type[Any]:
         """As another engine resolves it."""
@@ -518,7 +519,7 @@ def test_a_name_is_stock_unless_the_engine_runs_a_policy_of_layers(
     reused = resolved()
     assert reused is not stock and issubclass(reused, stock)
     assert isinstance(worker_state(current).kinds[0], ReuseWorker)  # type: ignore[index]
-    assert type(reused.customize_spec(plain_spec())) is ReusedSpec
+    assert type(reused.customize_spec(plain_spec())) is ApproximateSpec
 
 
 def test_a_format_says_what_a_layers_pages_take() -> None:

@@ -155,11 +155,13 @@ def calls(half: SchedulerHalf) -> list[tuple[Any, ...]]:
     return one.calls
 
 
-def test_only_kinds_with_a_policy_run_and_reuse_comes_before_format(half: SchedulerHalf) -> None:
-    """Format makes a request's cache salt longer, which reuse takes for the user's own."""
+def test_only_kinds_with_a_policy_run_and_reuse_comes_first(half: SchedulerHalf) -> None:
+    """Format makes a request's cache salt longer, which reuse takes for the user's own; attention
+    forgets an ended request, of which reuse must know what was approximated."""
     assert [kind.kind for kind in half.kinds] == ["format", "sequence", "prefix_cache"]
-    assert KINDS.index(ReuseScheduler) < KINDS.index(FormatScheduler)
-    assert {of.kind for of in KINDS} == {Kind.REUSE, *(kind.kind for kind in half.kinds)}
+    assert KINDS[0] is ReuseScheduler
+    own = {kind.kind for kind in half.kinds}
+    assert {of.kind for of in KINDS} == {Kind.REUSE, Kind.ATTENTION, *own}
 
 
 def test_every_kind_receives_the_parsed_options(half: SchedulerHalf) -> None:

@@ -20,6 +20,7 @@ logger = logging.getLogger("kvplug")
 
 ENTRY_POINT_GROUP = "kvplug"
 EXTRAS: dict[str, frozenset[tuple[Kind, str]]] = {
+    "attention-memo": frozenset({(Kind.ATTENTION, "memo")}),
     "reuse-learned": frozenset({(Kind.REUSE, "credibility"), (Kind.REUSE, "compensate")}),
 }
 """Policies that come with an extra of kvplug, by extra; not installed with kvplug alone."""
