@@ -131,7 +131,7 @@ def _vllm(found: Findings, probed: dict[str, Any]) -> None:
         "tested": tested,
         "tested_series": list(compat.TESTED),
         "imports": "version" in probed,
-        "extension_points": len(compat.EXTENSION_POINTS),
+        "extension_points": len(compat.EXTENSION_POINTS) + len(compat.ATTRIBUTES),
         "missing_extension_points": probed.get("missing", []),
     }
     series = " or ".join(f"{t}.*" for t in compat.TESTED)
