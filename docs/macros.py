@@ -253,6 +253,11 @@ def subclasses() -> str:
                 names |= {alias.asname or alias.name: alias.name for alias in node.names}
             elif isinstance(node, ast.ClassDef):
                 classes[node.name] = (path, node)
+            elif isinstance(node, ast.FunctionDef) and any(
+                a.arg == "stock" for a in node.args.args
+            ):
+                # Classes made of whichever backend vLLM chose.
+                names["stock"] = "chosen backend's own"
 
     def bases(name: str) -> list[str]:
         path, node = classes[name]

@@ -511,7 +511,7 @@ def test_the_answer_of_the_example_is_what_the_plan_says() -> None:
         held = layout(last, cut, own.shared, 32)
         freed += held.candidates - held.survivors
         last = cut
-    (shown,) = re.findall(r"```json\n(.*)\n```", SEQUENCE)
+    (shown,) = re.findall(r"```json\n(.*?)\n```", SEQUENCE, re.DOTALL)
     evictions = [[cut.at, cut.blocks * 32] for cut in plan.cuts]
     assert json.loads(shown) == {"exact": False, "blocks_freed": freed, "evictions": evictions}
     (most,) = re.findall(r"of its latest (\d+) evictions", text(DOCS / "requests.md"))

@@ -166,7 +166,7 @@ def test_every_class_that_extends_vllms_is_named(macros: ModuleType) -> None:
                 bases = {base.__module__.split(".")[0] for base in one.__mro__[1:]}
                 if "vllm" in bases:
                     found.add(one.__name__)
-    assert listed == found
+    assert listed == found | {"Backend", "Builder", "Impl"}  # made of the backend vLLM chose
 
 
 # -- the site itself -------------------------------------------------------------------------------
