@@ -125,7 +125,7 @@ def test_pages_show_good_and_bad_deployments() -> None:
 def test_a_deployment_on_a_page_is_accepted(
     block: Block, builtin_only: Plugins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for other in (*EXAMPLES, "kvplug_reuse_learned.plugin"):
+    for other in (*EXAMPLES, "kvplug_reuse_learned.plugin", "kvplug_attention_memo.plugin"):
         builtin_only.register(importlib.import_module(other), other)
     config = check_file(block.yaml, tmp_path, monkeypatch)
     assert config.deployment.all(), "an example that shows no policy"
@@ -210,7 +210,7 @@ def is_shipped(policy: type[Policy]) -> bool:
     return REPO / "policies" in path.parents and "tests" not in path.parts
 
 
-@pytest.mark.parametrize("kind", ["prefix_cache", "sequence", "format", "reuse"])
+@pytest.mark.parametrize("kind", ["prefix_cache", "sequence", "format", "reuse", "attention"])
 def test_policies_of_a_kind_stand_together_in_the_navigation(kind: str) -> None:
     nav = text(REPO / "mkdocs.yml")
     order = re.findall(r"^ +- (\w+): policies/(\w+)\.md$", nav, re.MULTILINE)
