@@ -245,7 +245,7 @@ def test_a_name_that_is_no_backend_is_no_attribute() -> None:
 )
 def test_sliding_window_layers_are_a_feature(text_config: dict[str, Any], sliding: bool) -> None:
     from kvplug.contract import Feature
-    from kvplug.hosts.vllm.view import features_of
+    from kvplug.hosts.vllm.features import features_of
 
     hf = SimpleNamespace(**text_config)
     config = SimpleNamespace(

@@ -12,12 +12,12 @@ import pytest
 
 from kvplug.contract import Feature
 from kvplug.errors import DeploymentError
+from kvplug.hosts.vllm.features import READINGS, features_from_flags
 from kvplug.hosts.vllm.flags import (
     GUARD,
     REQUEST_CHECK,
     REQUEST_CHECK_MIDDLEWARE,
     engine_from_flags,
-    features_from_flags,
     read_config,
     request_check_flags,
 )
@@ -243,3 +243,7 @@ def test_refusing_adds_the_flags_that_a_file_leaves_out(
     assert request_check_flags(dataclasses.replace(config, flags=flags)) == added
     path.write_text("on_bad_request: report\n")
     assert request_check_flags(dataclasses.replace(read_config(path), flags=flags)) == []
+
+
+def test_every_feature_has_one_row() -> None:
+    assert sorted(row.feature for row in READINGS) == sorted(Feature)

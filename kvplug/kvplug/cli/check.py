@@ -113,7 +113,7 @@ def notes(config: ConfigFile) -> list[str]:
 
 
 def _lines(config: ConfigFile) -> list[str]:
-    from kvplug.hosts.vllm.flags import features_from_flags
+    from kvplug.hosts.vllm.features import features_from_flags
     from kvplug.registry import plugins
 
     lines = [f"{config.path}: OK"]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvplug.contract import EngineView, Feature, Kind
+from kvplug.contract import EngineView, Kind
 from kvplug.deployment import Deployment
 from kvplug.errors import DeploymentError, Refusal
+from kvplug.hosts.vllm.features import features_from_flags, number
 from kvplug.parser import SECTION_KEYS, load_deployment, read_yaml
 
 CONNECTOR = "KVPlugConnector"
@@ -156,18 +157,6 @@ def _connector_refusals(transfer: Any, key: str, lines: Mapping[str, int]) -> li
     return found
 
 
-def _number(flags: Mapping[str, Any], name: str, default: int) -> int:
-    value = flags.get(name, default)
-    return value if isinstance(value, int) and not isinstance(value, bool) else default
-
-
-def _on(flags: Mapping[str, Any], name: str, default: bool) -> bool:
-    if flags.get(f"no-{name}") is True:
-        return False
-    value = flags.get(name, default)
-    return value if isinstance(value, bool) else default
-
-
 def request_check_flags(config: ConfigFile) -> list[str]:
     """Command-line flags that a deployment needs for ``on_bad_request: refuse``; else none."""
     if config.deployment.on_bad_request != "refuse":
@@ -188,41 +177,13 @@ def _listed(value: Any) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list) else [str(value)]
 
 
-def features_from_flags(flags: Mapping[str, Any]) -> frozenset[Feature]:
-    """The engine features a flag file switches on, with vLLM's defaults for what it leaves out."""
-    on = {Feature.PREEMPTION}
-    speculative = flags.get("speculative-config")
-    ngram = isinstance(speculative, Mapping) and speculative.get("method") == "ngram"
-    pipeline = _number(flags, "pipeline-parallel-size", 1) > 1
-    tests: dict[Feature, bool] = {
-        Feature.PREFIX_CACHING: _on(flags, "enable-prefix-caching", True),
-        Feature.CHUNKED_PREFILL: _on(flags, "enable-chunked-prefill", True),
-        Feature.ASYNC_SCHEDULING: _on(flags, "async-scheduling", not ngram and not pipeline),
-        Feature.CUDA_GRAPHS: not _on(flags, "enforce-eager", False),
-        Feature.TENSOR_PARALLEL: _number(flags, "tensor-parallel-size", 1) > 1,
-        Feature.PIPELINE_PARALLEL: pipeline,
-        Feature.DATA_PARALLEL: _number(flags, "data-parallel-size", 1) > 1,
-        Feature.CONTEXT_PARALLEL: _number(flags, "decode-context-parallel-size", 1) > 1
-        or _number(flags, "prefill-context-parallel-size", 1) > 1,
-        Feature.LORA: _on(flags, "enable-lora", False),
-        Feature.QUANTIZED_KV_CACHE: str(flags.get("kv-cache-dtype", "auto"))
-        not in {"auto", "bfloat16", "float16"},
-    }
-    on |= {feature for feature, is_on in tests.items() if is_on}
-    if isinstance(speculative, Mapping):
-        on.add(Feature.SPECULATIVE_DECODING)
-        if not ngram:
-            on.add(Feature.DRAFT_MODEL)
-    return frozenset(on)
-
-
 def engine_from_flags(flags: Mapping[str, Any]) -> EngineView:
     """The engine that flags describe, as far as it can be known without starting it."""
     return EngineView(
-        block_size=_number(flags, "block-size", 16),
-        num_blocks=_number(flags, "num-gpu-blocks-override", 0),
-        max_model_len=_number(flags, "max-model-len", 0),
-        max_in_flight_tokens=_number(flags, "max-num-batched-tokens", 2048),
+        block_size=number(flags, "block-size", 16),
+        num_blocks=number(flags, "num-gpu-blocks-override", 0),
+        max_model_len=number(flags, "max-model-len", 0),
+        max_in_flight_tokens=number(flags, "max-num-batched-tokens", 2048),
         features=features_from_flags(flags),
         host="vllm",
     )

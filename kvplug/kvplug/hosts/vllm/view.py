@@ -11,45 +11,13 @@ import torch
 
 from kvplug.contract import (
     EngineView,
-    Feature,
     FormatPolicy,
     LayerView,
     Rope,
 )
 from kvplug.fingerprint import model_fingerprint
 from kvplug.hosts.vllm import compat
-
-
-def features_of(vllm_config: Any) -> frozenset[Feature]:
-    """Features that a vLLM config enables."""
-    parallel = vllm_config.parallel_config
-    cache = vllm_config.cache_config
-    scheduler = vllm_config.scheduler_config
-    speculative = vllm_config.speculative_config
-    graphs = vllm_config.compilation_config.cudagraph_mode
-    model = vllm_config.model_config
-    tests = {
-        Feature.PREEMPTION: True,
-        Feature.PREFIX_CACHING: bool(cache.enable_prefix_caching),
-        Feature.CHUNKED_PREFILL: bool(scheduler.enable_chunked_prefill),
-        Feature.ASYNC_SCHEDULING: bool(scheduler.async_scheduling),
-        Feature.SPECULATIVE_DECODING: speculative is not None,
-        Feature.DRAFT_MODEL: speculative is not None and speculative.method != "ngram",
-        Feature.CUDA_GRAPHS: graphs is not None and bool(graphs.value),
-        Feature.TENSOR_PARALLEL: parallel.tensor_parallel_size > 1,
-        Feature.PIPELINE_PARALLEL: parallel.pipeline_parallel_size > 1,
-        Feature.DATA_PARALLEL: parallel.data_parallel_size > 1,
-        Feature.CONTEXT_PARALLEL: parallel.decode_context_parallel_size > 1
-        or parallel.prefill_context_parallel_size > 1,
-        Feature.LORA: vllm_config.lora_config is not None,
-        Feature.QUANTIZED_KV_CACHE: cache.cache_dtype not in {"auto", "bfloat16", "float16"},
-        Feature.SLIDING_WINDOW_LAYERS: model.get_sliding_window() is not None
-        or any("sliding" in t for t in getattr(model.hf_text_config, "layer_types", None) or ()),
-        Feature.MULTIMODAL: bool(model.is_multimodal_model),
-        Feature.KV_SHARING: bool(cache.kv_sharing_fast_prefill),
-        Feature.DISAGGREGATED_PREFILL: vllm_config.kv_transfer_config.kv_role != "kv_both",
-    }
-    return frozenset(feature for feature, on in tests.items() if on)
+from kvplug.hosts.vllm.features import features_of
 
 
 def engine_view(vllm_config: Any, num_blocks: int = 0) -> EngineView:
