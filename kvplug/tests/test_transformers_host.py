@@ -558,8 +558,8 @@ class Watching(Coarse):
     def write(self, layer: LayerView, batch: WriteBatch, cache: Tensor) -> None:
         before = self.keys.get(layer.index, batch.key[:0])
         assert batch.slots.tolist() == list(range(len(before), len(before) + len(batch.key)))
-        assert batch.lanes is not None and batch.recent is not None
-        assert batch.lanes.tolist() == [0] * len(batch.key)
+        assert batch.request_slots is not None and batch.recent is not None
+        assert batch.request_slots.tolist() == [0] * len(batch.key)
         kept = range(max(0, len(before) - 8), len(before))
         for at in kept:
             assert torch.equal(batch.recent.key[0, at % 8], before[at])
@@ -567,7 +567,7 @@ class Watching(Coarse):
         super().write(layer, batch, cache)
 
     def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:
-        assert batch.recent is not None and batch.lanes is not None
+        assert batch.recent is not None and batch.request_slots is not None
         new = batch.max_query_len
         for at in range(max(0, batch.max_seq_len - new - 8), batch.max_seq_len - new):
             assert torch.equal(batch.recent.key[0, at % 8], self.keys[layer.index][at])

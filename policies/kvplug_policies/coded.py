@@ -244,7 +244,7 @@ class CodedFormat(FormatPolicy):
             self.coded(layer),
             key_levels=key_levels,
             value_levels=value_levels,
-            recent_slots=batch.lanes,
+            recent_slots=batch.request_slots,
             recent_key=batch.recent.key if batch.recent is not None else None,
             nonfinite=self._nonfinite,
         )
@@ -275,8 +275,8 @@ class CodedFormat(FormatPolicy):
         lens = batch.seq_lens - new if exact else batch.seq_lens
         held, recent = self.recent(layer), batch.recent
         kept = None
-        if exact and held and recent is not None and batch.lanes is not None:
-            kept = torch.where(batch.lanes >= 0, lens % held, 0).to(torch.int32)
+        if exact and held and recent is not None and batch.request_slots is not None:
+            kept = torch.where(batch.request_slots >= 0, lens % held, 0).to(torch.int32)
             lens = lens - kept
         key_levels, value_levels = self.levels(layer, cache.device)
         past, past_lse = paged_attend_quant(
@@ -314,7 +314,7 @@ class CodedFormat(FormatPolicy):
             max_query_len=batch.max_query_len,
             recent_key=recent.key if kept is not None and recent is not None else None,
             recent_value=recent.value if kept is not None and recent is not None else None,
-            recent_slots=batch.lanes if kept is not None else None,
+            recent_slots=batch.request_slots if kept is not None else None,
             recent_lens=kept,
         )
         merge_attention(past, past_lse, now, now_lse, out)

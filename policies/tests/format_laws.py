@@ -212,11 +212,11 @@ class Pool:
             query: Of all rows, ``[tokens, heads, head_size]``.
             exact: Whether the step's tokens see each other exactly.
         """
-        slots, lanes, lens, starts = [], [], [], [0]
+        slots, request_slots, lens, starts = [], [], [], [0]
         for request, (key, value) in rows.items():
             first = self.lens.get(request, 0)
             slots += self.slots(request, first, len(key))
-            lanes += [request] * len(key)
+            request_slots += [request] * len(key)
             lens.append(first + len(key))
             starts.append(starts[-1] + len(key))
             before = self.exact.get(request)
@@ -230,9 +230,9 @@ class Pool:
         value = torch.cat([value for _, value in rows.values()])
         width = max(len(self.tables[request]) for request in rows)
         table = [self.tables[r] + [0] * (width - len(self.tables[r])) for r in rows]
-        row_lanes = torch.tensor(list(rows))
+        row_slots = torch.tensor(list(rows))
         ring = self.ring
-        write = WriteBatch(key, value, torch.tensor(slots), torch.tensor(lanes), ring)
+        write = WriteBatch(key, value, torch.tensor(slots), torch.tensor(request_slots), ring)
         attend = AttendBatch(
             query,
             torch.tensor(starts, dtype=torch.int32),
@@ -243,7 +243,7 @@ class Pool:
             max(lens),
             key if exact else None,
             value if exact else None,
-            lanes=row_lanes if ring is not None else None,
+            request_slots=row_slots if ring is not None else None,
             recent=ring,
         )
         return write, attend

@@ -94,15 +94,15 @@ def test_slots_that_were_never_written_have_no_part_in_a_groups_scale() -> None:
     assert relative(pool.read(0)[0], key * 1e-3) < 0.01
 
 
-def test_without_a_lane_the_codes_stand_for_what_is_exact() -> None:
-    """A request that has no lane still gets attention over its pages, open group included."""
+def test_without_a_slot_the_codes_stand_for_what_is_exact() -> None:
+    """A request that has no slot still gets attention over its pages, open group included."""
     pool = Pool(Case(Kivi, {"bits": 4}), SHAPE)
     key, value = vectors(SHAPE, 45, seed=6)
     query = queries(SHAPE, 45, seed=7)
     pool.store({0: (key[:40], value[:40])})
     write, attend = pool.batch({0: (key[40:], value[40:])}, query[40:], True)
     fields = {**{f: getattr(attend, f) for f in attend.__dataclass_fields__}}
-    fields["lanes"] = torch.tensor([-1])
+    fields["request_slots"] = torch.tensor([-1])
     pool.policy.write(pool.layer, write, pool.pages)
     out = torch.full_like(query[40:], torch.nan)
     pool.policy.attend(pool.layer, AttendBatch(**fields), pool.pages, out)

@@ -114,11 +114,11 @@ class PageLayout:
 class Recent:
     """Exact K and V of each request's latest tokens, kept by the host beside the pages.
 
-    The token at slot ``s`` of a request lies at ``[lane, s % size]`` until the token ``size``
+    The token at index ``s`` of a request lies at ``[slot, s % size]`` until the token ``size``
     places later is computed.
 
     Attributes:
-        key: ``[lanes, size, num_kv_heads, head_size]``.
+        key: ``[request_slots, size, num_kv_heads, head_size]``.
         value: The same shape.
     """
 
@@ -135,8 +135,8 @@ class WriteBatch:
         value: The same shape.
         slots: ``[num_tokens]`` int64, block * block_size + offset; negative is padding. The tokens
             of a request follow each other.
-        lanes: Lane of each token's request, ``[num_tokens]`` int64, -1 for none; None if the
-            format keeps nothing recent.
+        request_slots: Slot of each token's request, ``[num_tokens]`` int64, -1 for none; None if
+            the format keeps nothing recent.
         recent: Recent tokens before these; these are added after they were attended.
         assigned: Assignment of each token's request, ``[num_tokens]`` int64, if the format has
             several; see `FormatPolicy.assignments`.
@@ -145,7 +145,7 @@ class WriteBatch:
     key: Tensor
     value: Tensor
     slots: Tensor
-    lanes: Tensor | None = None
+    request_slots: Tensor | None = None
     recent: Recent | None = None
     assigned: Tensor | None = None
 
@@ -166,7 +166,8 @@ class AttendBatch:
             to read them from the pages too.
         value: Exact values, likewise.
         softcap: Soft cap of logits; 0 for none.
-        lanes: Lane of each row's request, ``[num_rows]`` int64, or -1; None as in `WriteBatch`.
+        request_slots: Slot of each row's request, ``[num_rows]`` int64, or -1; None as in
+            `WriteBatch`.
         recent: Recent tokens before this step's.
     """
 
@@ -180,7 +181,7 @@ class AttendBatch:
     key: Tensor | None = None
     value: Tensor | None = None
     softcap: float = 0.0
-    lanes: Tensor | None = None
+    request_slots: Tensor | None = None
     recent: Recent | None = None
 
 

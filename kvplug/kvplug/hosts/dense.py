@@ -86,8 +86,8 @@ def _attend_rows(
         row = torch.arange(len(rows), device=device)[:, None].expand_as(at)[mine]
         keys[row, :, at[mine]] = batch.key[token[mine]].float()
         values[row, :, at[mine]] = batch.value[token[mine]].float()
-        if batch.recent is not None and batch.lanes is not None:
-            ring, slot = batch.recent.key.shape[1], batch.lanes[rows].long()
+        if batch.recent is not None and batch.request_slots is not None:
+            ring, slot = batch.recent.key.shape[1], batch.request_slots[rows].long()
             place, before = torch.arange(ring, device=device), lens - widths
             known = (place < (before % ring)[:, None]) & (slot >= 0)[:, None]
             row, place = known.nonzero(as_tuple=True)

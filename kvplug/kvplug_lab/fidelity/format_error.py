@@ -178,7 +178,7 @@ def _layer_errors(
         n,
         read.key[-queries:],
         read.value[-queries:],
-        lanes=torch.arange(queries),
+        request_slots=torch.arange(queries),
         recent=_recent(policy.recent(layer), read, lens),
     )
     policy.attend(layer, batch, pages, out)

@@ -159,7 +159,7 @@ class AttentionMemo:
 
         Args:
             query: ``[rows, num_heads, head_size]``, rotated like the keys.
-            slots: Lane of each row, distinct.
+            slots: Slot of each row, distinct.
             owners: Number of the request that has each slot; another one's memory is never used.
             lens: Tokens of each row, its query's own among them; at least one.
             gather: Reads the rows' keys and values.

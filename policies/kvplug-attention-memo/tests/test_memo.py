@@ -163,7 +163,7 @@ def test_rows_decide_for_themselves() -> None:
     torch.testing.assert_close(got.out, texts.full(query, [81, 71]), rtol=1e-5, atol=1e-6)
 
 
-def test_lanes_do_not_leak() -> None:
+def test_slots_do_not_leak() -> None:
     """Another request in the slot, the same query, the next length: nothing old is used."""
     one, other, memo = Texts(1, 100, seed=1), Texts(1, 100, seed=2), memory(cosine=0.5)
     query = smooth(1, 1, 0.0)[0]
@@ -185,7 +185,7 @@ def test_a_text_that_starts_over_is_another() -> None:
     torch.testing.assert_close(got.out, texts.full(query, [30]), rtol=1e-5, atol=1e-6)
 
 
-def test_released_lanes_and_bounded_memory() -> None:
+def test_released_slots_and_bounded_memory() -> None:
     texts, memo = Texts(1, 100), memory(cosine=0.5, slots=4)
     query = smooth(1, 1, 0.0)[0]
     for slot in range(50):

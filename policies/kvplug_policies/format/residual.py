@@ -344,9 +344,9 @@ class Residual(CodedFormat):
         recent = batch.recent
         if recent is not None:
             # An open group is coded again with its earlier tokens, which are kept exactly.
-            lanes, size = recent.key.shape[:2]
+            request_slots, size = recent.key.shape[:2]
             key, _ = self.into(layer, recent.key.flatten(0, 1), recent.value.flatten(0, 1))
-            recent = Recent(key.view(lanes, size, *key.shape[1:]), recent.value)
+            recent = Recent(key.view(request_slots, size, *key.shape[1:]), recent.value)
             batch = replace(batch, recent=recent)
         super().write(layer, batch, cache)
 

@@ -69,7 +69,7 @@ class LayerCoded(LayerCache):
                 key=self._stored(keys),
                 value=self._stored(values),
                 slots=torch.arange(self.kept, self.kept + new, device=keys.device),
-                lanes=None if self.recent is None else self._slot(new),
+                request_slots=None if self.recent is None else self._slot(new),
                 recent=self.recent,
             ),
             self.pages,
@@ -108,7 +108,7 @@ class LayerCoded(LayerCache):
             key=self._stored(keys).to(dtype) if self.exact_chunk else None,
             value=self._stored(values).to(dtype) if self.exact_chunk else None,
             softcap=self.softcap,
-            lanes=None if recent is None else self._slot(1),
+            request_slots=None if recent is None else self._slot(1),
             recent=recent,
         )
         attend(self.format, self.view, batch, self.pages, out)

@@ -451,7 +451,7 @@ class FormatLayer:
             key=key[:n] if exact else None,
             value=value[:n] if exact else None,
             softcap=self.softcap,
-            lanes=step.row_slots,
+            request_slots=step.row_slots,
             recent=recent,
         )
         try:
