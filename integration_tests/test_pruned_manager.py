@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvplug.contract import EngineView, LayerView, ResidentView, ScoringPolicy
-from kvplug.hosts.pruning import Cut, Limits, Plan, layout
+from kvplug.hosts.pruning import Eviction, EvictionPlan, Limits, layout
 from kvplug.hosts.vllm.messages import Plans, RowPlan, SequenceDirectives, merge_measured
 from kvplug.hosts.vllm.scheduler.evictions import SIZES_REPORTED, EvictionPlanner
 from kvplug.hosts.vllm.scheduler.kind import SchedulerStep
@@ -30,7 +30,7 @@ from kvplug.hosts.vllm.scheduler.slots import Slots
 from kvplug.hosts.vllm.spec import PrunedManager, PrunedSpec, WindowedSpec
 
 BLOCK = 16
-LIMITS = Limits(BLOCK, budget=64, share=1.0, always=20, interval=2, shared=2)
+LIMITS = Limits(BLOCK, budget=64, share=1.0, always=20, interval=2, protected=2)
 """Four blocks survive, after two shared ones; two are written between evictions."""
 
 
@@ -41,7 +41,7 @@ def spec(limits: Limits = LIMITS, **changes: Any) -> PrunedSpec:
         "head_size": 8,
         "dtype": torch.float32,
         "limits": limits,
-        "exact_tokens": limits.shared * BLOCK,
+        "exact_tokens": limits.protected * BLOCK,
         "in_flight_tokens": 40,
         "max_tokens": 1024,
     }
@@ -83,7 +83,7 @@ def held(m: PrunedManager, name: str = "r") -> list[int]:
     return [i for i, b in enumerate(m.req_to_blocks[name]) if not b.is_null]
 
 
-def schedule(m: PrunedManager, name: str, tokens: int) -> Plan:
+def schedule(m: PrunedManager, name: str, tokens: int) -> EvictionPlan:
     """What a step does that ends at so many tokens."""
     give(m, name, tokens)
     plan = m.plan(name)
@@ -102,13 +102,13 @@ def request(name: str, tokens: int) -> Any:
     )
 
 
-def left_by(cuts: Sequence[Cut], filled: int, limits: Limits = LIMITS) -> list[int]:
+def left_by(cuts: Sequence[Eviction], filled: int, limits: Limits = LIMITS) -> list[int]:
     """Blocks kept after these evictions, from the meaning of one alone."""
     if not cuts:
         return list(range(filled))
     last = cuts[-1]
-    front = range(limits.shared, limits.shared + last.kept)
-    return [*front, *range(last.end - last.tail, filled)]
+    front = range(limits.protected, limits.protected + last.kept)
+    return [*front, *range(last.end - last.grown, filled)]
 
 
 # -- freeing ---------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_what_an_eviction_empties_is_freed_once_its_tokens_are_acknowledged() ->
     m = manager()
     m.prompt_tokens["r"] = 200
     before = schedule(m, "r", 200)
-    assert before.cuts == [Cut(200, 12, 4)]
+    assert before.evictions == [Eviction(200, 12, 4)]
     table = ids(m)
     free = m.block_pool.get_num_free_blocks()
     for acked in range(200):
@@ -137,10 +137,10 @@ def test_what_an_eviction_empties_is_freed_once_its_tokens_are_acknowledged() ->
 def test_exactly_what_the_layout_says_is_freed(seed: int, hold: int) -> None:
     """Chunks of any size, acknowledged late or at once."""
     choose = random.Random(seed)
-    limits = LIMITS.holding(hold)
+    limits = LIMITS.with_prefill_limit(hold)
     m = manager(spec(limits))
     prompt = m.prompt_tokens["r"] = choose.randrange(1, 700)
-    whole = Plan(limits, prompt)
+    whole = EvictionPlan(limits, prompt)
     whole.until(1000)
     acked = scheduled = 0
     while acked < 1000:
@@ -149,7 +149,7 @@ def test_exactly_what_the_layout_says_is_freed(seed: int, hold: int) -> None:
         scheduled = min(1000, scheduled + choose.randrange(room + 1))
         if scheduled:
             schedule(m, "r", scheduled)
-        made = [c for c in whole.cuts if c.at <= acked]
+        made = [c for c in whole.evictions if c.at <= acked]
         filled = -(-scheduled // BLOCK)
         assert held(m) == left_by(made, filled, limits)
         assert len(held(m)) + m.block_pool.get_num_free_blocks() == 200
@@ -157,16 +157,16 @@ def test_exactly_what_the_layout_says_is_freed(seed: int, hold: int) -> None:
 
 
 def test_several_evictions_acknowledged_at_once_are_all_followed() -> None:
-    m = manager(spec(LIMITS.holding(8)))
+    m = manager(spec(LIMITS.with_prefill_limit(8)))
     m.prompt_tokens["r"] = 500
     reported: list[tuple[int, str, int]] = []
     m.on_freed = lambda *what: reported.append(what)
     plan = schedule(m, "r", 600)
-    assert len(plan.cuts) > 4
+    assert len(plan.evictions) > 4
     m.remove_skipped_blocks("r", 600)
-    assert held(m) == left_by(plan.cuts, 38)
+    assert held(m) == left_by(plan.evictions, 38)
     assert sum(n for _, _, n in reported) == 38 - len(held(m))
-    assert len(reported) == len(plan.cuts), "each eviction that frees is reported once"
+    assert len(reported) == len(plan.evictions), "each eviction that frees is reported once"
     assert {(group, name) for group, name, _ in reported} == {(0, "r")}
 
 
@@ -266,7 +266,7 @@ def test_a_preempted_request_starts_over() -> None:
     for _ in range(3):
         first = schedule(m, "r", 300)
         m.remove_skipped_blocks("r", 300)
-        assert held(m) == left_by(first.cuts, 19)
+        assert held(m) == left_by(first.evictions, 19)
         popped = m.pop_blocks_for_free("r")
         assert len(popped) == 19
         m.block_pool.free_blocks(reversed(popped))
@@ -274,7 +274,7 @@ def test_a_preempted_request_starts_over() -> None:
         again = m.plan("r")
         assert again is not first
         assert again is not None
-        assert again.cuts == []
+        assert again.evictions == []
         give(m, "r", 100)
         m.remove_skipped_blocks("r", 100)
         assert len(held(m)) == 7, "evictions of its former life"
@@ -293,7 +293,7 @@ def test_a_request_resumed_from_the_prefix_cache_is_evicted_from_where_it_would_
     assert length == 32
     m.add_local_computed_blocks("r", hit, length, 0)
     plan = schedule(m, "r", 250)
-    assert plan.cuts == [Cut(200, 12, 4), Cut(224, 14, 4)]
+    assert plan.evictions == [Eviction(200, 12, 4), Eviction(224, 14, 4)]
     m.remove_skipped_blocks("r", 250)
     assert held(m) == [2, 3, 4, 5, 14, 15]
     m.free("r")
@@ -337,16 +337,16 @@ def test_admission_counts_on_what_will_be_freed() -> None:
 def test_a_host_limits_the_blocks_of_a_prompt(blocks: int, hold: int, cap: int) -> None:
     m = manager()
     m.limit_prefill(blocks)
-    assert m.limits == LIMITS.holding(hold)
+    assert m.limits == LIMITS.with_prefill_limit(hold)
     assert m.max_admission_blocks_per_request == cap
     assert m.kv_cache_spec.limits == LIMITS
 
 
 def test_the_policys_own_prefill_limit_goes_before_the_hosts() -> None:
-    m = manager(spec(LIMITS.holding(20)))
+    m = manager(spec(LIMITS.with_prefill_limit(20)))
     assert m.max_admission_blocks_per_request == 21 + 4
     m.limit_prefill(100)
-    assert m.limits == LIMITS.holding(20)
+    assert m.limits == LIMITS.with_prefill_limit(20)
     assert m.max_admission_blocks_per_request == 21 + 4
 
 
@@ -408,8 +408,8 @@ def test_survivors_are_never_written_into_cached_blocks() -> None:
     m.prompt_tokens["r"] = 320
     plan = schedule(m, "r", 320)
     m.cache_blocks(r, 320, replay_boundaries=())
-    (cut,) = plan.cuts
-    lay = layout(None, cut, LIMITS.shared, BLOCK)
+    (cut,) = plan.evictions
+    lay = layout(None, cut, LIMITS.protected, BLOCK)
     assert not any(
         m.req_to_blocks["r"][i].block_hash is not None for i in lay.blocks[: lay.survivors]
     )
@@ -490,10 +490,10 @@ def test_a_request_is_sized_by_its_cap_not_by_the_longest_text() -> None:
 
 
 def test_specs_travel_between_processes() -> None:
-    own = spec(LIMITS.holding(7))
+    own = spec(LIMITS.with_prefill_limit(7))
     back = pickle.loads(pickle.dumps(own))
     assert back == own
-    assert back.limits == LIMITS.holding(7)
+    assert back.limits == LIMITS.with_prefill_limit(7)
     assert KVCacheSpecRegistry.get_manager_class(back) is PrunedManager
     assert len({own, back, spec()}) == 2
 
@@ -579,7 +579,7 @@ def test_a_plan_has_the_eviction_in_force_and_those_of_the_step() -> None:
     planned, m = planner()
     planned.add("r", 200)
     assert step(planned, [m], "r", 0, 100) == [RowPlan(200, None, ())]
-    first, second = Cut(200, 12, 4), Cut(224, 14, 4)
+    first, second = Eviction(200, 12, 4), Eviction(224, 14, 4)
     assert step(planned, [m], "r", 100, 200) == [RowPlan(200, None, (first,))]
     assert step(planned, [m], "r", 200, 201) == [RowPlan(200, first, ())]
     assert step(planned, [m], "r", 201, 224) == [RowPlan(200, first, (second,))]
@@ -594,7 +594,7 @@ def test_whatever_the_chunks_the_evictions_are_the_same() -> None:
         choose = random.Random(seed)
         planned, m = planner()
         planned.add("r", 333)
-        found: list[Cut] = []
+        found: list[Eviction] = []
         start = 0
         while start < 600:
             end = min(600, start + choose.randrange(1, 90))
@@ -626,8 +626,8 @@ def test_each_group_has_a_plan_of_its_own() -> None:
     planned = EvictionPlanner(own, managers, [0, 1], Slots())
     planned.add("r", 200)
     narrow, wide = step(planned, managers, "r", 0, 200)
-    assert narrow == RowPlan(200, None, (Cut(200, 12, 4),))
-    assert wide == RowPlan(200, None, (Cut(200, 12, 8),))
+    assert narrow == RowPlan(200, None, (Eviction(200, 12, 4),))
+    assert wide == RowPlan(200, None, (Eviction(200, 12, 8),))
     assert finish(planned, "r") == [(200, 64)], "listed once, of the first group"
 
 
@@ -666,12 +666,12 @@ def test_a_budget_follows_what_was_measured() -> None:
     own.answers = [90]
     (plan,) = step(planned, [m], "r", 200, 224)
     assert own.asked == [([1.5, 2.5], 64, 224)]
-    assert plan.evictions == (Cut(224, 14, 4, 2),), "90 tokens are six blocks, two of them new"
+    assert plan.evictions == (Eviction(224, 14, 4, 2),), "90 tokens are six blocks, two of them new"
     planned.take(measured((0, 0, 4, 4.0, 8.0)))
     own.answers = [33]
     (plan,) = step(planned, [m], "r", 224, 256)
     assert own.asked[1:] == [([1.0, 2.0], 96, 256)], "the latest measurement, the latest budget"
-    assert plan.evictions == (Cut(256, 16, 3),)
+    assert plan.evictions == (Eviction(256, 16, 3),)
 
 
 def test_without_a_measurement_the_budget_stays() -> None:
@@ -683,7 +683,7 @@ def test_without_a_measurement_the_budget_stays() -> None:
         planned.take(rows)
     (plan,) = step(planned, [m], "r", 200, 224)
     assert own.asked == []
-    assert plan.evictions == (Cut(224, 14, 4),)
+    assert plan.evictions == (Eviction(224, 14, 4),)
 
 
 def test_a_measurement_goes_to_the_request_of_its_slot_and_ends_with_it() -> None:
@@ -718,8 +718,8 @@ def test_groups_are_measured_and_resized_apart_in_tokens_of_share_one() -> None:
     own.answers = [72]
     narrow, wide = step(planned, managers, "r", 200, 224)
     assert own.asked == [([7.0], 64, 224)]
-    assert narrow.evictions == (Cut(224, 14, 4),)
-    assert wide.evictions == (Cut(224, 14, 8, 1),), "72 x 2 tokens are nine blocks"
+    assert narrow.evictions == (Eviction(224, 14, 4),)
+    assert wide.evictions == (Eviction(224, 14, 8, 1),), "72 x 2 tokens are nine blocks"
 
 
 def test_an_exception_while_resizing_leaves_budgets_as_they_are_and_is_logged_once(
@@ -736,7 +736,11 @@ def test_an_exception_while_resizing_leaves_budgets_as_they_are_and_is_logged_on
     planned.take(measured((0, 0, 1, 7.0)))
     own.answers = [96, RuntimeError("no more"), 64]
     found = [step(planned, [m], "r", at - 20, at)[0].evictions for at in (224, 256, 288)]
-    assert found == [(Cut(224, 14, 4, 2),), (Cut(256, 16, 4, 2),), (Cut(288, 18, 4, 2),)]
+    assert found == [
+        (Eviction(224, 14, 4, 2),),
+        (Eviction(256, 16, 4, 2),),
+        (Eviction(288, 18, 4, 2),),
+    ]
     assert planned.resize_error == "RuntimeError: no more"
     assert len(own.asked) == 2
     assert len(said) == 1
@@ -750,7 +754,7 @@ def test_a_request_that_starts_over_is_evicted_from_as_it_was_before() -> None:
     for name in "ab":
         planned.add(name, 200)
         planned._slots.take(name)
-    made: list[Cut] = []
+    made: list[Eviction] = []
     asked_for = [96, 48, 80]
     own.answers = list(asked_for)
     for start, end in ((0, 200), (200, 224), (224, 256), (256, 288)):
@@ -759,7 +763,7 @@ def test_a_request_that_starts_over_is_evicted_from_as_it_was_before() -> None:
     assert [cut.blocks for cut in made] == [4, 6, 3, 5]
     m.free("a")
     for ends in ((288,), (100, 201, 256, 288)):
-        again: list[Cut] = []
+        again: list[Eviction] = []
         start = 0
         for end in ends:
             again += step(planned, [m], "a", start, end)[0].evictions
@@ -790,9 +794,9 @@ def test_a_policy_that_measures_nothing_is_never_asked_for_a_budget() -> None:
 def test_plans_arrive_as_they_were_sent() -> None:
     plans: Plans = {
         (0, 7): RowPlan(200, None, ()),
-        (1, 7): RowPlan(1, Cut(200, 12, 4), (Cut(224, 14, 4, 2), Cut(256, 16, 3))),
-        (0, 2): RowPlan(5, Cut(16, 1, 1, 1), ()),
-        (0, 0): RowPlan(9, None, (Cut(16, 1, 1),)),
+        (1, 7): RowPlan(1, Eviction(200, 12, 4), (Eviction(224, 14, 4, 2), Eviction(256, 16, 3))),
+        (0, 2): RowPlan(5, Eviction(16, 1, 1, 1), ()),
+        (0, 0): RowPlan(9, None, (Eviction(16, 1, 1),)),
     }
     sent = SequenceDirectives()
     assert sent.plans() == {}

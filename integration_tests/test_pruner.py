@@ -20,7 +20,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
 
 from kvplug.contract import EngineView, LayerView, ResidentView, ScoringPolicy
-from kvplug.hosts.pruning import Cut, Limits, Plan
+from kvplug.hosts.pruning import Eviction, EvictionPlan, Limits
 from kvplug.hosts.spans import SpanStore
 from kvplug.hosts.vllm.messages import Plans, RowPlan, StepReport
 from kvplug.hosts.vllm.spec import PrunedSpec
@@ -33,7 +33,7 @@ from kvplug.hosts.vllm.worker.sequence import ScoringWorker
 
 CPU = torch.device("cpu")
 BLOCK = 32
-LIMITS = Limits(BLOCK, budget=96, share=1.0, always=12, interval=2, shared=2, hold=9)
+LIMITS = Limits(BLOCK, budget=96, share=1.0, always=12, interval=2, protected=2, prefill_limit=9)
 """Three blocks survive after two shared ones; a prompt holds nine or so when it must be cut."""
 
 
@@ -44,7 +44,7 @@ def spec(limits: Limits = LIMITS) -> PrunedSpec:
         head_size=32,
         dtype=torch.float32,
         limits=limits,
-        exact_tokens=limits.shared * BLOCK,
+        exact_tokens=limits.protected * BLOCK,
         in_flight_tokens=64,
         max_tokens=1 << 16,
     )
@@ -73,7 +73,7 @@ class Row:
     slot: int
     start: int
     end: int
-    plan: Plan | None
+    plan: EvictionPlan | None
     table: list[int] = field(default_factory=list)
 
     def row_plan(self) -> RowPlan | None:
@@ -82,17 +82,17 @@ class Row:
         state, cuts = self.plan.between(self.start, self.end)
         return RowPlan(self.plan.num_prompt_tokens, state, tuple(cuts))
 
-    def state(self, position: int) -> Cut | None:
+    def state(self, position: int) -> Eviction | None:
         """The cut in force for a query at a position."""
         return self.plan.between(position, position)[0] if self.plan is not None else None
 
-    def blocks(self, state: Cut | None, end: int) -> list[int]:
+    def blocks(self, state: Eviction | None, end: int) -> list[int]:
         """Logical blocks held under a cut by a text of ``end`` tokens, in the text's order."""
         filled = -(-end // BLOCK)
         if state is None:
             return list(range(filled))
-        front = range(LIMITS.shared, LIMITS.shared + state.kept)
-        return [*front, *range(state.end - state.tail, filled)]
+        front = range(LIMITS.protected, LIMITS.protected + state.kept)
+        return [*front, *range(state.end - state.grown, filled)]
 
     def sees(self, position: int) -> list[int]:
         """Slots a query at a position attends to, in the text's order."""
@@ -154,7 +154,7 @@ def some_rows(choose: random.Random) -> list[Row]:
         end = choose.choice([choose.randrange(1, 900), 32 * choose.randrange(1, 28)])
         queries = choose.choice([1, 1, choose.randrange(1, end + 1), end])
         prompt = choose.choice([end, choose.randrange(1, 900)])
-        plan = Plan(LIMITS, prompt, resizing(slot) if choose.random() < 0.5 else None)
+        plan = EvictionPlan(LIMITS, prompt, resizing(slot) if choose.random() < 0.5 else None)
         keeps_all = choose.random() < 0.2
         rows.append(Row(slot * 3, end - queries, end, None if keeps_all else plan))
     return rows
@@ -202,8 +202,8 @@ def test_a_step_without_plans_is_left_alone() -> None:
 
 def test_a_chunk_is_split_where_a_cut_falls() -> None:
     """The prompt must be cut at 288 tokens, and is at its end, 400."""
-    first = Row(0, 100, 460, Plan(LIMITS, 400))
-    rows = [Row(1, 20, 50, None), first, Row(2, 59, 60, Plan(LIMITS, 60))]
+    first = Row(0, 100, 460, EvictionPlan(LIMITS, 400))
+    rows = [Row(1, 20, 50, None), first, Row(2, 59, 60, EvictionPlan(LIMITS, 60))]
     common, made = planned(rows)
     ats = [c.at for c in first.row_plan().evictions]  # type: ignore[union-attr]
     assert ats == [288, 400, 448]
@@ -224,7 +224,7 @@ def test_a_chunk_is_split_where_a_cut_falls() -> None:
 
 
 def test_a_cut_at_the_end_of_a_step_needs_no_phase_after_it() -> None:
-    common, made = planned([Row(0, 400, 448, Plan(LIMITS, 400))])
+    common, made = planned([Row(0, 400, 448, EvictionPlan(LIMITS, 400))])
     (phase,) = made.parts(common) or []
     assert [(s.start, s.end, s.eviction.at if s.eviction else 0) for s in phase] == [
         (400, 448, 448)
@@ -234,7 +234,7 @@ def test_a_cut_at_the_end_of_a_step_needs_no_phase_after_it() -> None:
 def test_padding_stays_in_a_step_that_is_not_split_and_goes_in_one_that_is() -> None:
     """Rows of no queries, as vLLM pads a batch."""
     for end, phases in ((447, 1), (500, 2)):
-        rows = [Row(0, 400, end, Plan(LIMITS, 400)), Row(1, 0, 0, None)]
+        rows = [Row(0, 400, end, EvictionPlan(LIMITS, 400)), Row(1, 0, 0, None)]
         common, made = planned(rows)
         found = made.parts(common)
         assert found is not None
@@ -359,7 +359,7 @@ def chunks(choose: random.Random, total: int) -> list[tuple[int, int]]:
 def test_the_latest_queries_are_remembered_at_their_place(ring: int) -> None:
     for seed in range(6):
         choose = random.Random(seed)
-        plan = Plan(LIMITS, 300)
+        plan = EvictionPlan(LIMITS, 300)
         places: dict[int, int] = {}
         for start, end in chunks(choose, 500):
             rows = [Row(0, 7, 8, None), Row(3, start, end, plan, TABLE)]
@@ -380,8 +380,8 @@ def test_each_query_counts_once_in_the_totals_of_what_it_saw() -> None:
     for seed in range(6):
         choose = random.Random(seed)
         prompt = choose.randrange(100, 400)
-        plan = Plan(LIMITS, prompt)
-        whole = Row(5, 0, 700, Plan(LIMITS, prompt))
+        plan = EvictionPlan(LIMITS, prompt)
+        whole = Row(5, 0, 700, EvictionPlan(LIMITS, prompt))
         counted: list[int] = []
         for start, end in chunks(choose, 700):
             row = Row(5, start, end, plan, TABLE)
@@ -509,7 +509,7 @@ class Truth:
             paid = logits.masked_fill(hidden, float("-inf")).softmax(-1).sum(1).mean(0)
             self.totals[h, where] += paid
 
-    def cut(self, cut: Cut, policy: Watcher, newest: bool = False) -> None:
+    def cut(self, cut: Eviction, policy: Watcher, newest: bool = False) -> None:
         """The best of what the cut covers stay."""
         options = policy.options
         for h, held in enumerate(self.held):
@@ -563,7 +563,9 @@ class Layer:
             Truth(i, prompt, self.total, self.own[i], dtype)
             for i, prompt in enumerate([*prompts, 0])
         ]
-        self.plans = [Plan(LIMITS, p, resizing(p) if self.seed % 2 else None) for p in prompts]
+        self.plans = [
+            EvictionPlan(LIMITS, p, resizing(p) if self.seed % 2 else None) for p in prompts
+        ]
 
     def run(self, choose: random.Random) -> None:
         """All requests to the end, in steps; the last one keeps everything."""
@@ -602,7 +604,7 @@ class Layer:
             for decision in self.planner.decisions(common, segments):
                 self.decide(decision, {rows[s.row].slot: s.eviction for s in segments})
 
-    def decide(self, decision: Any, due: dict[int, Cut | None]) -> None:
+    def decide(self, decision: Any, due: dict[int, Eviction | None]) -> None:
         before = self.cache.clone()
         positions, totals = self.sides()
         self.evictions.evict(decision)
@@ -620,7 +622,7 @@ class Layer:
         now = self.sides()
         assert torch.equal(now[0][others], positions[others])
         assert torch.equal(now[1][others], totals[others])
-        allowed = {t.blocks[b] for t in self.truths[:-1] for b in range(LIMITS.shared, 1 << 10)
+        allowed = {t.blocks[b] for t in self.truths[:-1] for b in range(LIMITS.protected, 1 << 10)
                    if b < len(t.blocks)}  # fmt: skip
         assert set(written.tolist()) <= allowed, "a block that others may read"
 
@@ -651,7 +653,7 @@ class Layer:
             assert view.query_positions[i].tolist() == list(range(at - OBSERVED, at))
             assert torch.equal(view.queries[i], truth.query[at - OBSERVED : at])
 
-    def check_survivors(self, truth: Truth, cut: Cut) -> None:
+    def check_survivors(self, truth: Truth, cut: Eviction) -> None:
         """Each slot of the survivors' blocks holds one token, whole."""
         logical = Row(0, 0, 0, None).blocks(cut, cut.end * BLOCK)
         blocks = torch.tensor([truth.blocks[b] for b in logical])
@@ -676,13 +678,13 @@ def test_survivors_keep_their_bits_their_positions_and_their_totals(
     """Whatever the chunks; with seeds that are odd, budgets grow and shrink at every cut."""
     layer = Layer(watcher(), [150, 410, 90], 560, dtype, seed)
     layer.run(random.Random(seed))
-    made = sum(len(plan.cuts) for plan in layer.plans)
+    made = sum(len(plan.evictions) for plan in layer.plans)
     assert sum(len(view.num_tokens) for view in layer.policy.shown) == made > 12
     assert layer.log.failed is None
     assert layer.log.counts.fallbacks == 0
     layer.start([33, 151, 409], dtype)
     layer.run(random.Random(seed))
-    made += sum(len(plan.cuts) for plan in layer.plans)
+    made += sum(len(plan.evictions) for plan in layer.plans)
     assert sum(len(view.num_tokens) for view in layer.policy.shown) == made
     kept_all = layer.truths[-1]
     table = torch.tensor(kept_all.blocks)[None]
@@ -696,7 +698,7 @@ def test_rows_of_one_shape_are_cut_together_as_they_are_alone() -> None:
 
     together = Layer(watcher(), [200, 201, 202], 260)
     together.step([Row(i, 0, 260, together.plans[i], together.truths[i].blocks) for i in range(3)])
-    assert len(together.policy.shown) < sum(len(p.cuts) for p in together.plans)
+    assert len(together.policy.shown) < sum(len(p.evictions) for p in together.plans)
     alone = Layer(watcher(), [200, 201, 202], 260)
     for i in range(3):
         alone.step([Row(i, 0, 260, alone.plans[i], alone.truths[i].blocks)])
@@ -716,7 +718,7 @@ def test_a_policy_that_fails_is_retired_and_the_latest_survive(
     common_check = Truth.cut
     monkeypatch.setattr(Truth, "cut", lambda own, cut, by: common_check(own, cut, by, newest=True))
     layer.step([Row(0, 0, 330, plan, truth.blocks)])
-    assert len(plan.cuts) == 3
+    assert len(plan.evictions) == 3
     assert len(policy.shown) == 1, "it is not asked again"
     assert layer.log.failed == "RuntimeError: no idea"
     assert layer.log.counts.fallbacks == 3
@@ -740,7 +742,7 @@ def test_dropped_tokens_kept_in_host_memory_are_never_lost(
     policy = watcher(Fickle, on_demand=4096)
     layer = Layer(policy, [300], 560)
 
-    def decide(decision: Any, due: dict[int, Cut | None]) -> None:
+    def decide(decision: Any, due: dict[int, Eviction | None]) -> None:
         nonlocal useless
         truth, cut = layer.truths[0], due[0]
         assert cut is not None
@@ -772,7 +774,7 @@ def test_dropped_tokens_kept_in_host_memory_are_never_lost(
         # No token of the second KV head is worth more than another, so it never needs one.
         layer.truths[0].query[:, HEADS // KV_HEADS :] = 0
         layer.run(random.Random(3))
-        assert len(layer.plans[0].cuts) > 4
+        assert len(layer.plans[0].evictions) > 4
     assert layer.log.counts.recalled_tokens > 0
     assert useless, "no head took what it did not need"
 
@@ -820,7 +822,7 @@ def a_kind() -> ScoringWorker:
 
 def test_the_builder_brings_a_step_into_phases() -> None:
     kind = a_kind()
-    rows = [Row(0, 100, 460, Plan(LIMITS, 400)), Row(1, 20, 50, None)]
+    rows = [Row(0, 100, 460, EvictionPlan(LIMITS, 400)), Row(1, 20, 50, None)]
     common = metadata(rows)
     builder = builder_of(kind, rows, more=1)
     assert builder.made_with == ((spec(), ["layer"], "a config", CPU), {"more": 1})
@@ -884,7 +886,7 @@ def impl_of(kind: ScoringWorker) -> Any:
 def test_each_phase_is_attended_after_the_cuts_before_it() -> None:
     kind = a_kind()
     impl = impl_of(kind)
-    rows = [Row(0, 0, 300, Plan(LIMITS, 250)), Row(1, 20, 50, None)]
+    rows = [Row(0, 0, 300, EvictionPlan(LIMITS, 250)), Row(1, 20, 50, None)]
     common = metadata(rows)
     kind.plans = plans(rows)
     (first, second) = rows[0].row_plan().evictions  # type: ignore[union-attr]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from kvplug.contract import EngineView, LayerView, ResidentView, ScoringPolicy
-from kvplug.hosts.pruning import Cut, Layout, Limits, Plan, choose, keep_best, layout
+from kvplug.hosts.pruning import Eviction, EvictionPlan, Layout, Limits, choose, keep_best, layout
 
 INF, NAN = math.inf, math.nan
 LOWEST = torch.finfo(torch.float32).min
@@ -35,8 +35,8 @@ def some_limits(draw: st.DrawFn, whole: bool = False) -> Limits:
         share=draw(st.sampled_from([0.05, 0.5, 1.0, 1.5, 3.0])),
         always=draw(st.integers(0, 2 * size)),
         interval=interval,
-        shared=draw(st.integers(interval, interval + 6)),
-        hold=draw(st.one_of(st.just(0), st.integers(1, 40))),
+        protected=draw(st.integers(interval, interval + 6)),
+        prefill_limit=draw(st.one_of(st.just(0), st.integers(1, 40))),
     )
 
 
@@ -44,16 +44,16 @@ texts = st.tuples(st.integers(1, 1200), st.integers(0, 1200))
 """Tokens of a prompt, and generated after it."""
 
 
-def walk(plan: Plan, total: int) -> tuple[list[tuple[Cut, Layout, set[int]]], int]:
+def walk(plan: EvictionPlan, total: int) -> tuple[list[tuple[Eviction, Layout, set[int]]], int]:
     """Every eviction with its layout and the blocks before it, tracked by hand; and the most blocks
     that a text of ``total`` tokens ever had."""
     plan.until(total)
-    shared, size = plan.limits.shared, plan.limits.block_size
+    shared, size = plan.limits.protected, plan.limits.block_size
     found = []
     held: set[int] = set()
     written, most = 0, 0
-    last: Cut | None = None
-    for cut in plan.cuts:
+    last: Eviction | None = None
+    for cut in plan.evictions:
         filled = -(-cut.at // size)
         held |= set(range(written, filled))
         most = max(most, len(held))
@@ -69,9 +69,9 @@ def walk(plan: Plan, total: int) -> tuple[list[tuple[Cut, Layout, set[int]]], in
 
 
 def cuts(limits: Limits, prompt: int, total: int) -> list[tuple[int, ...]]:
-    plan = Plan(limits, prompt)
+    plan = EvictionPlan(limits, prompt)
     plan.until(total)
-    return [(c.at, c.end, c.kept, c.tail) for c in plan.cuts]
+    return [(c.at, c.end, c.kept, c.grown) for c in plan.evictions]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_where_a_request_is_cut(prompt: int, total: int, expected: list[tuple[in
 def test_where_a_long_prompt_is_cut() -> None:
     """At its limit of 40 blocks it is pruned to what leaves room for a quarter of them beside the
     protected ones; at its end it is pruned to its budget."""
-    assert cuts(Limits(32, 256, 1, 36, 4, 4, hold=40), 3000, 3104) == [
+    assert cuts(Limits(32, 256, 1, 36, 4, 4, prefill_limit=40), 3000, 3104) == [
         (1280, 40, 26, 0),
         (1728, 54, 26, 0),
         (2176, 68, 26, 0),
@@ -117,17 +117,17 @@ def test_a_part_of_the_prompt_is_kept() -> None:
 @quick
 def test_cuts_ascend(limits: Limits, text: tuple[int, int]) -> None:
     prompt, more = text
-    plan = Plan(limits, prompt)
+    plan = EvictionPlan(limits, prompt)
     first = plan.first
     plan.until(prompt + more)
-    ats = [c.at for c in plan.cuts]
+    ats = [c.at for c in plan.evictions]
     assert ats == sorted(set(ats))
     size = limits.block_size
-    assert all(c.end == c.at // size > 0 for c in plan.cuts)
-    assert [c.end for c in plan.cuts] == sorted(c.end for c in plan.cuts)
+    assert all(c.end == c.at // size > 0 for c in plan.evictions)
+    assert [c.end for c in plan.evictions] == sorted(c.end for c in plan.evictions)
     assert plan.first == first == (ats[0] if ats else first)
     assert not ats or ats[-1] <= prompt + more
-    after = [c.end for c in plan.cuts if c.at >= prompt]
+    after = [c.end for c in plan.evictions if c.at >= prompt]
     assert all(b - a == limits.interval for a, b in pairwise(after))
 
 
@@ -137,12 +137,12 @@ def test_held_before_a_cut_is_what_the_last_one_left_and_what_came_since(
     limits: Limits, text: tuple[int, int]
 ) -> None:
     prompt, more = text
-    for cut, lay, held in walk(Plan(limits, prompt), prompt + more)[0]:
+    for cut, lay, held in walk(EvictionPlan(limits, prompt), prompt + more)[0]:
         check_layout(cut, lay, held, limits)
-        assert cut.tail == 0
+        assert cut.grown == 0
 
 
-def check_layout(cut: Cut, lay: Layout, held: set[int], limits: Limits) -> None:
+def check_layout(cut: Eviction, lay: Layout, held: set[int], limits: Limits) -> None:
     size = limits.block_size
     assert len(set(lay.blocks)) == len(lay.blocks)
     assert set(lay.blocks) == held
@@ -150,10 +150,10 @@ def check_layout(cut: Cut, lay: Layout, held: set[int], limits: Limits) -> None:
     survivors = lay.blocks[: lay.survivors]
     assert lay.survivors == cut.blocks == len(survivors) <= lay.candidates
     assert survivors == (
-        *range(limits.shared, limits.shared + cut.kept),
-        *range(cut.end - cut.tail, cut.end),
+        *range(limits.protected, limits.protected + cut.kept),
+        *range(cut.end - cut.grown, cut.end),
     )
-    assert min(survivors) >= limits.shared, "a survivor in a block that others read"
+    assert min(survivors) >= limits.protected, "a survivor in a block that others read"
     others = lay.blocks[lay.survivors : lay.candidates]
     assert list(others) == sorted(others)
     partly = cut.at % size
@@ -166,11 +166,11 @@ def test_what_is_held_stays_within_what_admission_counts_on(
     limits: Limits, text: tuple[int, int]
 ) -> None:
     prompt, more = text
-    plan = Plan(limits, prompt)
+    plan = EvictionPlan(limits, prompt)
     most = walk(plan, prompt + more)[1]
-    if limits.hold:
-        assert most <= plan.hold + 1
-        assert most <= max(limits.hold + 1, limits.most(prompt + more))
+    if limits.prefill_limit:
+        assert most <= plan.prefill_limit + 1
+        assert most <= max(limits.prefill_limit + 1, limits.most(prompt + more))
     elif prompt < plan.first:
         assert most <= limits.most(prompt + more)
 
@@ -180,7 +180,7 @@ def test_what_is_held_stays_within_what_admission_counts_on(
 def test_every_cut_frees_or_has_freed(limits: Limits, text: tuple[int, int]) -> None:
     """No decision is made for nothing."""
     prompt, more = text
-    for cut, lay, _ in walk(Plan(limits, prompt), prompt + more)[0]:
+    for cut, lay, _ in walk(EvictionPlan(limits, prompt), prompt + more)[0]:
         assert lay.candidates > cut.blocks
 
 
@@ -191,9 +191,9 @@ def test_a_text_within_the_budget_is_never_cut_whatever_the_share(
 ) -> None:
     assert isinstance(limits.budget, int)
     prompt = data.draw(st.integers(1, limits.budget))
-    plan = Plan(limits, prompt)
+    plan = EvictionPlan(limits, prompt)
     plan.until(limits.budget)
-    assert plan.cuts == []
+    assert plan.evictions == []
     assert plan.first > limits.budget
 
 
@@ -203,10 +203,10 @@ def test_a_cut_keeps_its_budget(limits: Limits, text: tuple[int, int]) -> None:
     """Blocks of the share of the budget, never fewer than what always stays; inside a prompt as
     many or more."""
     prompt, more = text
-    plan = Plan(limits, prompt)
+    plan = EvictionPlan(limits, prompt)
     plan.until(prompt + more)
     whole = limits.budget if isinstance(limits.budget, int) else limits.budget * prompt
-    for cut in plan.cuts:
+    for cut in plan.evictions:
         assert cut.kept * limits.block_size >= limits.always
         assert cut.kept * limits.block_size >= whole * limits.share
         if cut.at >= prompt:
@@ -231,9 +231,9 @@ def sizes(*blocks: int) -> tuple[Callable[[int], int], list[int]]:
 
 def test_a_budget_grows_at_the_end_and_shrinks_at_both() -> None:
     resize, asked = sizes(10, 5, 7, 100, 0)
-    plan = Plan(Limits(32, 256, 1, 36, 4, 4), 1000, resize)
+    plan = EvictionPlan(Limits(32, 256, 1, 36, 4, 4), 1000, resize)
     plan.until(1632)
-    assert [(c.at, c.end, c.kept, c.tail) for c in plan.cuts] == [
+    assert [(c.at, c.end, c.kept, c.grown) for c in plan.evictions] == [
         (1000, 31, 8, 0),
         (1120, 35, 8, 2),
         (1248, 39, 5, 0),
@@ -246,19 +246,19 @@ def test_a_budget_grows_at_the_end_and_shrinks_at_both() -> None:
 
 def test_a_prompts_own_cuts_are_not_resized() -> None:
     resize, asked = sizes(9)
-    plan = Plan(Limits(32, 256, 1, 36, 4, 4, hold=40), 3000, resize)
+    plan = EvictionPlan(Limits(32, 256, 1, 36, 4, 4, prefill_limit=40), 3000, resize)
     plan.until(3000)
     assert asked == []
-    assert plan.cuts[-1].kept == 8
+    assert plan.evictions[-1].kept == 8
     plan.until(3104)
     assert asked == [8]
 
 
 def test_the_first_cut_of_a_short_prompt_is_resized_within_what_is_held() -> None:
     for blocks, kept in ((3, 3), (50, 8), (0, 2)):
-        plan = Plan(Limits(32, 256, 1, 36, 4, 4), 100, sizes(blocks)[0])
+        plan = EvictionPlan(Limits(32, 256, 1, 36, 4, 4), 100, sizes(blocks)[0])
         plan.until(384)
-        assert plan.cuts == [Cut(384, 12, kept)]
+        assert plan.evictions == [Eviction(384, 12, kept)]
 
 
 @given(some_limits(), texts, st.lists(st.integers(-4, 40), max_size=30))
@@ -268,16 +268,16 @@ def test_resizing_never_names_a_block_that_was_given_back(
 ) -> None:
     prompt, more = text
     resize, asked = sizes(*wishes)
-    plan = Plan(limits, prompt, resize)
+    plan = EvictionPlan(limits, prompt, resize)
     found, most = walk(plan, prompt + more)
     for cut, lay, held in found:
         check_layout(cut, lay, held, limits)
         assert cut.blocks * limits.block_size >= limits.always
-    if limits.hold:
-        assert most <= plan.hold + 1, "whatever the policy asks for"
-    assert len(asked) == sum(cut.at > prompt for cut in plan.cuts)
-    before = [plan.kept, *(cut.blocks for cut in plan.cuts)]
-    assert asked == [b for b, cut in zip(before, plan.cuts, strict=False) if cut.at > prompt]
+    if limits.prefill_limit:
+        assert most <= plan.prefill_limit + 1, "whatever the policy asks for"
+    assert len(asked) == sum(cut.at > prompt for cut in plan.evictions)
+    before = [plan.kept, *(cut.blocks for cut in plan.evictions)]
+    assert asked == [b for b, cut in zip(before, plan.evictions, strict=False) if cut.at > prompt]
 
 
 # -- asking a plan ---------------------------------------------------------------------------------
@@ -300,19 +300,19 @@ def test_until_is_monotone_and_idempotent(
     limits: Limits, text: tuple[int, int], stops: list[int], seed: int
 ) -> None:
     prompt = text[0]
-    plan = Plan(limits, prompt, seeds(seed) if seed % 2 else None)
-    whole = Plan(limits, prompt, seeds(seed) if seed % 2 else None)
+    plan = EvictionPlan(limits, prompt, seeds(seed) if seed % 2 else None)
+    whole = EvictionPlan(limits, prompt, seeds(seed) if seed % 2 else None)
     whole.until(2400)
     furthest = 0
     for stop in stops:
-        before = list(plan.cuts)
+        before = list(plan.evictions)
         plan.until(stop)
         furthest = max(furthest, stop)
-        assert plan.cuts[: len(before)] == before
-        assert plan.cuts == [c for c in whole.cuts if c.at <= furthest]
-        again = list(plan.cuts)
+        assert plan.evictions[: len(before)] == before
+        assert plan.evictions == [c for c in whole.evictions if c.at <= furthest]
+        again = list(plan.evictions)
         plan.until(stop)
-        assert plan.cuts == again
+        assert plan.evictions == again
 
 
 @given(some_limits(), texts, st.lists(st.integers(1, 300), min_size=1, max_size=12))
@@ -321,19 +321,19 @@ def test_between_says_what_is_in_force_and_what_comes(
     limits: Limits, text: tuple[int, int], steps: list[int]
 ) -> None:
     prompt = text[0]
-    plan, whole = Plan(limits, prompt), Plan(limits, prompt)
+    plan, whole = EvictionPlan(limits, prompt), EvictionPlan(limits, prompt)
     whole.until(sum(steps))
     start = 0
     seen = []
     for step in steps:
         end = start + step
         state, made = plan.between(start, end)
-        earlier = [c for c in whole.cuts if c.at <= start]
+        earlier = [c for c in whole.evictions if c.at <= start]
         assert state == (earlier[-1] if earlier else None)
-        assert list(made) == [c for c in whole.cuts if start < c.at <= end]
+        assert list(made) == [c for c in whole.evictions if start < c.at <= end]
         seen += made
         start = end
-    assert seen == whole.cuts, "chunks of any size make the same evictions"
+    assert seen == whole.evictions, "chunks of any size make the same evictions"
 
 
 # -- limits ----------------------------------------------------------------------------------------
@@ -360,10 +360,10 @@ def limits_of(hold: int = 0, layer: int = 0, **options: Any) -> Limits:
 
 def test_limits_count_in_whole_blocks() -> None:
     given = limits_of(budget=100, sink=4, recent=30, interval=33, shared=0)
-    assert given == Limits(16, 100, 1.0, 34, interval=3, shared=3, hold=0)
+    assert given == Limits(16, 100, 1.0, 34, interval=3, protected=3, prefill_limit=0)
     assert given.kept(1) == given.kept(10_000) == 7
-    assert limits_of(budget=100, interval=16, shared=50).shared == 4
-    assert limits_of(budget=100, interval=100, shared=50).shared == 7
+    assert limits_of(budget=100, interval=16, shared=50).protected == 4
+    assert limits_of(budget=100, interval=100, shared=50).protected == 7
     assert limits_of(budget=0.5).kept(1000) == 32
     assert limits_of(budget=0.5).kept(0) == 3, "sink and recent"
     assert limits_of(budget=64, layers={"1-2": 2.5}, layer=1).kept(0) == 10
@@ -371,9 +371,9 @@ def test_limits_count_in_whole_blocks() -> None:
 
 
 def test_a_prompt_is_held_as_the_options_say_else_as_the_host_says() -> None:
-    assert limits_of(hold=70).hold == 70
-    assert limits_of(hold=70, prefill=100).hold == 7
-    assert limits_of(hold=70).holding(3) == limits_of(hold=3)
+    assert limits_of(hold=70).prefill_limit == 70
+    assert limits_of(hold=70, prefill=100).prefill_limit == 7
+    assert limits_of(hold=70).with_prefill_limit(3) == limits_of(hold=3)
 
 
 def test_a_share_below_what_always_stays_is_refused() -> None:

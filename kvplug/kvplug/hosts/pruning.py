@@ -1,7 +1,7 @@
 """When tokens of a running request are evicted and which survive: shared by every host of a
 scoring policy.
 
-A request's text is laid out in logical blocks. A `Cut` is a position of the text at which the
+A request's text is laid out in logical blocks. A `Eviction` is a position of the text at which the
 blocks before it shrink to the few that hold the tokens worth keeping. Evictions follow from the
 policy's options, the prompt's length and positions alone, so the side that owns the blocks and the
 side that owns the tensors agree on them without messages, whatever the chunks of a prompt.
@@ -31,10 +31,9 @@ class Limits:
         share: The group's part of the budget.
         always: Tokens kept whatever their score: sinks and recent ones.
         interval: Blocks generated between two evictions.
-        shared: Protected prefix: leading blocks that other requests may share, never written by an
-            eviction.
-        hold: Prefill limit: blocks allocated to a prompt before tokens inside it are evicted; 0 for
-            no limit.
+        protected: Leading blocks that other requests may share, never written by an eviction.
+        prefill_limit: Blocks allocated to a prompt before tokens inside it are evicted; 0 for no
+            limit.
     """
 
     block_size: int
@@ -42,18 +41,21 @@ class Limits:
     share: float
     always: int
     interval: int
-    shared: int
-    hold: int = 0
+    protected: int
+    prefill_limit: int = 0
 
     @classmethod
-    def of(cls, policy: ScoringPolicy, layer: LayerView, block_size: int, hold: int = 0) -> Limits:
+    def of(
+        cls, policy: ScoringPolicy, layer: LayerView, block_size: int, prefill_limit: int = 0
+    ) -> Limits:
         """Derive the limits that a policy sets for a layer.
 
         Args:
             policy: The policy.
             layer: A layer of the group.
             block_size: Tokens per block.
-            hold: Prefill limit where the policy's ``prefill`` is 0; 0 for no limit.
+            prefill_limit: Blocks allocated to a prompt before tokens inside it are evicted,
+                where the policy's ``prefill`` is 0; 0 for no limit.
 
         Raises:
             ValueError: The layer's budget is smaller than what is always kept.
@@ -73,13 +75,13 @@ class Limits:
             share=share,
             always=options.sink + options.recent,
             interval=interval,
-            shared=max(interval, -(-options.shared // block_size)),
-            hold=-(-options.prefill // block_size) if options.prefill else hold,
+            protected=max(interval, -(-options.shared // block_size)),
+            prefill_limit=-(-options.prefill // block_size) if options.prefill else prefill_limit,
         )
 
-    def holding(self, hold: int) -> Limits:
-        """Return a copy with another `hold`."""
-        return replace(self, hold=hold)
+    def with_prefill_limit(self, prefill_limit: int) -> Limits:
+        """Return a copy with another `prefill_limit`."""
+        return replace(self, prefill_limit=prefill_limit)
 
     def kept(self, num_prompt_tokens: int) -> int:
         """Blocks kept of a request; never fewer than sinks and recent tokens fill."""
@@ -91,7 +93,7 @@ class Limits:
         """Full blocks below which a text is never pruned: it fits the budget of an equal share, or
         its survivors would have to be written where other requests read."""
         within = self.budget // self.block_size if isinstance(self.budget, int) else 0
-        return max(self.shared + self.kept(num_prompt_tokens), within + 1)
+        return max(self.protected + self.kept(num_prompt_tokens), within + 1)
 
     def most(self, num_tokens: int) -> int:
         """Most blocks allocated to a request of up to ``num_tokens``, those in flight not counted,
@@ -101,31 +103,31 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Eviction:
     """An eviction: the blocks that a request keeps from a position on.
 
-    Kept afterwards: logical blocks ``[shared, shared + kept)`` and ``[end - tail, ...)``. They
-    carry the survivors of everything before block ``end``; blocks from ``end`` on are whole.
+    Kept afterwards: logical blocks ``[protected, protected + kept)`` and ``[end - grown, ...)``.
+    They carry the survivors of everything before block ``end``; blocks from ``end`` on are whole.
 
     Attributes:
         at: Tokens computed when tokens are evicted.
         end: Full blocks it covers.
-        kept: Blocks of survivors after the shared ones.
-        tail: Blocks of survivors before block ``end``: where a budget grew.
+        kept: Blocks of survivors after the protected ones.
+        grown: Blocks of survivors before block ``end``: where a budget grew.
     """
 
     at: int
     end: int
     kept: int
-    tail: int = 0
+    grown: int = 0
 
     @property
     def blocks(self) -> int:
         """Blocks of survivors."""
-        return self.kept + self.tail
+        return self.kept + self.grown
 
 
-class Plan:
+class EvictionPlan:
     """The evictions of one request in one group of layers, scheduled as far as needed.
 
     Args:
@@ -146,61 +148,73 @@ class Plan:
         self.kept = limits.kept(num_prompt_tokens)
         self.spared = limits.spared(num_prompt_tokens)
         least = self.spared + limits.interval
-        self.hold = max(limits.hold, least) if limits.hold else 0
-        self.cuts: list[Cut] = []
+        self.prefill_limit = max(limits.prefill_limit, least) if limits.prefill_limit else 0
+        self.evictions: list[Eviction] = []
         self._resize = resize
         self._next = self._after(None)
 
     def until(self, tokens: int) -> None:
         """Schedule every eviction up to a position."""
         while self._next.at <= tokens:
-            cut = self._next
-            last = self.cuts[-1] if self.cuts else None
-            if self._resize is not None and cut.at > self.num_prompt_tokens:
-                cut = self._resized(cut, last)
-            self.cuts.append(cut)
-            self._next = self._after(cut)
+            eviction = self._next
+            last = self.evictions[-1] if self.evictions else None
+            if self._resize is not None and eviction.at > self.num_prompt_tokens:
+                eviction = self._resized(eviction, last)
+            self.evictions.append(eviction)
+            self._next = self._after(eviction)
 
-    def between(self, start: int, end: int) -> tuple[Cut | None, Sequence[Cut]]:
+    def between(self, start: int, end: int) -> tuple[Eviction | None, Sequence[Eviction]]:
         """Return the eviction in force at ``start`` and those in ``(start, end]``."""
         self.until(end)
-        first = bisect_right(self.cuts, start, key=lambda cut: cut.at)
-        last = bisect_right(self.cuts, end, key=lambda cut: cut.at)
-        return self.cuts[first - 1] if first else None, self.cuts[first:last]
+        first = bisect_right(self.evictions, start, key=lambda eviction: eviction.at)
+        last = bisect_right(self.evictions, end, key=lambda eviction: eviction.at)
+        return self.evictions[first - 1] if first else None, self.evictions[first:last]
 
     @property
     def first(self) -> int:
         """Position of the first eviction."""
-        return self.cuts[0].at if self.cuts else self._next.at
+        return self.evictions[0].at if self.evictions else self._next.at
 
-    def _after(self, last: Cut | None) -> Cut:
+    def _after(self, last: Eviction | None) -> Eviction:
         limits, prompt, size = self.limits, self.num_prompt_tokens, self.limits.block_size
         at, end, blocks = (last.at, last.end, last.blocks) if last else (0, 0, 0)
         if at < prompt:
-            forced = end + self.hold - blocks
-            if self.hold and forced * size < prompt:
-                room = self.hold - limits.shared - max(limits.interval, self.hold // 4)
-                return Cut(forced * size, forced, max(self.kept, room))
+            forced = end + self.prefill_limit - blocks
+            if self.prefill_limit and forced * size < prompt:
+                room = (
+                    self.prefill_limit
+                    - limits.protected
+                    - max(limits.interval, self.prefill_limit // 4)
+                )
+                return Eviction(forced * size, forced, max(self.kept, room))
             full = prompt // size
             if full >= self.spared and (full > end or blocks > self.kept):
-                return Cut(prompt, full, self.kept)
+                return Eviction(prompt, full, self.kept)
         full = self.spared if last is None else end + limits.interval
-        return Cut(full * size, full, *self._split(last, self.kept))
+        return Eviction(full * size, full, *self._split(last, self.kept))
 
-    def _split(self, last: Cut | None, blocks: int) -> tuple[int, int]:
+    def _split(self, last: Eviction | None, blocks: int) -> tuple[int, int]:
         """Split survivors into those at the front and at the end of what an eviction covers: blocks
         freed in the middle cannot be allocated again, so a growing budget keeps the newest ones."""
         kept = blocks if last is None else min(blocks, last.kept)
         return kept, blocks - kept
 
-    def _resized(self, cut: Cut, last: Cut | None) -> Cut:
+    def _resized(self, eviction: Eviction, last: Eviction | None) -> Eviction:
         assert self._resize is not None
         before = last.blocks if last is not None else self.kept
-        held = before + cut.end - last.end if last is not None else cut.end - self.limits.shared
+        held = (
+            before + eviction.end - last.end
+            if last is not None
+            else eviction.end - self.limits.protected
+        )
         least = max(1, -(-self.limits.always // self.limits.block_size))
-        most = max(self.kept, self.hold - self.limits.interval) if self.hold else held
+        most = (
+            max(self.kept, self.prefill_limit - self.limits.interval)
+            if self.prefill_limit
+            else held
+        )
         blocks = min(max(self._resize(before), least), held, most)
-        return Cut(cut.at, cut.end, *self._split(last, blocks))
+        return Eviction(eviction.at, eviction.end, *self._split(last, blocks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,21 +235,24 @@ class Layout:
     tokens: int
 
 
-def layout(last: Cut | None, cut: Cut, shared: int, block_size: int) -> Layout:
-    """Lay out the blocks just before ``cut`` of a request whose eviction in force is ``last``."""
-    filled = -(-cut.at // block_size)
+def layout(last: Eviction | None, eviction: Eviction, protected: int, block_size: int) -> Layout:
+    """Lay out a request's blocks just before ``eviction``; ``last`` is the one in force."""
+    filled = -(-eviction.at // block_size)
     if last is None:
         held = list(range(filled))
     else:
-        held = [*range(shared, shared + last.kept), *range(last.end - last.tail, filled)]
-    goal = [*range(shared, shared + cut.kept), *range(cut.end - cut.tail, cut.end)]
+        held = [*range(protected, protected + last.kept), *range(last.end - last.grown, filled)]
+    goal = [
+        *range(protected, protected + eviction.kept),
+        *range(eviction.end - eviction.grown, eviction.end),
+    ]
     order = goal + sorted(set(held) - set(goal))
-    candidates = sum(b < cut.end for b in order)
+    candidates = sum(b < eviction.end for b in order)
     return Layout(
         tuple(order),
         len(goal),
         candidates,
-        candidates * block_size + cut.at - cut.end * block_size,
+        candidates * block_size + eviction.at - eviction.end * block_size,
     )
 
 

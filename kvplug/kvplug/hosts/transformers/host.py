@@ -34,7 +34,7 @@ from kvplug.contract import (
 )
 from kvplug.errors import KVPlugError
 from kvplug.fingerprint import model_fingerprint
-from kvplug.hosts.pruning import Cut, Limits, Plan, choose
+from kvplug.hosts.pruning import Eviction, EvictionPlan, Limits, choose
 from kvplug.hosts.transformers.attention import Step, attached
 from kvplug.hosts.transformers.cache import LayerCache, Watched
 from kvplug.hosts.transformers.coded import LayerCoded
@@ -83,7 +83,7 @@ class Text:
         self.evictions: list[tuple[int, float]] = []
         self._block_size = block_size
         self._prunable = prunable
-        self._plans: dict[float, Plan] = {}
+        self._plans: dict[float, EvictionPlan] = {}
         self._made: dict[float, int] = {}
         self._shares: dict[int, float] = {}
         self._measured: dict[float, list[float]] = {}
@@ -97,9 +97,9 @@ class Text:
         if share in self._plans:
             return
         # Blocks are never shared with another text here, so none need be spared.
-        limits = replace(Limits.of(policy, layer, self._block_size), shared=0)
+        limits = replace(Limits.of(policy, layer, self._block_size), protected=0)
         resize = self._resize(policy, limits) if policy.resizes else None
-        self._plans[share] = Plan(limits, self.num_prompt_tokens, resize)
+        self._plans[share] = EvictionPlan(limits, self.num_prompt_tokens, resize)
         self._made[share] = 0
 
     def _resize(self, policy: ScoringPolicy, limits: Limits) -> Callable[[int], int]:
@@ -200,7 +200,7 @@ class Text:
         for at in range(self.num_tokens, target + 1):
             for plan in self._plans.values():
                 plan.until(at)
-            if any(len(plan.cuts) > self._made[share] for share, plan in self._plans.items()):
+            if any(len(plan.evictions) > self._made[share] for share, plan in self._plans.items()):
                 return at
         return target
 
@@ -212,11 +212,11 @@ class Text:
             self._evict_blocks()
 
     def _evict(self, policy: ScoringPolicy) -> None:
-        due: dict[float, Cut] = {}
+        due: dict[float, Eviction] = {}
         for share, plan in self._plans.items():
-            if len(plan.cuts) > self._made[share]:
-                due[share] = plan.cuts[-1]
-                self._made[share] = len(plan.cuts)
+            if len(plan.evictions) > self._made[share]:
+                due[share] = plan.evictions[-1]
+                self._made[share] = len(plan.evictions)
         if not due:
             return
         needs = watched_by(policy)

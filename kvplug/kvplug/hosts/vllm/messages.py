@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvplug.contract import Fingerprint
-from kvplug.hosts.pruning import Cut
+from kvplug.hosts.pruning import Eviction
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,8 @@ class RowPlan:
     """
 
     prompt: int
-    state: Cut | None
-    evictions: tuple[Cut, ...]
+    state: Eviction | None
+    evictions: tuple[Eviction, ...]
 
 
 Plans = dict[tuple[int, int], RowPlan]
@@ -60,9 +60,9 @@ class SequenceDirectives:
         rows, evictions = [], []
         for (group, slot), plan in plans.items():
             s = plan.state
-            state = (s.at, s.end, s.kept, s.tail) if s is not None else (0, 0, 0, 0)
+            state = (s.at, s.end, s.kept, s.grown) if s is not None else (0, 0, 0, 0)
             rows.append((group, slot, plan.prompt, len(plan.evictions), *state))
-            evictions += [(c.at, c.end, c.kept, c.tail) for c in plan.evictions]
+            evictions += [(c.at, c.end, c.kept, c.grown) for c in plan.evictions]
         self.rows = np.array(rows, dtype=np.int32).reshape(-1, 8)
         self.evictions = np.array(evictions, dtype=np.int32).reshape(-1, 4)
 
@@ -70,11 +70,11 @@ class SequenceDirectives:
         """The plans that were packed."""
         if self.rows is None or self.evictions is None:
             return {}
-        made = [Cut(*c) for c in self.evictions.tolist()]
+        made = [Eviction(*c) for c in self.evictions.tolist()]
         found: Plans = {}
         taken = 0
         for group, slot, prompt, n, at, end, kept, last in self.rows.tolist():
-            state = Cut(at, end, kept, last) if end else None
+            state = Eviction(at, end, kept, last) if end else None
             found[group, slot] = RowPlan(prompt, state, tuple(made[taken : taken + n]))
             taken += n
         return found

@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from kvplug.contract import Kind, Window
-from kvplug.hosts.pruning import Cut, Limits, Plan, layout
+from kvplug.hosts.pruning import Eviction, EvictionPlan, Limits, layout
 
 # vLLM registers its own specs only into an empty registry, so they must go first.
 KVCacheSpecRegistry.check_kv_cache_spec_registry({})
@@ -132,19 +132,19 @@ class PrunedManager(ShorteningManager):
         self.limits = kv_cache_spec.limits
         self.prompt_tokens: dict[str, int] = {}
         self.resize: Callable[[str, int, int], int] | None = None
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str, EvictionPlan] = {}
         self._made: dict[str, int] = {}
 
     def limit_prefill(self, blocks: int) -> None:
         """Limit the blocks of a prompt before its first eviction where the options set none."""
         spec = self.kv_cache_spec
-        self.limits = spec.limits.holding(spec.limits.hold or blocks)
+        self.limits = spec.limits.with_prefill_limit(spec.limits.prefill_limit or blocks)
         least = self.limits.most(spec.max_tokens)
         whole = -(-spec.max_tokens // self.block_size)
-        resident = min(max(self.limits.hold + 1, least), whole)
+        resident = min(max(self.limits.prefill_limit + 1, least), whole)
         self.max_admission_blocks_per_request = min(resident + spec.in_flight_blocks, whole)
 
-    def plan(self, request_id: str) -> Plan | None:
+    def plan(self, request_id: str) -> EvictionPlan | None:
         """Evictions of a request, or None for one that keeps every token."""
         plan = self._plans.get(request_id)
         if plan is None:
@@ -152,7 +152,7 @@ class PrunedManager(ShorteningManager):
             if prompt is None or request_id in self.exempt:
                 return None
             resize, asked = self.resize, count()
-            plan = Plan(
+            plan = EvictionPlan(
                 self.limits,
                 prompt,
                 None if resize is None else lambda blocks: resize(request_id, next(asked), blocks),
@@ -171,9 +171,9 @@ class PrunedManager(ShorteningManager):
             return
         made = self._made.get(request_id, 0)
         # Acknowledged tokens were scheduled, so their evictions have been found.
-        while made < len(plan.cuts) and plan.cuts[made].at <= processed_computed_tokens:
-            last: Cut | None = plan.cuts[made - 1] if made else None
-            left = layout(last, plan.cuts[made], self.limits.shared, self.block_size)
+        while made < len(plan.evictions) and plan.evictions[made].at <= processed_computed_tokens:
+            last: Eviction | None = plan.evictions[made - 1] if made else None
+            left = layout(last, plan.evictions[made], self.limits.protected, self.block_size)
             made += 1
             self._made[request_id] = made
             self.release(
@@ -286,7 +286,7 @@ class PrunedSpec(ShorteningSpec):
 
     @property
     def resident_blocks(self) -> int:
-        return max(self.limits.hold + 1, self.limits.most(self.max_tokens))
+        return max(self.limits.prefill_limit + 1, self.limits.most(self.max_tokens))
 
 
 class ApproximateManager(FullAttentionManager):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvplug.hosts.pruning import Cut, layout
+from kvplug.hosts.pruning import Eviction, layout
 from kvplug.hosts.vllm.messages import Plans, RowPlan
 from kvplug.hosts.vllm.spec import PrunedSpec
 from kvplug.hosts.vllm.worker import metadata
@@ -136,8 +136,8 @@ class RowPart:
     start: int
     end: int
     first_token: int
-    state: Cut | None
-    eviction: Cut | None
+    state: Eviction | None
+    eviction: Eviction | None
 
 
 class StepPlanner:
@@ -151,7 +151,7 @@ class StepPlanner:
 
     def __init__(self, spec: PrunedSpec, group: int, device: torch.device):
         self.block_size = int(spec.block_size)
-        self.shared = spec.limits.shared
+        self.protected = spec.limits.protected
         self.group = group
         self.device = device
 
@@ -194,7 +194,7 @@ class StepPlanner:
         device, size = self.device, self.block_size
         kept = torch.tensor([s.state.kept if s.state else 0 for s in parts], device=device)
         resume = torch.tensor(
-            [s.state.end - s.state.tail if s.state else 0 for s in parts], device=device
+            [s.state.end - s.state.grown if s.state else 0 for s in parts], device=device
         )
         ends = torch.tensor([s.end for s in parts], device=device)
         rows = torch.tensor([s.row for s in parts], device=device)
@@ -202,7 +202,9 @@ class StepPlanner:
         width = source.shape[1]
         column = torch.arange(width, device=device)[None, :]
         index = torch.where(
-            column < kept[:, None], self.shared + column, resume[:, None] + column - kept[:, None]
+            column < kept[:, None],
+            self.protected + column,
+            resume[:, None] + column - kept[:, None],
         )
         lens = (ends - (resume - kept) * size).to(torch.int32)
         live = column < ((lens + size - 1) // size)[:, None]
@@ -247,7 +249,7 @@ class StepPlanner:
         shapes = defaultdict(list)
         for s in parts:
             if s.eviction is not None:
-                found = layout(s.state, s.eviction, self.shared, self.block_size)
+                found = layout(s.state, s.eviction, self.protected, self.block_size)
                 shapes[found.tokens, found.candidates, found.survivors].append((s, found.blocks))
         made = []
         for (tokens, candidates, survivors), members in shapes.items():
@@ -294,7 +296,7 @@ class StepPlanner:
             begin = max(s.start // FLUSH * FLUSH, s.state.at if s.state else 0)
             end = s.end if s.eviction is not None else s.end // FLUSH * FLUSH
             if end > begin:
-                resume = s.state.end - s.state.tail - s.state.kept if s.state else 0
+                resume = s.state.end - s.state.grown - s.state.kept if s.state else 0
                 shapes[end - begin, end - resume * self.block_size].append((s, begin))
         made = []
         for (n, tokens), members in shapes.items():
@@ -302,10 +304,10 @@ class StepPlanner:
             logical = []
             for s in own:
                 filled = -(-(tokens) // self.block_size)
-                kept, resume = (s.state.kept, s.state.end - s.state.tail) if s.state else (0, 0)
+                kept, resume = (s.state.kept, s.state.end - s.state.grown) if s.state else (0, 0)
                 logical.append(
                     [
-                        *range(self.shared, self.shared + kept),
+                        *range(self.protected, self.protected + kept),
                         *range(resume, resume + filled - kept),
                     ]
                 )

@@ -77,7 +77,9 @@ class ScoringWorker(KindWorker):
         policy = self.policy
         self.check_block_size(spec, stock, policy.name)
         # A prefix-cache hit would bring tokens without the attention they received so far.
-        shared = 0 if policy.wants_cumulative_attention else min(own.shared for own in self._limits)
+        shared = (
+            0 if policy.wants_cumulative_attention else min(own.protected for own in self._limits)
+        )
         return replace_as(
             spec,
             PrunedSpec,
