@@ -22,6 +22,7 @@ from kvplug.cli import app, installed
 from kvplug.contract import ALL_FEATURES, Feature, Kind, PolicyOptions, TransferCodec
 from kvplug.registry import plugins
 from kvplug_lab import models
+from kvplug_lab.cli.outputs import wide_console
 
 doctor_module = sys.modules["kvplug.cli.doctor"]
 serve_module = sys.modules["kvplug.cli.serve"]
@@ -703,3 +704,16 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(
     assert (
         done.stderr == "--json: cannot write /no/such/folder/figures.json: its folder must exist\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("columns", "width"), [(None, 180), ("80", 180), ("200", 200), ("wide", 180)]
+)
+def test_a_table_in_a_pipe_is_as_wide_as_it_needs(
+    monkeypatch: pytest.MonkeyPatch, columns: str | None, width: int
+) -> None:
+    if columns is None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+    else:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert wide_console(180).width == width

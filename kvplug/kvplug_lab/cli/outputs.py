@@ -21,9 +21,14 @@ from rich.progress import (
 
 
 def wide_console(width: int) -> Console:
-    """A console on stdout: ``width`` columns where it is not a terminal and COLUMNS is not set."""
-    terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
-    return Console(width=None if terminal else width)
+    """A console on stdout: at least ``width`` columns where it is not a terminal.
+
+    COLUMNS can widen it but not narrow it: a parent that uses readline exports its own.
+    """
+    if sys.stdout.isatty():
+        return Console()
+    columns = os.environ.get("COLUMNS", "")
+    return Console(width=max(width, int(columns) if columns.isdigit() else 0))
 
 
 def print_written(console: Console, what: str, file: Path) -> None:
