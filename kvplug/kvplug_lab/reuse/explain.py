@@ -214,8 +214,8 @@ def _notes(record: DriftRecord) -> list[str]:
             "The worker recomputed the most deviating tokens as well (recompute.fraction); "
             "which ones is not in the record, so the engine was nearer than is shown."
         )
-    if beside.get("memo") is not None:
-        notes.append("Attention over far pages that was reused (memo) is computed here.")
+    if "attention" in record.kvplug:
+        notes.append("An attention policy answered decode steps; here they attend in full.")
     return notes
 
 
