@@ -121,7 +121,7 @@ CASES = {
             (
                 f"{SECTION}.sequence",
                 "sink_window: layers '7' is outside the model's 0-1.",
-                "change the option named.",
+                "change layers.",
             )
         ],
     ),

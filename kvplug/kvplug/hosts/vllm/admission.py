@@ -7,7 +7,7 @@ from typing import Any
 
 from kvplug.contract import Kind, ScoringPolicy
 from kvplug.deployment import Choice, Deployment
-from kvplug.errors import DeploymentError, Refusal
+from kvplug.errors import DeploymentError, Refusal, change_options
 from kvplug.hosts.vllm import compat
 from kvplug.hosts.vllm.engine import (
     format_policy,
@@ -243,7 +243,8 @@ def _format_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
             if layout.heads is not None and layout.heads > layer.num_kv_heads:
                 raise ValueError(f"layer {layer.index} has more stored heads than KV heads")
     except Exception as error:
-        return [Refusal(key, f"{name}: {error}.", "change the option named.")]
+        fix = change_options(str(error), policy.Options.model_fields)
+        return [Refusal(key, f"{name}: {error}.", fix)]
     other = deployment.choice(Kind.SEQUENCE)
     scoring = other is not None and issubclass(other.policy, ScoringPolicy)
     merged = any(policy.layout(layer).heads is not None for layer in policy.engine.layers)
@@ -269,7 +270,8 @@ def _sequence_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal
     try:
         rules = layer_rules(policy)
     except Exception as error:
-        return [Refusal(key, f"{policy.name}: {error}.", "change the option named.")]
+        fix = change_options(str(error), policy.Options.model_fields)
+        return [Refusal(key, f"{policy.name}: {error}.", fix)]
     if isinstance(policy, ScoringPolicy):
         return _scoring_refusals(policy, choice.key, vllm_config)
     if None in rules:
