@@ -114,23 +114,6 @@ class Recompute(PolicyOptions):
         return bool(self.boundary or self.fraction or self.gaps)
 
 
-class Memo(PolicyOptions):
-    """Reuse of attention over far pages in decode; approximate."""
-
-    cosine: float = Field(
-        default=0.99,
-        gt=0,
-        le=1,
-        description="least cosine of a query with the one remembered, per head",
-    )
-    near: int = Field(
-        default=256, ge=16, le=1 << 20, description="latest tokens attended afresh at every step"
-    )
-    every: int = Field(
-        default=16, ge=1, le=4096, description="steps after which it is computed anyway"
-    )
-
-
 class ReuseSettings(PolicyOptions):
     """The keys beside ``reuse.use``."""
 
