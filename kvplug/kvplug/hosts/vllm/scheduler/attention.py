@@ -41,6 +41,7 @@ class AttentionScheduler(KindScheduler):
         self.rows = 0
         self._managers: list[ApproximateManager] = []
         self._prompts: dict[str, int] = {}
+        self._starts: dict[str, int] = {}
         self._owners: dict[str, int] = {}
         self._numbers = count()
         self._failed: str | None = None
@@ -65,10 +66,12 @@ class AttentionScheduler(KindScheduler):
         """Send slot and owner of each request that generates."""
         if not self._owners:
             return
-        for request_id in step.output.scheduled_cached_reqs.resumed_req_ids:
+        for request_id, start in step.starts.items():
             if request_id in self._owners:
-                # It starts over: what workers remember of it is of blocks it no longer has.
-                self._owners[request_id] = next(self._numbers)
+                # It starts over: workers remember it with blocks or tokens it no longer has.
+                if start < self._starts.get(request_id, 0):
+                    self._owners[request_id] = next(self._numbers)
+                self._starts[request_id] = start
         served = [
             (step.slots[request_id], self._owners[request_id])
             for request_id, start in step.starts.items()
@@ -94,6 +97,7 @@ class AttentionScheduler(KindScheduler):
         for manager in self._managers:
             manager.set_approximate(self.kind, request.request_id, None)
         self._prompts.pop(request.request_id, None)
+        self._starts.pop(request.request_id, None)
         if self._owners.pop(request.request_id, None) is not None:
             answer.exact = False
             answer.fields["attention"] = self.policy.name

@@ -79,6 +79,7 @@ class AttentionWorker(KindWorker):
         self.failed: str | None = None
         self._rows = 0
         self._reported = False
+        self._has_counters = True
         self._pages: dict[str, tuple[int, TokenPages]] = {}
 
     # -- layers --------------------------------------------------------------------------------
@@ -116,10 +117,13 @@ class AttentionWorker(KindWorker):
         into.attention = AttentionReport(rows, self.failed, self._counters())
 
     def _counters(self) -> dict[str, float]:
+        if not self._has_counters:
+            return {}
         try:
             return {str(k): float(v) for k, v in self.policy.counters().items()}
-        except Exception as error:
-            self.fail("counters", error)
+        except Exception:
+            self._has_counters = False
+            logger.exception("policy %r failed in counters(); they are left out", self.policy.name)
             return {}
 
     def fail(self, method: str, error: Exception) -> None:

@@ -34,5 +34,12 @@ def __getattr__(name: str) -> Any:
     from kvplug.hosts.vllm.worker.kinds import worker_kinds
     from kvplug.hosts.vllm.worker.state import worker_state
 
-    kinds = worker_kinds(admission.deployment_of(config), config)
-    return plugged_backend(stock, kinds, worker_state(config).rows) if kinds else stock
+    def of_config(vllm_config: Any) -> tuple[Any, Any]:
+        state = worker_state(vllm_config)
+        kinds = state.kinds
+        if kinds is None:
+            kinds = worker_kinds(admission.deployment_of(vllm_config), vllm_config)
+        return kinds, state.rows
+
+    kinds, rows = of_config(config)
+    return plugged_backend(stock, kinds, rows, of_config) if kinds else stock

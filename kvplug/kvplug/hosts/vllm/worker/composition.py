@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,17 +19,28 @@ from kvplug.hosts.vllm.worker.kinds import METADATA_STEPS
 from kvplug.hosts.vllm.worker.pages import TokenPages
 from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.steps import (
+    Attend,
     AttendCall,
+    AttentionStep,
     BuildCall,
     RowSlots,
+    Write,
     WriteCall,
     attend_chain,
     build_chain,
     write_chain,
 )
 
+Kinds = Sequence[KindWorker]
 
-def plugged_backend(stock: type[Any], kinds: Sequence[KindWorker], rows: StepRows) -> type[Any]:
+OfConfig = Callable[[Any], tuple[Kinds, StepRows]]
+"""``of_config(vllm_config)``: the kinds and rows of the engine a config belongs to. vLLM chooses a
+backend class once per process, so the objects it makes must find those of their own engine."""
+
+
+def plugged_backend(
+    stock: type[Any], kinds: Kinds, rows: StepRows, of_config: OfConfig | None = None
+) -> type[Any]:
     """Make a subclass of a stock backend that runs the steps of some kinds.
 
     Each full-attention layer gets a backend class with the KV-cache spec of its own rules; layers
@@ -39,9 +50,12 @@ def plugged_backend(stock: type[Any], kinds: Sequence[KindWorker], rows: StepRow
         stock: The backend class vLLM would use.
         kinds: The kinds, in the order of `kinds.KINDS`.
         rows: Slots of the engine's rows.
+        of_config: Finds both for another engine of the process; None to use these in all.
     """
-    builder = plugged_builder(stock.get_builder_cls(), kinds, rows)
-    impl = plugged_impl(stock.get_impl_cls(), kinds, lambda name, own: for_layer(name, own))
+    builder = plugged_builder(stock.get_builder_cls(), kinds, rows, of_config)
+    impl = plugged_impl(
+        stock.get_impl_cls(), kinds, lambda name, own: for_layer(name, own), of_config
+    )
 
     @functools.cache
     def for_rules(rules: tuple[Hashable, ...]) -> type[Any]:
@@ -82,13 +96,16 @@ def plugged_backend(stock: type[Any], kinds: Sequence[KindWorker], rows: StepRow
     return for_rules(tuple(kind.rule(0) for kind in kinds))
 
 
-def plugged_builder(stock: type[Any], kinds: Sequence[KindWorker], rows: StepRows) -> type[Any]:
+def plugged_builder(
+    stock: type[Any], kinds: Kinds, rows: StepRows, of_config: OfConfig | None = None
+) -> type[Any]:
     """Make a subclass of a stock metadata builder that runs the kinds' metadata steps.
 
     Args:
         stock: The builder class.
         kinds: The kinds.
         rows: Slots of the engine's rows.
+        of_config: Finds both for another engine of the process; None to use these in all.
     """
 
     class Builder(stock):
@@ -106,7 +123,8 @@ def plugged_builder(stock: type[Any], kinds: Sequence[KindWorker], rows: StepRow
         ):
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs)
             self._kvplug_block_size = kv_cache_spec.block_size
-            made = [s for k in kinds for s in k.metadata_steps(kv_cache_spec, vllm_config, device)]
+            own, self._kvplug_rows = of_config(vllm_config) if of_config else (kinds, rows)
+            made = [s for k in own for s in k.metadata_steps(kv_cache_spec, vllm_config, device)]
             self._kvplug_build = build_chain(
                 sorted(made, key=lambda step: METADATA_STEPS.index(type(step))), self._stock_build
             )
@@ -121,7 +139,7 @@ def plugged_builder(stock: type[Any], kinds: Sequence[KindWorker], rows: StepRow
         def build(
             self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
         ) -> Any:
-            slots = RowSlots(rows, common_attn_metadata, self._kvplug_block_size)
+            slots = RowSlots(self._kvplug_rows, common_attn_metadata, self._kvplug_block_size)
             call = BuildCall(common_attn_metadata, common_prefix_len, fast_build, slots)
             return self._kvplug_build(call)
 
@@ -131,8 +149,19 @@ def plugged_builder(stock: type[Any], kinds: Sequence[KindWorker], rows: StepRow
     return Builder
 
 
+class _Chains(NamedTuple):
+    """Attention steps of some kinds, alone and composed."""
+
+    steps: Sequence[AttentionStep]
+    write: Write
+    attend: Attend
+
+
 def plugged_impl(
-    stock: type[Any], kinds: Sequence[KindWorker], backend_of: Callable[[str, Any], type[Any]]
+    stock: type[Any],
+    kinds: Kinds,
+    backend_of: Callable[[str, Any], type[Any]],
+    of_config: OfConfig | None = None,
 ) -> type[Any]:
     """Make a subclass of a stock attention implementation that runs the kinds' attention steps.
 
@@ -140,8 +169,8 @@ def plugged_impl(
         stock: The implementation class.
         kinds: The kinds, outermost first.
         backend_of: ``backend_of(layer_name, impl)``: the backend class of a layer.
+        of_config: Finds the kinds of another engine of the process; None to use these in all.
     """
-    steps = [step for kind in kinds if (step := kind.attention_step()) is not None]
 
     def stock_write(call: WriteCall) -> None:
         stock.do_kv_cache_update(
@@ -162,16 +191,23 @@ def plugged_impl(
             **call.kwargs,
         )
 
-    write, attend = write_chain(steps, stock_write), attend_chain(steps, stock_attend)
+    def chains(own: Kinds) -> _Chains:
+        steps = [step for kind in own if (step := kind.attention_step()) is not None]
+        return _Chains(steps, write_chain(steps, stock_write), attend_chain(steps, stock_attend))
 
     class Impl(stock):
+        _kvplug = chains(kinds)
+
         def __init__(self, *args: Any, **kwargs: Any):
             from vllm.config import get_current_vllm_config
 
             super().__init__(*args, **kwargs)
-            self._kvplug_layers = (
-                get_current_vllm_config().compilation_config.static_forward_context
-            )
+            config = get_current_vllm_config()
+            self._kvplug_layers = config.compilation_config.static_forward_context
+            if of_config is not None:
+                own, _ = of_config(config)
+                if own is not kinds:
+                    self._kvplug = chains(own)
 
         def process_weights_after_loading(self, act_dtype: Any) -> None:
             super().process_weights_after_loading(act_dtype)
@@ -182,7 +218,7 @@ def plugged_impl(
         def do_kv_cache_update(
             self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
         ) -> None:
-            write(WriteCall(self, layer, key, value, kv_cache, slot_mapping))
+            self._kvplug.write(WriteCall(self, layer, key, value, kv_cache, slot_mapping))
 
         def forward(
             self,
@@ -196,7 +232,7 @@ def plugged_impl(
             *args: Any,
             **kwargs: Any,
         ) -> Tensor:
-            return attend(
+            return self._kvplug.attend(
                 AttendCall(
                     self, layer, query, key, value, kv_cache, attn_metadata, output, args, kwargs
                 )
@@ -204,7 +240,7 @@ def plugged_impl(
 
         def kvplug_pages(self, layer: Any, cache: Tensor) -> TokenPages | None:
             """Open the layer's pages if they are in bytes of a kind's own, else return None."""
-            opened = (step.pages(self, layer, cache) for step in steps)
+            opened = (step.pages(self, layer, cache) for step in self._kvplug.steps)
             return next((pages for pages in opened if pages is not None), None)
 
     return Impl

@@ -82,25 +82,25 @@ class Recomputer:
         ).to(device)
         common = metadata.of_spans(spans, blocks, slots)
         by_layer, mappings = {}, {}
+        ids = torch.from_numpy(tokens)[positions].to(device)
         with self._state.rows.hidden():
             for groups in runner.attn_groups:
                 for group in groups:
                     made = group.get_metadata_builder().build(0, common)
                     for name in group.layer_names:
                         by_layer[name], mappings[name] = made, slots
-        ids = torch.from_numpy(tokens)[positions].to(device)
-        with (
-            torch.inference_mode(),
-            set_forward_context(
-                by_layer, self._config, num_tokens=len(positions), slot_mapping=mappings
-            ),
-        ):
-            runner.model(
-                input_ids=ids,
-                positions=positions.to(device),
-                intermediate_tensors=None,
-                inputs_embeds=None,
-            )
+            with (
+                torch.inference_mode(),
+                set_forward_context(
+                    by_layer, self._config, num_tokens=len(positions), slot_mapping=mappings
+                ),
+            ):
+                runner.model(
+                    input_ids=ids,
+                    positions=positions.to(device),
+                    intermediate_tensors=None,
+                    inputs_embeds=None,
+                )
 
 
 def batches(spans: Sequence[Span], max_tokens: int, max_rows: int) -> list[list[Span]]:

@@ -7,6 +7,7 @@ forward runs, and segments it completed are read out. `ReuseDirectives` has all 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -210,9 +211,9 @@ class WatchedRows(MetadataStep):
         self._kind = kind
 
     def build(self, inner: Build, call: BuildCall) -> Any:
-        observed = self._kind.saver.observed(call)
         metadata = inner(call)
-        metadata.kvplug_observed = observed
+        # Looked up in the forward: the second model runner builds before it learns of the step.
+        metadata.kvplug_observed = functools.cache(lambda: self._kind.saver.observed(call))
         return metadata
 
 
@@ -229,6 +230,7 @@ class WatchedAttention(AttentionStep):
 
     def attend(self, inner: Attend, call: AttendCall) -> Tensor:
         name = call.layer.layer_name
-        for segment, first, last in getattr(call.metadata, "kvplug_observed", ()):
+        observed = getattr(call.metadata, "kvplug_observed", None)
+        for segment, first, last in observed() if observed is not None else ():
             self._kind.saver.queries[segment, name] = call.query[first:last].detach().clone()
         return inner(call)
