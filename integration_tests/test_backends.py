@@ -456,6 +456,36 @@ def test_attention_steps_run_from_the_first_kind_to_the_backend(
     assert impl.kvplug_pages(1, 2) is None
 
 
+def test_a_second_engine_of_the_process_runs_its_own_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM chooses a class once per process; what it makes belongs to the engine at hand."""
+    note = Noted()
+    first, second = (note.kind("first", FormatTokens),), (note.kind("second", Compaction),)
+    rows = {name: StepRows() for name in ("first", "second")}
+
+    def of_config(config: Any) -> tuple[Any, StepRows]:
+        name = config.kv_transfer_config.engine_id
+        return {"first": first, "second": second}[name], rows[name]
+
+    class Stock:
+        def forward(self, *args: Any) -> str:
+            return "output"
+
+    builder = plugged_builder(NotingBuilder, first, rows["first"], of_config)
+    impl = plugged_impl(Stock, first, lambda *a: Stock, of_config)
+    for name, steps in (("first", "FormatTokens"), ("second", "Compaction")):
+        config = SimpleNamespace(
+            kv_transfer_config=SimpleNamespace(engine_id=name),
+            compilation_config=SimpleNamespace(static_forward_context={}),
+        )
+        monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda own=config: own)
+        made = builder(SimpleNamespace(block_size=16), [], config, CPU)
+        made.build(0, "common")
+        assert made._kvplug_rows is rows[name]
+        impl().forward(1, 2, 3, 4, 5, 6, 7)
+        assert note.calls == [steps, f"{name} attends"]
+        note.calls.clear()
+
+
 # -- which class a name stands for -----------------------------------------------------------------
 
 

@@ -167,10 +167,13 @@ def test_each_segment_of_a_step_is_measured_by_its_own_last_queries() -> None:
         block_table_tensor=torch.tensor([[1, 2, 0, 0], [8, 7, 6, 5]]),
     )
 
-    def watched() -> dict[tuple[str, str], list[float]]:
+    def watched(late: bool = False) -> dict[tuple[str, str], list[float]]:
         """One step: the metadata is built, and two layers attend."""
         builder = plugged_builder(StockBuilder, (kind,), state.rows)
         metadata = builder(SimpleNamespace(block_size=SIZE), [], None, None).build(0, common)
+        if late:
+            state.rows.begin(directives.rows)
+            kind.begin(directives)
         impl = object.__new__(plugged_impl(StockImpl, (kind,), lambda *args: StockImpl))
         query = torch.arange(97.0)[:, None, None].expand(97, 4, 64)
         for shift, name in enumerate(("layer", "next")):
@@ -192,6 +195,8 @@ def test_each_segment_of_a_step_is_measured_by_its_own_last_queries() -> None:
         assert watched() == {}, "a forward that is not the step's own"
     kind.begin(StepDirectives(rows))
     assert watched() == {}
+    state.rows.begin(None)
+    assert watched(late=True) == first, "the second model runner builds first"
 
 
 class StockBuilder:

@@ -320,6 +320,13 @@ def test_a_renamed_key_is_refused_with_its_new_name(old: str, load: Load, file: 
     load(json.dumps(section))
 
 
+def test_the_attention_memory_is_refused_with_its_new_kind(load: Load, file: Path) -> None:
+    text = json.dumps({"reuse": {"use": ["plain"], "memo": {"near": 64}}})
+    assert refused(load, text) == [
+        f"{file}:1: reuse.memo: `memo` was renamed. Fix: use the kind attention: {{use: memo}}."
+    ]
+
+
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusal_names_line_key_and_fix(name: str, load: Load, file: Path) -> None:
     text, expected = REFUSALS[name]

@@ -81,7 +81,7 @@ def test_each_code_folder_is_a_source_root() -> None:
 
 def test_test_files_have_unique_names() -> None:
     folders = ["kvplug/tests", "policies/tests", "policies/kvplug-reuse-learned/tests"]
-    folders += ["kernels/tests", "integration_tests"]
+    folders += ["policies/kvplug-attention-memo/tests", "kernels/tests", "integration_tests"]
     names = [f.name for folder in folders for f in (ROOT / folder).glob("test_*.py")]
     assert len(names) == len(set(names))
 

@@ -8,7 +8,7 @@ import pytest
 from kvplug.contract import EngineView
 from kvplug.contract.policy import PolicyOptions
 from kvplug.contract.reuse import Candidate, Fingerprint, ReuseCheck, ReuseRequest, Verdict
-from kvplug.reuse.chain import FAILED, NOT_ALLOWED, ChainCounters, run_chain
+from kvplug.reuse.chain import FAILED, NOT_ALLOWED, run_chain
 
 PRINT = Fingerprint(
     *("m", "t", "", "bfloat16", "", "none"), (1, 1, 8), "", "causal", 0, 32, b"c", b"t", 0.0, "r"
@@ -99,16 +99,13 @@ def test_a_check_that_fails_refuses_and_is_logged_once(
     answer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     chain = [says("a", Verdict(True)), says("broken", answer)]
-    counters = ChainCounters()
     with caplog.at_level(logging.ERROR, "kvplug"):
         for _ in range(3):
             result = run_chain(chain, CANDIDATE, asked())
             assert (result.verdict.ok, result.verdict.exact) == (False, False)
             assert (result.verdict.reason, result.refused_by) == (FAILED, "broken")
             assert result.error
-            counters.add(result)
     assert sum("reuse check broken failed" in r.message for r in caplog.records) == 1
-    assert counters.refused == {FAILED: 3} and counters.refused_by == {"broken": 3}
 
 
 def test_an_empty_chain_shows_nothing_and_allows_nothing() -> None:
@@ -119,17 +116,3 @@ def test_an_empty_chain_shows_nothing_and_allows_nothing() -> None:
 def test_a_refusal_without_words_is_still_counted() -> None:
     result = run_chain([says("a", Verdict(False))], CANDIDATE, asked())
     assert result.verdict.reason == "refused"
-
-
-def test_counters_add_up() -> None:
-    counters = ChainCounters()
-    good = [says("a", Verdict(True)), says("b", Verdict(True, exact=False))]
-    bad = [says("a", Verdict(False, "bad checksum")), says("b", Verdict(True))]
-    for chain in (good, good, bad):
-        counters.add(run_chain(chain, CANDIDATE, asked()))
-    counters.add(run_chain(good[:1], CANDIDATE, asked()))
-    flat = counters.counters()
-    assert (flat["checked"], flat["used"], flat["exact"]) == (4, 3, 1)
-    assert flat["refused_bad_checksum"] == 1
-    assert counters.calls == {"a": 4, "b": 2}
-    assert flat["a_us"] > 0 and flat["b_us"] > 0

@@ -70,22 +70,34 @@ def add_installed(app: typer.Typer) -> None:
     """Add the commands of other distributions to the program.
 
     One that fails to load is left out with a warning. One whose group is not installed is left
-    out silently: a distribution may serve without the commands that it adds to another's.
+    out silently: a distribution may serve without the commands that it adds to another's. No
+    command replaces another one.
     """
     groups: dict[str, typer.Typer] = {"": app}
+    taken = {_name(command) for command in app.registered_commands}
     entries = importlib.metadata.entry_points(group=COMMANDS)
     for entry in sorted(entries, key=lambda e: (e.name.count("."), e.name)):
         above, _, name = entry.name.rpartition(".")
         if above not in groups:
             continue
         try:
+            if entry.name in taken:
+                raise ValueError("another distribution brings a command of that name")
             found = entry.load()
+            if not callable(found):
+                raise TypeError(f"{entry.value} is not a command")
         except Exception as error:
-            _broken[entry.name] = " ".join(f"{type(error).__name__}: {error}".split())
-            logger.warning("command %s failed to load: %s", entry.name, _broken[entry.name])
+            _broken.setdefault(entry.name, " ".join(f"{type(error).__name__}: {error}".split()))
+            logger.warning("command %s failed to load: %s", entry.name, error)
             continue
+        taken.add(entry.name)
         if isinstance(found, typer.Typer):
             groups[above].add_typer(found, name=name)
             groups[entry.name] = found
         else:
             groups[above].command(name)(found)
+
+
+def _name(command: Any) -> str:
+    """Name of a registered command."""
+    return str(command.name or command.callback.__name__.replace("_", "-"))

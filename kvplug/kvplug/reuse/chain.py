@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter_ns
 from weakref import WeakSet
 
@@ -96,48 +95,3 @@ def _require_verdict(verdict: object) -> None:
         raise TypeError(f"returned {type(verdict).__name__}, expected a Verdict")
     if verdict.confidence is not None and not 0 <= verdict.confidence <= 1:
         raise ValueError(f"confidence must be from 0 to 1, got {verdict.confidence}")
-
-
-@dataclass
-class ChainCounters:
-    """Costs and refusals of a chain's checks, summed over candidates.
-
-    Attributes:
-        runs: Candidates checked.
-        used: Candidates that no check refused.
-        exact: Used candidates that were found exact.
-        refused: Refusals by cause.
-        refused_by: Refusals by name of check.
-        calls: Calls by name of check.
-        cost_us: Microseconds by name of check.
-    """
-
-    runs: int = 0
-    used: int = 0
-    exact: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
-    refused_by: Counter[str] = field(default_factory=Counter)
-    calls: Counter[str] = field(default_factory=Counter)
-    cost_us: dict[str, float] = field(default_factory=dict)
-
-    def add(self, result: ChainResult) -> None:
-        """Add one result."""
-        self.runs += 1
-        if result.verdict.ok:
-            self.used += 1
-            self.exact += result.verdict.exact
-        else:
-            self.refused[result.verdict.reason] += 1
-            self.refused_by[result.refused_by] += 1
-        for name, cost in result.costs_us.items():
-            self.calls[name] += 1
-            self.cost_us[name] = self.cost_us.get(name, 0.0) + cost
-
-    def counters(self) -> dict[str, float]:
-        """Return flat counts by name: ``refused_CAUSE``, and ``NAME_us`` per check."""
-        flat: dict[str, float] = {"checked": self.runs, "used": self.used, "exact": self.exact}
-        for cause, n in sorted(self.refused.items()):
-            flat["refused_" + cause.replace(" ", "_")] = n
-        for name, cost in self.cost_us.items():
-            flat[f"{name}_us"] = cost
-        return flat

@@ -117,7 +117,10 @@ class Recompute(PolicyOptions):
 class ReuseSettings(PolicyOptions):
     """The keys beside ``reuse.use``."""
 
-    renamed: ClassVar[Mapping[str, str]] = {"near": "prefetch"}
+    renamed: ClassVar[Mapping[str, str]] = {
+        "near": "prefetch",
+        "memo": "the kind attention: {use: memo}",
+    }
 
     approximate: bool = Field(
         default=False,
