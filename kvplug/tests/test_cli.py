@@ -215,6 +215,19 @@ def test_a_command_that_fails_to_load_stops_nothing_else(
     )
 
 
+def test_a_command_replaces_no_other_and_must_be_callable(
+    program: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = program(own=lambda: lambda: None, eval=lambda: {"not": "a command"})
+    taken, wrong = sorted(caplog.messages)[::-1]
+    assert taken == (
+        "command own failed to load: ValueError: another distribution brings a command of that name"
+    )
+    assert wrong.startswith("command eval failed to load: TypeError: ")
+    assert run("own").stdout == "own\n"
+    assert "failed to load" in run("eval", "--help").stderr
+
+
 # -- policies ----------------------------------------------------------------------------------
 
 

@@ -85,10 +85,12 @@ def add_installed(app: typer.Typer) -> None:
                 raise ValueError("another distribution brings a command of that name")
             found = entry.load()
             if not callable(found):
-                raise TypeError(f"{entry.value} is not a command")
+                raise TypeError("it is neither a function nor a typer.Typer")
         except Exception as error:
-            _broken.setdefault(entry.name, " ".join(f"{type(error).__name__}: {error}".split()))
-            logger.warning("command %s failed to load: %s", entry.name, error)
+            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            if entry.name not in taken:
+                _broken[entry.name] = cause
+            logger.warning("command %s failed to load: %s", entry.name, cause)
             continue
         taken.add(entry.name)
         if isinstance(found, typer.Typer):
