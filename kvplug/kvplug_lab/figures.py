@@ -114,7 +114,8 @@ def fidelity_policies(data: Any) -> Drawing:
     }
     value = {(r["variant"], r["budget"], r["metric"]): r["value"] for r in data["summary"]}
     names = sorted(
-        {name for name, _, _ in value if name != FULL}, key=lambda name: value[name, 0.5, "kl"]
+        {name for name, _, _ in value if name != FULL},
+        key=lambda name: (value[name, 0.5, "kl"], name),
     )
     shown = {0.25: (RED, "v"), 0.5: (ORANGE, "s"), 0.75: (BLUE, "o")}
     series = [

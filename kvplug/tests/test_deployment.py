@@ -152,8 +152,8 @@ REFUSALS = {
     ),
     "unknown key like no other": (
         "zzz: 1\n",
-        "1: zzz: unknown key. Fix: use one of prefix_cache, sequence, format, reuse, transfer, "
-        "lifecycle, guard, on_bad_request.",
+        "1: zzz: unknown key. Fix: use one of prefix_cache, sequence, format, reuse, attention, "
+        "transfer, lifecycle, guard, on_bad_request.",
     ),
     "kind of a wrong type": (
         "\nsequence: 7\n",
@@ -458,7 +458,7 @@ def test_kind_the_host_does_not_run(load: Load, file: Path) -> None:
     found = load("reuse:\n  use: [plain]\n").incompatible(ENGINE, runs=others, host="vllm")
     assert [refusal.text(str(file)) for refusal in found] == [
         f"{file}:2: reuse.use[0]: the vllm host does not run reuse policies in this release. "
-        "Fix: remove reuse; the host runs format, prefix_cache, sequence."
+        "Fix: remove reuse; the host runs attention, format, prefix_cache, sequence."
     ]
 
 

@@ -36,7 +36,7 @@ from kvplug.contract import (
     Window,
 )
 from kvplug.errors import DeploymentError, PluginError
-from kvplug.hosts.pruning import Limits, Plan, layout
+from kvplug.hosts.pruning import EvictionPlan, Limits, layout
 from kvplug.observe.summary import summary_lines
 from kvplug.registry import Plugins, PolicyRegistry, plugins
 from kvplug_policies.builtin import BUILTIN
@@ -496,7 +496,7 @@ def test_the_memory_of_the_example_is_what_the_limits_say() -> None:
         f"{own.most(1 << 20)} blocks once its prompt is read, and "
         f"{own.kept(0) + own.interval + 1} from its first decision on."
     )
-    assert own.interval == own.shared
+    assert own.interval == own.protected
     assert said in SEQUENCE
     least = limits(16, budget=1024).spared(0) * 16
     assert f"that is {least:,} tokens in blocks of 16" in text(DOCS / "troubleshooting.md")
@@ -504,15 +504,15 @@ def test_the_memory_of_the_example_is_what_the_limits_say() -> None:
 
 def test_the_answer_of_the_example_is_what_the_plan_says() -> None:
     own = limits(32, budget=512)
-    plan = Plan(own, 3300)
+    plan = EvictionPlan(own, 3300)
     plan.until(3600)
     last, freed = None, 0
-    for cut in plan.cuts:
-        held = layout(last, cut, own.shared, 32)
+    for cut in plan.evictions:
+        held = layout(last, cut, own.protected, 32)
         freed += held.candidates - held.survivors
         last = cut
     (shown,) = re.findall(r"```json\n(.*?)\n```", SEQUENCE, re.DOTALL)
-    evictions = [[cut.at, cut.blocks * 32] for cut in plan.cuts]
+    evictions = [[cut.at, cut.blocks * 32] for cut in plan.evictions]
     assert json.loads(shown) == {"exact": False, "blocks_freed": freed, "evictions": evictions}
     (most,) = re.findall(r"of its latest (\d+) evictions", text(DOCS / "requests.md"))
     assert re.search(rf"^[A-Z_]+ = {most}$", "\n".join(SOURCES.values()), re.MULTILINE)
