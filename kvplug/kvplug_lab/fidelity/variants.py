@@ -113,7 +113,7 @@ def variants(chosen: dict[str, Choice], parts: Sequence[float], once: bool) -> l
     Args:
         chosen: What `policies` gave.
         parts: Parts of the context.
-        once: Cut the context only, never while the text goes on.
+        once: Evict once, after the prompt; never during generation.
     """
     found = []
     for label, choice in chosen.items():
