@@ -267,10 +267,10 @@ def _in_waves(
         wave.append(session)
         after = last.get(session)
         lengths.append((lengths[after] if after is not None else 0) + len(new) + output_tokens)
-        wishes = {"session_id": f"s{session}"} if session >= 0 else None
+        options = {"session_id": f"s{session}"} if session >= 0 else None
         if session >= 0:
             last[session] = len(found)
-        found.append(TrialRequest(new, output_tokens, number, wishes, after))
+        found.append(TrialRequest(new, output_tokens, number, options, after))
     how = "one at a time" if concurrency == 1 else f"up to {concurrency} at once"
     says = f"{says}, prompts of {min(lengths) - output_tokens:,} to "
     says += f"{max(lengths) - output_tokens:,} tokens, {output_tokens} out each, {how}"

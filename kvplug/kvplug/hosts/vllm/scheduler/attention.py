@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -19,6 +20,21 @@ from kvplug.hosts.vllm.scheduler.kind import (
 from kvplug.hosts.vllm.spec import ApproximateManager
 from kvplug.observe.events import EventType
 from kvplug.request_options import RequestOptions
+
+
+@dataclass
+class ServedRequest:
+    """A request under way that the policy may serve.
+
+    Attributes:
+        num_prompt_tokens: Tokens of its prompt.
+        owner: Number that workers know it by in its slot; another one once it starts over.
+        start: Tokens computed before its latest step.
+    """
+
+    num_prompt_tokens: int
+    owner: int
+    start: int = 0
 
 
 class AttentionScheduler(KindScheduler):
@@ -40,9 +56,7 @@ class AttentionScheduler(KindScheduler):
         self.requests = 0
         self.rows = 0
         self._managers: list[ApproximateManager] = []
-        self._prompts: dict[str, int] = {}
-        self._starts: dict[str, int] = {}
-        self._owners: dict[str, int] = {}
+        self._served: dict[str, ServedRequest] = {}
         self._numbers = count()
         self._failed: str | None = None
         self._worker_counters: dict[str, float] = {}
@@ -57,27 +71,28 @@ class AttentionScheduler(KindScheduler):
         if options.attention != "approximate" or request.pooling_params is not None:
             return
         self.requests += 1
-        self._prompts[request.request_id] = request.num_prompt_tokens
-        self._owners[request.request_id] = next(self._numbers)
+        self._served[request.request_id] = ServedRequest(
+            request.num_prompt_tokens, next(self._numbers)
+        )
         for manager in self._managers:
             manager.set_approximate(self.kind, request.request_id, request.num_prompt_tokens)
 
     def step(self, step: SchedulerStep, into: StepDirectives) -> None:
         """Send slot and owner of each request that generates."""
-        if not self._owners:
+        if not self._served:
             return
+        served = []
         for request_id, start in step.starts.items():
-            if request_id in self._owners:
+            request = self._served.get(request_id)
+            if request is None:
+                continue
+            if start < request.start:
                 # It starts over: workers remember it with blocks or tokens it no longer has.
-                if start < self._starts.get(request_id, 0):
-                    self._owners[request_id] = next(self._numbers)
-                self._starts[request_id] = start
-        served = [
-            (step.slots[request_id], self._owners[request_id])
-            for request_id, start in step.starts.items()
+                request.owner = next(self._numbers)
+            request.start = start
             # The prompt is exact to its last token, which may come as a row of one.
-            if start >= self._prompts.get(request_id, start + 1)
-        ]
+            if start >= request.num_prompt_tokens:
+                served.append((step.slots[request_id], request.owner))
         if served:
             into.attention = AttentionDirectives(np.array(served, dtype=np.int32))
 
@@ -96,9 +111,7 @@ class AttentionScheduler(KindScheduler):
         """State that the request was served approximately."""
         for manager in self._managers:
             manager.set_approximate(self.kind, request.request_id, None)
-        self._prompts.pop(request.request_id, None)
-        self._starts.pop(request.request_id, None)
-        if self._owners.pop(request.request_id, None) is not None:
+        if self._served.pop(request.request_id, None) is not None:
             answer.exact = False
             answer.fields["attention"] = self.policy.name
 

@@ -89,6 +89,15 @@ class KindWorker:
         """Raise a DeploymentError that names the kind's policy."""
         raise DeploymentError(self.origin[0], [Refusal(self.origin[1], problem, fix)])
 
+    def check_distances(self, impl: Any, policy: str) -> None:
+        """Refuse ALiBi under a policy that evicts tokens."""
+        if getattr(impl, "alibi_slopes", None) is not None:
+            self.refuse(
+                f"{policy} does not support models with ALiBi: distances would be counted over "
+                "the tokens that are kept.",
+                f"remove the {self.kind!s} section for this model.",
+            )
+
     def check_block_size(self, spec: Any, stock: type[Any], policy: str) -> None:
         """Refuse a block size the backend splits: rules and directives count the pool's blocks."""
         from vllm.v1.worker.utils import select_common_block_size

@@ -65,12 +65,7 @@ class WindowWorker(KindWorker):
         )
 
     def check_impl(self, impl: Any) -> None:
-        if getattr(impl, "alibi_slopes", None) is not None:
-            self.refuse(
-                f"{self.policy.name} does not support models with ALiBi: distances would be "
-                "counted over the tokens that are kept.",
-                "remove the sequence section for this model.",
-            )
+        self.check_distances(impl, self.policy.name)
 
     def metadata_steps(
         self, spec: Any, vllm_config: Any, device: torch.device
