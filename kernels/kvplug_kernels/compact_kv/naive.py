@@ -36,25 +36,7 @@ def check_arguments(
     for i, cache in enumerate(caches):
         name = f"caches[{i}]"
         inputs[name] = cache
-        if cache.element_size() not in WORDS:
-            raise ValueError(f"{name} must have elements of 1, 2, 4 or 8 bytes, got {cache.dtype}.")
-        if cache.ndim < 3 or cache.shape[1] != kv_heads or cache.shape[2] < 1:
-            raise ValueError(
-                f"{name} must have shape [num_blocks, {kv_heads}, block_size, *content], "
-                f"got {tuple(cache.shape)}."
-            )
-        if cache.device != keep.device:
-            raise ValueError(
-                f"{name} must be on {keep.device} like the other tensors, got {cache.device}."
-            )
-        dense = 1
-        for size, stride in zip(reversed(cache.shape[3:]), reversed(cache.stride()), strict=False):
-            if size > 1 and stride != dense:
-                raise ValueError(
-                    f"{name} must be contiguous from its fourth dimension on, "
-                    f"got strides {cache.stride()}."
-                )
-            dense *= size
+        check_cache(name, cache, kv_heads, keep.device)
         capacity = block_table.shape[1] * cache.shape[2]
         if count > capacity:
             raise ValueError(
@@ -62,6 +44,27 @@ def check_arguments(
                 f"got {count}."
             )
     check_separate("out", out, inputs)
+
+
+def check_cache(name: str, cache: Tensor, kv_heads: int, device: torch.device) -> None:
+    """Raise ValueError unless the tensor is a cache whose tokens can be moved."""
+    if cache.element_size() not in WORDS:
+        raise ValueError(f"{name} must have elements of 1, 2, 4 or 8 bytes, got {cache.dtype}.")
+    if cache.ndim < 3 or cache.shape[1] != kv_heads or cache.shape[2] < 1:
+        raise ValueError(
+            f"{name} must have shape [num_blocks, {kv_heads}, block_size, *content], "
+            f"got {tuple(cache.shape)}."
+        )
+    if cache.device != device:
+        raise ValueError(f"{name} must be on {device} like the other tensors, got {cache.device}.")
+    dense = 1
+    for size, stride in zip(reversed(cache.shape[3:]), reversed(cache.stride()), strict=False):
+        if size > 1 and stride != dense:
+            raise ValueError(
+                f"{name} must be contiguous from its fourth dimension on, "
+                f"got strides {cache.stride()}."
+            )
+        dense *= size
 
 
 def as_word_pages(cache: Tensor) -> Tensor:

@@ -58,22 +58,37 @@ def compact_kv_vectorized(
     row, head, target = (source != slot).nonzero(as_tuple=True)
     origin = source[row, head, target].long()
     for cache in caches:
-        pages = as_word_pages(cache)
-        block_size, content = pages.shape[2:]
-        if content == 0:
-            continue
-        at_once = max(MOVED_BYTES // (content * pages.element_size()), 1)
-        for start in range(0, row.shape[0], at_once):
-            r, h, to, of = (x[start : start + at_once] for x in (row, head, target, origin))
-            to_block = block_table[r, to // block_size].long()
-            of_block = block_table[r, of // block_size].long()
-            runs = as_runs(pages, content)
-            if runs is None:
-                pages[to_block, h, to % block_size] = pages[of_block, h, of % block_size]
-                continue
-            by_block, by_head, by_slot = (stride // content for stride in pages.stride()[:3])
-            runs = _as_widest_words(runs)
-            destination = to_block * by_block + h * by_head + to % block_size * by_slot
-            position = of_block * by_block + h * by_head + of % block_size * by_slot
-            runs.index_copy_(0, destination, runs.index_select(0, position))
+        move_words(as_word_pages(cache), block_table, row, head, target, origin)
     return source
+
+
+def move_words(
+    pages: Tensor, block_table: Tensor, row: Tensor, head: Tensor, target: Tensor, origin: Tensor
+) -> None:
+    """Copy single tokens of one cache, a few megabytes at a time.
+
+    Args:
+        pages: ``[num_blocks, kv_heads, block_size, content]`` of integers.
+        block_table: int32 or int64 ``[rows, width]``.
+        row: int64 ``[n]``, row of each copy.
+        head: int64 ``[n]``, its KV head.
+        target: int64 ``[n]``, resident index it is written to.
+        origin: int64 ``[n]``, resident index it is read from; none is a target of its row and head.
+    """
+    block_size, content = pages.shape[2:]
+    if content == 0:
+        return
+    at_once = max(MOVED_BYTES // (content * pages.element_size()), 1)
+    for start in range(0, row.shape[0], at_once):
+        r, h, to, of = (x[start : start + at_once] for x in (row, head, target, origin))
+        to_block = block_table[r, to // block_size].long()
+        of_block = block_table[r, of // block_size].long()
+        runs = as_runs(pages, content)
+        if runs is None:
+            pages[to_block, h, to % block_size] = pages[of_block, h, of % block_size]
+            continue
+        by_block, by_head, by_slot = (stride // content for stride in pages.stride()[:3])
+        runs = _as_widest_words(runs)
+        destination = to_block * by_block + h * by_head + to % block_size * by_slot
+        position = of_block * by_block + h * by_head + of % block_size * by_slot
+        runs.index_copy_(0, destination, runs.index_select(0, position))
