@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from oracle import Oracle
-from trial_server import TrialServer
+from trial_server import BACKEND, TrialServer
 
 from kvplug_lab import models, texts
 from kvplug_lab.engine.trial import TrialRequest, TrialResult, TrialSpec
@@ -53,10 +53,36 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrialServer]:
 
 
 @pytest.fixture(scope="session")
+def second_runner_trials(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrialServer]:
+    server = TrialServer(tmp_path_factory.mktemp("trials") / "server.log", second_runner=True)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
 def run(
     trials: TrialServer, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., TrialResult]:
     """Run requests on an engine in a fresh process."""
+    return runner(trials, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def run_second(
+    second_runner_trials: TrialServer, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., TrialResult]:
+    """Run requests on an engine with vLLM's second model runner, in a fresh process.
+
+    ``backend="TRITON_ATTN"`` takes vLLM's Triton attention, interpreted, and with it a GPU's page
+    layout; it needs short prompts.
+    """
+    return runner(second_runner_trials, tmp_path_factory)
+
+
+def runner(
+    trials: TrialServer, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., TrialResult]:
+    """Return a function that runs requests on an engine in a fresh process of a server."""
 
     def trial(
         model: Path,
@@ -64,6 +90,7 @@ def run(
         section: Any = None,
         *,
         env: dict[str, str] | None = None,
+        backend: str | None = None,
         watched: bool = True,
         reset_running_at: int | None = None,
         **engine: Any,
@@ -76,6 +103,8 @@ def run(
             reset_running_at=reset_running_at,
             watched=watched,
         )
+        if backend is not None:
+            env = {BACKEND: backend} | (env or {})
         log = tmp_path_factory.mktemp("engine") / "engine.log"
         result = trials.run(spec, env=env, log=log)
         result.log = log.read_text(encoding="utf-8", errors="replace")  # type: ignore[attr-defined]

@@ -421,7 +421,8 @@ def test_metadata_steps_run_in_their_order_whatever_order_the_kinds_have() -> No
     for order in (kinds, kinds[::-1]):
         built = plugged_builder(NotingBuilder, order, StepRows())
         builder = built(SimpleNamespace(block_size=16), [], None, CPU)
-        assert builder.build(5, "common", True) == (5, "common", True)
+        common = SimpleNamespace(req_idx=None)
+        assert builder.build(5, common, True) == (5, common, True)
         assert note.calls == ["FormatTokens", "Compaction", "FormatRows"]
         note.calls.clear()
     assert len(set(METADATA_STEPS)) == len(METADATA_STEPS)
@@ -479,7 +480,7 @@ def test_a_second_engine_of_the_process_runs_its_own_kinds(monkeypatch: pytest.M
         )
         monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda own=config: own)
         made = builder(SimpleNamespace(block_size=16), [], config, CPU)
-        made.build(0, "common")
+        made.build(0, SimpleNamespace(req_idx=None))
         assert made._kvplug_rows is rows[name]
         impl().forward(1, 2, 3, 4, 5, 6, 7)
         assert note.calls == [steps, f"{name} attends"]
@@ -542,7 +543,10 @@ def test_a_name_is_stock_unless_the_engine_runs_a_policy_of_layers(
     assert issubclass(coded, stock)
     assert coded.kvplug_rules[Kind.FORMAT].bytes_per_token_head == 72
     assert coded.get_name() == stock.get_name()
-    assert coded.full_cls_name() == both.full_cls_name()
+    for made in (windowed, both, coded):
+        module, qualified = made.full_cls_name()
+        assert module == backend.__name__
+        assert getattr(backend, qualified) is made, "found again by its name"
     stored = None
     assert resolved() is stock, "kvplug without a policy of layers"
     reuse = SimpleNamespace(key="reuse")

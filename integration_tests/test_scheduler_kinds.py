@@ -144,7 +144,11 @@ def half(monkeypatch: pytest.MonkeyPatch) -> SchedulerHalf:
     monkeypatch.setattr(half_module, "engine_view", lambda config, num_blocks: VIEW)
     monkeypatch.setattr(half_module, "require_groups", lambda *a: None)
     cache = SimpleNamespace(num_blocks=11, kv_cache_tensors=[SimpleNamespace(size=11 * 70)])
-    made = SchedulerHalf(load_deployment(SECTION), SimpleNamespace(speculative_config=None), cache)
+    made = SchedulerHalf(
+        load_deployment(SECTION),
+        SimpleNamespace(speculative_config=None, use_v2_model_runner=False),
+        cache,
+    )
     assert made.kinds[0].context.block_bytes == 70
     return made
 

@@ -112,6 +112,7 @@ def test_slots_are_looked_up_once_and_only_if_asked() -> None:
             return super().slots_of(*args)
 
     rows = Counting()
+    rows.begin(np.array([(1, 0)], dtype=np.int32))
     common = some_step(0)
     call = BuildCall(common, 0, False, RowSlots(rows, common, BLOCK))
     assert not asked

@@ -35,16 +35,23 @@ PRELOADED = (
 
 PR_SET_PDEATHSIG = 1
 
+SECOND_RUNNER = Path(__file__).parent / "second_runner"
+BACKEND = "KVPLUG_TEST_ATTENTION"
+"""Environment variable that names the attention backend of a trial's layers."""
+
 
 class TrialServer:
     """Starts the server when the first trial needs it; one trial at a time.
 
     Args:
         log: Where the server's own output goes.
+        second_runner: Run vLLM's second model runner, the one GPUs have, with Triton kernels
+            interpreted.
     """
 
-    def __init__(self, log: Path):
+    def __init__(self, log: Path, second_runner: bool = False):
         self._log = log
+        self._second_runner = second_runner
         self._process: subprocess.Popen[str] | None = None
 
     def run(
@@ -71,9 +78,7 @@ class TrialServer:
         with tempfile.TemporaryDirectory(prefix="kvplug-trial-") as scratch:
             folder = Path(scratch)
             (folder / "spec.json").write_text(spec.to_json(), encoding="utf-8")
-            environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | (env or {})
-            # Kernel tests set this for their own process; an engine must not inherit it.
-            environment.pop("TRITON_INTERPRET", None)
+            environment = self._environment() | {"VLLM_CPU_KVCACHE_SPACE": "1"} | (env or {})
             order = {"folder": scratch, "log": str(log), "env": environment}
             try:
                 code = self._ask(order)
@@ -97,6 +102,19 @@ class TrialServer:
             self._process.communicate()
             self._process = None
 
+    def _environment(self) -> dict[str, str]:
+        environment = dict(os.environ)
+        if self._second_runner:
+            path = [str(SECOND_RUNNER), environment.get("PYTHONPATH", "")]
+            return environment | {
+                "PYTHONPATH": os.pathsep.join(filter(None, path)),
+                "TRITON_INTERPRET": "1",
+                "VLLM_USE_V2_MODEL_RUNNER": "1",
+            }
+        # Kernel tests set this for their own process; an engine must not inherit it.
+        environment.pop("TRITON_INTERPRET", None)
+        return environment
+
     def _ask(self, order: dict[str, Any]) -> int:
         if self._process is None:
             self._process = self._start()
@@ -111,8 +129,7 @@ class TrialServer:
 
     def _start(self) -> subprocess.Popen[str]:
         # Some variables are read when the modules that ask for them are imported.
-        environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-        environment.pop("TRITON_INTERPRET", None)
+        environment = self._environment() | {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         with self._log.open("a", encoding="utf-8") as log:
             return subprocess.Popen(
                 [sys.executable, "-P", __file__],
@@ -158,6 +175,9 @@ def _become(order: dict[str, Any]) -> None:
 def _run(folder: Path) -> None:
     """What ``python -m kvplug_lab.engine.trial`` does."""
     from kvplug_lab.engine.trial import TrialSpec, run_trial
+
+    if BACKEND in os.environ:
+        importlib.import_module("as_on_cuda").choose(os.environ[BACKEND])
 
     spec = TrialSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"))
     with (folder / "phases").open("w", encoding="utf-8") as phases:

@@ -9,6 +9,8 @@ Checked on vLLM 0.32.0. The attributes set here, and nowhere else:
 * ``SamplingParams.extra_args``: one more key for a new request (`mark_request`).
 * ``Worker.model_runner``: vLLM's worker assigns it, and a property of the class that vLLM itself
   adds for ``--worker-extension-cls`` sees the assignment (`extension.WorkerExtension`).
+* ``SchedulerOutput.has_sync_kv_loads``: set on a step of the second model runner whose directives
+  must reach workers before its forward (`SchedulerHalf.step`).
 * ``Attention.attn_backend``: set per layer so that ``customize_spec`` knows which layer it is
   asked about (`set_layer_backend`).
 
@@ -34,6 +36,10 @@ EXTENSION_POINTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("vllm.v1.attention.backends.registry:register_backend", ("backend", "class_path")),
     ("vllm.v1.attention.backend:AttentionBackend.customize_spec", ("spec",)),
     ("vllm.v1.attention.backend:AttentionBackend.full_cls_name", ()),
+    ("vllm.v1.attention.backend:AttentionBackend.supported_kv_cache_layouts", ()),
+    ("vllm.v1.kv_cache_layout:KVCacheLayout", ()),
+    ("vllm.utils.torch_utils:async_tensor_h2d", ("data", "device", "dtype")),
+    ("vllm.v1.core.sched.output:SchedulerOutput", ("has_sync_kv_loads",)),
     (
         "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
         ("common_prefix_len", "common_attn_metadata", "fast_build"),
@@ -272,7 +278,7 @@ def mark_request(request: Any, mark: str) -> None:
 def set_layer_backend(layer: Any, backend: type) -> None:
     """Give one attention layer its own backend class.
 
-    The class must keep its parent's ``get_name()`` and ``full_cls_name()``, so that layers with
-    equal specs still share one metadata builder.
+    The classes of all layers must have one ``get_name()`` and ``full_cls_name()``, so that layers
+    with equal specs still share one metadata builder.
     """
     layer.attn_backend = backend

@@ -101,7 +101,8 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
         return metadata
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        """Runs before attention metadata is built (V1 model runner)."""
+        """Runs before attention metadata is built on vLLM's first model runner, and after that,
+        but before the forward, on the second."""
         assert isinstance(kv_connector_metadata, StepDirectives)
         self._worker.begin(kv_connector_metadata)
 
@@ -109,7 +110,7 @@ class KVPlugConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker.register(kv_caches)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        self._worker.load(self._directives())
+        self._worker.load(self._directives(), kwargs.get("request_ids"))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         pass

@@ -197,11 +197,15 @@ class StepDirectives(KVConnectorMetadata):
     """Directives of one step.
 
     Attributes:
-        rows: Names the rows of attention metadata: a block and the slot of the request that writes
-            it, ``[n, 2]`` int32. They are the block each scheduled request writes last in each
-            KV-cache group, and those it may turn out to write last when draft tokens are rejected.
-            A block that is being written belongs to one request alone. None where no kind needs
-            slots.
+        rows: For the first model runner, names the rows of attention metadata: a block and the
+            slot of the request that writes it, ``[n, 2]`` int32. They are the block each scheduled
+            request writes last in each KV-cache group, and those it may turn out to write last when
+            draft tokens are rejected. A block that is being written belongs to one request alone.
+            None where no kind needs slots.
+        names: Slot of each request that a part names, for the second model runner, which learns
+            the requests of rows, but not the blocks they write.
+        before_forward: True if a part must reach the second runner before its forward, with the
+            requests of rows.
         sequence: Part of the sequence kind.
         format: Part of the format kind.
         reuse: Part of the reuse kind.
@@ -213,6 +217,8 @@ class StepDirectives(KVConnectorMetadata):
     format: FormatDirectives | None = None
     reuse: ReuseDirectives | None = None
     attention: AttentionDirectives | None = None
+    names: dict[str, int] = field(default_factory=dict)
+    before_forward: bool = False
 
 
 class Part(Protocol):

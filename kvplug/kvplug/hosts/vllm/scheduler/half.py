@@ -82,6 +82,7 @@ class SchedulerHalf:
         )
         self.kinds = tuple(of(context) for of in KINDS if deployment.choice(of.kind) is not None)
         self._managers: list[Any] = []
+        self._second_runner = bool(vllm_config.use_v2_model_runner)
         speculative = vllm_config.speculative_config
         self._drafts = speculative.num_speculative_tokens if speculative is not None else 0
         self._refused: dict[str, dict[str, str]] = {}
@@ -152,7 +153,10 @@ class SchedulerHalf:
         directives = StepDirectives()
         for kind in self.kinds:
             kind.step(step, directives)
-        if step.names_slots:
+        if directives.before_forward:
+            # The runner then starts loads, and with them tells the requests of rows, before.
+            output.has_sync_kv_loads = True
+        if step.names_slots and not self._second_runner:
             directives.rows = row_slots(
                 self._managers, step.starts, step.scheduled, step.slots, self._drafts
             )

@@ -2,7 +2,9 @@
 
 vLLM resolves ``kvplug.hosts.vllm.worker.backend.CPU_ATTN`` while the engine's config is current,
 so the module's ``__getattr__`` can answer with the stock class, or with a subclass of it that
-`composition` makes. Imported in every vLLM process, so it imports little.
+`composition` makes. On CUDA vLLM resolves a class again from its module and qualified name, so
+every class made is an attribute of this module. Imported in every vLLM process, so it imports
+little.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ def path(name: str) -> str:
     return f"{__name__}.{name}"
 
 
+_MADE: dict[str, type[Any]] = {}
+"""Classes made so far, by their qualified names."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MADE:
+        return _MADE[name]
     if name not in STOCK:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from vllm.config import get_current_vllm_config_or_none
@@ -42,4 +50,11 @@ def __getattr__(name: str) -> Any:
         return kinds, state.rows
 
     kinds, rows = of_config(config)
-    return plugged_backend(stock, kinds, rows, of_config) if kinds else stock
+    if not kinds:
+        return stock
+    made = worker_state(config).backends
+    if name not in made:
+        own = f"{name}_{len(_MADE) + 1}"
+        made[name] = plugged_backend(stock, kinds, rows, of_config, name=(__name__, own))
+        _MADE[own] = made[name]
+    return made[name]

@@ -39,18 +39,24 @@ backend class once per process, so the objects it makes must find those of their
 
 
 def plugged_backend(
-    stock: type[Any], kinds: Kinds, rows: StepRows, of_config: OfConfig | None = None
+    stock: type[Any],
+    kinds: Kinds,
+    rows: StepRows,
+    of_config: OfConfig | None = None,
+    name: tuple[str, str] | None = None,
 ) -> type[Any]:
     """Make a subclass of a stock backend that runs the steps of some kinds.
 
     Each full-attention layer gets a backend class with the KV-cache spec of its own rules; layers
-    of equal rules share one. All of them keep the stock class's names.
+    of equal rules share one. All of them go by one full name, so that layers with equal specs share
+    a metadata builder.
 
     Args:
         stock: The backend class vLLM would use.
         kinds: The kinds, in the order of `kinds.KINDS`.
         rows: Slots of the engine's rows.
         of_config: Finds both for another engine of the process; None to use these in all.
+        name: Module and qualified name by which vLLM resolves the class again.
     """
     builder = plugged_builder(stock.get_builder_cls(), kinds, rows, of_config)
     impl = plugged_impl(
@@ -83,6 +89,16 @@ def plugged_backend(
                     spec = kind.customize_spec(spec, rule, stock)
                 return spec
 
+            @classmethod
+            def supported_kv_cache_layouts(cls) -> tuple[Any, ...] | None:
+                layouts = super().supported_kv_cache_layouts()
+                for kind in kinds:
+                    layouts = kind.layouts(layouts)
+                return layouts
+
+        if name is not None:
+            Backend.__module__, Backend.__qualname__ = name
+            Backend.__name__ = name[1]
         return Backend
 
     def for_layer(name: str, own: Any) -> type[Any]:
@@ -139,6 +155,8 @@ def plugged_builder(
         def build(
             self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
         ) -> Any:
+            if common_attn_metadata.req_idx is not None:
+                self._kvplug_rows.see(common_attn_metadata.req_idx)
             slots = RowSlots(self._kvplug_rows, common_attn_metadata, self._kvplug_block_size)
             call = BuildCall(common_attn_metadata, common_prefix_len, fast_build, slots)
             return self._kvplug_build(call)

@@ -94,6 +94,13 @@ class FormatWorker(KindWorker):
             num_head_slots=rule.heads,
         )
 
+    def layouts(self, inner: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+
+        # A format's pages are one run of bytes per KV head.
+        own = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+        return own if inner is None else tuple(x for x in inner if x in own)
+
     def check_impl(self, impl: Any) -> None:
         name, fix = self.policy.name, "remove the format section for this model."
         if getattr(impl, "alibi_slopes", None) is not None:
@@ -315,7 +322,9 @@ class FormatRows(MetadataStep):
 
     def build(self, inner: Build, call: BuildCall) -> Any:
         common = call.common
-        metadata = inner(call.on(common))
+        # The backend does not attend: no schedule for its kernels, which FlashAttention's builder
+        # would ask for in the dtype of the pages.
+        metadata = inner(replace(call.on(common), fast=True))
         rows = common.num_reqs
         metadata.kvplug_format = FormatStep(
             common.query_start_loc[: rows + 1],

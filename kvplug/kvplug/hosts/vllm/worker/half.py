@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -40,12 +41,22 @@ class WorkerHalf:
 
     def begin(self, directives: StepDirectives) -> None:
         """Begin a step, before attention metadata is built and anything is written."""
-        self._state.rows.begin(directives.rows)
+        self._state.rows.begin(directives.rows, directives.names)
         for kind in self._kinds:
             kind.begin(directives)
 
-    def load(self, directives: StepDirectives) -> None:
-        """Fill pages before the forward."""
+    def load(self, directives: StepDirectives, requests: Sequence[str] | None) -> None:
+        """Fill pages before the forward.
+
+        vLLM's second model runner calls it after the forward of a step whose directives leave
+        `StepDirectives.before_forward` unset.
+
+        Args:
+            directives: The step's directives.
+            requests: Request of each row, in order, where the runner tells.
+        """
+        if requests is not None:
+            self._state.rows.name(requests)
         for kind in self._kinds:
             kind.load(directives)
 

@@ -58,6 +58,14 @@ class KindWorker:
         """
         return spec
 
+    def layouts(self, inner: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        """Return the KV-cache layouts a backend takes, most preferred first; None for any.
+
+        Args:
+            inner: What the backend takes by itself.
+        """
+        return inner
+
     def check_impl(self, impl: Any) -> None:
         """Check that an attention implementation is one the kind supports.
 
@@ -129,7 +137,8 @@ class KindWorker:
         """Begin a step, before attention metadata is built and anything is written."""
 
     def load(self, directives: StepDirectives) -> None:
-        """Fill pages before the forward."""
+        """Fill pages before the forward; where the directives do not say that something must come
+        before it, maybe after it. The step's rows have names from here on."""
 
     def end(self, directives: StepDirectives) -> None:
         """End a step, after the forward."""

@@ -9,8 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+
+def to_device(
+    data: Sequence[Any] | npt.NDArray[Any] | Tensor,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Copy data of the host to a device; neither waits for the other."""
+    from vllm.utils.torch_utils import async_tensor_h2d
+
+    if device.type == "cpu":
+        found = torch.from_numpy(data) if isinstance(data, np.ndarray) else torch.as_tensor(data)
+        return found if dtype is None else found.to(dtype)
+    return async_tensor_h2d(data, device=device, dtype=dtype)
 
 
 def with_lengths(

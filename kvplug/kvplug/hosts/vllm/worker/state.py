@@ -17,6 +17,7 @@ class WorkerState:
         model_runner: vLLM's model runner where ``--worker-extension-cls`` gives it, else None.
         guard_reports: ``(request, entropy, log-probability)`` of watched answers, one per output
             token, since the last report.
+        backends: Attention backend classes made for the engine, by the name vLLM registers.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,7 @@ class WorkerState:
         self.kinds: tuple[KindWorker, ...] | None = None
         self.model_runner: Any = None
         self.guard_reports: list[tuple[str, float, float]] = []
+        self.backends: dict[str, type[Any]] = {}
 
 
 _STATES: dict[str, WorkerState] = {}

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kvplug.hosts.vllm.worker.metadata import to_device
 from kvplug.hosts.vllm.worker.pages import TokenPages
 from kvplug.hosts.vllm.worker.rows import StepRows
 
@@ -41,7 +43,16 @@ class RowSlots:
     def value(self) -> Tensor:
         """Slot of each row, ``[rows]`` int64; -1 where unknown."""
         common = self._common
+        if not self._rows.by_block and common.req_idx is not None:
+            return _runner_slots(common)
         return self._rows.slots_of(common.block_table_tensor, common.seq_lens, self._block_size)
+
+
+def _runner_slots(common: Any) -> Tensor:
+    """Slots of rows in the second runner, ``[rows]`` int64; -1 for padding."""
+    slots = np.full(common.seq_lens.shape[0], -1, dtype=np.int64)
+    slots[: len(common.req_idx)] = common.req_idx
+    return to_device(slots, common.seq_lens.device)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ every query then sees exactly what its position entitles it to, wherever the chu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -123,7 +123,10 @@ class Compaction(MetadataStep):
         exempt = None
         if self._compact.shortens(call.common):
             exempt = self._kind.exempt_rows(call)
-        return inner(call.on(self._compact(call.common, exempt, self._kind.counts)))
+        common = self._compact(call.common, exempt, self._kind.counts)
+        # FlashAttention keeps the schedule of at most one row a request.
+        split = common.num_reqs != call.common.num_reqs
+        return inner(replace(call.on(common), fast=call.fast or split))
 
 
 class Compactor:
