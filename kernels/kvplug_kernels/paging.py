@@ -1,4 +1,4 @@
-"""Code that the operations on a paged cache share: argument checks and gathering on a CPU.
+"""Code that the operations on a paged cache share: checks, layers as one cache, CPU gathering.
 
 A page is ``[kv_heads, block_size, head_size]``. Resident token ``t`` of row ``r`` lies in the slot
 ``(block_table[r, t // block_size], t % block_size)``, and row ``r`` has ``lens[r]`` resident
@@ -7,7 +7,9 @@ tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +23,62 @@ def check_pages(name: str, cache: Tensor, device: torch.device) -> None:
     check_tensor(name, cache, FLOATS, shape, device)
     if min(cache.shape[1:]) < 1:
         raise ValueError(f"{name} must not have empty pages, got shape {tuple(cache.shape)}.")
+
+
+@dataclass(frozen=True)
+class FoldedLayers:
+    """Caches of several layers as one, so that an operation takes rows of all layers at once.
+
+    Block ``b`` of layer ``l`` is block ``b * block_step + l * layer_step`` of the one cache.
+
+    Attributes:
+        pages: Of their dtype, ``[num_blocks, kv_heads, block_size, head_size]``, a view of their
+            memory; blocks of other numbers are nobody's.
+        num_layers: Number of layers.
+        block_step: Blocks of ``pages`` between two blocks of a layer.
+        layer_step: Blocks of ``pages`` between two layers.
+    """
+
+    pages: Tensor
+    num_layers: int
+    block_step: int
+    layer_step: int
+
+    @classmethod
+    def of(cls, caches: Sequence[Tensor]) -> FoldedLayers | None:
+        """Fold caches, or return None where they do not lie the same distance apart in one
+        allocation, a multiple of the smallest distance of blocks.
+
+        Args:
+            caches: float pages ``[num_blocks, kv_heads, block_size, head_size]`` of one shape and
+                dtype, one a layer, in order.
+        """
+        first = caches[0]
+        starts = [cache.storage_offset() for cache in caches]
+        apart = starts[1] - starts[0] if len(caches) > 1 else first.stride(0)
+        alike = all(
+            cache.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and (cache.shape, cache.stride(), cache.dtype)
+            == (first.shape, first.stride(), first.dtype)
+            and start == starts[0] + i * apart
+            for i, (cache, start) in enumerate(zip(caches, starts, strict=True))
+        )
+        step = math.gcd(first.stride(0), apart)
+        if not alike or apart < 0 or step == 0 or first.shape[0] == 0:
+            return None
+        by_block, by_layer = first.stride(0) // step, apart // step
+        count = (first.shape[0] - 1) * by_block + (len(caches) - 1) * by_layer + 1
+        if count > 2**31 - 1:
+            return None
+        pages = first.as_strided((count, *first.shape[1:]), (step, *first.stride()[1:]))
+        return cls(pages, len(caches), by_block, by_layer)
+
+    def block_table(self, block_table: Tensor) -> Tensor:
+        """The rows of a block table for each layer, those of the first layer first: ``[num_layers *
+        rows, width]`` of its dtype."""
+        layer = torch.arange(self.num_layers, dtype=block_table.dtype, device=block_table.device)
+        folded = block_table * self.block_step + (layer * self.layer_step)[:, None, None]
+        return folded.flatten(0, 1)
 
 
 def batches(rows: int, heads: int, at_once: int) -> Iterator[tuple[slice, slice]]:

@@ -6,6 +6,15 @@ import torch
 from torch import Tensor
 
 LAYOUTS = ["head-major", "token-major", "packed", "padded"]
+# Where the layers, blocks, heads and tokens of vLLM's layouts lie, from the outside in.
+LAYER_LAYOUTS = {
+    "LBHNC": (0, 1, 2, 3, 4),
+    "LBNHC": (0, 1, 3, 2, 4),
+    "BLHNC": (1, 0, 2, 3, 4),
+    "BLNHC": (1, 0, 3, 2, 4),
+    "LHBNC": (0, 2, 1, 3, 4),
+    "BHLNC": (1, 2, 0, 3, 4),
+}
 # No block has this id: an implementation that reads an entry it should not cannot go unnoticed.
 NO_BLOCK = 2**31 - 1
 
@@ -24,6 +33,14 @@ def lay_out(pages: Tensor, layout: str) -> Tensor:
         wide = pages.new_full((blocks, 2, heads, size, content + 3), hole)
         return wide[:, 1, ..., 2 : content + 2].copy_(pages)
     return pages
+
+
+def lay_out_layers(caches: Tensor, layout: str) -> list[Tensor]:
+    """Views ``[blocks, heads, block_size, content]`` of one allocation in one of vLLM's layouts, of
+    layers ``[layers, blocks, heads, block_size, content]``."""
+    order = LAYER_LAYOUTS[layout]
+    whole = caches.permute(order).contiguous()
+    return list(whole.permute([order.index(axis) for axis in range(5)]))
 
 
 def make_table(lens: list[int], width: int, block_size: int, seed: int = 0) -> tuple[Tensor, int]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from grid import grid, implementations
 from hypothesis import HealthCheck, given, settings
-from paged_cases import NO_BLOCK
+from paged_cases import LAYER_LAYOUTS, NO_BLOCK, lay_out_layers
 from torch import Tensor
 
 from kvplug_kernels.compact_kv import plan_moves
@@ -22,15 +22,6 @@ CompileForCuda = Callable[[str, str, dict[str, str], dict[str, int | None]], Non
 Launches = list[tuple[str, tuple[int, ...]]]
 
 FAST, ALL = implementations(move_tokens_naive, move_tokens_triton, move_tokens_vectorized)
-# Where the layers, blocks, heads and tokens of vLLM's layouts lie, from the outside in.
-LAYOUTS = {
-    "LBHNC": (0, 1, 2, 3, 4),
-    "LBNHC": (0, 1, 3, 2, 4),
-    "BLHNC": (1, 0, 2, 3, 4),
-    "BLNHC": (1, 0, 3, 2, 4),
-    "LHBNC": (0, 2, 1, 3, 4),
-    "BHLNC": (1, 2, 0, 3, 4),
-}
 BLOCKS = 13
 
 
@@ -50,11 +41,8 @@ def make_layers(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device,
 ) -> list[Tensor]:
-    """Views ``[blocks, heads, block_size, content]`` of one allocation."""
-    order = LAYOUTS[layout]
-    sizes = (layers, BLOCKS, heads, block_size, content)
-    whole = random_bytes(tuple(sizes[axis] for axis in order), dtype, device)
-    return list(whole.permute([order.index(axis) for axis in range(5)]))
+    shape = (layers, BLOCKS, heads, block_size, content)
+    return lay_out_layers(random_bytes(shape, dtype, device), layout)
 
 
 def make_table(
@@ -113,7 +101,7 @@ def test_worked_example(implementation: Implementation, device: torch.device) ->
 
 @grid(
     FAST,
-    pytest.mark.parametrize("layout", LAYOUTS),
+    pytest.mark.parametrize("layout", LAYER_LAYOUTS),
     pytest.mark.parametrize(
         ("dtype", "content"),
         [
@@ -257,7 +245,7 @@ def test_empty(
     heads=st.integers(1, 3),
     block_size=st.integers(1, 9),
     content=st.integers(1, 40),
-    layout=st.sampled_from(sorted(LAYOUTS)),
+    layout=st.sampled_from(sorted(LAYER_LAYOUTS)),
     kept=st.floats(0.1, 1),
     seed=st.integers(0, 1000),
 )
@@ -284,7 +272,7 @@ def test_random_moves(
 )
 def test_unit_of_copies(content: int, unit: int, device: torch.device) -> None:
     """Sixteen bytes at a time wherever addresses and strides allow it."""
-    for layout in LAYOUTS:
+    for layout in LAYER_LAYOUTS:
         caches = LayerCaches(make_layers(layout, 2, 2, 16, content, device=device))
         assert caches.unit == unit and caches.content * unit == 2 * content
     pages = make_layers("LBNHC", 2, 2, 16, 64, device=device)

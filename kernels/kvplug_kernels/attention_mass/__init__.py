@@ -42,6 +42,10 @@ def attention_mass(
     blocks, which is not checked on the device. Nothing synchronises with the host on CUDA, so
     with ``out`` given the call can be captured in a CUDA graph.
 
+    Rows of several layers are one call where their pages are: see
+    :class:`kvplug_kernels.paging.FoldedLayers`. Offsets are 64-bit, so pages may be any number of
+    elements apart.
+
     Args:
         query: float32, float16 or bfloat16 ``[rows, w, num_heads, head_size]``, the last ``w``
             queries of each row in text order, rotated like the keys.

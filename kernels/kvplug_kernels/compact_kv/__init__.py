@@ -22,7 +22,8 @@ def plan_moves(keep: Tensor, count: int, *, out: Tensor | None = None) -> Tensor
 
     Args:
         keep: int32 ``[rows, kv_heads, count]``, indices of the resident tokens to keep, ascending
-            and distinct along the last dimension, which is contiguous.
+            and distinct along the last dimension, which is contiguous; the others have any
+            strides. Rows of several layers are one call: fold the layers into ``rows``.
         count: tokens to keep.
         out: int32 ``[rows, kv_heads, count]``, last dimension contiguous.
 

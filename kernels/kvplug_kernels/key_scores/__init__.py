@@ -36,6 +36,10 @@ def key_scores(
     Nothing synchronises with the host on CUDA, so with ``out`` given the call can be captured in a
     CUDA graph.
 
+    Rows of several layers are one call where their pages are: see
+    :class:`kvplug_kernels.paging.FoldedLayers`. Offsets are 64-bit, so pages may be any number of
+    elements apart.
+
     Args:
         key_cache: float32, float16 or bfloat16 ``[num_blocks, kv_heads, block_size, head_size]``,
             any strides with the last dimension contiguous.

@@ -22,8 +22,9 @@ def select_top(
     ``out`` given the call can be captured in a CUDA graph.
 
     Args:
-        scores: float32 ``[rows, heads, n]``, last dimension contiguous; +inf keeps a token
-            whatever the others score.
+        scores: float32 ``[rows, heads, n]``, any strides with the last dimension contiguous; +inf
+            keeps a token whatever the others score. Rows of several layers are one call: fold the
+            layers into ``rows``.
         count: how many to keep, from 0 to ``n``.
         lens: int32 ``[rows]``, resident tokens of each row; ``n`` for every row without it.
         out: int32 ``[rows, heads, count]``, last dimension contiguous.
