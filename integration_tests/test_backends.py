@@ -69,7 +69,7 @@ def int4(**options: Any) -> Int4:
 def windowed_backend(
     stock: type[Any], policy: SinkWindow, *more: KindWorker, origin: Any = ("inline", "sequence")
 ) -> type[Any]:
-    return plugged_backend(stock, (WindowWorker(policy, origin), *more), StepRows())
+    return plugged_backend(stock, (WindowWorker(policy, origin, StepRows()), *more), StepRows())
 
 
 def coded_kind(policy: Int4) -> FormatWorker:
@@ -284,7 +284,7 @@ def test_graphs_of_mixed_batches_are_given_up_and_no_others(support: AttentionCG
     class Supports(inherited):  # type: ignore[misc, valid-type]
         _cudagraph_support = support
 
-    kind = WindowWorker(sink_window(), ("", ""))
+    kind = WindowWorker(sink_window(), ("", ""), StepRows())
     builder = plugged_builder(Supports, (kind,), StepRows())
     windowed = windowed_backend(stock_class("CPU_ATTN"), sink_window())
     with_window = windowed.customize_spec(plain_spec())
@@ -323,7 +323,7 @@ def construct(cls: type[Any], spec: Any) -> Any:
 def test_attention_gets_the_compacted_rows(name: str) -> None:
     stock = stock_class(name)
     construct(stock.get_builder_cls(), plain_spec())
-    kind = WindowWorker(sink_window(), ("", ""))
+    kind = WindowWorker(sink_window(), ("", ""), StepRows())
     windowed = plugged_backend(stock, (kind,), StepRows())
     builder = windowed.get_builder_cls()(windowed.customize_spec(plain_spec()), [], config(), CPU)
     common = a_step()
@@ -351,7 +351,7 @@ def test_attention_gets_the_compacted_rows(name: str) -> None:
 def test_a_builder_of_a_group_without_window_builds_what_stock_builds(name: str) -> None:
     stock = stock_class(name)
     construct(stock.get_builder_cls(), plain_spec())
-    kind = WindowWorker(sink_window(), ("", ""))
+    kind = WindowWorker(sink_window(), ("", ""), StepRows())
     windowed = plugged_backend(stock, (kind,), StepRows())
     builder = windowed.get_builder_cls()(plain_spec(), [], config(), CPU)
     built = builder.build(0, a_step())

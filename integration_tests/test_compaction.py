@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from no_sync import Accelerator
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from kvplug.hosts.vllm.messages import SequenceDirectives, StepDirectives
@@ -29,12 +31,6 @@ from kvplug.hosts.vllm.worker.window import Compaction, WindowWorker
 
 Visible = list[int]
 CPU = torch.device("cpu")
-
-
-class Accelerator(str):
-    """Where tensors stay on the CPU and the code believes it runs on a GPU."""
-
-    type = "cuda"
 
 
 def config(engine: str = "an engine", drafts: int = 0, max_num_seqs: int = 16) -> Any:
@@ -67,21 +63,34 @@ def spec(block: int, sink: int, window: int) -> WindowedSpec:
     )
 
 
+ON_DEVICE = ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping")
+
+
 class Compactor:
-    """One group's compaction, with the rows and directives of the step."""
+    """One group's compaction, with the rows and directives of the step; on a stand-in for an
+    accelerator, it must never wait for it."""
 
     def __init__(self, block: int, sink: int, window: int, drafts: int, accelerator: bool):
         self.block = block
         self.rows = StepRows()
-        self.kind = a_kind()
-        self.step = Compaction(self.kind, spec(block, sink, window), config(drafts=drafts), CPU)
+        self.kind = a_kind(self.rows)
+        self.accelerator = Accelerator() if accelerator else None
+        with self.on_device():
+            device = self.accelerator.device if self.accelerator else CPU
+            own = spec(block, sink, window)
+            self.step = Compaction(self.kind, own, config(drafts=drafts), device)
         self.compact = self.step._compact
-        if accelerator:
-            self.compact.device = Accelerator("cpu")  # type: ignore[assignment]
 
-    def __call__(self, common: CommonAttentionMetadata) -> Any:
-        slots = RowSlots(self.rows, common, self.block)
-        return self.step.build(lambda call: call.common, BuildCall(common, 0, False, slots))
+    def on_device(self, *commons: CommonAttentionMetadata) -> Any:
+        if self.accelerator is None:
+            return nullcontext()
+        self.accelerator.put(*(getattr(c, name) for c in commons for name in ON_DEVICE))
+        return self.accelerator.no_sync()
+
+    def __call__(self, common: CommonAttentionMetadata, fast: bool = False) -> Any:
+        with self.on_device(common):
+            slots = RowSlots(self.rows, common, self.block)
+            return self.step.build(lambda call: call.common, BuildCall(common, 0, fast, slots))
 
     def send(self, common: CommonAttentionMetadata, rows: list[Row]) -> None:
         """What the scheduler says of a step: the slot of each row, and the exempt ones."""
@@ -101,9 +110,9 @@ class Compactor:
         self.kind.begin(directives)
 
 
-def a_kind() -> WindowWorker:
+def a_kind(rows: StepRows | None = None) -> WindowWorker:
     policy: Any = SimpleNamespace(name="a policy", engine=SimpleNamespace(layers=()))
-    return WindowWorker(policy, ("x.yaml", "kvplug.sequence"))
+    return WindowWorker(policy, ("x.yaml", "kvplug.sequence"), rows or StepRows())
 
 
 def compactor(
@@ -408,13 +417,56 @@ def test_whole_rows_stay_in_the_same_buffers(accelerator: bool) -> None:
     assert most.block_table_tensor.data_ptr() == many.block_table_tensor.data_ptr()
 
 
-def test_buffers_grow_with_the_table() -> None:
-    compact = compactor(16, 1, 1)
-    rows = [Row(90, 1)]
-    compact(metadata(rows, 16, 1, 1))
-    for rows in ([Row(900, 1)], [Row(300, 1)] * 20):
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_the_buffers_are_there_from_the_start(accelerator: bool) -> None:
+    """As large as the engine's limits, so no step moves them; rows beyond have their own."""
+    compact = compactor(16, 1, 1, accelerator=accelerator)
+    buffer = compact.compact._table.data_ptr()
+    for rows in ([Row(90, 1)], [Row(900, 1)] * 16, [Row(300, 1)] * 20):
         common = metadata(rows, 16, 1, 1)
-        assert meaning(compact(common), 16) == expected(common, rows, 16, 1, 1)
+        result = compact(common)
+        assert meaning(result, 16) == expected(common, rows, 16, 1, 1)
+        assert (result.block_table_tensor.data_ptr() == buffer) == (len(rows) <= 16)
+    assert compact.compact._table.data_ptr() == buffer
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("other", ["chunk", "fast"])
+def test_other_builds_leave_what_a_graph_reads(other: str, accelerator: bool) -> None:
+    """Of a step with a chunk that is split, or of a forward inside the step."""
+    compact = compactor(16, 1, 1, accelerator=accelerator)
+    rows = [Row(200, 1), Row(90, 1)]
+    common = metadata(rows, 16, 1, 1)
+    result = compact(common)
+    chunk = metadata([Row(150, 60 if other == "chunk" else 1), Row(300, 1)], 16, 1, 1)
+    again = compact(chunk, fast=other == "fast")
+    assert again.block_table_tensor.data_ptr() != result.block_table_tensor.data_ptr()
+    assert meaning(result, 16) == expected(common, rows, 16, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("length", "exempt", "longest"), [(700, 0, 48), (700, 1, 700), (40, 0, 40)]
+)
+def test_the_longest_row_is_the_windows_on_an_accelerator(
+    length: int, exempt: int, longest: int
+) -> None:
+    """A block of the sink, one of the window, and that of the query itself."""
+    compact = compactor(16, 1, 1, accelerator=True)
+    rows = [Row(length, 1, exempt=bool(exempt)), Row(30, 1)]
+    common = metadata(rows, 16, 1, 1)
+    compact.send(common, rows)
+    result = compact(common)
+    assert result.max_seq_len == longest
+    assert (result.seq_lens_cpu_upper_bound >= result.seq_lens).all()
+
+
+def test_a_graph_is_captured_for_the_longest_text() -> None:
+    """It is replayed for requests that keep everything too."""
+    compact = compactor(16, 1, 1, accelerator=True)
+    common = metadata([Row(1, 1)] * 4, 16, 1, 1).replace(max_seq_len=1 << 16)
+    result = compact(common)
+    assert result.max_seq_len == 1 << 16
+    assert result.block_table_tensor.shape == common.block_table_tensor.shape
 
 
 def test_engines_in_one_process_share_nothing() -> None:
@@ -529,6 +581,68 @@ def test_on_an_accelerator_the_buffers_are_written_even_if_nothing_is_hidden() -
     assert result.seq_lens.tolist() == [20, 3]
     assert result.max_seq_len == common.max_seq_len
     assert result.seq_lens_cpu_upper_bound is common.seq_lens_cpu_upper_bound
+
+
+# -- the second model runner -----------------------------------------------------------------------
+
+
+def second_runners_step(
+    compact: Compactor, rows: list[Row], common: CommonAttentionMetadata
+) -> CommonAttentionMetadata:
+    """It builds, then learns whose the rows are, and which of them keep everything."""
+    compact.rows.begin(None)
+    compact.rows.see(common.req_idx)
+    result: CommonAttentionMetadata = compact(common)
+    names = {str(i): 7 * i for i, row in enumerate(rows) if row.exempt}
+    directives = StepDirectives(
+        sequence=SequenceDirectives(exempt=np.array([*names.values()], dtype=np.int32))
+        if names
+        else None
+    )
+    compact.rows.begin(None, names)
+    with compact.on_device(common, result):
+        compact.kind.begin(directives)
+        compact.rows.name([str(i) for i in range(len(rows))])
+        compact.kind.load(directives)
+    return result
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_second_runner_builds_again_for_exempt_rows(kind: str, accelerator: bool) -> None:
+    block = 16
+    choose = random.Random(kind)
+    seen = 0
+    for sink, window in WINDOWS:
+        compact = compactor(block, sink, window, accelerator=accelerator)
+        compact.kind._compactions.add(compact.step)
+        for _ in range(4):
+            rows = some_rows(choose, kind, block)
+            for row in rows:
+                row.exempt = choose.random() < 0.4
+            common = metadata(rows, block, sink, window, choose)
+            before = snapshot(common)
+            result = second_runners_step(compact, rows, common)
+            assert meaning(result, block) == expected(common, rows, block, sink, window), rows
+            assert same(before, common)
+            check(result)
+            compact.kind.end(StepDirectives())
+            seen += any(r.exempt and r.length > compact.compact.exact_tokens for r in rows)
+    assert seen > 10, "no exempt row was long enough to matter"
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_rows_that_keep_everything_are_in_the_buffers_a_graph_reads(accelerator: bool) -> None:
+    compact = compactor(16, 1, 1, accelerator=accelerator)
+    compact.kind._compactions.add(compact.step)
+    rows = [Row(200, 1, exempt=True), Row(150, 1)]
+    result = second_runners_step(compact, rows, metadata(rows, 16, 1, 1))
+    assert result.block_table_tensor.data_ptr() == compact.compact._table.data_ptr()
+    assert compact.compact._lens[:2].tolist() == [200, 150 - 7 * 16]
+    assert compact.kind.counts.rows == 2, "built twice, and one step"
+    compact.kind.end(StepDirectives())
+    again = compact(metadata(rows, 16, 1, 1))
+    assert again.seq_lens.tolist() == [200 - 10 * 16, 150 - 7 * 16]
 
 
 # -- the builder -----------------------------------------------------------------------------------

@@ -331,6 +331,20 @@ def test_a_request_that_asks_is_exempt_while_it_fits(sequence: SequenceScheduler
     assert (sequence.counters.exempt, sequence.counters.exempt_refused) == (1, 1)
 
 
+@pytest.mark.parametrize("second", [False, True])
+def test_the_second_runner_learns_before_the_forward_who_keeps_everything(
+    sequence: SequenceScheduler, second: bool
+) -> None:
+    sequence.context.vllm_config.use_v2_model_runner = second
+    sequence.on_new_request(request("small"), RequestOptions(sequence="off"))
+    for scheduled, named in ((("other", "small"), True), (("other",), False)):
+        step = SchedulerStep(output(**dict.fromkeys(scheduled, (0, 1))), 1, Slots())
+        into = StepDirectives()
+        sequence.step(step, into)
+        assert into.names == ({"small": step.slots["small"]} if named else {})
+        assert into.before_forward == (second and named)
+
+
 def test_freed_blocks_are_counted_answered_and_an_event(sequence: SequenceScheduler) -> None:
     for count in (2, 3):
         sequence._on_freed(0, "r", count)

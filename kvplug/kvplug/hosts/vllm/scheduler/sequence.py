@@ -136,9 +136,13 @@ class SequenceScheduler(KindScheduler):
                 into.sequence = SequenceDirectives()
                 into.sequence.set_plans(plans)
         elif self._exempt:
-            exempt = [step.slots[name] for name in self._exempt & step.starts.keys()]
+            exempt = {name: step.slots[name] for name in self._exempt & step.starts.keys()}
             if exempt:
-                into.sequence = SequenceDirectives(exempt=np.array(exempt, dtype=np.int32))
+                slots = np.array([*exempt.values()], dtype=np.int32)
+                into.sequence = SequenceDirectives(exempt=slots)
+                # The second runner builds without them, and again once it knows their rows.
+                into.names |= exempt
+                into.before_forward |= bool(self.context.vllm_config.use_v2_model_runner)
 
     def on_report(self, report: StepReport) -> None:
         """Count what workers did, and take in measurements."""
@@ -199,8 +203,6 @@ class SequenceScheduler(KindScheduler):
 
     def _cannot_exempt(self, request: Any) -> str | None:
         view = self.context.engine
-        if self.context.vllm_config.use_v2_model_runner:
-            return "not supported by vLLM's second model runner, which learns of it one step late"
         limit = min(request.num_prompt_tokens + request.max_tokens, view.max_model_len)
         need = sum(-(-limit // m.block_size) for m in self.managers)
         if need > view.num_blocks:

@@ -31,7 +31,7 @@ def _sequence(deployment: Deployment, config: Any, state: WorkerState) -> KindWo
     origin = _origin(deployment, Kind.SEQUENCE)
     if isinstance(policy, ScoringPolicy):
         return ScoringWorker(policy, origin)
-    return WindowWorker(policy, origin)
+    return WindowWorker(policy, origin, state.rows)
 
 
 def _reuse(deployment: Deployment, config: Any, state: WorkerState) -> KindWorker | None:

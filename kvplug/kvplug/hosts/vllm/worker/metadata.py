@@ -66,6 +66,7 @@ def with_rows(
     seq_lens_cpu: Tensor | None,
     num_tokens: int | None = None,
     slot_mapping: Tensor | None = None,
+    query_start_device: Tensor | None = None,
 ) -> Any:
     """Return other rows, each a part of one of the given rows.
 
@@ -79,12 +80,15 @@ def with_rows(
         seq_lens_cpu: Upper bounds of the lengths on the host, ``[n]``.
         num_tokens: Tokens of the step, padding included; None for those of the new rows.
         slot_mapping: Cache slots of the new rows' tokens; None leaves the given ones.
+        query_start_device: The same as ``query_start`` on the device, if it is there already.
     """
+    if query_start_device is None:
+        query_start_device = to_device(query_start, common.query_start_loc.device)
     prefilling, requests = common.is_prefilling, common.req_idx
     return common.replace(
         num_reqs=len(rows),
         num_actual_tokens=int(query_start[-1]) if num_tokens is None else num_tokens,
-        query_start_loc=query_start.to(common.query_start_loc.device, non_blocking=True),
+        query_start_loc=query_start_device,
         query_start_loc_cpu=query_start,
         seq_lens=seq_lens,
         block_table_tensor=block_table,

@@ -6,6 +6,9 @@ masks are aligned to the end, so any paged attention kernel works on the result 
 
 A prefill chunk spans positions with different windows, so its row is split at block boundaries:
 every query then sees exactly what its position entitles it to, wherever the chunk was cut.
+
+The second model runner learns which requests keep everything after it has built a step's metadata,
+and before the forward. Where a step has such requests, its metadata is built once more then.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -23,8 +27,9 @@ from kvplug.hosts.vllm.messages import SequenceReport, StepDirectives, StepRepor
 from kvplug.hosts.vllm.spec import WindowedSpec
 from kvplug.hosts.vllm.worker import metadata
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
+from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.steps import Build, BuildCall, MetadataStep
-from kvplug_kernels.compact_block_table import compact_block_table
+from kvplug_kernels.compact_windows import compact_windows
 
 
 class WindowWorker(KindWorker):
@@ -33,18 +38,21 @@ class WindowWorker(KindWorker):
     Args:
         policy: The policy; its `window` answers for every layer.
         origin: Source and key of the policy in its deployment, for messages.
+        rows: Slots of the engine's rows.
     """
 
     kind = Kind.SEQUENCE
     # Taking another group's metadata would skip the compaction.
     supports_update_block_table = False
 
-    def __init__(self, policy: SequencePolicy, origin: Origin):
+    def __init__(self, policy: SequencePolicy, origin: Origin, rows: StepRows):
         super().__init__(origin)
         self.policy = policy
         self.counts = WindowCounts()
+        self._rows = rows
         self._windows = [_window(policy, layer) for layer in policy.engine.layers]
         self._exempt: Tensor | None = None
+        self._compactions: WeakSet[Compaction] = WeakSet()
 
     def rule(self, index: int) -> Window:
         return self._windows[index]
@@ -72,7 +80,9 @@ class WindowWorker(KindWorker):
     ) -> Sequence[MetadataStep]:
         if not isinstance(spec, WindowedSpec):
             return ()
-        return (Compaction(self, spec, vllm_config, device),)
+        compaction = Compaction(self, spec, vllm_config, device)
+        self._compactions.add(compaction)
+        return (compaction,)
 
     def cudagraph_support(self, spec: Any, inner: AttentionCGSupport) -> AttentionCGSupport:
         # Splitting prefill rows changes how many there are.
@@ -82,13 +92,28 @@ class WindowWorker(KindWorker):
 
     def begin(self, directives: StepDirectives) -> None:
         exempt = directives.sequence.exempt if directives.sequence is not None else None
-        self._exempt = None if exempt is None else torch.from_numpy(exempt)
+        self._exempt = torch.from_numpy(exempt) if exempt is not None and len(exempt) else None
 
     def exempt_rows(self, call: BuildCall) -> Tensor | None:
-        """Return the mask of rows that keep everything, ``[rows]``, or None for none."""
+        """Return the mask of rows that keep everything, ``[rows]``, or None for none is known."""
         if self._exempt is None:
             return None
-        return torch.isin(call.slots, self._exempt.to(call.slots.device))
+        exempt = metadata.to_device(self._exempt, call.slots.device)
+        return (call.slots[:, None] == exempt).any(1)
+
+    def load(self, directives: StepDirectives) -> None:
+        if self._exempt is None or not self._rows.requests:
+            return
+        named = self._rows.named
+        exempt = [named[slot].row for slot in self._exempt.tolist() if slot in named]
+        for compaction in self._compactions:
+            compaction.exempt(exempt)
+
+    def end(self, directives: StepDirectives) -> None:
+        # The second runner builds the next step before it begins.
+        self._exempt = None
+        for compaction in self._compactions:
+            compaction.forget()
 
     def report(self, into: StepReport) -> None:
         counts, self.counts = self.counts, WindowCounts()
@@ -118,15 +143,41 @@ class Compaction(MetadataStep):
     ):
         self._kind = kind
         self._compact = Compactor(spec, vllm_config, device)
+        self._built: tuple[Build, BuildCall, Any] | None = None
 
     def build(self, inner: Build, call: BuildCall) -> Any:
-        exempt = None
-        if self._compact.shortens(call.common):
-            exempt = self._kind.exempt_rows(call)
-        common = self._compact(call.common, exempt, self._kind.counts)
+        if not self._compact.shortens(call.common):
+            self._built = None
+            return inner(call)
+        made = self._build(inner, call, self._kind.exempt_rows(call), self._kind.counts)
+        self._built = (inner, call, made) if call.common.req_idx is not None else None
+        return made
+
+    def _build(
+        self, inner: Build, call: BuildCall, exempt: Tensor | None, counts: WindowCounts
+    ) -> Any:
+        common = self._compact(call.common, exempt, counts, keep=not call.fast)
         # FlashAttention keeps the schedule of at most one row a request.
         split = common.num_reqs != call.common.num_reqs
         return inner(replace(call.on(common), fast=call.fast or split))
+
+    def exempt(self, rows: Sequence[int]) -> None:
+        """Build the step's metadata again, in place, with rows that keep everything.
+
+        Args:
+            rows: Numbers of the rows.
+        """
+        if self._built is None or not rows:
+            return
+        inner, call, made = self._built
+        mask = torch.zeros(call.common.num_reqs, dtype=torch.bool)
+        mask[list(rows)] = True
+        # The forward has this object, or a graph that reads the buffers written here.
+        vars(made).update(vars(self._build(inner, call, mask, WindowCounts())))
+
+    def forget(self) -> None:
+        """Forget the step."""
+        self._built = None
 
 
 class Compactor:
@@ -146,44 +197,44 @@ class Compactor:
         # A decode row is as wide as its draft tokens; on an accelerator its true length is known
         # only on the device, so such rows are never split there.
         self.decode_width = 1 + int(vllm_config.num_speculative_tokens)
-        self.max_rows = int(vllm_config.scheduler_config.max_num_seqs)
-        self._table = torch.zeros((0, 0), dtype=torch.int32, device=device)
-        self._lens = torch.zeros(0, dtype=torch.int32, device=device)
+        self._max_tokens = int(spec.max_tokens)
+        # Made before any CUDA graph is captured, and as large as the engine will ever need.
+        rows = int(vllm_config.scheduler_config.max_num_seqs)
+        width = -(-(self._max_tokens + self.decode_width) // self.block_size)
+        self._table = torch.zeros((rows, width), dtype=torch.int32, device=device)
+        self._lens = torch.zeros(rows, dtype=torch.int32, device=device)
 
     def shortens(self, common: Any) -> bool:
         """Return False where every row is so short that it sees everything."""
         # A captured CUDA graph reads the compacted buffers, so there they are always written.
         return self.device.type != "cpu" or common.max_seq_len > self.exact_tokens
 
-    def __call__(self, common: Any, exempt: Tensor | None, counts: WindowCounts) -> Any:
+    def __call__(
+        self, common: Any, exempt: Tensor | None, counts: WindowCounts, keep: bool = True
+    ) -> Any:
         """Return the metadata with rows shortened to what their queries may see.
 
         Args:
             common: vLLM's common metadata.
-            exempt: Mask of rows that keep everything, ``[rows]``, or None for none.
+            exempt: Mask of rows that keep everything, ``[rows]``, on the host or the device; None
+                for none.
             counts: Where rows are counted.
+            keep: Whether whole rows go into the buffers that CUDA graphs read.
         """
         if not self.shortens(common):
             return common
-        table, seq_lens = common.block_table_tensor, common.seq_lens
         query_cpu = common.query_start_loc_cpu
         query_lens = (query_cpu[1:] - query_cpu[:-1])[: common.num_reqs]
         upper = common.seq_lens_cpu_upper_bound
-        lens_cpu = upper if upper is not None and self.device.type != "cpu" else seq_lens
-        splits = self._splits(lens_cpu[: common.num_reqs], query_lens, exempt)
+        lens_cpu = upper if upper is not None and self.device.type != "cpu" else common.seq_lens
+        known = exempt if exempt is None or exempt.device.type == "cpu" else None
+        splits = self._splits(lens_cpu[: common.num_reqs], query_lens, known)
         if splits is None:
-            counts.rows += table.shape[0]
-            return self._whole_rows(common, table, seq_lens, exempt)
+            counts.rows += common.block_table_tensor.shape[0]
+            return self._whole_rows(common, exempt, keep)
         counts.rows += int(splits.sum())
         counts.split_rows += int(splits.sum()) - common.num_reqs
-        return self._split_rows(common, table, seq_lens, lens_cpu, query_lens, splits, exempt)
-
-    def _gap(self, block: Tensor, exempt: Tensor | None) -> tuple[Tensor, Tensor]:
-        start = torch.full_like(block, self.window.sink_blocks)
-        end = (block - self.window.window_blocks).clamp_min(self.window.sink_blocks)
-        if exempt is not None:
-            end = torch.where(exempt, start, end)
-        return start.to(torch.int32), end.to(torch.int32)
+        return self._split_rows(common, lens_cpu, query_lens, splits, exempt, known)
 
     def _splits(self, lens: Tensor, query_lens: Tensor, exempt: Tensor | None) -> Tensor | None:
         """Sub-rows of each row, ``[num_reqs]`` int64, or None when each is one."""
@@ -195,31 +246,51 @@ class Compactor:
         if self.device.type != "cpu":
             count = torch.where(query_lens > self.decode_width, count, 1)
         if exempt is not None:
-            count = torch.where(exempt.cpu(), 1, count)
+            count = torch.where(exempt, 1, count)
         return count.to(torch.int64) if int(count.max()) > 1 else None
 
-    def _whole_rows(
-        self, common: Any, table: Tensor, seq_lens: Tensor, exempt: Tensor | None
-    ) -> Any:
+    def _on_device(self, exempt: Tensor | None) -> Tensor | None:
+        if exempt is None or exempt.device.type != "cpu":
+            return exempt
+        return metadata.to_device(exempt, self.device)
+
+    def _longest(self, query_lens: Tensor | int) -> Any:
+        """Most tokens that rows see of which the last so many are queries."""
+        return self.window.exact_blocks * self.block_size - 1 + query_lens
+
+    def _live(self, common: Any) -> Tensor:
+        """The block table without columns that no row reaches."""
+        width = min(-(-common.max_seq_len // self.block_size), self._table.shape[1])
+        table: Tensor = common.block_table_tensor[:, :width]
+        return table
+
+    def _whole_rows(self, common: Any, exempt: Tensor | None, keep: bool) -> Any:
         """One row a request: stays on the device, into buffers a CUDA graph can replay."""
-        starts = common.query_start_loc
-        computed = seq_lens - (starts[1:] - starts[:-1])[: seq_lens.shape[0]]
-        gap_start, gap_end = self._gap(computed // self.block_size, exempt)
+        table = self._live(common)
         rows, width = table.shape
-        if self._table.shape[0] < rows or self._table.shape[1] < width:
-            self._table = self._table.new_zeros((max(rows, self.max_rows), width))
-            self._lens = self._lens.new_zeros(max(rows, self.max_rows))
-        compacted, lens = compact_block_table(
+        out_table, out_lens = self._table, self._lens
+        if not keep or rows > len(out_lens):
+            out_table, out_lens = table.new_zeros((rows, width)), common.seq_lens.new_empty(rows)
+        compacted, lens = compact_windows(
             table,
-            seq_lens,
+            common.seq_lens,
+            common.query_start_loc[: rows + 1],
             self.block_size,
-            gap_start=gap_start,
-            gap_end=gap_end,
-            out_table=self._table,
-            out_lens=self._lens,
+            sink=self.window.sink_blocks,
+            window=self.window.window_blocks,
+            exempt=self._on_device(exempt),
+            out_table=out_table,
+            out_lens=out_lens,
         )
-        longest = int(lens.max()) if self.device.type == "cpu" else common.max_seq_len
-        upper = lens if self.device.type == "cpu" else common.seq_lens_cpu_upper_bound
+        longest, upper = common.max_seq_len, common.seq_lens_cpu_upper_bound
+        if self.device.type == "cpu":
+            longest, upper = int(lens.max()), lens
+        # A graph is captured for the longest text there can be, and replayed for exempt rows too.
+        elif exempt is None and longest < self._max_tokens:
+            seen = self._longest(common.max_query_len)
+            if seen < longest:
+                longest = seen
+                upper = upper.clamp_max(seen) if upper is not None else None
         return metadata.with_lengths(
             common,
             seq_lens=lens,
@@ -231,55 +302,55 @@ class Compactor:
     def _split_rows(
         self,
         common: Any,
-        table: Tensor,
-        seq_lens: Tensor,
         lens_cpu: Tensor,
         query_lens: Tensor,
         splits: Tensor,
         exempt: Tensor | None,
+        known: Tensor | None,
     ) -> Any:
         """Several rows a request: prefill, where lengths are exact on the host."""
-        size, device = self.block_size, self.device
+        size = self.block_size
         rows = torch.repeat_interleave(torch.arange(common.num_reqs), splits)
-        first = torch.cumsum(splits, 0) - splits
-        nth = torch.arange(rows.shape[0]) - first[rows]
+        n = len(rows)
+        nth = torch.arange(n) - (torch.cumsum(splits, 0) - splits)[rows]
         lens, queries = lens_cpu[: common.num_reqs].long(), query_lens.long()
         computed = lens - queries
-        base = (computed // size).clamp_min(self.window.exact_blocks - 1)
-        is_last = nth == splits[rows] - 1
-        block = base[rows] + nth
+        block = (computed // size).clamp_min(self.window.exact_blocks - 1)[rows] + nth
         start = torch.where(nth == 0, computed[rows], block * size)
-        end = torch.where(is_last, lens[rows], (block + 1) * size)
-        widths = end - start
-        query_start = metadata.query_starts(widths)
-        rows_dev = rows.to(device, non_blocking=True)
-        one = (splits[rows] == 1).to(device, non_blocking=True)
-        end_dev = torch.where(
-            one, seq_lens[rows_dev], end.to(device, torch.int32, non_blocking=True)
-        )
-        widths_dev = widths.to(device, torch.int32, non_blocking=True)
-        block_dev = torch.where(
-            one,
-            (end_dev - widths_dev) // size,
-            block.to(device, torch.int32, non_blocking=True),
-        )
-        gap_start, gap_end = self._gap(block_dev, exempt[rows_dev] if exempt is not None else None)
-        compacted, new_lens = compact_block_table(
+        end = torch.where(nth == splits[rows] - 1, lens[rows], (block + 1) * size)
+        whole = splits[rows] == 1
+        query_start = metadata.query_starts(end - start)
+        # A whole row may be shorter on the device than here.
+        ends = torch.where(whole, 0, end)
+        packed = metadata.to_device(torch.cat([rows, ends, query_start]).int(), self.device)
+        rows_dev, ends_dev, starts_dev = packed.split([n, n, n + 1])
+        table = self._live(common)
+        # Buffers of its own: a graph captured for decode steps reads the others.
+        compacted, new_lens = compact_windows(
             table,
-            end_dev,
+            common.seq_lens,
+            starts_dev,
             size,
+            sink=self.window.sink_blocks,
+            window=self.window.window_blocks,
             rows=rows_dev,
-            gap_start=gap_start,
-            gap_end=gap_end,
+            ends=ends_dev,
+            exempt=self._on_device(exempt),
+            out_table=table.new_zeros((n, table.shape[1])),
+            out_lens=common.seq_lens.new_empty(n),
         )
         hidden = (block - self.window.window_blocks - self.window.sink_blocks).clamp_min(0)
-        # A whole row may be shorter on the device than here, and then hides fewer blocks.
-        hidden = torch.where(splits[rows] == 1, 0, hidden)
-        upper = (end - hidden * size).to(torch.int32)
+        upper = torch.where(
+            whole, torch.minimum(end, self._longest(end - start)), end - hidden * size
+        )
+        if exempt is not None:
+            upper = end if known is None else torch.where(known[rows], end, upper)
+        upper = upper.to(torch.int32)
         return metadata.with_rows(
             common,
             rows,
             query_start=query_start,
+            query_start_device=starts_dev,
             seq_lens=new_lens,
             block_table=compacted,
             max_seq_len=int(upper.max()),
