@@ -323,7 +323,7 @@ class Compactor:
         # A whole row may be shorter on the device than here.
         ends = torch.where(whole, 0, end)
         packed = metadata.to_device(torch.cat([rows, ends, query_start]).int(), self.device)
-        rows_dev, ends_dev, starts_dev = packed.split([n, n, n + 1])
+        rows_dev, ends_dev, starts_dev = packed[:n], packed[n : 2 * n], packed[2 * n :]
         table = self._live(common)
         # Buffers of its own: a graph captured for decode steps reads the others.
         compacted, new_lens = compact_windows(
