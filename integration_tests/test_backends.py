@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
 
-from kvplug.contract import EngineView, Kind, LayerView, Window
+from kvplug.contract import EngineView, FormatPolicy, Kind, LayerView, Window
 from kvplug.errors import DeploymentError
 from kvplug.hosts.vllm import admission, engine
 from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
@@ -45,6 +45,7 @@ from kvplug.hosts.vllm.worker.steps import (
 from kvplug.hosts.vllm.worker.window import Compaction, WindowWorker
 from kvplug.reuse.settings import ReuseSettings
 from kvplug_policies.format.int4 import Int4
+from kvplug_policies.format.kivi import Kivi
 from kvplug_policies.sequence.sink_window import SinkWindow
 
 BLOCK = 32
@@ -100,6 +101,7 @@ def config() -> Any:
     return SimpleNamespace(
         kv_transfer_config=SimpleNamespace(engine_id="an engine"),
         num_speculative_tokens=0,
+        use_v2_model_runner=False,
         scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=512),
         parallel_config=SimpleNamespace(
             cp_kv_cache_interleave_size=1, decode_context_parallel_size=1
@@ -291,8 +293,30 @@ def test_graphs_of_mixed_batches_are_given_up_and_no_others(support: AttentionCG
     limit = min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda s: s.value)
     assert builder.get_cudagraph_support(config(), with_window) is limit
     assert builder.get_cudagraph_support(config(), plain_spec()) is support
-    coded = plugged_builder(Supports, (coded_kind(int4()),), StepRows())
-    assert coded.get_cudagraph_support(config(), plain_spec()) is AttentionCGSupport.NEVER
+
+
+@pytest.mark.parametrize("support", list(AttentionCGSupport), ids=lambda s: s.name)
+def test_graphs_hold_steps_of_a_format_that_is_safe_in_them(support: AttentionCGSupport) -> None:
+    inherited = stock_class("TRITON_ATTN").get_builder_cls()
+
+    class Supports(inherited):  # type: ignore[misc, valid-type]
+        _cudagraph_support = support
+
+    def support_of(policy: FormatPolicy, slots: int | None = None, softcap: float = 0) -> Any:
+        kind = FormatWorker(policy, ("x.yaml", "kvplug.format"), StepRows(), slots)
+        kind.check_impl(SimpleNamespace(logits_soft_cap=softcap))
+        builder = plugged_builder(Supports, (kind,), StepRows())
+        return builder.get_cudagraph_support(config(), plain_spec())
+
+    limit = min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda s: s.value)
+    assert support_of(int4()) is limit
+    assert support_of(int4(), softcap=30.0) is AttentionCGSupport.NEVER, "it may be read back"
+    kivi = Kivi(Kivi.Options(), int4().engine)
+    assert support_of(kivi, slots=8) is limit
+    assert support_of(kivi) is AttentionCGSupport.NEVER, "the first runner's slots may grow"
+    unsafe = int4()
+    unsafe.graph_safe = False
+    assert support_of(unsafe) is AttentionCGSupport.NEVER
 
 
 def a_step() -> CommonAttentionMetadata:

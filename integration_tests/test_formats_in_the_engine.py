@@ -53,6 +53,13 @@ def report(result: TrialResult) -> dict[str, Any]:
     return found
 
 
+@pytest.fixture(params=["run", "run_second"], ids=["first-runner", "second-runner"])
+def either(request: pytest.FixtureRequest) -> Run:
+    """Run requests on one of vLLM's model runners."""
+    found: Run = request.getfixturevalue(request.param)
+    return found
+
+
 @pytest.fixture(scope="module")
 def reads_back(tiny: Path) -> FormatOracle:
     return FormatOracle(tiny)
@@ -81,13 +88,13 @@ def test_plain_pages_change_nothing(run: Run, tiny: Path, stock: TrialResult) ->
 
 
 def test_codes_read_back(
-    run: Run, tiny: Path, stock: TrialResult, reads_back: FormatOracle
+    either: Run, tiny: Path, stock: TrialResult, reads_back: FormatOracle
 ) -> None:
     """Requests side by side in chunks, twice over: what is read does not depend on chunks, so a
     prefix hit gives the same answers. The pool holds 3.5 times what vLLM's own does in bfloat16,
     twice that in float32."""
     twice = requests() + [TrialRequest(p, GENERATED, wave=1) for p in prompts()]
-    result = run(
+    result = either(
         tiny,
         twice,
         section("int4", fit=0, exact_chunk=False),
@@ -125,11 +132,11 @@ def test_a_step_sees_its_own_tokens_as_computed(
 
 
 def test_open_groups_are_seen_as_computed(
-    run: Run, tiny: Path, stock: TrialResult, reads_back: FormatOracle
+    either: Run, tiny: Path, stock: TrialResult, reads_back: FormatOracle
 ) -> None:
     """Chunks end inside groups, so the exact tokens of an open group come from the ring."""
     chunk = 75
-    result = run(
+    result = either(
         tiny,
         requests(one_by_one=True),
         section("kivi", bits=2, fit=0),
@@ -145,12 +152,12 @@ def test_open_groups_are_seen_as_computed(
 
 
 def test_requests_side_by_side_keep_their_own_recent_tokens(
-    run: Run, tiny: Path, reads_back: FormatOracle
+    either: Run, tiny: Path, reads_back: FormatOracle
 ) -> None:
     """All prompts fit one step, then all answer together; a slot is used again by a later request.
     Half of the later ones begin with a prefix hit, in the middle of nobody's group."""
     later = [TrialRequest(p, GENERATED, wave=1) for p in [*prompts(), *prompts(seed=1)]]
-    result = run(
+    result = either(
         tiny,
         requests() + later,
         section("kivi", bits=2, fit=0),
@@ -194,9 +201,9 @@ def test_with_a_scoring_policy(run: Run, tiny: Path) -> None:
     assert result.classes["managers"] == ["PrunedManager"]
 
 
-def test_with_a_window(run: Run, tiny: Path, reads_back: FormatOracle) -> None:
+def test_with_a_window(either: Run, tiny: Path, reads_back: FormatOracle) -> None:
     """Keys per channel and a positional policy: blocks go whole, so groups stay whole."""
-    result = run(
+    result = either(
         tiny,
         requests(one_by_one=True),
         section("kivi", bits=4, fit=0)
@@ -310,13 +317,13 @@ def test_a_format_that_cannot_store_fails_requests_and_not_the_engine(
 
 
 def test_requests_are_stored_by_what_was_measured(
-    run: Run, tiny: Path, reads_back: FormatOracle, tmp_path: Path
+    either: Run, tiny: Path, reads_back: FormatOracle, tmp_path: Path
 ) -> None:
     """Bounds that no error reaches make every later request cheaper. Requests of one level share
     blocks, those of different levels do not."""
     log = tmp_path / "decisions.jsonl"
     prompt = prompts()[3]
-    result = run(
+    result = either(
         tiny,
         [TrialRequest(prompt, GENERATED, wave=wave) for wave in range(4)],
         section(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,13 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from kvplug.contract import EngineView, LayerView
 from kvplug.hosts.vllm.messages import FormatDirectives, StepDirectives
 from kvplug.hosts.vllm.worker import metadata
-from kvplug.hosts.vllm.worker.format import FormatLog, FormatTokens, FormatWorker
+from kvplug.hosts.vllm.worker.format import FormatLog, FormatTokens, FormatWorker, TokenSlots
 from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.steps import BuildCall, RowSlots
 from kvplug_policies.format.int8 import Int8
 
 BLOCK = 16
+CPU = torch.device("cpu")
 
 
 def rows_of(*pairs: tuple[int, int]) -> StepRows:
@@ -175,31 +177,119 @@ class Apart(Int8):
         return ("one", "other")
 
 
-def test_tokens_have_the_slot_and_assignment_of_their_request() -> None:
+def apart() -> Apart:
     layers = (LayerView(0, 1, 1, 2, 64, "float32"),)
-    policy = Apart(Apart.Options(), EngineView(block_size=BLOCK, layers=layers))
-    rows = rows_of((4, 7), (6, 3))
-    kind = FormatWorker(policy, ("x.yaml", "kvplug.format"), rows)
-    assert kind.apart and kind.recent_size == 4
-    assignments = np.array([[7, 1], [3, 0]], dtype=np.int32)
-    kind.begin(StepDirectives(format=FormatDirectives(assignments)))
-    starts = torch.tensor([0, 6, 8, 9], dtype=torch.int32)
-    common: Any = SimpleNamespace(
+    return Apart(Apart.Options(), EngineView(block_size=BLOCK, layers=layers))
+
+
+def step_of(starts: list[int]) -> Any:
+    """Three rows, the last of which nobody knows."""
+    widths = [b - a for a, b in itertools.pairwise(starts)]
+    return SimpleNamespace(
         num_reqs=3,
-        query_start_loc_cpu=starts,
+        num_actual_tokens=starts[-1],
+        max_query_len=max(widths),
+        query_start_loc_cpu=torch.tensor(starts, dtype=torch.int32),
         seq_lens=torch.tensor([20, 32, 5], dtype=torch.int32),
         block_table_tensor=torch.tensor([[3, 4], [5, 6], [9, 0]], dtype=torch.int32),
-        slot_mapping=torch.arange(100, 109),
+        slot_mapping=torch.arange(100, 115),
     )
-    step = FormatTokens(kind)
-    call = BuildCall(common, 0, False, RowSlots(rows, common, BLOCK))
+
+
+def tokens_of(kind: FormatWorker, common: Any, step: FormatTokens | None = None) -> TokenSlots:
+    """Build metadata of a step, and return the slots of its tokens."""
+    step = step or FormatTokens(kind, BLOCK, 15, CPU)
+    call = BuildCall(common, 0, False, RowSlots(kind.rows, common, BLOCK))
     assert step.build(lambda inner: inner.common, call) is common
-    found = step.current
-    assert found is not None
-    assert found.slots.tolist() == [7] * 6 + [3] * 2 + [-1]
-    assert found.assigned.tolist() == [1] * 6 + [0] * 3
-    assert found.kept.tolist() == [2, 3, 4, 5, 6, 7], "the last four of each known request"
-    assert found.kept_at.tolist() == [102, 103, 104, 105, 106, 107]
+    assert step.current is not None
+    return step.current
+
+
+def test_tokens_have_the_slot_and_assignment_of_their_request() -> None:
+    rows = rows_of((4, 7), (6, 3))
+    kind = FormatWorker(apart(), ("x.yaml", "kvplug.format"), rows)
+    assert kind.apart and kind.recent_sizes == [4] and kind.assignments is not None
+    assignments = np.array([[7, 1], [3, 0]], dtype=np.int32)
+    kind.begin(StepDirectives(format=FormatDirectives(assignments)))
+    common = step_of([0, 6, 8, 9])
+    common.slot_mapping[7] = -1
+    found = tokens_of(kind, common)
+    assert found.slots.tolist() == [7] * 6 + [3] * 2 + [-1] * 7
+    assert kind.assignments.of(found.slots[:8]).tolist() == [1] * 6 + [0] * 2
+    ring = [1 + 7 * 4 + slot % 4 for slot in range(102, 106)] + [1 + 3 * 4 + 106 % 4]
+    assert found.places[4].tolist() == [0, 0, *ring] + [0] * 8, "the last four of known requests"
+
+
+def test_a_decode_step_writes_to_the_buffers_of_the_step_before() -> None:
+    """A graph reads the slots of its tokens where they were when it was captured."""
+    rows = rows_of((4, 7), (6, 3))
+    kind = FormatWorker(apart(), ("x.yaml", "kvplug.format"), rows, max_requests=8)
+    step = FormatTokens(kind, BLOCK, 15, CPU)
+    before = tokens_of(kind, step_of([0, 6, 8, 9]), step)
+    after = tokens_of(kind, step_of([0, 1, 2, 2]), step)
+    assert after.slots.data_ptr() == before.slots.data_ptr()
+    assert after.places[4].data_ptr() == before.places[4].data_ptr()
+    assert after.slots.tolist() == [7, 3] + [-1] * 13
+    assert after.places[4].tolist() == [1 + 7 * 4, 1 + 3 * 4 + 1] + [0] * 13
+
+
+def test_forwards_that_are_not_the_steps_leave_its_slots_alone() -> None:
+    rows = rows_of((4, 7), (6, 3))
+    kind = FormatWorker(apart(), ("x.yaml", "kvplug.format"), rows, max_requests=8)
+    step = FormatTokens(kind, BLOCK, 15, CPU)
+    own = tokens_of(kind, step_of([0, 1, 2, 2]), step)
+    with rows.hidden():
+        call = BuildCall(step_of([0, 6, 8, 9]), 0, False, RowSlots(rows, None, BLOCK))
+        step.build(lambda inner: inner.common, call)
+    assert step.current is None
+    assert own.slots.tolist() == [7, 3] + [-1] * 13
+    assert kind.log.tokens == 2
+
+
+@pytest.mark.parametrize("slots", [None, 8], ids=["first-runner", "second-runner"])
+def test_assignments_reach_the_worker(slots: int | None) -> None:
+    """The first runner's are sent with every step, under its own slots; the second's once, and the
+    runner's slot is found by the row that the directives name."""
+    rows = StepRows()
+    kind = FormatWorker(apart(), ("x.yaml", "kvplug.format"), rows, slots)
+    assert kind.assignments is not None
+    asked = torch.tensor([5, 2, -1, 0])
+    before = kind.assignments.of(asked[1:]) if slots else None
+    directives = StepDirectives(format=FormatDirectives(np.array([[5, 1], [2, 0]], np.int32)))
+    rows.begin(None, {"a": 5, "b": 2})
+    kind.begin(directives)
+    if slots:
+        rows.see(np.array([2, 6]))
+        rows.name(["a", "b"])
+    kind.load(directives)
+    found = kind.assignments.of(asked).tolist()
+    assert found == ([0, 1, 0, 0] if slots else [1, 0, 0, 0])
+    assert before is None or before.tolist() == [0, 0, 0]
+    kind.begin(StepDirectives())
+    kind.load(StepDirectives())
+    assert kind.assignments.of(asked).tolist() == found, "they are kept until the slot is given on"
+
+
+def test_tokens_of_a_step_are_counted_once_per_layer() -> None:
+    """By the builder: where a graph is replayed, no layer's Python runs. Builds that no step ends
+    with, as those of a capture, do not count."""
+    kind = FormatWorker(apart(), ("x.yaml", "kvplug.format"), rows_of((4, 7)), max_requests=8)
+    kind.layers.update({"0": None, "1": None})  # type: ignore[dict-item]
+    step = FormatTokens(kind, BLOCK, 15, CPU)
+    tokens_of(kind, step_of([0, 6, 8, 9]), step)
+    tokens_of(kind, step_of([0, 1, 2, 2]), step)
+    kind.end(StepDirectives())
+    kind.end(StepDirectives())
+    assert kind.log.counts.tokens == 2 * 2
+
+
+def test_a_block_that_is_written_anew_is_no_longer_missing() -> None:
+    kind = FormatWorker(apart(), ("x.yaml", "kvplug.format"), rows_of((4, 7)))
+    kind.log.unwritten |= {13, 25}
+    common = step_of([0, 1, 2, 2])
+    common.slot_mapping[:3] = torch.tensor([13 * BLOCK, 25 * BLOCK + 1, -1])
+    tokens_of(kind, common)
+    assert kind.log.unwritten == {25}
 
 
 class _Counting:

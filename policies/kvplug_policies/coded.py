@@ -97,6 +97,11 @@ def check_group(group: int, width: int) -> int:
     return group
 
 
+def past_lens(batch: AttendBatch) -> Tensor:
+    """Tokens of earlier steps that each row sees, ``[num_rows]`` int32."""
+    return (batch.seq_lens - batch.query_start.diff()).to(torch.int32)
+
+
 class CodedFormat(FormatPolicy):
     """A format whose pages are a `CodedPage`, perhaps after an affine map of K and V.
 
@@ -111,6 +116,7 @@ class CodedFormat(FormatPolicy):
 
     integer: ClassVar[bool] = False
     rotation: str | None = None
+    graph_safe = True
 
     def __init__(self, options: PolicyOptions, engine: EngineView):
         super().__init__(options, engine)
@@ -271,13 +277,15 @@ class CodedFormat(FormatPolicy):
 
     def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:
         exact = batch.key is not None and batch.value is not None
-        new = (batch.query_start[1:] - batch.query_start[:-1]).to(torch.int32)
-        lens = batch.seq_lens - new if exact else batch.seq_lens
+        lens, kept = batch.seq_lens, None
         held, recent = self.recent(layer), batch.recent
-        kept = None
-        if exact and held and recent is not None and batch.request_slots is not None:
-            kept = torch.where(batch.request_slots >= 0, lens % held, 0).to(torch.int32)
-            lens = lens - kept
+        if exact:
+            lens = batch.past_lens if batch.past_lens is not None else past_lens(batch)
+            if held and recent is not None and batch.request_slots is not None:
+                kept = batch.recent_lens
+                if kept is None:
+                    kept = torch.where(batch.request_slots >= 0, lens % held, 0).to(torch.int32)
+                lens = lens - kept
         key_levels, value_levels = self.levels(layer, cache.device)
         past, past_lse = paged_attend_quant(
             self.query_into(layer, batch.query),

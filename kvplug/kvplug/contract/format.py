@@ -169,6 +169,10 @@ class AttendBatch:
         request_slots: Slot of each row's request, ``[num_rows]`` int64, or -1; None as in
             `WriteBatch`.
         recent: Recent tokens before this step's.
+        past_lens: Tokens of earlier steps that each row sees, ``[num_rows]`` int32; None to take
+            ``seq_lens`` less the row's queries.
+        recent_lens: How many of these lie in ``recent``, ``[num_rows]`` int32: all after the last
+            whole multiple of its size where the request has a slot; None to compute it.
     """
 
     query: Tensor
@@ -183,6 +187,8 @@ class AttendBatch:
     softcap: float = 0.0
     request_slots: Tensor | None = None
     recent: Recent | None = None
+    past_lens: Tensor | None = None
+    recent_lens: Tensor | None = None
 
 
 class ReadBack(Exception):
@@ -214,11 +220,19 @@ class FormatPolicy(Policy):
     Attributes:
         moves_tokens: True if a token's bytes can be moved to another slot by themselves. False
             if tokens share a scale; then policies that move tokens are refused.
+        graph_safe: True if a CUDA graph can hold `write` and `attend`. They then depend on nothing
+            but the tensors of their batches and on shapes: they read no number back to the host,
+            allocate nothing whose size depends on data, keep no state in Python from step to step,
+            never raise `ReadBack` where logits are not capped, and are right when
+            ``max_seq_len`` is the longest sequence of the engine, rows have no tokens and slots are
+            negative. Steps in which every request decodes are then replayed as one graph. False:
+            graphs end at attention, which runs between them.
     """
 
     kind: ClassVar[Kind] = Kind.FORMAT
     exact: ClassVar[bool] = False
     moves_tokens: bool = True
+    graph_safe: bool = False
     supports: ClassVar[frozenset[Feature]] = ALL_FEATURES - {
         Feature.QUANTIZED_KV_CACHE,
         Feature.CONTEXT_PARALLEL,
@@ -279,10 +293,19 @@ class FormatPolicy(Policy):
             batch: The tokens.
             cache: ``[num_blocks, heads, block_size, bytes_per_token_head]`` uint8.
         """
-        cells = self.encode(layer, batch.key, batch.value)
         slots, size = batch.slots, cache.shape[2]
-        if cache.device.type == "cpu" and bool((slots < 0).any()):
-            cells, slots = cells[slots >= 0], slots[slots >= 0]
+        if not len(slots):
+            return
+        cells, valid = self.encode(layer, batch.key, batch.value), slots >= 0
+        if cache.device.type == "cpu":
+            if not bool(valid.all()):
+                cells, slots = cells[valid], slots[valid]
+        else:
+            # How many tokens are padding only the device knows, so padding writes what the first
+            # other token does. A step of nothing else writes to block 0, which no request has.
+            first = valid.long().argmax(0, keepdim=True)
+            cells = cells.where(valid[:, None, None], cells[first])
+            slots = slots.where(valid, slots[first]).clamp_min(0)
         layout = self.layout(layer)
         blocks, offsets = slots // size, slots % size
         for f, plane in zip(layout.fields, layout.planes(cache), strict=True):

@@ -124,6 +124,7 @@ class Mixed(FormatPolicy):
         built = self.inner.values()
         # Of this choice of formats, not of the class.
         self.moves_tokens = all(f.moves_tokens for f in built)
+        self.graph_safe = all(f.graph_safe for f in built)
         self.exact = bool(built) and all(f.exact for f in built)  # type: ignore[misc]
 
     def _section(self, layer: LayerView) -> str:

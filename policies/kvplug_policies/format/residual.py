@@ -178,6 +178,7 @@ class Residual(CodedFormat):
             )
         self.rotation = built.rotation
         self.moves_tokens = built.moves_tokens
+        self.graph_safe = built.graph_safe
         self._maps = OnDevice()
         self.corrected: dict[tuple[int, str], int] = {}
 

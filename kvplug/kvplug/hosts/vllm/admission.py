@@ -231,15 +231,6 @@ def _format_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
                         f"set --block-size {-(-size // recent) * recent}.",
                     )
                 ]
-            if recent and vllm_config.use_v2_model_runner:
-                return [
-                    Refusal(
-                        choice.key,
-                        f"{name} keeps recent tokens by request, which vLLM's second model runner "
-                        "does not support.",
-                        "set VLLM_USE_V2_MODEL_RUNNER=0.",
-                    )
-                ]
             if layout.heads is not None and layout.heads > layer.num_kv_heads:
                 raise ValueError(f"layer {layer.index} has more stored heads than KV heads")
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,7 +47,8 @@ class FormatScheduler(KindScheduler):
     Attributes:
         policy: The format policy.
         counters: Its counters.
-        by_request: True where workers treat requests apart, so that they must know whose a row is.
+        by_request: True where the first runner's workers treat requests apart, so that they must
+            know whose a row is. The second's know by themselves.
     """
 
     kind = Kind.FORMAT
@@ -67,6 +69,7 @@ class FormatScheduler(KindScheduler):
         self.by_request = len(self._identities) > 1 or any(
             policy.recent(layer) for layer in context.engine.layers
         )
+        self._second_runner = bool(context.vllm_config.use_v2_model_runner)
         self._assigned: dict[str, int] = {}
         self._failed: str | None = None
         self._worker_counters: dict[str, float] = {}
@@ -89,11 +92,24 @@ class FormatScheduler(KindScheduler):
         compat.salt_request(request, f"kvplug-format:{self._identities[assigned]}")
 
     def step(self, step: SchedulerStep, into: StepDirectives) -> None:
-        """Send the assignment of each scheduled request."""
-        if not self.by_request or not step.starts:
+        """Send the assignment of each scheduled request.
+
+        The second runner's workers keep it by the slot that a request is given when it starts, or
+        starts over after a preemption; they must have it before its first tokens are stored.
+        """
+        names: Iterable[str] = step.starts
+        if self._second_runner:
+            several = len(self._identities) > 1
+            names = [r.req_id for r in step.output.scheduled_new_reqs] if several else []
+        elif not self.by_request:
             return
-        rows = [(slot, self._assigned.get(name, 0)) for name, slot in step.slots.items()]
+        rows = [(step.slots[name], self._assigned.get(name, 0)) for name in names]
+        if not rows:
+            return
         into.format = FormatDirectives(np.array(rows, dtype=np.int32))
+        if self._second_runner:
+            into.names |= {name: step.slots[name] for name in names}
+            into.before_forward = True
 
     def on_report(self, report: StepReport) -> None:
         """Count what workers wrote, and let the policy observe its signals."""

@@ -4,14 +4,20 @@ A layer under a format has uint8 pages of the policy's own bytes. New tokens go 
 `FormatPolicy.write` where the backend would have stored them, and queries through
 `FormatPolicy.attend` where it would have attended. The rest of the backend, its metadata builder
 included, stays vLLM's.
+
+Where a CUDA graph holds a step, none of this file's Python runs but that of the builders: layers
+then read what `FormatTokens` wrote to buffers of its own, and what the runner keeps at fixed
+addresses. So nothing that a step needs is computed, counted or looked up in `FormatAttention`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
@@ -29,6 +35,7 @@ from kvplug.contract import (
 from kvplug.hosts.dense import attend, attend_dense
 from kvplug.hosts.vllm.messages import FormatReport, StepDirectives, StepReport
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
+from kvplug.hosts.vllm.worker.metadata import to_device
 from kvplug.hosts.vllm.worker.pages import CodedPages
 from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.steps import (
@@ -55,11 +62,15 @@ class FormatWorker(KindWorker):
         policy: The policy.
         origin: Source and key of the policy in its deployment, for messages.
         rows: Slots of the step's rows.
+        max_requests: Slots of vLLM's second model runner; None on the first, where slots are the
+            scheduler's, and there may be more of them later.
 
     Attributes:
         apart: Whether the format treats requests apart: it keeps recent tokens of each, or assigns
             them different ways to be stored.
-        recent_size: Most recent tokens that a layer keeps of a request.
+        recent_sizes: Numbers of recent tokens that layers keep of a request, ascending.
+        max_requests: As given.
+        assignments: Assignment of each slot's request; None where there is one for all.
         layers: State of each layer, by layer name.
         log: What the policy did, and how it failed.
     """
@@ -67,18 +78,27 @@ class FormatWorker(KindWorker):
     kind = Kind.FORMAT
     supports_update_block_table = False
 
-    def __init__(self, policy: FormatPolicy, origin: Origin, rows: StepRows):
+    def __init__(
+        self,
+        policy: FormatPolicy,
+        origin: Origin,
+        rows: StepRows,
+        max_requests: int | None = None,
+    ):
         super().__init__(origin)
         self.policy = policy
         layers = policy.engine.layers
-        self.recent_size = max((policy.recent(layer) for layer in layers), default=0)
-        self.apart = self.recent_size > 0 or len(policy.assignments()) > 1
+        self.recent_sizes = sorted({policy.recent(layer) for layer in layers} - {0})
+        several = len(policy.assignments()) > 1
+        self.apart = bool(self.recent_sizes) or several
+        self.max_requests = max_requests
+        self.assignments = Assignments(max_requests or 0) if several else None
         self.layers: dict[str, FormatLayer] = {}
         self.log = FormatLog(policy)
         self.rows = rows
         self._layouts = [policy.layout(layer) for layer in layers]
-        self._assignments: dict[int, int] = {}
         self._num_groups = 1
+        self._softcap = False
 
     # -- layers --------------------------------------------------------------------------------
 
@@ -111,18 +131,23 @@ class FormatWorker(KindWorker):
             )
         if getattr(impl, "sinks", None) is not None:
             self.refuse(f"{name} does not support models with learned attention sinks.", fix)
+        # Some formats leave capped logits to the host, which reads pages back.
+        self._softcap |= bool(getattr(impl, "logits_soft_cap", None))
 
     def metadata_steps(
         self, spec: Any, vllm_config: Any, device: torch.device
     ) -> Sequence[MetadataStep]:
-        if not self.apart:
-            return (FormatRows(None),)
-        tokens = FormatTokens(self)
+        most = int(vllm_config.scheduler_config.max_num_batched_tokens)
+        tokens = FormatTokens(self, int(spec.block_size), most, device)
         return (tokens, FormatRows(tokens))
 
     def cudagraph_support(self, spec: Any, inner: AttentionCGSupport) -> AttentionCGSupport:
-        # Attention runs between the graphs.
-        return AttentionCGSupport.NEVER
+        # The first runner's slots may outgrow the buffers that a graph was captured with.
+        grows = self.apart and self.max_requests is None
+        if not self.policy.graph_safe or self._softcap or grows:
+            return AttentionCGSupport.NEVER
+        # Grids follow from the most queries of a row, so a graph fits batches of equal rows.
+        return min(inner, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
 
     def attention_step(self) -> AttentionStep:
         return FormatAttention(self)
@@ -139,10 +164,6 @@ class FormatWorker(KindWorker):
             self.layers[layer.layer_name] = found
         return found
 
-    def assignments_of(self, slots: Sequence[int]) -> list[int]:
-        """Return the assignment of each slot; 0 where none was given."""
-        return [self._assignments.get(slot, 0) for slot in slots]
-
     # -- steps ---------------------------------------------------------------------------------
 
     def start(self, num_groups: int) -> None:
@@ -150,7 +171,22 @@ class FormatWorker(KindWorker):
 
     def begin(self, directives: StepDirectives) -> None:
         own = directives.format
-        self._assignments = {} if own is None else dict(own.assignments.tolist())
+        if own is not None and self.assignments is not None and self.max_requests is None:
+            self.assignments.put(own.assignments)
+
+    def load(self, directives: StepDirectives) -> None:
+        own, named = directives.format, self.rows.named
+        if own is None or self.assignments is None or self.max_requests is None:
+            return
+        pairs = [
+            (named[slot].runner_slot, assigned)
+            for slot, assigned in own.assignments.tolist()
+            if slot in named
+        ]
+        self.assignments.put(np.array(pairs, dtype=np.int32).reshape(-1, 2))
+
+    def end(self, directives: StepDirectives) -> None:
+        self.log.stored(len(self.layers))
 
     def report(self, into: StepReport) -> None:
         into.format = self.log.take()
@@ -172,6 +208,7 @@ class FormatLog:
 
     Attributes:
         counts: Counts since the last report.
+        tokens: Tokens of the step that metadata was built for last.
         failed: Cause of the first failure, or None.
         unwritten: Blocks whose tokens could not be stored.
         waits: Whether pages lie on a device whose numbers the host has to wait for.
@@ -180,6 +217,7 @@ class FormatLog:
     def __init__(self, policy: FormatPolicy):
         self._policy = policy
         self.counts = FormatReport()
+        self.tokens = 0
         self.failed: str | None = None
         self.unwritten: set[int] = set()
         self.waits = False
@@ -200,6 +238,15 @@ class FormatLog:
                 error,
                 exc_info=error,
             )
+
+    def stored(self, layers: int) -> None:
+        """Count the tokens of a step that ended, once per layer."""
+        self.counts.tokens += self.tokens * layers
+        self.tokens = 0
+
+    def begun(self, blocks: Tensor) -> None:
+        """Take note that blocks are written anew, ``[n]``; waits for the device."""
+        self.unwritten.difference_update(blocks.tolist())
 
     def take(self) -> FormatReport | None:
         """Return what happened since the last report, or None for nothing."""
@@ -235,21 +282,56 @@ class FormatLog:
             return {}
 
 
-@dataclass
+class Assignments:
+    """Assignment of each slot's request.
+
+    Args:
+        slots: Slots there will ever be, or 0 if that is not known.
+    """
+
+    def __init__(self, slots: int):
+        self._of_slot = np.zeros(slots, dtype=np.int64)
+        self._on: dict[torch.device, Tensor] = {}
+
+    def put(self, pairs: npt.NDArray[np.int32]) -> None:
+        """Set the assignments of some slots, ``[n, 2]``: slot and assignment."""
+        if not len(pairs):
+            return
+        missing = 1 + int(pairs[:, 0].max()) - len(self._of_slot)
+        if missing > 0:
+            self._of_slot = np.pad(self._of_slot, (0, missing))
+            self._on.clear()
+        self._of_slot[pairs[:, 0]] = pairs[:, 1]
+        # In place: a graph reads them where they were.
+        for device, placed in self._on.items():
+            placed.copy_(to_device(self._of_slot, device))
+
+    def of(self, slots: Tensor) -> Tensor:
+        """Assignment of each slot, ``[n]`` int64; that of slot 0 for -1.
+
+        Args:
+            slots: ``[n]`` int64.
+        """
+        placed = self._on.get(slots.device)
+        if placed is None:
+            placed = to_device(self._of_slot.copy(), slots.device)
+            self._on[slots.device] = placed
+        return placed[slots.clamp_min(0)]
+
+
+@dataclass(frozen=True)
 class TokenSlots:
-    """Slots of the step's tokens, and the tokens whose exact K and V are kept afterwards.
+    """Slots of a step's tokens, in buffers that every step of a builder writes anew.
 
     Attributes:
-        slots: Slot of each token's request, ``[num_tokens]`` int64, or -1.
-        assigned: Assignment of each token's request, ``[num_tokens]`` int64.
-        kept: Tokens that are among the latest of their request, ``[n]`` int64.
-        kept_at: Their cache slots, ``[n]`` int64.
+        slots: Slot of each token's request, ``[max_num_batched_tokens]`` int64; -1 where unknown,
+            and for padding.
+        places: By number of recent tokens kept: place of each token's exact K and V in the rings,
+            the same shape; 0 for tokens that are not among the latest of their request.
     """
 
     slots: Tensor
-    assigned: Tensor
-    kept: Tensor
-    kept_at: Tensor
+    places: dict[int, Tensor]
 
 
 @dataclass
@@ -273,51 +355,107 @@ class FormatStep:
     max_query_len: int
     max_seq_len: int
     tokens: TokenSlots | None
+    _made: dict[tuple[Any, bool], Tensor] = field(default_factory=dict)
 
-    @property
+    def past_lens(self) -> Tensor:
+        """Tokens of earlier steps that each row sees, ``[num_rows]`` int32."""
+        return self._once("past", lambda: self.seq_lens - self.query_start.diff())
+
     def row_slots(self) -> Tensor | None:
         """Slot of each row's first token, ``[num_rows]`` int64."""
-        if self.tokens is None:
+        tokens = self.tokens
+        if tokens is None:
             return None
-        first = self.query_start[:-1].long().clamp_max(max(self.tokens.slots.shape[0] - 1, 0))
-        return self.tokens.slots[first]
+        last = tokens.slots.shape[0] - 1
+        return self._once(
+            "slots", lambda: tokens.slots[self.query_start[:-1].long().clamp_max(last)]
+        )
+
+    def recent_lens(self, size: int) -> Tensor:
+        """Of `past_lens`, those in a ring of ``size`` tokens, ``[num_rows]`` int32."""
+        slots, past = self.row_slots(), self.past_lens()
+        assert slots is not None
+        return self._once(size, lambda: torch.where(slots >= 0, past % size, 0).to(torch.int32))
+
+    def _once(self, name: Any, make: Callable[[], Tensor]) -> Tensor:
+        """Compute for the first layer what all share; a graph holds the computation too."""
+        key = (name, _captures())
+        found = self._made.get(key)
+        if found is None:
+            found = self._made[key] = make()
+        return found
 
 
 class FormatTokens(MetadataStep):
-    """Finds the slot of each token, for a format that treats requests apart."""
+    """Counts the tokens of a step, and finds their slots where a format treats requests apart.
 
-    def __init__(self, kind: FormatWorker):
+    Args:
+        kind: The format on this worker.
+        block_size: Tokens per block.
+        max_tokens: Most tokens of a step.
+        device: Device of the tensors.
+    """
+
+    def __init__(self, kind: FormatWorker, block_size: int, max_tokens: int, device: torch.device):
         self._kind = kind
+        self._block_size = block_size
         self.current: TokenSlots | None = None
+        self._buffers: TokenSlots | None = None
+        if kind.apart:
+            self._buffers = TokenSlots(
+                torch.full((max_tokens,), -1, dtype=torch.int64, device=device),
+                {
+                    size: torch.zeros(max_tokens, dtype=torch.int64, device=device)
+                    for size in kind.recent_sizes
+                },
+            )
 
     def build(self, inner: Build, call: BuildCall) -> Any:
-        self.current = self._token_slots(call)
+        self.current = None
+        # Others' forwards must not write to the buffers: the step's own is under way.
+        if not self._kind.rows.hides:
+            common, log = call.common, self._kind.log
+            log.tokens = int(common.query_start_loc_cpu[common.num_reqs])
+            if log.unwritten:
+                mapping = common.slot_mapping
+                begun = mapping[(mapping >= 0) & (mapping % self._block_size == 0)]
+                log.begun(begun // self._block_size)
+            if self._buffers is not None:
+                self._fill(self._buffers, call)
+                self.current = self._buffers
         return inner(call)
 
-    def _token_slots(self, call: BuildCall) -> TokenSlots:
+    def _fill(self, into: TokenSlots, call: BuildCall) -> None:
         common = call.common
-        rows, device = common.num_reqs, common.seq_lens.device
-        starts = common.query_start_loc_cpu[: rows + 1].long()
-        by_row = call.slots[:rows].cpu()
-        assigned_by_row = torch.tensor(self._kind.assignments_of(by_row.tolist()))
-        widths = starts[1:] - starts[:-1]
-        slots = torch.repeat_interleave(by_row, widths)
-        assigned = torch.repeat_interleave(assigned_by_row.long(), widths)
-        before_end = torch.repeat_interleave(starts[1:], widths) - torch.arange(len(slots))
-        latest = (before_end <= self._kind.recent_size) & (slots >= 0)
-        kept = latest.nonzero()[:, 0].to(device)
-        kept_at = common.slot_mapping[kept].long()
-        return TokenSlots(slots.to(device), assigned.to(device), kept, kept_at)
+        starts = common.query_start_loc_cpu[: common.num_reqs + 1].long()
+        count, to_end = int(starts[-1]), None
+        slots = call.slots
+        if common.max_query_len > 1:
+            widths = starts.diff()
+            rows = torch.repeat_interleave(torch.arange(len(widths)), widths)
+            before_end = torch.repeat_interleave(starts[1:], widths) - torch.arange(count)
+            rows, to_end = to_device(torch.stack([rows, before_end]), slots.device)
+            slots = slots[rows]
+        slots = slots[:count]
+        into.slots[:count] = slots
+        into.slots[count:] = -1
+        mapping = common.slot_mapping[:count]
+        for size, places in into.places.items():
+            kept = (slots >= 0) & (mapping >= 0)
+            if to_end is not None:
+                kept &= to_end <= size
+            places[:count] = torch.where(kept, 1 + slots * size + mapping % size, 0)
+            places[count:] = 0
 
 
 class FormatRows(MetadataStep):
     """Lets a step's rows ride on the backend's metadata.
 
     Args:
-        tokens: The step that finds the slots of tokens, or None.
+        tokens: The step that finds the slots of tokens.
     """
 
-    def __init__(self, tokens: FormatTokens | None):
+    def __init__(self, tokens: FormatTokens):
         self._tokens = tokens
 
     def build(self, inner: Build, call: BuildCall) -> Any:
@@ -333,7 +471,7 @@ class FormatRows(MetadataStep):
             int(common.num_actual_tokens),
             int(common.max_query_len),
             int(common.max_seq_len),
-            self._tokens.current if self._tokens is not None else None,
+            self._tokens.current,
         )
         return metadata
 
@@ -354,12 +492,17 @@ class FormatAttention(AttentionStep):
 
     def attend(self, inner: Attend, call: AttendCall) -> Tensor:
         step = getattr(call.metadata, "kvplug_format", None)
-        if step is None or not _coded(call.layer):
+        if not _coded(call.layer):
             return inner(call)
         layer = self._kind.layer(call.impl, call.layer)
+        if step is None:
+            if call.metadata is None and layer.recent_size and call.key is not None:
+                # The engine measures in this run how much memory it has left for pages.
+                layer.ring(call.key)
+            return inner(call)
         layer.attend(step, call.query, call.key, call.value, call.cache, call.output)
         if layer.recent_size and step.tokens is not None:
-            layer.remember(step.tokens, call.key, call.value)
+            layer.remember(step.tokens, step.num_tokens, call.key, call.value)
         return call.output
 
     def pages(self, impl: Any, layer: Any, cache: Tensor) -> CodedPages | None:
@@ -367,6 +510,38 @@ class FormatAttention(AttentionStep):
             return None
         own = self._kind.layer(impl, layer)
         return CodedPages(own.policy, own.layer, own.layout, cache)
+
+
+class Ring:
+    """Exact K and V of the latest tokens of each slot's request in one layer.
+
+    Args:
+        slots: Slots.
+        size: Tokens kept of each.
+        like: K or V of some tokens, ``[num_tokens, num_kv_heads, head_size]``.
+
+    Attributes:
+        slots: As given.
+        recent: The tokens as policies see them.
+    """
+
+    def __init__(self, slots: int, size: int, like: Tensor):
+        self.slots = slots
+        # Place 0 takes tokens that are not kept.
+        shape = (1 + slots * size, *like.shape[1:])
+        self._key, self._value = like.new_zeros(shape), like.new_zeros(shape)
+        by_slot = (slots, size, *like.shape[1:])
+        self.recent = Recent(self._key[1:].view(by_slot), self._value[1:].view(by_slot))
+
+    def put(self, places: Tensor, key: Tensor, value: Tensor) -> None:
+        """Keep tokens at their places, ``[n]`` int64; see `TokenSlots.places`."""
+        self._key.index_copy_(0, places, key)
+        self._value.index_copy_(0, places, value)
+
+    def take(self, other: Ring) -> None:
+        """Take over the tokens of a ring of fewer slots."""
+        self.recent.key[: other.slots] = other.recent.key
+        self.recent.value[: other.slots] = other.recent.value
 
 
 class FormatLayer:
@@ -389,51 +564,62 @@ class FormatLayer:
         self.exact_chunk = bool(getattr(kind.policy.options, "exact_chunk", True))
         self._kind = kind
         self._log = kind.log
-        self._recent: Recent | None = None
+        self._ring: Ring | None = None
+
+    def ring(self, like: Tensor) -> Ring:
+        """Return the layer's ring, made on first use.
+
+        On the first runner it grows with the number of slots.
+
+        Args:
+            like: K or V of some tokens.
+        """
+        slots, ring = self._kind.max_requests, self._ring
+        if slots is None:
+            slots = max(self._kind.rows.num_slots, 1)
+            if ring is None or ring.slots < slots:
+                slots = max(slots, 16 if ring is None else 2 * ring.slots)
+        if ring is None or ring.slots < slots:
+            self._ring = Ring(slots, self.recent_size, like)
+            if ring is not None:
+                self._ring.take(ring)
+        assert self._ring is not None
+        return self._ring
 
     def recent(self, tokens: TokenSlots | None, like: Tensor) -> Recent | None:
         """Return the exact K and V of earlier tokens, with room for every slot of the step."""
         if not self.recent_size or tokens is None:
             return None
-        slots = max(self._kind.rows.num_slots, 1)
-        if self._recent is None or self._recent.key.shape[0] < slots:
-            room = max(slots, 16 if self._recent is None else 2 * self._recent.key.shape[0])
-            shape = (room, self.recent_size, *like.shape[1:])
-            grown = Recent(like.new_zeros(shape), like.new_zeros(shape))
-            if self._recent is not None:
-                grown.key[: self._recent.key.shape[0]] = self._recent.key
-                grown.value[: self._recent.value.shape[0]] = self._recent.value
-            self._recent = grown
-        return self._recent
+        return self.ring(like).recent
 
     def write(
         self, step: FormatStep | None, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor
     ) -> None:
         """Store a step's tokens; blocks that could not be written are reported, not served."""
         tokens = step.tokens if step is not None else None
-        n = slots.shape[0]
+        n, of_tokens, assignments = slots.shape[0], None, self._kind.assignments
+        if tokens is not None:
+            of_tokens = tokens.slots[:n]
         batch = WriteBatch(
             key[:n],
             value[:n],
             slots,
-            tokens.slots[:n] if tokens is not None else None,
+            of_tokens,
             self.recent(tokens, key),
-            tokens.assigned[:n] if tokens is not None else None,
+            assignments.of(of_tokens)
+            if assignments is not None and of_tokens is not None
+            else None,
         )
-        unwritten = self._log.unwritten
-        if unwritten and self is next(iter(self._kind.layers.values())):
-            size = cache.shape[2]
-            begun = slots[(slots >= 0) & (slots % size == 0)] // size
-            unwritten.difference_update(begun.tolist())
         try:
             self.policy.write(self.layer, batch, cache)
         except Exception as error:
+            if _captures():
+                raise
             self._log.fail("write", error)
             written = slots[slots >= 0]
             blocks = torch.unique(written // cache.shape[2])
             cache[blocks] = 0
-            unwritten.update(blocks.tolist())
-        self._log.counts.tokens += n
+            self._log.unwritten.update(blocks.tolist())
         self._log.waits = cache.device.type != "cpu"
 
     def attend(
@@ -449,6 +635,7 @@ class FormatLayer:
         n = step.num_tokens
         exact = self.exact_chunk and key is not None and value is not None
         recent = self.recent(step.tokens, key) if exact else None
+        kept = step.recent_lens(self.recent_size) if recent is not None else None
         batch = AttendBatch(
             query=query[:n],
             query_start=step.query_start,
@@ -460,12 +647,16 @@ class FormatLayer:
             key=key[:n] if exact else None,
             value=value[:n] if exact else None,
             softcap=self.softcap,
-            request_slots=step.row_slots,
+            request_slots=step.row_slots() if self.recent_size else None,
             recent=recent,
+            past_lens=step.past_lens(),
+            recent_lens=kept,
         )
         try:
             attend(self.policy, self.layer, batch, cache, out[:n])
         except Exception as error:
+            if _captures():
+                raise
             self._log.fail("attend", error)
             try:
                 attend_dense(self.policy, self.layer, batch, cache, out[:n])
@@ -474,13 +665,15 @@ class FormatLayer:
                 out[:n].zero_()
                 self._log.unwritten.update(step.block_table[:, :1].flatten().tolist())
 
-    def remember(self, tokens: TokenSlots, key: Tensor, value: Tensor) -> None:
-        """Keep the step's latest tokens of each request, once they have been attended."""
-        kept = self.recent(tokens, key)
-        assert kept is not None
-        at = (tokens.slots[tokens.kept], tokens.kept_at % self.recent_size)
-        kept.key[at] = key[tokens.kept]
-        kept.value[at] = value[tokens.kept]
+    def remember(self, tokens: TokenSlots, n: int, key: Tensor, value: Tensor) -> None:
+        """Keep the latest of a step's ``n`` tokens of each request, once they were attended."""
+        places = tokens.places[self.recent_size][:n]
+        self.ring(key).put(places, key[:n], value[:n])
+
+
+def _captures() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _coded(layer: Any) -> bool:

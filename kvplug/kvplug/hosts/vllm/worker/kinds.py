@@ -51,7 +51,9 @@ def _format(deployment: Deployment, config: Any, state: WorkerState) -> KindWork
     policy = engine.format_policy(deployment, config)
     if policy is None:
         return None
-    return FormatWorker(policy, _origin(deployment, Kind.FORMAT), state.rows)
+    second = bool(config.use_v2_model_runner)
+    most = int(config.scheduler_config.max_num_seqs) if second else None
+    return FormatWorker(policy, _origin(deployment, Kind.FORMAT), state.rows, most)
 
 
 def _origin(deployment: Deployment, kind: Kind) -> Origin:

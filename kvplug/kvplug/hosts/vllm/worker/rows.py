@@ -114,6 +114,11 @@ class StepRows:
         finally:
             self._hidden = False
 
+    @property
+    def hides(self) -> bool:
+        """True within `hidden`."""
+        return self._hidden
+
     def slots_of(self, table: Tensor, seq_lens: Tensor, block_size: int) -> Tensor:
         """Slots of some rows, ``[rows]`` int64 on the table's device; -1 where unknown.
 
