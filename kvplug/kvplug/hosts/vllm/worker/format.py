@@ -673,7 +673,8 @@ class FormatLayer:
 
 def _captures() -> bool:
     """Whether a CUDA graph is being captured."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    ready: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return ready and torch.cuda.is_current_stream_capturing()
 
 
 def _coded(layer: Any) -> bool:
