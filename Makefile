@@ -4,10 +4,16 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # An index of torch's CPU wheels, where pip's own index serves only builds for GPUs.
 TORCH_INDEX ?=
+# Passed on to kvplug gpu-check.
+GPU_CHECK_ARGS ?=
 # Passed on to pytest by the test targets.
 PYTEST_ARGS ?=
 # Test files that run side by side; half of what an engine's start takes is one thread importing.
 WORKERS ?= 2
+
+# Of `gpu-check`: one that has vLLM for CUDA.
+GPU_PYTHON ?= python3
+SOURCES := $(CURDIR)/kvplug:$(CURDIR)/policies:$(CURDIR)/kernels
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +31,7 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test test-fast test-slow lint types docs bench gain eval figures lock clean
+.PHONY: help setup model demo test test-fast test-slow lint types docs bench gpu-check gain eval figures lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +81,12 @@ bench: $(STAMP) model ## measure what kvplug and its kernels cost; writes bench*
 		$(BIN)/python kernels/benchmarks/bench_$$op.py --json bench-$$op.json || exit 1; \
 	done
 
+# An environment made for a CPU has no build of vLLM for a GPU: this takes the python3 at hand, and
+# only the paths of the packages.
+gpu-check: ## check and measure on this machine's GPU; writes gpu-check/gpu-check.json
+	PYTHONPATH="$(SOURCES)$${PYTHONPATH:+:$$PYTHONPATH}" "$(GPU_PYTHON)" -m kvplug_lab.gpu_check \
+		$(GPU_CHECK_ARGS)
+
 gain: $(STAMP) model ## serve a mixed load under every sequence policy; writes gain.json
 	$(BIN)/kvplug gain --json gain.json
 
@@ -91,5 +103,5 @@ lock: ## resolve requirements/*.in again into requirements/*.lock
 	@rm -rf .venv-lock
 
 clean: ## remove .venv, caches and what was built (the model's cache stays)
-	rm -rf $(VENV) .venv-lock site build dist demo.json demo.html bench*.json gain.json eval.json
+	rm -rf $(VENV) .venv-lock site build dist gpu-check demo.json demo.html bench*.json gain.json eval.json
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis

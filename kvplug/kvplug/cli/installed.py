@@ -20,6 +20,7 @@ EXTRAS = {
         "demo",
         "gain",
         "bench",
+        "gpu-check",
         "explain",
         "eval",
         "calibrate",
