@@ -154,7 +154,7 @@ def policy(kind: str, name: str) -> str:
     module = found.__module__
     source = Path(str(importlib.import_module(module).__file__)).resolve().relative_to(ROOT)
     exact = "**exact**" if found.exact else "**approximate**"
-    files = [source, Path("configs") / f"{name}.yaml"]
+    files = [source, *(Path("configs") / of / f"{name}.yaml" for of in ("cpu", "gpu"))]
     links = [
         f"[`{file}`]({REPOSITORY}/blob/main/{file})" for file in files if (ROOT / file).exists()
     ]

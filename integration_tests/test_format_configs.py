@@ -1,4 +1,4 @@
-"""Every format's deployment under configs/ serves a real model, and takes the memory it says."""
+"""Every format's deployment in configs/cpu serves a real model, and takes the memory it says."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_its_deployment_serves(
     tmp_path: Path,
     name: str,
 ) -> None:
-    file = read_config(ROOT / "configs" / f"{name}.yaml")
+    file = read_config(ROOT / "configs/cpu" / f"{name}.yaml")
     section: dict[str, Any] = dict(file.deployment.section)
     own = section["format"] = dict(section["format"])
     if name in CALIBRATED:

@@ -1,4 +1,4 @@
-"""Every deployment of reuse under configs/ serves a real model, and what it says happens."""
+"""Every deployment of reuse under configs/cpu/ serves a real model, and what it says happens."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_its_deployment_serves(
     tmp_path: Path,
     name: str,
 ) -> None:
-    file = read_config(ROOT / "configs" / f"{name}.yaml")
+    file = read_config(ROOT / "configs/cpu" / f"{name}.yaml")
     section: dict[str, Any] = dict(file.deployment.section)
     if name in CALIBRATED:
         (options,) = [c for c in section["reuse"]["use"] if isinstance(c, dict) and name in c]

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(1200)]
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = 512
-"""Tokens that configs/quickstart.yaml keeps of a request."""
+"""Tokens that configs/cpu/quickstart.yaml keeps of a request."""
 BLOCK = 32
 
 SHORT = [{"role": "user", "content": "Say something."}]
@@ -26,7 +26,7 @@ SHORT = [{"role": "user", "content": "Say something."}]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Server]:
-    config = str(ROOT / "configs" / "quickstart.yaml")
+    config = str(ROOT / "configs/cpu" / "quickstart.yaml")
     with serving(tmp_path_factory.mktemp("serve"), config, "--model", str(tiny)) as found:
         yield found
 
@@ -123,7 +123,7 @@ def test_sigterm_ends_it_with_the_closing_summary(server: Server) -> None:
 @pytest.mark.slow  # test_refusals starts engines alone with everything that they refuse
 def test_a_deployment_the_engine_refuses_ends_with_the_refusal(tmp_path: Path, tiny: Path) -> None:
     """Only the engine knows the model's layers; the line the user needs is in the log."""
-    text = (ROOT / "configs" / "sink_window.yaml").read_text("utf-8")
+    text = (ROOT / "configs/cpu" / "sink_window.yaml").read_text("utf-8")
     config = tmp_path / "layers.yaml"
     config.write_text(text.replace('"0-9"', '"7"'), encoding="utf-8")
     with ended(start(tmp_path, str(config), "--model", str(tiny))) as server:

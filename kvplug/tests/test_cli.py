@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -17,9 +18,10 @@ import typer
 from pydantic import Field
 from typer.testing import CliRunner
 
-from kvplug import __version__
+from kvplug import __version__, configs
 from kvplug.cli import app, installed
 from kvplug.contract import ALL_FEATURES, Feature, Kind, PolicyOptions, TransferCodec
+from kvplug.hosts.vllm.flags import engine_from_flags, read_config
 from kvplug.registry import plugins
 from kvplug_lab import models
 from kvplug_lab.cli.outputs import wide_console
@@ -28,7 +30,7 @@ doctor_module = sys.modules["kvplug.cli.doctor"]
 serve_module = sys.modules["kvplug.cli.serve"]
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 
 CONFIG = """\
 block-size: 32
@@ -317,17 +319,83 @@ def test_policies_lists_broken_plugins(run: Run, monkeypatch: pytest.MonkeyPatch
 # -- check -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_every_config_passes_without_a_note(run: Run, config: Path) -> None:
     done = run("check", config)
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{config}: OK\n")
     assert "note:" not in done.stdout
-    assert f"kvplug serve configs/{config.name} --model" in config.read_text("utf-8")
+    name = f"{config.parent.name}/{config.stem}"
+    assert f"kvplug serve {name} --model" in config.read_text("utf-8")
+    assert run("check", name).stdout == done.stdout
 
 
 def test_the_configs_are_there() -> None:
-    assert {c.stem for c in CONFIGS} >= {"quickstart", "lru", "fifo", "sink_window"}
+    both = {of: {c.stem for c in CONFIGS if c.parent.name == of} for of in configs.SETS}
+    assert both["cpu"] >= {"quickstart", "lru", "fifo", "sink_window"}
+    assert both["gpu"] >= {"quickstart", "lru", "int8", "int4", "reuse", "sink_window_int4"}
+    assert sum(map(len, both.values())) == len(CONFIGS)
+
+
+@pytest.mark.parametrize(
+    "config", [c for c in CONFIGS if c.parent.name == "gpu"], ids=lambda p: p.stem
+)
+def test_gpu_deployments_take_vllms_defaults_for_a_gpu(config: Path) -> None:
+    file = read_config(config)
+    own = {"block-size", "dtype", "shutdown-timeout", "worker-extension-cls"}
+    assert set(file.flags) <= own and file.flags["block-size"] == 16
+    engine = engine_from_flags(file.flags)
+    assert engine.features >= {Feature.CUDA_GRAPHS, Feature.ASYNC_SCHEDULING}
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in config.read_text("utf-8")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_name_is_a_deployment_for_this_machine(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: bool
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.chdir(tmp_path)
+    mine, other = ("gpu", "cpu") if gpu else ("cpu", "gpu")
+    assert run("check", "quickstart").stdout == run("check", f"{mine}/quickstart").stdout
+    assert run("check", f"{other}/quickstart").stdout.startswith(
+        f"{ROOT}/configs/{other}/quickstart.yaml: OK"
+    )
+    alone = "tova" if gpu else "reuse"  # in the other set only
+    done = run("check", alone)
+    assert done.exit_code == 2 and done.stdout == ""
+    assert done.stderr.startswith(
+        f"{alone}: file: ships as {other}/{alone} only, and this machine's deployments are in "
+        f"{mine}/. Fix: pass {other}/{alone} to use it here, or choose from {mine}/: "
+    )
+
+
+def test_a_path_that_exists_wins_over_a_name(run: Run, tmp_path: Path) -> None:
+    with contextlib.chdir(tmp_path):
+        Path("lru").write_text("prefix_cache: {use: fifo}\n", encoding="utf-8")
+        assert "  prefix_cache: fifo (exact)" in run("check", "lru").stdout
+        assert "  prefix_cache: lru (exact)" in run("check", "cpu/lru").stdout
+        missing = run("check", "quickstart.yaml")
+    assert missing.exit_code == 2
+    assert "cannot be read: No such file or directory" in missing.stderr
+
+
+def test_an_unknown_name_lists_the_known_ones(run: Run) -> None:
+    for command in (["check"], ["serve", "--model", "acme/tiny"], ["record"]):
+        done = run(*command, "quickstrat")
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert done.stderr.startswith(
+            "quickstrat: file: no such file, and kvplug ships no deployment of that name. "
+            "Fix: check the path, or choose from cpu/: ada_kv, "
+        )
+        assert "; gpu/: " in done.stderr and done.stderr.count("quickstart") == 2
+
+
+def test_a_deployment_is_served_by_name(run: Run) -> None:
+    done = run("serve", "cpu/quickstart", "--model", "acme/tiny", "--dry-run")
+    assert done.exit_code == 0
+    assert f"--config {ROOT}/configs/cpu/quickstart.yaml" in done.stdout
 
 
 def test_check_says_what_runs(run: Run, good: Path) -> None:
@@ -336,7 +404,7 @@ def test_check_says_what_runs(run: Run, good: Path) -> None:
         "  prefix_cache: lru (exact)",
         "  features enabled: async scheduling, chunked prefill, preemption, prefix caching",
     ]
-    approximate = run("check", ROOT / "configs/quickstart.yaml").stdout
+    approximate = run("check", ROOT / "configs/cpu/quickstart.yaml").stdout
     assert "  sequence: sink_window (approximate): sink=64 window=448 layers={}\n" in approximate
 
 

@@ -137,7 +137,7 @@ def test_a_config_that_does_not_turn_kvplug_on(file: Path) -> None:
 
 
 def test_a_file_that_is_no_mapping(file: Path) -> None:
-    assert refused(file, "- a\n") == [": file: must be a mapping, got list. Fix: see configs/."]
+    assert refused(file, "- a\n") == [": file: must be a mapping, got list. Fix: see configs/cpu."]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_connector_without_a_section(file: Path) -> None:
 
 def test_a_connector_config_that_is_no_mapping(file: Path) -> None:
     assert refused(file, "\nkv-transfer-config: yes please\n") == [
-        ":2: kv-transfer-config: must be a mapping. Fix: see configs/ for examples."
+        ":2: kv-transfer-config: must be a mapping. Fix: see configs/cpu for examples."
     ]
 
 

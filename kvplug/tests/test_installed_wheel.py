@@ -26,7 +26,7 @@ import pytest
 from kvplug_lab import models
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "configs/quickstart.yaml"
+CONFIG = ROOT / "configs/cpu/quickstart.yaml"
 START_SECONDS = 600
 STOP_SECONDS = 300
 
@@ -128,6 +128,9 @@ def test_it_serves_dry(environment: Environment) -> None:
     done = environment.kvplug("serve", str(CONFIG), "--model", "acme/tiny", "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"--config {CONFIG}" in done.stdout
+    done = environment.kvplug("serve", "gpu/int8", "--model", "acme/tiny", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"--config {environment.packages}/kvplug/_configs/gpu/int8.yaml" in done.stdout
     done = environment.kvplug("serve", str(CONFIG), "--model", "smollm2", "--dry-run")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("--model smollm2 needs the lab, which is not installed.")

@@ -169,5 +169,6 @@ def test_a_wheel_holds_its_packages_and_nothing_else(distribution: str, tmp_path
         for file in [*sources(package), PACKAGES[package] / "py.typed"]
     }
     if distribution == "kvplug":
-        expected |= {f"kvplug/_configs/{file.name}" for file in (ROOT / "configs").glob("*.yaml")}
+        configs = ROOT / "configs"
+        expected |= {f"kvplug/_configs/{f.relative_to(configs)}" for f in configs.glob("*/*.yaml")}
     assert names == expected

@@ -92,7 +92,7 @@ def test_every_policy_that_orders_runs_by_default(run: Run, trace: Path, tmp_pat
 
 
 def test_options_and_deployment_files_name_policies(run: Run, trace: Path, tmp_path: Path) -> None:
-    out, config = tmp_path / "rows.json", ROOT / "configs" / "lfu.yaml"
+    out, config = tmp_path / "rows.json", ROOT / "configs/cpu/lfu.yaml"
     names = f"lfu:half_life=50:history=9,{config}"
     result = run(trace, "--policy", names, "--policy", "lfu", "--capacity", "15", "--json", out)
     assert result.exit_code == 0, result.output
@@ -185,7 +185,7 @@ def test_a_corrupt_trace(run: Run, trace: Path) -> None:
         ("lfu:=3", "'=3' is not an option"),
         ("lfu:half_life=[", "is not an option"),
         ("none.yaml", "none.yaml: file: cannot be read"),
-        (str(ROOT / "configs/sink_window.yaml"), "prefix_cache: is not set"),
+        (str(ROOT / "configs/cpu/sink_window.yaml"), "prefix_cache: is not set"),
     ],
 )
 def test_a_policy_that_is_none(run: Run, trace: Path, policy: str, says: str) -> None:

@@ -20,7 +20,7 @@ EVERY = pytest.mark.parametrize("policy", BUILTIN, ids=lambda p: f"{p.kind}-{p.n
     [
         "policies/kvplug_policies/{kind}/{name}.py",
         "policies/tests/test_{name}.py",
-        "configs/{name}.yaml",
+        "configs/cpu/{name}.yaml",
         "docs/policies/{name}.md",
     ],
 )
@@ -36,7 +36,7 @@ def test_the_class_lives_under_its_stem(policy: type[Policy]) -> None:
 
 @EVERY
 def test_the_deployment_uses_the_policy(policy: type[Policy]) -> None:
-    deployment = read_config(ROOT / "configs" / f"{policy.name}.yaml").deployment
+    deployment = read_config(ROOT / "configs/cpu" / f"{policy.name}.yaml").deployment
     chosen = [choice.policy for choice in deployment.all()]
     if policy.kind is Kind.REUSE:  # one of a chain
         assert policy in chosen and {p.kind for p in chosen} == {Kind.REUSE}

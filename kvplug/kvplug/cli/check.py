@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvplug.cli.refusals import print_refusals
+from kvplug.configs import find
 
 if TYPE_CHECKING:
     from kvplug.hosts.vllm.flags import ConfigFile
 
-FILE_HELP = "A vLLM --config file with a kvplug section, or a file that is only the section."
+FILE_HELP = (
+    "A vLLM --config file with a kvplug section, a file that is only the section, or the name of a "
+    "deployment that ships with kvplug: NAME for this machine, cpu/NAME or gpu/NAME."
+)
 
 SUFFIXES = (".yaml", ".yml")
 """What vLLM's ``--config`` accepts."""
@@ -49,7 +53,7 @@ def check(
 
 
 def read_checked(file: Path) -> ConfigFile:
-    """Read a deployment file and check it against the engine it describes.
+    """Read a deployment file, or a shipped one by name, and check it against its engine.
 
     A file that is only the section describes no engine, so only its policies are checked, each
     against its own options and against the others.
@@ -61,6 +65,7 @@ def read_checked(file: Path) -> ConfigFile:
     from kvplug.errors import DeploymentError, Refusal
     from kvplug.hosts.vllm.flags import RUNS, engine_from_flags, read_config
 
+    file = find(file)
     config = read_config(file)
     if config.standalone:
         needed = (choice.policy.requires for choice in config.deployment.all())

@@ -33,7 +33,7 @@ def demo(
         Path | None, typer.Option(help="Write a self-contained page with plots.")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Deployment to run; configs/quickstart.yaml by default.")
+        Path | None, typer.Option(help="Deployment to run; configs/cpu/quickstart.yaml by default.")
     ] = None,
     model: Model = None,
     requests: Annotated[int, typer.Option(min=2, help="Requests sent at once.")] = 18,
@@ -48,7 +48,7 @@ def demo(
     console = Console(soft_wrap=True)
     with refusing(1):
         check_outputs(json=json, html=html)
-        file = read_config(config or configs.shipped("quickstart"))
+        file = read_config(config or configs.shipped("cpu/quickstart"))
         directory = model or smollm2(console)
         prompts = texts.passages(texts.shakespeare(), requests, WORDS, seed=0)
         lengths = _lengths(directory, prompts)

@@ -57,7 +57,7 @@ def read_config(path: Path) -> ConfigFile:
     if not isinstance(data, Mapping):
         raise DeploymentError(
             str(path),
-            [Refusal("file", f"must be a mapping, got {type(data).__name__}.", "see configs/.")],
+            [Refusal("file", f"must be a mapping, got {type(data).__name__}.", "see configs/cpu.")],
         )
     data = {k: _parsed(path, str(k), v, lines) for k, v in data.items()}
     flags = {str(k).replace("_", "-"): v for k, v in data.items()}
@@ -130,7 +130,7 @@ def _connector_refusals(transfer: Any, key: str, lines: Mapping[str, int]) -> li
         return Refusal(where, problem, fix, lines.get(where, lines.get(key)))
 
     if not isinstance(transfer, Mapping):
-        return [refusal("", "must be a mapping.", "see configs/ for examples.")]
+        return [refusal("", "must be a mapping.", "see configs/cpu for examples.")]
     found = []
     for name, value in (
         ("kv_connector", CONNECTOR),
