@@ -10,6 +10,8 @@ what the function of that name returns:
 * ``rows(file, path, *columns)``, ``hit_rates``, ``ways``, ``scale``, ``workloads``,
   ``format_error``, ``calibrated``, ``beyond_noise``, ``fidelity_formats`` and ``near``: tables of
   figures in ``docs/figures``;
+* ``gpu_machine()``, ``gpu_speed()``, ``gpu_checks()`` and ``gpu_kernels()``: the last results of
+  ``gpu-check`` in ``docs/figures/gpu.json``, or that there are none;
 * ``figure(name)``: a drawing of ``docs/figures``, inline, so that it follows the page's colours.
 """
 
@@ -502,6 +504,91 @@ def near(replaced: str) -> str:
     return table(("segments", "search", "near, µs", "add, µs", "source found first"), lines)
 
 
+GPU = "gpu"
+NOT_MEASURED = "Not measured yet: `docs/figures/gpu.json` holds no results."
+
+
+def gpu_part(name: str) -> dict[str, Any] | None:
+    """A part of the last ``gpu-check``, or None where it was not run."""
+    if not (FIGURES / f"{GPU}.json").is_file():
+        return None
+    found: dict[str, Any] | None = load(GPU)["parts"].get(name)
+    return found
+
+
+def gpu_machine() -> str:
+    """Card, versions and date of the last ``gpu-check``."""
+    if not (FIGURES / f"{GPU}.json").is_file():
+        return NOT_MEASURED
+    data = load(GPU)
+    machine = data["machine"]
+    versions = ", ".join(
+        f"{label} {machine[key]}"
+        for key, label in (
+            ("vllm", "vLLM"),
+            ("torch", "torch"),
+            ("triton", "Triton"),
+            ("python", "Python"),
+            ("driver", "driver"),
+        )
+        if machine.get(key)
+    )
+    return (
+        f"**{machine['gpu']}**, {machine['cores']} CPU cores; {versions}; kvplug at "
+        f"`{data['commit']}`, {data['date'][:10]}."
+    )
+
+
+def gpu_speed() -> str:
+    """Deployments against stock in the same KV memory."""
+    from kvplug_lab.gpu_check.report import speed_cells, speed_heads
+
+    part = gpu_part("speed")
+    if part is None:
+        return NOT_MEASURED
+    lines = [[code(row[0]), *row[1:]] for row in speed_cells(part["rows"])]
+    load_ = load(GPU)["load"]
+    said = (
+        f"{load_['requests']} requests of {load_['prompt']:,} + {load_['output']:,} tokens in KV "
+        f"memory for {load_['kv_tokens']:,} tokens of stock's."
+    )
+    return f"{said}\n\n{table(speed_heads(), lines)}"
+
+
+def gpu_checks() -> str:
+    """What the parts of the last ``gpu-check`` found, failures named."""
+    lines = []
+    for name in ("kernels", "exact", "policies"):
+        part = gpu_part(name)
+        if part is None:
+            lines.append((name, "not run", "", ""))
+            continue
+        bad = [row for row in part["rows"] if not row["ok"] and row["name"] != "all"]
+        total = [row for row in part["rows"] if row["name"] == "all"]
+        count = f"{total[0]['passed']:,} tests" if total else f"{len(part['rows'])} engines"
+        why = "; ".join(f"{row['name']}: {row.get('problem') or row.get('message')}" for row in bad)
+        lines.append((name, "ok" if part["ok"] else "**failed**", count, part["error"] or why))
+    return table(("part", "result", "ran", "what failed"), lines)
+
+
+def gpu_kernels() -> str:
+    """Kernels against a copy of the bytes that they must move, on the GPU."""
+    part = gpu_part("bench")
+    if part is None:
+        return NOT_MEASURED
+    lines = [
+        (
+            code(row["op"]),
+            row["shape"],
+            f"{row['op_us_median']:,.1f}",
+            f"{row['ratio_median']:.2f} of {row['baseline']}",
+        )
+        for row in part["rows"]
+        if row["ok"]
+    ]
+    return table(("operation", "size", "microseconds", "ratio"), lines)
+
+
 def figure(name: str) -> str:
     """A drawing, put in once the page is HTML."""
     return f'<div data-figure="{name}"></div>'
@@ -540,6 +627,10 @@ MACROS: dict[str, Callable[..., str]] = {
         beyond_noise,
         fidelity_formats,
         near,
+        gpu_machine,
+        gpu_speed,
+        gpu_checks,
+        gpu_kernels,
         figure,
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -18,11 +19,12 @@ from kvplug_policies.builtin import BUILTIN
 
 pytest.importorskip("kvplug_lab.gpu_check")
 
-from kvplug_lab.gpu_check import benches, cases, exact, kernels, policies, report, speed
+from kvplug_lab.gpu_check import benches, cases, exact, kernels, policies, publish, report, speed
 from kvplug_lab.gpu_check.engines import EngineFailed, Machine
 from kvplug_lab.gpu_check.parts import SCHEMA, Group, Part, Report, Results, run_groups
 
 Said = list[str]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -37,8 +39,7 @@ def results(tmp_path: Path, said: Said) -> Results:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
-    root = Path(__file__).resolve().parents[2]
-    return Machine("cpu", {}, tmp_path, root, None)  # type: ignore[arg-type]
+    return Machine("cpu", {}, tmp_path, ROOT, None)  # type: ignore[arg-type]
 
 
 def rows_of(results: Results, part: str) -> list[dict[str, Any]]:
@@ -461,3 +462,91 @@ def test_the_command_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+def run_of(commit: str | None = "abcdef1", gpu: str = "H100", **parts: Any) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "date": "2026-11-26T10:00:00+00:00",
+        "kvplug": "0.1.0",
+        "commit": commit,
+        "machine": {"gpu": gpu, "vllm": "0.32.0", "torch": "2.11", "triton": "3.6", "cores": 16},
+        "load": speed.load_facts(speed.Load()),
+        "seconds": 10.0,
+        "ok": True,
+        "parts": {
+            name: {"ok": True, "seconds": 5.0, "error": None, "rows": rows}
+            for name, rows in parts.items()
+        },
+    }
+
+
+STOCK_ROW = {
+    "name": "stock",
+    "ok": True,
+    "tokens_per_s": 1000.0,
+    "ratio": 1.0,
+    "running": 8,
+    "kv_tokens": 20608,
+    "blocks_freed": 0,
+    "evictions": 0,
+    "step_ms": {"8": 3.3},
+    "decode_ms": 3.1,
+    "decode_ratio": 1.0,
+    "runner": 2,
+    "graphs": "FULL_AND_PIECEWISE",
+    "reports": [1],
+}
+
+
+def test_runs_of_different_parts_become_one() -> None:
+    bad = {"name": "int4", "ok": False, "problem": "other tokens\nlog", "reports": []}
+    one, two = run_of(exact=[bad, {"name": "h2o", "ok": True}]), run_of(speed=[STOCK_ROW])
+    data = publish.merged([one, two])
+    assert set(data["parts"]) == {"exact", "speed"} and not data["ok"]
+    assert data["parts"]["exact"]["rows"][0]["problem"] == "other tokens"
+    assert "reports" not in data["parts"]["speed"]["rows"][0] and data["seconds"] == 20.0
+    again = publish.merged([one, run_of(exact=[{"name": "int4", "ok": True}])])
+    assert again["ok"] and len(again["parts"]["exact"]["rows"]) == 2
+    with pytest.raises(KVPlugError, match="different machines: gpu H100 and H200"):
+        publish.merged([one, run_of(gpu="H200")])
+    with pytest.raises(KVPlugError, match="schema 0"):
+        publish.merged([one | {"schema": 0}])
+
+
+def test_the_page_shows_what_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("kvplug_gpu_macros", ROOT / "docs/macros.py")
+    assert spec is not None and spec.loader is not None
+    macros = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(macros)
+    monkeypatch.setattr(macros, "FIGURES", tmp_path)
+    four = (macros.gpu_machine, macros.gpu_speed, macros.gpu_checks, macros.gpu_kernels)
+    assert "Not measured yet" in four[0]() and "Not measured yet" in four[1]()
+    assert "not run" in four[2]() and "Not measured yet" in four[3]()
+
+    (tmp_path / "sources.json").write_text("{}", encoding="utf-8")
+    bench = {"op": "quant_write", "shape": "4", "op_us_median": 2.0, "ratio_median": 1.5}
+    bench |= {"name": "quant_write", "ok": True, "baseline": "a copy"}
+    failed = {"name": "kivi", "ok": False, "problem": "requests [1] did not finish"}
+    tests = [
+        {"name": "all", "ok": False, "passed": 6000, "failed": 1},
+        {"name": "test_x.py::test_y", "ok": False, "failed": 1, "message": "no"},
+    ]
+    file = tmp_path / "run.json"
+    data = run_of(None, kernels=tests, exact=[failed], speed=[STOCK_ROW], bench=[bench])
+    file.write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(KVPlugError, match="Fix: pass --commit HASH"):
+        publish.publish([file], tmp_path, None, "One run.")
+    publish.publish([file], tmp_path, "abcdef1", "One run.")
+    said = [macro() for macro in four]
+    assert "**H100**" in said[0] and "vLLM 0.32.0" in said[0] and "2026-11-26" in said[0]
+    assert "| `stock` | 1,000 | 1.00 | 8 | 20,608 |" in said[1]
+    assert "48 requests of 2,048 + 512 tokens" in said[1]
+    assert "kivi: requests [1] did not finish" in said[2] and "6,000 tests" in said[2]
+    assert "| policies | not run |" in said[2] and "test_x.py::test_y: no" in said[2]
+    assert "1.50 of a copy" in said[3]
+    sources = json.loads((tmp_path / "sources.json").read_text(encoding="utf-8"))
+    assert sources["gpu"]["date"] == "2026-11-26" and sources["gpu"]["commit"] == "abcdef1"

@@ -120,20 +120,18 @@ def facts(llm: Any) -> dict[str, Any]:
         llm: The ``vllm.LLM``.
 
     Returns:
-        ``runner`` (1 or 2), ``graphs``, ``async``, ``backend``, ``blocks`` and ``block_size``.
+        ``runner`` (1 or 2), ``graphs``, ``async``, ``backend``, ``plugged`` (true where kvplug's
+        steps run around the backend), ``blocks`` and ``block_size``.
     """
     config = llm.llm_engine.vllm_config
     layers = config.compilation_config.static_forward_context.values()
-    backends = {
-        f"{layer.attn_backend.__module__.rsplit('.', 1)[-1]}.{layer.attn_backend.__qualname__}"
-        for layer in layers
-        if hasattr(layer, "attn_backend")
-    }
+    backends = {layer.attn_backend for layer in layers if hasattr(layer, "attn_backend")}
     return {
         "runner": 2 if config.use_v2_model_runner else 1,
         "graphs": getattr(config.compilation_config.cudagraph_mode, "name", None),
         "async": bool(config.scheduler_config.async_scheduling),
-        "backend": ", ".join(sorted(backends)),
+        "backend": ", ".join(sorted({backend.get_name() for backend in backends})),
+        "plugged": any(backend.__module__.startswith("kvplug.") for backend in backends),
         "blocks": config.cache_config.num_gpu_blocks,
         "block_size": config.cache_config.block_size,
     }

@@ -1,4 +1,8 @@
-"""Every built-in policy in an engine with CUDA graphs, vLLM's own backend and bfloat16."""
+"""Every built-in policy in an engine with CUDA graphs, vLLM's own backend and bfloat16.
+
+Graphs and async scheduling are off where a policy declares that it does not support them; rows
+say what ran.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +85,8 @@ def policy_cases(machine: Machine, names: Sequence[str] = ()) -> list[Case]:
             return problem or (f"counters are 0: {', '.join(zero)}" if zero else "")
 
         if wanted(name, names):
-            found.append(Case(name, section, workload(times=2), check, own | engine))
+            arguments = own | without(section) | engine
+            found.append(Case(name, section, workload(times=2), check, arguments))
 
     window = {"use": "sink_window", "sink": 32, "window": 96}
     case("sink_window", {"sequence": window}, ["sequence"], ["split_rows"])
@@ -109,6 +114,20 @@ def policy_cases(machine: Machine, names: Sequence[str] = ()) -> list[Case]:
         case(f"{name} with {stored}", section, ["sequence", "format"], ["evictions"])
     reuse = {"use": list(CHAIN), "segments": {"by": "fixed"}}
     case("reuse", {"reuse": reuse}, ["reuse"], ["loaded"], enable_prefix_caching=False)
+    return found
+
+
+def without(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM`` that turn off what policies of a section do not support."""
+    from kvplug.contract import Feature
+    from kvplug.parser import load_deployment
+
+    policies = [choice.policy for choice in load_deployment(section).all()]
+    found: dict[str, Any] = {}
+    if any(Feature.CUDA_GRAPHS not in policy.supports for policy in policies):
+        found["enforce_eager"] = True
+    if any(Feature.ASYNC_SCHEDULING not in policy.supports for policy in policies):
+        found["async_scheduling"] = False
     return found
 
 
