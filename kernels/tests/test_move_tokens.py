@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from paged_cases import LAYER_LAYOUTS, NO_BLOCK, lay_out_layers
 from torch import Tensor
 
-from kvplug_kernels.compact_kv import plan_moves
+from kvplug_kernels.compact_kv.naive import plan_moves_naive
 from kvplug_kernels.move_tokens import LayerCaches, move_tokens
 from kvplug_kernels.move_tokens.kernel import move_tokens_triton
 from kvplug_kernels.move_tokens.naive import move_tokens_naive
@@ -57,7 +57,7 @@ def make_source(
 ) -> Tensor:
     rng = torch.Generator().manual_seed(seed)
     kept = torch.rand(layers * rows, heads, n, generator=rng).argsort(-1)[..., :count]
-    source = plan_moves(kept.sort(-1).values.int().to(device), count)
+    source = plan_moves_naive(kept.sort(-1).values.int().to(device), count)
     return source.view(layers, rows, heads, count)
 
 

@@ -13,6 +13,7 @@ from grid import grid, implementations, unless_gpu
 from hypothesis import HealthCheck, given, settings
 from paged_cases import NO_BLOCK, to_device
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvplug_kernels.paged_attend_quant.kernel as kernel
 import kvplug_kernels.paged_attend_quant.naive as naive
@@ -355,10 +356,37 @@ def test_integer_logits_are_exact(device: torch.device) -> None:
     slots = torch.arange(40, device=device)
     blocks = case["block_table"][0, slots // 16].long()
     codes = layout.plane(case["pages"], "key_codes")[blocks, 0, slots % 16].long() - 128
-    logits = (whole[0].to(device) @ codes.T).double() * 2.0**-14
+    logits = (whole[0].to(device).double() @ codes.double().T) * 2.0**-14
     for implementation in (paged_attend_quant_vectorized, paged_attend_quant_triton):
         _, lse = implementation(**case, integer=True)
         torch.testing.assert_close(lse[0].double(), logits.logsumexp(-1), rtol=1e-6, atol=1e-6)
+
+
+class NoIntegerProducts(TorchDispatchMode):
+    """Fails on a product of integer matrices: CUDA has none."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm", "mv", "dot"):
+            assert args[0].is_floating_point(), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "implementation", [paged_attend_quant_naive, paged_attend_quant_vectorized]
+)
+def test_torch_multiplies_no_integer_matrices(
+    implementation: Implementation, device: torch.device
+) -> None:
+    case = make_case(INTEGER["int4"], [40], [1], device=device)
+    with NoIntegerProducts():
+        implementation(**case, integer=True)
+
+
+def test_scratch_memory_of_each_device_is_its_own() -> None:
+    for device in map(torch.device, ("cpu", "meta", "cpu")):
+        assert vectorized.scratch("test", (4, 8), torch.float32, device).device == device
 
 
 def test_stored_sums_are_used(device: torch.device) -> None:

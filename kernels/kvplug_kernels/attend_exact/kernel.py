@@ -110,7 +110,7 @@ def attend_exact_kernel(
     n_end = tl.max(b_last, 0) + 1
     if RECENT:
         n_recent = tl.minimum(tl.load(recent_lens + i_r), recent_size)
-        i_slot = tl.load(recent_slots + i_r)
+        i_slot = tl.load(recent_slots + i_r).to(tl.int64)
         p_key = recent_key + i_slot * stride_rkl + i_h * stride_rkh
         p_value = recent_value + i_slot * stride_rvl + i_h * stride_rvh
         # A tile without queries has nothing to read.

@@ -389,8 +389,8 @@ def attend_kernel(
             b_step = tl.max(b_scaled, 2) / 255
             # The inverse of a subnormal step is infinite; such weights are nothing.
             m_step = b_step > 1e-38
-            b_inverse = tl.where(m_step, 1 / tl.where(m_step, b_step, 1.0), 0.0)
-            b_w = tl.floor(b_scaled * b_inverse[:, :, None] + 0.5).to(tl.int32) - 128
+            b_w_inverse = tl.where(m_step, 1 / tl.where(m_step, b_step, 1.0), 0.0)
+            b_w = tl.floor(b_scaled * b_w_inverse[:, :, None] + 0.5).to(tl.int32) - 128
             b_v_int = _dot_int(b_w.to(tl.int8), b_v_code.to(tl.int8), GROUPS_V)
             b_v_int += 128 * tl.sum(b_v_code, 1)[:, None, :]
             b_low_sum = tl.sum(b_weight[None, :, :] * b_v_zero[:, None, :], 2)

@@ -206,7 +206,8 @@ def integer_sums(weights: Tensor, fields: dict[str, Tensor], coding: Coding) -> 
     for at in range(0, len(weights), WEIGHT_TILE):
         part = slice(at, at + WEIGHT_TILE)
         w_codes, w_scale = quantize_weights((weights[part, None].float() * scale[part]).T)
-        products = torch.einsum("gt,tgd->gd", w_codes.long(), codes[part])
+        # Exact, and CUDA has no product of integer matrices.
+        products = torch.einsum("gt,tgd->gd", w_codes.double(), codes[part].double())
         total += w_scale.double() * products
         total += (weights[part, None].double() * zero[part]).sum(0)[:, None]
     return total.flatten()

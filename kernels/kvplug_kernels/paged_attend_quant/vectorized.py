@@ -30,15 +30,17 @@ FP8_UNIT = 256.0
 _scratch = threading.local()
 
 
-def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor whose memory is used again by the next call of the same name and thread. Fresh
-    memory of this size comes from the kernel page by page, which takes longer than filling it."""
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor whose memory is used again by the next call of the same name, device and thread.
+    Fresh memory of this size comes from the kernel page by page, which takes longer than filling
+    it."""
     size = math.prod(shape) * dtype.itemsize
-    memory: Tensor | None = getattr(_scratch, name, None)
+    kept: dict[tuple[str, torch.device], Tensor] = vars(_scratch).setdefault("kept", {})
+    memory = kept.get((name, device))
     if memory is None or memory.numel() < size:
-        memory = torch.empty(size, dtype=torch.uint8)
+        memory = torch.empty(size, dtype=torch.uint8, device=device)
         if size <= 2 * VECTORS_BYTES:
-            setattr(_scratch, name, memory)
+            kept[name, device] = memory
     return memory[:size].view(dtype).view(shape)
 
 
@@ -185,7 +187,7 @@ def _attend_rows(
         live = table[:, first : first + width_pages]
         # Whole pages: one run of bytes for each block, and every field is a view of them.
         shape = (live.numel(), *pages.shape[1:])
-        gathered = scratch("pages", shape, torch.uint8)
+        gathered = scratch("pages", shape, torch.uint8, device)
         torch.index_select(pages, 0, live.flatten(), out=gathered)
         gathered = gathered.view(*live.shape, *pages.shape[1:])
         key = _read(call, "key_", gathered, n, lens, width * group)
@@ -233,7 +235,7 @@ def _logits(call: AttendCall, query: Tensor, key: DecodedTile) -> Tensor:
         q = q * call.scale
         if key.scale is None:
             shape = (rows, heads, q.shape[2], key.x.shape[2])
-            found = torch.matmul(q, key.x.mT, out=scratch("logits", shape, torch.float32))
+            found = torch.matmul(q, key.x.mT, out=scratch("logits", shape, torch.float32, q.device))
         else:
             grouped = torch.unflatten(q, -1, (coding.groups, coding.group))
             sums = grouped.sum(-1)
@@ -261,7 +263,7 @@ def _by_group(q: Tensor, x: Tensor) -> Iterator[Tensor]:
     """
     rows, heads, m, groups, size = q.shape
     if groups == 1:
-        found = scratch("logits", (rows, heads, m, x.shape[2]), torch.float32)
+        found = scratch("logits", (rows, heads, m, x.shape[2]), torch.float32, x.device)
         yield torch.matmul(q[:, :, :, 0], x.mT, out=found)
     elif m * groups <= FEW_QUERIES:
         # One pass over the vectors: each group's query, with zeros for the other groups.
@@ -342,7 +344,7 @@ def _integer_sums(w: Tensor, value: DecodedTile, coding: Coding) -> list[Tensor]
             shape = (rows, heads, tiles, m, (end - first) // tiles)
             cut = w[..., first:end].view(rows, heads, m, tiles, -1).transpose(2, 3)
             scale = value.scale[:, :, first:end, g].reshape(rows, heads, tiles, 1, -1)
-            scaled = torch.mul(cut, scale, out=scratch("scaled", shape, torch.float32))
+            scaled = torch.mul(cut, scale, out=scratch("scaled", shape, torch.float32, w.device))
             codes, step = quantize_weights(scaled)
             codes_v = value.x[:, :, first:end, channels]
             codes_v = codes_v.reshape(rows, heads, tiles, -1, coding.group)
@@ -396,10 +398,10 @@ def _read(
 
     if coding.kind == "plain":
         dtype = torch.float32 if coding.bits == 32 else call.query.dtype
-        x = scratch(side, (rows, heads, blocks, size, coding.width), torch.float32)
+        x = scratch(side, (rows, heads, blocks, size, coding.width), torch.float32, pages.device)
         return DecodedTile(clean(flat(x.copy_(plane("codes", dtype)))))
     codes = plane("codes")
-    x = scratch(side, (rows, heads, blocks, size, coding.inner), torch.float32)
+    x = scratch(side, (rows, heads, blocks, size, coding.inner), torch.float32, pages.device)
     if coding.kind == "fp8":
         _floats(codes, x)
     elif coding.kind == "codebook":

@@ -175,7 +175,7 @@ def merge_stats_kernel(
         b_value += tl.load(p_sum + 1, mask=m_n, other=0)
         b_norm += tl.load(p_sum + 2, mask=m_n, other=0)
         b_cosine += tl.load(p_sum + 3, mask=m_n, other=0)
-    b_count = n.to(tl.float32)
+    b_count = tl.zeros([], tl.float32) + n
     b_elements = b_count * HEAD_SIZE
     b_length = tl.sqrt(tl.sum(b_value, 0))
     b_root = tl.sqrt(b_count)
@@ -242,7 +242,8 @@ def segment_stats_triton(
             earlier,
             tile_sum,
             tile_lse,
-            scale,
+            # A Python float: an int would become an integer argument and another compiled kernel.
+            float(scale),
             n,
             m,
             c,
