@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import triton
+from record_launches import Kind, Launch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -27,18 +28,33 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 for line in sys.stdin:
-    path, module, name, signature, constants = json.loads(line)
-    error = ""
+    path, module, name, arguments, options = json.loads(line)
+    error = ptx = ""
     try:
         sys.path[:] = path
         kernel = getattr(importlib.import_module(module), name)
-        types = {arg: signature.get(arg, "constexpr") for arg in kernel.arg_names}
-        source = ASTSource(fn=kernel, signature=types, constexprs=constants)
-        binary = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
-        assert len(binary) > 0, "empty cubin"
+        missing = set(kernel.arg_names) ^ set(arguments)
+        assert not missing, f"{name} and its launch differ in {missing}"
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(kernel.params):
+            kind, *of = arguments[parameter.name]
+            if kind == "integer" and of[1] == "1" and not parameter.do_not_specialize:
+                kind, of = "constant", [1]
+            if kind == "constant":
+                signature[parameter.name] = "constexpr"
+                constants[(i,)] = of[0]
+                continue
+            star = "*" if kind == "pointer" else ""
+            signature[parameter.name] = star + of[0] if of else "fp32"
+            if of and of[1] in (True, "16") and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        assert len(made.asm["cubin"]) > 0, "empty cubin"
+        ptx = made.asm["ptx"]
     except Exception:
         error = traceback.format_exc()
-    print(json.dumps(error), flush=True)
+    print(json.dumps([error, ptx]), flush=True)
 """
 
 
@@ -95,6 +111,7 @@ class Compiler:
     def __init__(self, cache: Path) -> None:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         environment["TRITON_CACHE_DIR"] = str(cache)
+        environment["TRITON_DISABLE_LINE_INFO"] = "1"
         environment["PYTHONPATH"] = os.pathsep.join(self._path())
         self.process = subprocess.Popen(
             [sys.executable, "-c", COMPILE],
@@ -111,18 +128,16 @@ class Compiler:
         return [path for path in paths if path]
 
     def compile(
-        self, module: str, name: str, signature: dict[str, str], constants: dict[str, Any]
-    ) -> str:
-        """Compile one kernel. Returns the error, or an empty string."""
+        self, module: str, name: str, arguments: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[str, str]:
+        """Compile one kernel for arguments of the kinds that `record_launches.Kind` describes.
+        Returns the error, or an empty string, and the PTX."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(
-            json.dumps([self._path(), module, name, signature, constants]),
-            file=self.process.stdin,
-            flush=True,
-        )
+        request = [self._path(), module, name, arguments, options]
+        print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
-        error: str = json.loads(answer) if answer else "the compiler's process died"
-        return error
+        error, ptx = json.loads(answer) if answer else ("the compiler's process died", "")
+        return error, ptx
 
     def close(self) -> None:
         self.process.kill()
@@ -139,18 +154,40 @@ def compilers() -> Iterator[list[Compiler]]:
 
 
 @pytest.fixture
-def compile_for_cuda(
+def compile_launch(
     compilers: list[Compiler], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str, dict[str, str], dict[str, int | None]], None]:
+) -> Callable[[Launch], str]:
     """Compile a kernel down to a cubin without a GPU: the interpreter accepts more than the
-    compiler does."""
+    compiler does. Returns the PTX."""
+
+    def compile_one(launch: Launch) -> str:
+        if not compilers or compilers[-1].process.poll() is not None:
+            compilers.append(Compiler(tmp_path_factory.mktemp("triton")))
+        arguments, options = dict(launch.arguments), dict(launch.options)
+        error, ptx = compilers[-1].compile(launch.module, launch.kernel, arguments, options)
+        assert not error, f"{launch}: {error}"
+        return ptx
+
+    return compile_one
+
+
+@pytest.fixture
+def compile_for_cuda(
+    compile_launch: Callable[[Launch], str],
+) -> Callable[[str, str, dict[str, str], dict[str, int | None]], str]:
+    """Compile a kernel for pointers and integers of any alignment and these constants."""
 
     def compile_kernel(
         module: str, name: str, signature: dict[str, str], constants: dict[str, int | None]
-    ) -> None:
-        if not compilers or compilers[-1].process.poll() is not None:
-            compilers.append(Compiler(tmp_path_factory.mktemp("triton")))
-        error = compilers[-1].compile(module, name, signature, constants)
-        assert not error, error
+    ) -> str:
+        arguments: dict[str, Kind] = {
+            name: ("constant", value) for name, value in constants.items()
+        }
+        for argument, type_ in signature.items():
+            if type_.startswith("*"):
+                arguments[argument] = ("pointer", type_[1:], False)
+            else:
+                arguments[argument] = ("float",) if type_ == "fp32" else ("integer", type_, "any")
+        return compile_launch(Launch(module, name, tuple(arguments.items())))
 
     return compile_kernel

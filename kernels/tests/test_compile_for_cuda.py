@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import ast
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from record_launches import Launch, covering, record, singles, to_compile, uniform
+
+import kvplug_kernels
 
 SIGNATURE = {
     **dict.fromkeys(("out_a", "lse_a", "out_b", "lse_b", "out"), "*fp32"),
@@ -29,3 +35,50 @@ def test_a_kernel_that_does_not_compile_fails(
     compilers[-1].process.kill()
     compilers[-1].process.wait()
     compile_for_cuda(*KERNEL, SIGNATURE, CONSTANTS)
+
+
+PACKAGE = Path(kvplug_kernels.__file__).parent
+KERNELS = sorted(
+    node.name
+    for file in PACKAGE.rglob("*.py")
+    for node in ast.walk(ast.parse(file.read_text()))
+    if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+)
+# One for each way that integers are compiled: about a minute for all kernels.
+MOST = 5
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Launch]]:
+    """What the quick tests launch, by kernel."""
+    return record(tmp_path_factory.mktemp("launches") / "quick.jsonl", "-m", "not slow")
+
+
+@pytest.fixture(scope="module")
+def all_recorded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Launch]]:
+    """What all tests launch, by kernel."""
+    return record(tmp_path_factory.mktemp("launches") / "all.jsonl")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_what_tests_launch_compiles(
+    kernel: str, recorded: dict[str, list[Launch]], compile_launch: Callable[[Launch], str]
+) -> None:
+    """With integers as they come, and all of them such as Triton turns into constants, takes to be
+    multiples of 16 or to need 64 bits."""
+    assert kernel in recorded, "no test launches it"
+    for launch in to_compile(recorded[kernel], MOST):
+        compile_launch(launch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kind_of_argument_compiles(
+    kernel: str, all_recorded: dict[str, list[Launch]], compile_launch: Callable[[Launch], str]
+) -> None:
+    """Whatever any test launches; and with each integer of a covering part equal to 1."""
+    launches = all_recorded[kernel]
+    some = covering(launches)
+    ways = [way(launch) for way in (uniform, singles) for launch in some]
+    for launch in dict.fromkeys(itertools.chain(launches, *ways)):
+        compile_launch(launch)

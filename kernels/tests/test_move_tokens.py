@@ -18,7 +18,7 @@ from kvplug_kernels.move_tokens.naive import move_tokens_naive
 from kvplug_kernels.move_tokens.vectorized import move_tokens_vectorized
 
 Implementation = Callable[..., None]
-CompileForCuda = Callable[[str, str, dict[str, str], dict[str, int | None]], None]
+CompileForCuda = Callable[[str, str, dict[str, str], dict[str, int | None]], str]
 Launches = list[tuple[str, tuple[int, ...]]]
 
 FAST, ALL = implementations(move_tokens_naive, move_tokens_triton, move_tokens_vectorized)
@@ -402,7 +402,7 @@ def test_compiles_for_cuda(
     sizes = ("n_layers", "n_rows", "count")
     strides = tuple(f"stride_{s}" for s in ("cb", "ch", "ct", "br", "sl", "sr", "sh"))
     tile = {"BLOCK_R": 16, "BLOCK_C": 1 << (content - 1).bit_length()}
-    compile_for_cuda(
+    ptx = compile_for_cuda(
         "kvplug_kernels.move_tokens.kernel",
         "move_tokens_kernel",
         {
@@ -413,3 +413,6 @@ def test_compiles_for_cuda(
         },
         {"HEADS": 8, "BLOCK_SIZE": 16, "CONTENT": content, "WORD": word, "VECTOR": vector, **tile},
     )
+    # A lane moves as much as every address allows.
+    moved = f"v2.b{8 * word}" if vector == 2 else f"b{8 * word}"
+    assert f"ld.global.{moved} " in ptx and f"st.global.{moved} " in ptx
