@@ -223,8 +223,8 @@ class FakeEngine:
     started: list[str]
 
     def __init__(self, machine: Machine, name: str, model: Path, section: Any, *_: Any, **__: Any):
-        self.name, self.facts = name, {}
-        type(self).started.append(name)
+        self.name, self.facts = name.split(" ", 1)[1], {}
+        type(self).started.append(self.name)
 
     def ready(self, deadline: float) -> dict[str, Any]:
         if self.name == "dead":
@@ -275,7 +275,7 @@ def test_cases_report_what_is_wrong(
     ]
     found: dict[str, Mapping[str, Any]] = {}
     report: Report = lambda row, line: found.update({row["name"]: row})  # noqa: E731
-    cases.serve_cases(machine, tmp_path, some, 2, report, time.monotonic() + 60)
+    cases.serve_cases("part", machine, tmp_path, some, 2, report, time.monotonic() + 60)
     assert {name: (row["ok"], row["problem"].splitlines()[:1]) for name, row in found.items()} == {
         "good": (True, []),
         "bad": (False, ["other tokens than expected: request 0 from token 2"]),
@@ -283,7 +283,7 @@ def test_cases_report_what_is_wrong(
         "idle": (False, ["no format policy acted"]),
     }
     assert found["good"]["graphs"] == "FULL_AND_PIECEWISE"
-    cases.serve_cases(machine, tmp_path, some[:1], 1, report, time.monotonic() - 1)
+    cases.serve_cases("part", machine, tmp_path, some[:1], 1, report, time.monotonic() - 1)
     assert found["good"]["problem"] == "not run: out of time"
 
 

@@ -17,7 +17,17 @@ MODULES = (
     "transformers",
 )
 
+ARCHITECTURE = "LlamaForCausalLM"
+"""Of every model that is checked here."""
+
 for _name in MODULES:
     # A machine may lack one of them; the engine that needs it then says so itself.
     with contextlib.suppress(Exception):
         importlib.import_module(_name)
+
+with contextlib.suppress(Exception):
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    # Otherwise vLLM imports itself in one process more, to look at a class that is here already.
+    ModelRegistry.register_model(ARCHITECTURE, LlamaForCausalLM)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from kvplug_lab.gpu_check.engines import Engine, EngineFailed, Machine
@@ -71,6 +72,8 @@ def engine_arguments(machine: Machine, **own: Any) -> dict[str, Any]:
         found["compilation_config"] = {"cudagraph_capture_sizes": [1, 2, 4, MAX_NUM_SEQS]}
     else:
         found["enforce_eager"] = True
+    if own.get("enforce_eager"):
+        found.pop("compilation_config", None)
     return found | own
 
 
@@ -97,6 +100,7 @@ class Case:
 
 
 def serve_cases(
+    name: str,
     machine: Machine,
     model: Path,
     cases: Sequence[Case],
@@ -107,6 +111,7 @@ def serve_cases(
     """Serve every case and report a row each.
 
     Args:
+        name: Of the part; no other part that runs beside it has it.
         machine: Where the engines run.
         model: Model directory.
         cases: The cases.
@@ -116,8 +121,16 @@ def serve_cases(
         deadline: Cases that have not begun by then fail, with that as their problem.
     """
 
+    free: SimpleQueue[str] = SimpleQueue()
+    for i in range(side_by_side):
+        free.put(f"{name}-{i}")
+
     def one(case: Case) -> None:
-        row, line = _serve(machine, model, case, deadline)
+        slot = free.get()
+        try:
+            row, line = _serve(name, machine, model, case, slot, deadline)
+        finally:
+            free.put(slot)
         report(row, line)
 
     with ThreadPoolExecutor(side_by_side) as pool:
@@ -126,7 +139,7 @@ def serve_cases(
 
 
 def _serve(
-    machine: Machine, model: Path, case: Case, deadline: float
+    part: str, machine: Machine, model: Path, case: Case, slot: str, deadline: float
 ) -> tuple[dict[str, Any], str]:
     row: dict[str, Any] = {"name": case.name, "ok": False, "problem": ""}
     start = time.monotonic()
@@ -135,7 +148,9 @@ def _serve(
     arguments = engine_arguments(machine, **case.engine)
     engine = None
     try:
-        engine = Engine(machine, case.name, model, case.section, arguments, case.env)
+        engine = Engine(
+            machine, f"{part} {case.name}", model, case.section, arguments, case.env, slot
+        )
         row |= engine.ready(min(deadline, start + START_SECONDS))
         result = engine.ask({"requests": list(case.requests)}, deadline)
         row["problem"] = unfinished(result, case.requests) or case.check(result)

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,6 +97,7 @@ def gpu_check(
     from kvplug_lab.gpu_check.parts import Results, run_groups
     from kvplug_lab.gpu_check.report import summary
 
+    end = time.monotonic() + seconds
     with refusing(2):
         chosen = _chosen(only, device, root)
         out.mkdir(parents=True, exist_ok=True)
@@ -119,7 +121,7 @@ def gpu_check(
                 repetitions,
             )
             try:
-                run_groups(_groups(chosen, parts), seconds, results)
+                run_groups(_groups(chosen, parts), end - time.monotonic(), results)
             finally:
                 _keep_logs(results.data, machine.folder, out)
     _say("\n" + summary(results.data))
@@ -245,14 +247,16 @@ def _keep_logs(data: dict[str, Any], folder: Path, out: Path) -> None:
     from kvplug_lab.gpu_check.engines import log_stem
 
     failed = {
-        row["name"] for part in data["parts"].values() for row in part["rows"] if not row["ok"]
+        log_stem(f"{name} {row['name']}")
+        for name, part in data["parts"].items()
+        for row in part["rows"]
+        if not row["ok"]
     }
     with (out / "engines.log").open("w", encoding="utf-8") as kept:
         for log in sorted(folder.glob("engine-*.log")):
             text = log.read_text(encoding="utf-8", errors="replace")
             mine = log.stem.removeprefix("engine-")
-            long = any(log_stem(name) == mine for name in failed)
-            kept.write(f"===== {mine}\n{text[-60_000:] if long else text[-2_000:]}\n")
+            kept.write(f"===== {mine}\n{text[-60_000:] if mine in failed else text[-2_000:]}\n")
     for name in ("kernel-tests.log", "bench.log"):
         if (folder / name).is_file():
             shutil.copy(folder / name, out / name)

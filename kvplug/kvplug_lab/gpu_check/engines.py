@@ -16,6 +16,7 @@ from typing import Any
 
 from kvplug.errors import KVPlugError
 from kvplug_lab.engine import prepared
+from kvplug_lab.models import cache_home
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -141,6 +142,8 @@ class Engine:
         section: The ``kvplug`` section, or None for stock vLLM.
         engine: Keyword arguments of ``vllm.LLM``.
         env: Environment variables of its own.
+        slot: Place that it takes among the engines that live at once. One of the same place reuses
+            what it compiled; two that live at once would read what the other half wrote.
         warm: A workload it serves before it is ready, as `kvplug_lab.engine.prepared.run` takes.
     """
 
@@ -152,13 +155,16 @@ class Engine:
         section: Mapping[str, Any] | None,
         engine: Mapping[str, Any],
         env: Mapping[str, str] | None = None,
+        slot: str = "0",
         warm: Mapping[str, Any] | None = None,
     ):
         self.name = name
         self.facts: dict[str, Any] = {}
         self.log = machine.folder / f"engine-{log_stem(name)}.log"
         self.log.write_bytes(b"")
-        own = {"VLLM_PLUGINS": ""} if section is None else {}
+        own = {"VLLM_CACHE_ROOT": str(cache_home() / "gpu-check" / slot)}
+        if section is None:
+            own["VLLM_PLUGINS"] = ""
         spec = {
             "model": str(model),
             "section": None if section is None else dict(section),

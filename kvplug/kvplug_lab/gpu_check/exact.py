@@ -316,6 +316,6 @@ def run_exact(
         cases = exact_cases(machine, oracles, names)
         # Those that others are compared with come first, or others would wait for them.
         cases.sort(key=lambda c: c.section is not None)
-        serve_cases(machine, model, cases, side_by_side, report, deadline)
+        serve_cases("exact", machine, model, cases, side_by_side, report, deadline)
     finally:
         oracles.close()

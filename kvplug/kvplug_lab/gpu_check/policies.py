@@ -150,4 +150,4 @@ def run_policies(
         deadline: Of the part.
     """
     cases = policy_cases(machine, names)
-    serve_cases(machine, model, cases, side_by_side, report, deadline)
+    serve_cases("policies", machine, model, cases, side_by_side, report, deadline)

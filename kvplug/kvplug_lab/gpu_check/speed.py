@@ -242,10 +242,10 @@ class _Measures:
                 self.report({"name": name, "ok": False, "error": LATE}, f"{name}: {LATE}")
             return
         try:
-            for name in names:
+            for i, name in enumerate(names):
                 section, own = ROWS[name]
                 rows[name] = {"name": name, "ok": False, "section": section, "engine": own}
-                engines[name] = self._start(name, section, own)
+                engines[name] = self._start(name, section, own, f"speed-{i}")
             begun = time.monotonic()
             for name in names:
                 # Every engine is built before the first one is timed.
@@ -274,16 +274,17 @@ class _Measures:
         print(f"speed: {line}", flush=True)
 
     def _start(
-        self, name: str, section: Mapping[str, Any] | None, own: Mapping[str, Any]
+        self, name: str, section: Mapping[str, Any] | None, own: Mapping[str, Any], slot: str
     ) -> Engine:
         # Long enough to be evicted while it is prefilled and while it decodes.
         warm = {"requests": requests(self.model, 4, self.load.prompt, 160, seed=1), "seconds": 30.0}
         return Engine(
             self.machine,
-            name,
+            f"speed {name}",
             self.model,
             section,
             engine_arguments(self.machine, self.model, self.load, self.dummy, own),
+            slot=slot,
             warm=warm,
         )
 
