@@ -315,7 +315,6 @@ class TestReuse:
             parallel_config=SimpleNamespace(worker_extension_cls=flags.get("extension", "")),
             model_config=SimpleNamespace(logits_processors=None, uses_mrope=flags.get("mrope")),
             lora_config=flags.get("lora"),
-            use_v2_model_runner=flags.get("v2", False),
         )
         return admission._reuse_refusals(deployment, config)
 
@@ -337,7 +336,7 @@ class TestReuse:
         assert self.refusals(self.section(recompute={"boundary": 8}), extension=EXTENSION) == []
         assert self.refusals(self.section(recompute={"gaps": 0})) == []
 
-    @pytest.mark.parametrize("flag", ["lora", "v2", "mrope"])
+    @pytest.mark.parametrize("flag", ["lora", "mrope"])
     def test_computing_inside_a_run_is_refused_where_it_cannot_work(self, flag: str) -> None:
         section = self.section(recompute={"fraction": 0.2})
         (found,) = self.refusals(section, extension=EXTENSION, **{flag: True})

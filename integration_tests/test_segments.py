@@ -165,15 +165,18 @@ def test_each_segment_of_a_step_is_measured_by_its_own_last_queries() -> None:
         query_start_loc_cpu=torch.tensor([0, 7, 97]),
         seq_lens=torch.tensor([40, 120]),
         block_table_tensor=torch.tensor([[1, 2, 0, 0], [8, 7, 6, 5]]),
+        req_idx=None,
     )
 
-    def watched(late: bool = False) -> dict[tuple[str, str], list[float]]:
+    def watched(second: bool = False) -> dict[tuple[str, str], list[float]]:
         """One step: the metadata is built, and two layers attend."""
         builder = plugged_builder(StockBuilder, (kind,), state.rows)
         metadata = builder(SimpleNamespace(block_size=SIZE), [], None, None).build(0, common)
-        if late:
-            state.rows.begin(directives.rows)
+        if second:
+            state.rows.see(np.array([5, 1]))
+            state.rows.begin(None, {"a request": 3})
             kind.begin(directives)
+            state.rows.name(["another", "a request"])
         impl = object.__new__(plugged_impl(StockImpl, (kind,), lambda *args: StockImpl))
         query = torch.arange(97.0)[:, None, None].expand(97, 4, 64)
         for shift, name in enumerate(("layer", "next")):
@@ -196,7 +199,10 @@ def test_each_segment_of_a_step_is_measured_by_its_own_last_queries() -> None:
     kind.begin(StepDirectives(rows))
     assert watched() == {}
     state.rows.begin(None)
-    assert watched(late=True) == first, "the second model runner builds first"
+    assert watched(second=True) == {}, "its own forward, inside the step's"
+    kind.begin(StepDirectives())
+    common.req_idx = np.array([5, 1])
+    assert watched(second=True) == first, "the second model runner builds first"
 
 
 class StockBuilder:

@@ -162,7 +162,6 @@ def _reuse_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
             )
         for on, what in (
             (vllm_config.lora_config is not None, "LoRA"),
-            (vllm_config.use_v2_model_runner, "vLLM's second model runner"),
             (vllm_config.model_config.uses_mrope, "multi-axis rotary positions"),
         ):
             if on:

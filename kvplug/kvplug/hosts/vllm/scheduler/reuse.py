@@ -218,6 +218,9 @@ class ReuseScheduler(KindScheduler):
                     blocks = [b.block_id for b in self._managers[0].req_to_blocks[request_id]]
                     slot = step.slots[request_id]
                     directives.saves += self._saver.completed(reusing, end, blocks, slot)
+                    # The second runner's layers look for its row in the forward.
+                    into.names[request_id] = slot
+                    into.before_forward |= bool(self.context.vllm_config.use_v2_model_runner)
             self.catalog.expire()
             commands = self.catalog.take_commands()
             directives.drop, directives.fetch = commands.drop, commands.fetch

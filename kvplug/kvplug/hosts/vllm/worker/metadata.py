@@ -146,14 +146,14 @@ def of_spans(spans: Sequence[tuple[int, int]], block_table: Tensor, slot_mapping
     query_start = query_starts(torch.tensor([b - a for a, b in spans]))
     lens = torch.tensor([b for _, b in spans], dtype=torch.int32)
     return CommonAttentionMetadata(
-        query_start_loc=query_start.to(device),
+        query_start_loc=to_device(query_start, device),
         query_start_loc_cpu=query_start,
-        seq_lens=lens.to(device),
+        seq_lens=to_device(lens, device),
         num_reqs=len(spans),
         num_actual_tokens=int(query_start[-1]),
         max_query_len=max(b - a for a, b in spans),
         max_seq_len=int(lens.max()),
-        block_table_tensor=block_table.to(device, torch.int32)[None]
+        block_table_tensor=to_device(block_table, device, torch.int32)[None]
         .expand(len(spans), -1)
         .contiguous(),
         slot_mapping=slot_mapping,

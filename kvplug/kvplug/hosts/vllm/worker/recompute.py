@@ -4,7 +4,8 @@ A connector may say that a run of tokens is there, not that some of it is missin
 is computed by a forward of its own before the engine's: each contiguous span is one row over the
 request's block table, as long as the text up to its end, so vLLM's own kernels see it as the last
 tokens of a chunked prefill. All spans go through the model together, and each layer writes all
-their K and V before any of them attends. These rows belong to no slot.
+their K and V before any of them attends. These rows belong to no slot, no CUDA graph runs or is
+captured, and nothing is written that the step's own forward, or a graph it replays, reads.
 
 Needs the model: ``--worker-extension-cls kvplug.hosts.vllm.extension.WorkerExtension``.
 """
@@ -77,16 +78,17 @@ class Recomputer:
         assert runner is not None, "recomputation needs --worker-extension-cls"
         device = runner.device
         positions = torch.cat([torch.arange(a, b) for a, b in spans])
-        slots = (
-            blocks[positions // self.block_size] * self.block_size + positions % self.block_size
-        ).to(device)
+        slots = metadata.to_device(
+            blocks[positions // self.block_size] * self.block_size + positions % self.block_size,
+            device,
+        )
         common = metadata.of_spans(spans, blocks, slots)
         by_layer, mappings = {}, {}
-        ids = torch.from_numpy(tokens)[positions].to(device)
+        ids = metadata.to_device(torch.from_numpy(tokens)[positions], device)
         with self._state.rows.hidden():
             for groups in runner.attn_groups:
                 for group in groups:
-                    made = group.get_metadata_builder().build(0, common)
+                    made = group.get_metadata_builder().build(0, common, fast_build=True)
                     for name in group.layer_names:
                         by_layer[name], mappings[name] = made, slots
             with (
@@ -97,7 +99,7 @@ class Recomputer:
             ):
                 runner.model(
                     input_ids=ids,
-                    positions=positions.to(device),
+                    positions=metadata.to_device(positions, device),
                     intermediate_tensors=None,
                     inputs_embeds=None,
                 )

@@ -30,7 +30,7 @@ from kvplug.hosts.vllm.view import engine_view
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
 from kvplug.hosts.vllm.worker.recompute import Recomputer
 from kvplug.hosts.vllm.worker.reuse_loading import RunLoader
-from kvplug.hosts.vllm.worker.reuse_saving import SegmentSaver
+from kvplug.hosts.vllm.worker.reuse_saving import ObservedQueries, SegmentSaver
 from kvplug.hosts.vllm.worker.segments import LayerPages
 from kvplug.hosts.vllm.worker.state import WorkerState
 from kvplug.hosts.vllm.worker.steps import (
@@ -166,6 +166,10 @@ class ReuseWorker(KindWorker):
                 self._guarded("save", self._save, save)
         self.saver.begin()
 
+    def observed(self, call: BuildCall) -> list[ObservedQueries]:
+        """Return the queries of a step to remember, once it has begun."""
+        return self.saver.observed(call, self._state.rows)
+
     def report(self, into: StepReport) -> None:
         found, self._report = self._report, ReuseReport()
         stored = self._memory.take_report()
@@ -213,7 +217,7 @@ class WatchedRows(MetadataStep):
     def build(self, inner: Build, call: BuildCall) -> Any:
         metadata = inner(call)
         # Looked up in the forward: the second model runner builds before it learns of the step.
-        metadata.kvplug_observed = functools.cache(lambda: self._kind.saver.observed(call))
+        metadata.kvplug_observed = functools.cache(lambda: self._kind.observed(call))
         return metadata
 
 

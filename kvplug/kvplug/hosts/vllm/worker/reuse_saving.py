@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvplug.hosts.vllm.messages import ReuseReport, SaveOrder
+from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.segments import LayerPages, stacked
 from kvplug.hosts.vllm.worker.steps import BuildCall
 from kvplug.reuse.file import SegmentHeader
@@ -46,18 +47,21 @@ class SegmentSaver:
         self.watched = {}
         self.queries.clear()
 
-    def observed(self, call: BuildCall) -> list[ObservedQueries]:
+    def observed(self, call: BuildCall, rows: StepRows) -> list[ObservedQueries]:
         """Return the queries of a step to remember.
 
         Args:
             call: The call of a metadata builder.
+            rows: The step's rows.
         """
         if not self.watched:
             return []
         common = call.common
-        starts, lens = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
+        on_host = common.seq_lens.device.type == "cpu"
+        lens = (common.seq_lens if on_host else common.seq_lens_cpu_upper_bound).tolist()
+        starts = common.query_start_loc_cpu.tolist()
         found = []
-        for row, slot in enumerate(call.slots[: common.num_reqs].tolist()):
+        for row, slot in self._rows_of(call, rows):
             length = lens[row]
             begun = length - (starts[row + 1] - starts[row])
             for save in self.watched.get(slot, ()):
@@ -68,6 +72,15 @@ class SegmentSaver:
                     at = starts[row] - begun
                     found.append((save.segment, at + first, at + last))
         return found
+
+    def _rows_of(self, call: BuildCall, rows: StepRows) -> list[tuple[int, int]]:
+        """Rows of watched segments, and the slots of their requests as the scheduler has them."""
+        if not rows.requests:
+            slots = call.slots[: call.common.num_reqs].tolist()
+            return [(row, slot) for row, slot in enumerate(slots) if slot in self.watched]
+        if call.common.req_idx is None:
+            return []
+        return [(rows.named[slot].row, slot) for slot in self.watched if slot in rows.named]
 
     def save(self, order: SaveOrder, memory: SegmentMemory, report: ReuseReport) -> None:
         """Store one segment.

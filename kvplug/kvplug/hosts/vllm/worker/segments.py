@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvplug.contract import FormatPolicy, LayerView, WriteBatch
+from kvplug.hosts.vllm.worker.metadata import to_device
 from kvplug.hosts.vllm.worker.pages import Pages, order_of
 
 
@@ -58,7 +59,7 @@ class LayerPages:
             empty = torch.zeros(shape, dtype=self._dtype, device=self._cache.device)
             return tuple(empty for _ in which)
         first = start // self._size
-        own = blocks[first : -(-end // self._size)].to(self._cache.device)
+        own = to_device(blocks[first : -(-end // self._size)], self._cache.device)
         run = slice(start - first * self._size, end - first * self._size)
         if self._format is not None:
             found = self._format.read(self.view, self._cache, own)
@@ -90,7 +91,7 @@ class LayerPages:
             key, value = read or self.read(blocks, start, end)
             return {"key": key.contiguous(), "value": value.contiguous()}
         at = torch.arange(start, end)
-        own, slots = blocks[at // self._size], at % self._size
+        own, slots = self._on_device(blocks[at // self._size], at % self._size)
         heads, width = self._cache.shape[1], self._layout.bytes_per_token_head
         cells = self._cache.new_zeros((end - start, heads, width))
         for f, plane in zip(self._layout.fields, self._planes, strict=True):
@@ -108,8 +109,8 @@ class LayerPages:
             self.write(slots, planes["key"], planes["value"])
             return
         heads, width = self._cache.shape[1], self._layout.bytes_per_token_head
-        cells = planes["cells"][:, :heads, :width].to(self._cache.device)
-        blocks, offsets = slots // self._size, slots % self._size
+        cells = to_device(planes["cells"][:, :heads, :width], self._cache.device)
+        blocks, offsets = self._on_device(slots // self._size, slots % self._size)
         for f, plane in zip(self._layout.fields, self._planes, strict=True):
             plane[blocks, :, offsets] = cells[..., f.offset : f.offset + f.size]
 
@@ -120,14 +121,15 @@ class LayerPages:
             slots: Cache slots they go to, ``[n]`` int64; a format decodes them there.
             planes: Result of `stored`.
         """
-        device, dtype = self._cache.device, self._dtype
         if self._format is None:
-            return planes["key"].to(device), planes["value"].to(device)
+            key, value = self._on_device(planes["key"], planes["value"])
+            return key, value
         # A format reads whole blocks, so its bytes go where they are overwritten afterwards.
         self.put(slots, planes)
         blocks, index = torch.unique(slots // self._size, return_inverse=True)
+        blocks, index, at = self._on_device(blocks, index, slots % self._size)
         found = self._format.read(self.view, self._cache, blocks)
-        key, value = (t[index, :, slots % self._size].to(dtype) for t in found)
+        key, value = (t[index, :, at].to(self._dtype) for t in found)
         return key, value
 
     def write(self, slots: Tensor, key: Tensor, value: Tensor) -> None:
@@ -138,13 +140,16 @@ class LayerPages:
             key: ``[n, kv_heads, head_size]``.
             value: The same shape.
         """
-        device = self._cache.device
-        where = slots.to(device)
-        k, v = key.to(device).contiguous(), value.to(device).contiguous()
+        where, k, v = self._on_device(slots, key, value)
+        k, v = k.contiguous(), v.contiguous()
         if self._format is not None:
             self._format.write(self.view, WriteBatch(k, v, where), self._cache)
         else:
             self._layer.impl.do_kv_cache_update(self._layer, k, v, self._cache, where)
+
+    def _on_device(self, *tensors: Tensor) -> list[Tensor]:
+        device = self._cache.device
+        return [t if t.device == device else to_device(t, device) for t in tensors]
 
 
 def stacked(layers: Sequence[Tensor]) -> Tensor:
