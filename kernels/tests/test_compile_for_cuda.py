@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,22 @@ def test_what_tests_launch_compiles(
     assert kernel in recorded, "no test launches it"
     for launch in to_compile(recorded[kernel], MOST):
         compile_launch(launch)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_size_compiles_a_kernel_anew(kernel: str, recorded: dict[str, list[Launch]]) -> None:
+    """Sizes change from call to call, and compiling stops a server for a second."""
+    (module, sizes), *others = {
+        (launch.module, frozenset(n for n in launch.integers if not n.startswith("stride_")))
+        for launch in recorded[kernel]
+    }
+    assert not others
+    function = getattr(importlib.import_module(module), kernel)
+    if hasattr(function, "params"):
+        told = {parameter.name for parameter in function.params if parameter.do_not_specialize}
+    else:
+        told = set(function.kwargs["do_not_specialize"] or ())
+    assert sizes <= told
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def _step(
     return b_top, b_norm, b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["recent_size"])
 def attend_exact_kernel(
     query,
     key,
@@ -163,7 +163,7 @@ def attend_exact_kernel(
     tl.store(p_out, b_sum / b_norm[:, None], mask=m_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs"])
 def merge_attention_kernel(
     out_a,
     lse_a,

@@ -108,7 +108,7 @@ def _log_sum(b_max, b_sum):
     return tl.where(m_any, b_max + tl.log(tl.where(m_any, b_sum, 1.0)), float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "n_tiles", "stride_br"])
 def tile_lse_kernel(
     query,
     key_cache,
@@ -203,7 +203,7 @@ def tile_lse_kernel(
                 tl.store(p_lse + o_w, _log_sum(b_max, b_sum), mask=o_w < W)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "n_tiles", "n_blocks"])
 def merge_lse_kernel(
     tile_lse,
     lens,
@@ -237,7 +237,7 @@ def merge_lse_kernel(
     tl.store(lse + i_r * N_QUERIES + o_q, _log_sum(b_max, b_sum), mask=m_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "max_len", "stride_br"])
 def mass_kernel(
     query,
     key_cache,

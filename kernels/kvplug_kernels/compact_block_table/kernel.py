@@ -13,7 +13,7 @@ from .naive import check_arguments
 MAX_CHUNK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table", "stride_out", "W", "block_size", "null_block"])
 def compact_block_table_kernel(
     block_table,
     seq_lens,

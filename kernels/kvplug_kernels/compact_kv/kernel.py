@@ -30,7 +30,7 @@ def _lower_bound(p_sorted, n, b_value, STEPS: tl.constexpr):
     return b_low
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def plan_moves_kernel(
     keep,
     out,
@@ -60,7 +60,7 @@ def plan_moves_kernel(
     tl.store(out + i_r * stride_or + i_h * stride_oh + o_j, b_source, mask=m_j)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "stride_br"])
 def move_kernel(
     cache,
     block_table,

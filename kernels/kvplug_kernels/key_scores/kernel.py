@@ -24,7 +24,7 @@ def _unit(b_token):
     return b_token / b_scale[:, None], b_norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "max_len", "n_tiles", "stride_br"])
 def tile_scores_kernel(
     key_cache,
     value_cache,
@@ -119,7 +119,7 @@ def tile_scores_kernel(
     tl.store(p_out + tl.full([], KEY_TO_PREVIOUS, tl.int64) * stride_os, b_similarity, mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "n_tiles"])
 def anchor_kernel(
     tile_sum,
     lens,
@@ -148,7 +148,7 @@ def anchor_kernel(
     tl.store(anchor + i_p * HEAD_SIZE + o_d, b_sum, mask=o_d < HEAD_SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "max_len", "stride_br"])
 def key_to_mean_kernel(
     key_cache,
     block_table,

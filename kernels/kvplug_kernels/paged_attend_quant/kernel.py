@@ -133,7 +133,7 @@ def _dot_int(b_a, b_b, GROUPS: tl.constexpr):
         return tl.dot(b_a, b_b, out_dtype=tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["limit", "stride_br"])
 def attend_kernel(
     query,
     pages,
@@ -465,7 +465,7 @@ def attend_kernel(
         tl.store(p_out[:, None] + o_v[None, :], b_sum / b_norm[:, None], mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def merge_splits_kernel(
     partial,
     partial_lse,

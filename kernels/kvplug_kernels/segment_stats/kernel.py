@@ -26,7 +26,7 @@ def _load(
     return tl.load(p_x, mask=m_t[:, None] & (o_d < HEAD_SIZE)[None, :], other=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m", "c", "n_key_tiles", "n_tiles"])
 def tile_stats_kernel(
     key,
     value,
@@ -146,7 +146,7 @@ def _merged(p_lse, i_low, i_high, o_q, m_q, N_QUERIES, BLOCK_N: tl.constexpr):
     return tl.where(m_none, float("-inf"), b_lse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_queries", "n_key_tiles", "n_tiles"])
 def merge_stats_kernel(
     tile_sum,
     tile_lse,

@@ -28,7 +28,7 @@ def _images(p_scores, o_t, n_resident):
     return tl.where(o_t < n_resident, b_image, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "n"])
 def select_top_kernel(
     scores,
     lens,
