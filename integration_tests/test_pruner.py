@@ -20,13 +20,13 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
 
 from kvplug.contract import EngineView, LayerView, ResidentView, ScoringPolicy
-from kvplug.hosts.pruning import Eviction, EvictionPlan, Limits
+from kvplug.hosts.pruning import FLUSH, Eviction, EvictionPlan, Limits
 from kvplug.hosts.spans import SpanStore
 from kvplug.hosts.vllm.messages import Plans, RowPlan, StepReport
 from kvplug.hosts.vllm.spec import PrunedSpec
 from kvplug.hosts.vllm.worker.composition import plugged_builder, plugged_impl
 from kvplug.hosts.vllm.worker.evictions import EvictionLog, LayerEvictions
-from kvplug.hosts.vllm.worker.phases import FLUSH, RowPart, StepPlanner
+from kvplug.hosts.vllm.worker.phases import RowPart, StepPlanner
 from kvplug.hosts.vllm.worker.residents import LayerResidents
 from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.sequence import ScoringWorker
@@ -53,8 +53,8 @@ def spec(limits: Limits = LIMITS) -> PrunedSpec:
 GROUP = 0
 
 
-def planner() -> StepPlanner:
-    return StepPlanner(spec(), GROUP, CPU)
+def planner(ring: int = FLUSH) -> StepPlanner:
+    return StepPlanner(spec(), GROUP, ring, CPU)
 
 
 # -- requests and steps by hand --------------------------------------------------------------------
@@ -163,8 +163,8 @@ def some_rows(choose: random.Random) -> list[Row]:
 class Planned:
     """A planner with the slots and plans of one step's rows."""
 
-    def __init__(self, rows: list[Row]):
-        self.planner = planner()
+    def __init__(self, rows: list[Row], ring: int = FLUSH):
+        self.planner = planner(ring)
         self.slots = [row.slot for row in rows]
         self.plans = plans(rows)
 
@@ -175,9 +175,11 @@ class Planned:
         return getattr(self.planner, name)
 
 
-def planned(rows: list[Row], choose: random.Random | None = None) -> tuple[Any, Planned]:
+def planned(
+    rows: list[Row], choose: random.Random | None = None, ring: int = FLUSH
+) -> tuple[Any, Planned]:
     common = metadata(rows, choose)
-    return common, Planned(rows)
+    return common, Planned(rows, ring)
 
 
 def text_of(rows: list[Row], segment: RowPart) -> range:
@@ -363,9 +365,9 @@ def test_the_latest_queries_are_remembered_at_their_place(ring: int) -> None:
         places: dict[int, int] = {}
         for start, end in chunks(choose, 500):
             rows = [Row(0, 7, 8, None), Row(3, start, end, plan, TABLE)]
-            common, made = planned(rows)
+            common, made = planned(rows, ring=ring)
             for segments in made.parts(common) or []:
-                remembered = made.remembered(segments, ring)
+                remembered = made.remembered(segments)
                 assert remembered is not None
                 for token, place in zip(*(x.tolist() for x in remembered), strict=True):
                     assert 1 <= token <= end - start, "the first token is another row's"
@@ -373,7 +375,7 @@ def test_the_latest_queries_are_remembered_at_their_place(ring: int) -> None:
                 done = max(s.end for s in segments if s.row == 1)
                 latest = range(max(0, done - ring), done)
                 assert places == {3 * ring + p % ring: p for p in latest}
-    assert planner().remembered([RowPart(0, -1, None, 0, 5, 0, None, None)], ring) is None
+    assert planner(ring).remembered([RowPart(0, -1, None, 0, 5, 0, None, None)]) is None
 
 
 def test_each_query_counts_once_in_the_totals_of_what_it_saw() -> None:
@@ -388,7 +390,7 @@ def test_each_query_counts_once_in_the_totals_of_what_it_saw() -> None:
             common, made = planned([row])
             for segments in made.parts(common) or []:
                 (segment,) = segments
-                for flush in made.flushes(common, segments, FLUSH):
+                for flush in made.flushes(common, segments):
                     positions = flush.positions[0].tolist()
                     counted += positions
                     check_flush(flush, row, whole, positions, start)
@@ -419,7 +421,7 @@ def check_flush(flush: Any, row: Row, whole: Row, positions: list[int], start: i
 
 
 def test_rows_without_a_plan_have_no_totals() -> None:
-    assert planner().flushes(None, [RowPart(0, -1, None, 0, 64, 0, None, None)], FLUSH) == []
+    assert planner().flushes(None, [RowPart(0, -1, None, 0, 64, 0, None, None)]) == []
 
 
 # -- a layer's cuts --------------------------------------------------------------------------------
@@ -542,7 +544,7 @@ class Layer:
         self.policy, self.total = policy, total
         self.kind = ScoringWorker(policy, ("x.yaml", "kvplug.sequence"))
         self.log = self.kind.log
-        self.planner = planner()
+        self.planner = planner(self.kind.ring)
         layer = policy.engine.layers[0]
         self.residents = LayerResidents(policy, layer, self.kind.ring, SIZE**-0.5, 0.0)
         self.evictions = LayerEvictions(self.residents, GROUP, self.log)
@@ -591,14 +593,13 @@ class Layer:
             for what in ("key", "value", "query")
         )
         self.impl.do_kv_cache_update(self.layer, key, value, self.cache, common.slot_mapping)
-        self.residents.forget(common.slot_mapping)
         for segments in self.planner.parts(common, [r.slot for r in rows], own) or []:
             for s in segments:
                 self.truths[rows[s.row].slot].attend(s.start, s.end)
             if self.policy.wants_cumulative_attention:
-                for flush in self.planner.flushes(common, segments, self.kind.ring):
+                for flush in self.planner.flushes(common, segments):
                     self.residents.flush(query, flush)
-            remembered = self.planner.remembered(segments, self.kind.ring)
+            remembered = self.planner.remembered(segments)
             if remembered is not None:
                 self.residents.remember(query, *remembered)
             for decision in self.planner.decisions(common, segments):
@@ -781,10 +782,9 @@ def test_dropped_tokens_kept_in_host_memory_are_never_lost(
 
 def test_measurements_of_layers_are_added_up_by_slot_and_group() -> None:
     log = EvictionLog(watcher())
-    log.add_measured([3, 1], 0, np.array([[1.0, 2.0], [3.0, 4.0]]))
-    assert log.take() is None, "nothing was evicted"
-    log.add_measured([3], 0, np.array([[10.0, 20.0]]))
-    log.add_measured([3], 1, np.array([[7.0, 8.0]]))
+    log.measure([3, 1], 0, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    log.measure([3], 0, torch.tensor([[10.0, 20.0]]))
+    log.measure([3], 1, torch.tensor([[7.0, 8.0]]))
     log.counts.rows = 1
     report = log.take()
     assert report is not None and report.measured is not None
@@ -830,7 +830,6 @@ def test_the_builder_brings_a_step_into_phases() -> None:
     built = builder.build(64, common)
     phases = built.kvplug_phases
     assert built is phases[0].metadata
-    assert built.kvplug_slot_mapping is common.slot_mapping
     assert len(phases) == 4
     assert torch.equal(torch.cat([p.tokens for p in phases]).sort().values, torch.arange(390))
     assert [len(p.decisions) for p in phases] == [1, 1, 1, 0]

@@ -95,6 +95,7 @@ class ResidentView:
         cumulative_attention: Mass each resident token received from every query since
             it was written, mean over the query heads of its group, ``[rows, kv_heads, count]``
             float32, or None unless the policy sets `ScoringPolicy.wants_cumulative_attention`.
+        dense: True if each row has one page that is its ``count`` tokens.
     """
 
     layer: LayerView
@@ -110,16 +111,12 @@ class ResidentView:
     queries: Tensor | None = None
     query_positions: Tensor | None = None
     cumulative_attention: Tensor | None = None
+    dense: bool = False
 
     def _dense(self, pages: Tensor) -> Tensor:
-        import torch
-
+        if self.dense:
+            return pages
         rows, page = self.block_table.shape[0], pages.shape[2]
-        # Asking a GPU whether the table is plain would wait for it.
-        if not pages.is_cuda and pages.shape[0] == rows and page == self.count:
-            first = self.block_table[:, 0].long()
-            if torch.equal(first, torch.arange(rows, device=first.device)):
-                return pages
         width = -(-self.count // page)
         taken = pages[self.block_table[:, :width].long()]
         flat = taken.transpose(1, 2).reshape(rows, pages.shape[1], width * page, pages.shape[3])
@@ -324,17 +321,22 @@ class ScoringPolicy(SequencePolicy):
 
     Decisions fall at points of the text known in advance to both sides of the engine: at the end
     of the prompt, every ``interval`` generated tokens, and inside a prompt that is longer than
-    ``prefill``. At each of them `score` runs on the worker once per layer, with every request
-    that reached one; the host keeps sinks and recent tokens whatever their score.
+    ``prefill``. At each of them `score` runs on the worker, once per layer or for several layers
+    together, with every request that reached one; the host keeps sinks and recent tokens whatever
+    their score.
 
     Attributes:
         observation: Latest queries that `ResidentView.queries` carries; 0 for none.
         wants_cumulative_attention: True to keep `ResidentView.cumulative_attention`
             up to date.
+        layerwise: True if a layer's scores depend on which layer it is. Otherwise a host may show
+            the rows of several layers of one shape together; `ResidentView.layer` is then one of
+            them.
     """
 
     observation: int = 0
     wants_cumulative_attention: bool = False
+    layerwise: ClassVar[bool] = False
     mutates_blocks: ClassVar[bool] = True
     supports: ClassVar[frozenset[Feature]] = frozenset(
         {

@@ -20,6 +20,9 @@ from torch import Tensor
 from kvplug.contract import LayerView, ResidentView, ScoringPolicy
 from kvplug_kernels.select_top import select_top
 
+FLUSH = 32
+"""Queries collected before cumulative attention is brought up to date."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

@@ -209,6 +209,7 @@ class LayerCache:
             queries=queries,
             query_positions=query_positions,
             cumulative_attention=self.totals if policy_needs.totals else None,
+            dense=pages[0] is self.keys,
         )
 
     def _observed(self, most: int) -> tuple[Tensor, Tensor]:

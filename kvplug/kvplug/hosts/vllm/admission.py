@@ -276,13 +276,13 @@ def _sequence_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal
 
 
 def _scoring_refusals(policy: ScoringPolicy, key: str, vllm_config: Any) -> list[Refusal]:
-    if vllm_config.use_v2_model_runner:
+    if vllm_config.use_v2_model_runner and policy.options.on_demand:
         return [
             Refusal(
-                key,
-                f"{policy.name} decides while a step runs, which vLLM's second model runner gives "
-                "no way to.",
-                "set VLLM_USE_V2_MODEL_RUNNER=0.",
+                f"{key.removesuffix('.use')}.on_demand",
+                "evicted tokens are recalled from host memory inside a step, where vLLM's second "
+                "model runner never waits for the device.",
+                "remove it, or set VLLM_USE_V2_MODEL_RUNNER=0.",
             )
         ]
     least = min(layer_limits(policy, layer).kept(0) for layer in policy.engine.layers)

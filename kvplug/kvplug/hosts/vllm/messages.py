@@ -49,11 +49,14 @@ class SequenceDirectives:
         rows: Plans of a scoring policy, ``[n, 8]`` int32: group, slot, prompt, number of
             evictions, then at, end, kept and tail of the eviction in force (end 0 for none).
         evictions: Their evictions in the order of the rows, ``[m, 4]`` int32.
+        phased: For the second model runner: the plans are those of every row, and the step is
+            attended in phases. Otherwise they are those of rows that have something done after it.
     """
 
     exempt: npt.NDArray[np.int32] | None = None
     rows: npt.NDArray[np.int32] | None = None
     evictions: npt.NDArray[np.int32] | None = None
+    phased: bool = False
 
     def set_plans(self, plans: Plans) -> None:
         """Pack plans as arrays: pickling them costs a tenth of dataclasses."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from vllm.logger import init_logger
 
 from kvplug.contract import ScoringPolicy
+from kvplug.hosts.pruning import FLUSH
 from kvplug.hosts.vllm.messages import Plans, RowPlan
 from kvplug.hosts.vllm.scheduler.kind import SchedulerStep
 from kvplug.hosts.vllm.scheduler.slots import Slots
@@ -85,7 +86,7 @@ class EvictionPlanner:
         return list(request.sizes.items()) if request is not None else []
 
     def step(self, step: SchedulerStep) -> Plans:
-        """Plans of the requests of one step."""
+        """Return the plans of the requests of one step."""
         plans: Plans = {}
         for request_id, start in step.starts.items():
             request = self._requests.get(request_id)
@@ -107,6 +108,32 @@ class EvictionPlanner:
                     sizes = request.sizes | {e.at: e.blocks * size for e in evictions}
                     request.sizes = dict(sorted(sizes.items())[-SIZES_REPORTED:])
         return plans
+
+    def phased(self, step: SchedulerStep, plans: Plans) -> bool:
+        """Return True if a step has something to do before its end, on the second runner."""
+        cumulative = self.policy.wants_cumulative_attention
+        for request_id, count in step.scheduled.items():
+            end = step.starts[request_id] + count
+            for group in self.groups:
+                plan = plans.get((group, step.slots[request_id]))
+                if plan is None:
+                    continue
+                if any(eviction.at != end for eviction in plan.evictions):
+                    return True
+                # Only the latest queries outlive the step.
+                if cumulative and count > 1:
+                    return True
+        return False
+
+    def due(self, step: SchedulerStep, plans: Plans) -> Plans:
+        """Return the plans of requests that have something done after a step."""
+        ends = {step.slots[r]: step.starts[r] + n for r, n in step.scheduled.items()}
+        cumulative = self.policy.wants_cumulative_attention
+        return {
+            (group, slot): plan
+            for (group, slot), plan in plans.items()
+            if plan.evictions or (cumulative and ends[slot] % FLUSH == 0)
+        }
 
     def take(self, measured: npt.NDArray[np.float64]) -> None:
         """Take in measurements: rows of slot, group, layers and sums over layers."""

@@ -132,8 +132,15 @@ class SequenceScheduler(KindScheduler):
         """Send the plans of a scoring policy, or which requests are exempt from a window."""
         if self.planner is not None:
             plans = self.planner.step(step)
+            phased = False
+            if plans and self.context.vllm_config.use_v2_model_runner:
+                phased = self.planner.phased(step, plans)
+                plans = plans if phased else self.planner.due(step, plans)
+                into.before_forward |= phased
+                slots = {slot for _, slot in plans}
+                into.names |= {r: slot for r, slot in step.slots.items() if slot in slots}
             if plans:
-                into.sequence = SequenceDirectives()
+                into.sequence = SequenceDirectives(phased=phased)
                 into.sequence.set_plans(plans)
         elif self._exempt:
             exempt = {name: step.slots[name] for name in self._exempt & step.starts.keys()}

@@ -139,6 +139,7 @@ def plugged_builder(
         ):
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs)
             self._kvplug_block_size = kv_cache_spec.block_size
+            self._kvplug_layers = tuple(layer_names)
             own, self._kvplug_rows = of_config(vllm_config) if of_config else (kinds, rows)
             made = [s for k in own for s in k.metadata_steps(kv_cache_spec, vllm_config, device)]
             self._kvplug_build = build_chain(
@@ -158,7 +159,9 @@ def plugged_builder(
             if common_attn_metadata.req_idx is not None:
                 self._kvplug_rows.see(common_attn_metadata.req_idx)
             slots = RowSlots(self._kvplug_rows, common_attn_metadata, self._kvplug_block_size)
-            call = BuildCall(common_attn_metadata, common_prefix_len, fast_build, slots)
+            call = BuildCall(
+                common_attn_metadata, common_prefix_len, fast_build, slots, self._kvplug_layers
+            )
             return self._kvplug_build(call)
 
         def _stock_build(self, call: BuildCall) -> Any:
@@ -168,8 +171,9 @@ def plugged_builder(
 
 
 class _Chains(NamedTuple):
-    """Attention steps of some kinds, alone and composed."""
+    """Some kinds, and their attention steps, alone and composed."""
 
+    kinds: Kinds
     steps: Sequence[AttentionStep]
     write: Write
     attend: Attend
@@ -211,7 +215,9 @@ def plugged_impl(
 
     def chains(own: Kinds) -> _Chains:
         steps = [step for kind in own if (step := kind.attention_step()) is not None]
-        return _Chains(steps, write_chain(steps, stock_write), attend_chain(steps, stock_attend))
+        return _Chains(
+            own, steps, write_chain(steps, stock_write), attend_chain(steps, stock_attend)
+        )
 
     class Impl(stock):
         _kvplug = chains(kinds)
@@ -232,6 +238,8 @@ def plugged_impl(
             for name, layer in self._kvplug_layers.items():
                 if getattr(layer, "impl", None) is self:
                     compat.set_layer_backend(layer, backend_of(name, self))
+                    for kind in self._kvplug.kinds:
+                        kind.loaded(name, layer, act_dtype)
 
         def do_kv_cache_update(
             self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor

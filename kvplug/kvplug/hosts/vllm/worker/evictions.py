@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,7 @@ from kvplug.contract import ResidentView, ScoringPolicy
 from kvplug.hosts.pruning import choose, keep_best
 from kvplug.hosts.spans import SpanStore, Tokens
 from kvplug.hosts.vllm.messages import SequenceReport
-from kvplug.hosts.vllm.worker.phases import EvictionDecision
+from kvplug.hosts.vllm.worker.phases import AttentionFlush, EvictionDecision
 from kvplug.hosts.vllm.worker.residents import LayerResidents
 from kvplug_kernels.compact_kv import plan_moves
 
@@ -25,19 +27,47 @@ RECALL_QUERIES = 8
 """Latest queries that decide which evicted tokens are recalled from host memory."""
 
 
+SETTLED_AFTER = 2
+"""Reports after which the host reads what a step measured without waiting for the device."""
+
+
+@dataclass
+class Measurement:
+    """What some rows measured, on its way from the device.
+
+    Attributes:
+        due: Number of the report it goes into.
+        slots: The scheduler's slot of each row.
+        group: Number of the KV-cache group.
+        values: ``[rows, n]`` float64 on the host.
+        copied: Event after which they are there; None for now.
+    """
+
+    due: int
+    slots: list[int]
+    group: int
+    values: Tensor
+    copied: torch.cuda.Event | None
+
+
 class EvictionLog:
     """Counts, measurements and failure of a scoring policy on a worker.
 
     Args:
         policy: The policy.
+        settled_after: Reports that measurements are held back for, so that nothing waits for the
+            device; the same number for every measurement, as ranks must agree.
 
     Attributes:
         counts: Counts since the last report.
         failed: Cause the policy was retired for, or None.
     """
 
-    def __init__(self, policy: ScoringPolicy):
+    def __init__(self, policy: ScoringPolicy, settled_after: int = 0):
         self._policy = policy
+        self._settled_after = settled_after
+        self._reports = 0
+        self._pending: deque[Measurement] = deque()
         self.counts = SequenceReport()
         self.failed: str | None = None
         self._measured: dict[tuple[int, int], tuple[npt.NDArray[np.float64], int]] = {}
@@ -53,15 +83,33 @@ class EvictionLog:
             exc_info=error,
         )
 
-    def add_measured(self, slots: list[int], group: int, values: npt.NDArray[np.float64]) -> None:
-        """Add what one layer of a group measured of some requests, ``[rows, n]``."""
+    def measure(self, slots: list[int], group: int, values: Tensor) -> None:
+        """Take what one layer of a group measured of some requests, ``[rows, n]``."""
+        values = values.double()
+        copied = None
+        if values.device.type != "cpu" and self._settled_after:
+            there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            there.copy_(values, non_blocking=True)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+            values = there
+        due = self._reports + self._settled_after
+        self._pending.append(Measurement(due, slots, group, values.cpu(), copied))
+
+    def _add_measured(self, slots: list[int], group: int, values: npt.NDArray[np.float64]) -> None:
         for slot, row in zip(slots, values, strict=True):
             sums, layers = self._measured.get((slot, group), (np.zeros_like(row), 0))
             self._measured[slot, group] = (sums + row, layers + 1)
 
     def take(self) -> SequenceReport | None:
         """Return what happened since the last report, or None for nothing."""
-        if not self.counts.rows:
+        while self._pending and self._pending[0].due <= self._reports:
+            one = self._pending.popleft()
+            if one.copied is not None:
+                one.copied.synchronize()
+            self._add_measured(one.slots, one.group, one.values.numpy())
+        self._reports += 1
+        if not self.counts.rows and not self._measured:
             return None
         report, self.counts = self.counts, SequenceReport()
         report.measured = self._take_measured()
@@ -92,6 +140,18 @@ class LayerEvictions:
         self._log = log
         self._stores: dict[int, SpanStore] = {}
 
+    def open(self, impl: Any, layer: Any, cache: Tensor) -> None:
+        """Open the layer's pages, on first use and when the cache has moved."""
+        self.residents.open(impl, layer, cache)
+
+    def remember(self, query: Tensor, tokens: Tensor, places: Tensor) -> None:
+        """Keep the queries of some tokens for later evictions."""
+        self.residents.remember(query, tokens, places)
+
+    def flush(self, query: Tensor, flush: AttentionFlush) -> None:
+        """Bring the cumulative attention of some rows up to date."""
+        self.residents.flush(query, flush)
+
     def decide(self, decision: EvictionDecision) -> None:
         """Make one eviction, row by row where evicted tokens can be recalled."""
         if not self.policy.options.on_demand:
@@ -105,17 +165,9 @@ class LayerEvictions:
         resident, count = decision.resident, decision.count
         view = self.residents.view(resident, decision)
         keep = self._choose(view, decision.slots, decision.candidates, count)
-        source = plan_moves(keep, count).long()
-        size = self.policy.engine.block_size
-        row, head, place, origin = self._moved(source)
-        self.residents.pages.move(
-            head,
-            resident.blocks[row, origin // size],
-            origin % size,
-            resident.blocks[row, place // size],
-            place % size,
-        )
-        self.residents.put(resident, source, view)
+        source = plan_moves(keep, count)
+        self.residents.pages.relocate(resident.blocks, source)
+        self.residents.put(resident, source.long(), view)
 
     def evict_with_recall(self, decision: EvictionDecision) -> None:
         """Evict from one row whose evicted tokens stay in host memory and may be recalled."""
@@ -206,4 +258,4 @@ class LayerEvictions:
     def _measure(self, view: ResidentView, scores: Tensor, slots: list[int]) -> None:
         measured = self.policy.measure(view, scores)
         if measured is not None:
-            self._log.add_measured(slots, self._group, measured.double().cpu().numpy())
+            self._log.measure(slots, self._group, measured)

@@ -73,6 +73,15 @@ class KindWorker:
             DeploymentError: It is not.
         """
 
+    def loaded(self, name: str, layer: Any, dtype: torch.dtype) -> None:
+        """Take a layer whose weights were loaded. Memory taken here counts in vLLM's profile.
+
+        Args:
+            name: Its name.
+            layer: vLLM's attention layer.
+            dtype: Type of the model's activations.
+        """
+
     def metadata_steps(
         self, spec: Any, vllm_config: Any, device: torch.device
     ) -> Sequence[MetadataStep]:

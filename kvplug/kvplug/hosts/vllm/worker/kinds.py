@@ -13,9 +13,10 @@ from kvplug.deployment import Deployment
 from kvplug.hosts.vllm import engine
 from kvplug.hosts.vllm.worker.attention import AttentionWorker, Served
 from kvplug.hosts.vllm.worker.format import FormatRows, FormatTokens, FormatWorker
+from kvplug.hosts.vllm.worker.in_force import InForce
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
 from kvplug.hosts.vllm.worker.reuse import ReuseWorker, WatchedRows
-from kvplug.hosts.vllm.worker.sequence import Phases, ScoringWorker
+from kvplug.hosts.vllm.worker.sequence import Phases, ScoringWorker, SecondRunner
 from kvplug.hosts.vllm.worker.state import WorkerState, worker_state
 from kvplug.hosts.vllm.worker.steps import MetadataStep
 from kvplug.hosts.vllm.worker.window import Compaction, WindowWorker
@@ -30,7 +31,8 @@ def _sequence(deployment: Deployment, config: Any, state: WorkerState) -> KindWo
         return None
     origin = _origin(deployment, Kind.SEQUENCE)
     if isinstance(policy, ScoringPolicy):
-        return ScoringWorker(policy, origin)
+        second = SecondRunner(config, state.rows) if config.use_v2_model_runner else None
+        return ScoringWorker(policy, origin, second)
     return WindowWorker(policy, origin, state.rows)
 
 
@@ -82,9 +84,10 @@ METADATA_STEPS: tuple[type[MetadataStep], ...] = (
     Served,
     # Counts tokens in the step's own rows too, before the rows are split.
     FormatTokens,
-    # Either shortens and splits rows; a deployment has one of them.
+    # Each shortens rows or splits them; a deployment has one of them.
     Compaction,
     Phases,
+    InForce,
     # Notes the rows as the backend gets them, after they were split.
     FormatRows,
 )

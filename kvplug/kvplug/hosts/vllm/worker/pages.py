@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvplug.contract import FormatPolicy, LayerView, PageLayout, WriteBatch
 from kvplug.errors import KVPlugError
+from kvplug_kernels.move_tokens import LayerCaches, move_tokens
 
 Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """``write(key, value, cache, slots)``: store tokens ``[n, kv_heads, head_size]`` in a cache."""
@@ -49,14 +50,23 @@ class TokenPages(Protocol):
         to_blocks: Tensor,
         to_slots: Tensor,
     ) -> None:
-        """Copy single tokens of single heads, K and V; sources and destinations are disjoint.
+        """Copy single tokens of single heads, K and V, all read before any is written.
 
         Args:
-            heads: KV head of each copy, ``[n]`` int64.
-            from_blocks: Block it is read from, ``[n]`` int64.
+            heads: KV head of each copy, int64 of any shape, the same for all arguments.
+            from_blocks: Block it is read from.
             from_slots: Slot in that block.
             to_blocks: Block it is written to.
             to_slots: Slot in that block.
+        """
+
+    def relocate(self, blocks: Tensor, source: Tensor) -> None:
+        """Move survivors together, K and V. Does not wait for an accelerator.
+
+        Args:
+            blocks: Blocks of each row in resident order, ``[rows, n]`` int64.
+            source: Resident index that each place takes its token from, its own where nothing
+                moves, ``[rows, kv_heads, count]`` int32; no place is both read and written.
         """
 
     def write(
@@ -140,31 +150,53 @@ class Pages:
     """Pages in the backend's own order.
 
     Args:
-        cache: The layer's cache, ``[num_blocks, kv_heads, block_size, 2 * head_size]``; the two
-            last dimensions are contiguous.
-        order: The order of its pages.
+        cache: The layer's cache, ``[num_blocks, kv_heads, block_size, 2 * head_size]``, in any
+            order of blocks, heads and slots.
+        order: The order of its pages, found in a page whose slots are neighbours.
+
+    Raises:
+        KVPlugError: The backend mixes the slots of a page, and here they are not neighbours.
     """
 
     def __init__(self, cache: Tensor, order: PageOrder):
         self._orders = (order.key, order.value)
         num_blocks, kv_heads, block_size, content = cache.shape
-        self._flat = cache.as_strided(
-            (num_blocks, kv_heads, block_size * content),
-            (cache.stride(0), cache.stride(1), 1),
-            cache.storage_offset(),
+        # vLLM's own preference on a GPU has tokens before heads, so a head's slots lie apart.
+        neighbours = cache.stride(2) == content
+        self._flat = (
+            cache.as_strided(
+                (num_blocks, kv_heads, block_size * content),
+                (cache.stride(0), cache.stride(1), 1),
+                cache.storage_offset(),
+            )
+            if neighbours
+            else None
         )
         self._views: list[Tensor | None] = []
-        for own in self._orders:
-            strides = _strides(own)
+        by_slot = [_strides(own) for own in self._orders]
+        # Each slot's key and value lie in the slot's own content.
+        whole = all(found is not None and found[1] == content for found in by_slot)
+        if not neighbours and not whole:
+            raise KVPlugError(
+                "this attention backend mixes the tokens of a page, and vLLM's KV cache layout "
+                "keeps them apart; set VLLM_KV_CACHE_LAYOUT=LBHNC"
+            )
+        for own, strides in zip(self._orders, by_slot, strict=True):
             self._views.append(
                 None
                 if strides is None
                 else cache.as_strided(
                     (num_blocks, kv_heads, *own.shape),
-                    (cache.stride(0), cache.stride(1), strides[1], strides[2]),
+                    (
+                        cache.stride(0),
+                        cache.stride(1),
+                        strides[1] if neighbours else cache.stride(2),
+                        strides[2],
+                    ),
                     cache.storage_offset() + strides[0],
                 )
             )
+        self._caches = LayerCaches([cache]) if whole and cache.device.type != "cpu" else None
 
     @property
     def views(self) -> tuple[Tensor, Tensor] | None:
@@ -182,6 +214,7 @@ class Pages:
         if view is not None:
             taken = view[blocks]
         else:
+            assert self._flat is not None
             taken = self._flat[blocks][..., order.reshape(-1)]
             taken = taken.view(*taken.shape[:3], size, width)
         rows, n, heads = taken.shape[:3]
@@ -200,9 +233,17 @@ class Pages:
             if view is not None:
                 view[to_blocks, heads, to_slots] = view[from_blocks, heads, from_slots]
             else:
-                self._flat[to_blocks[:, None], heads[:, None], order[to_slots]] = self._flat[
-                    from_blocks[:, None], heads[:, None], order[from_slots]
+                assert self._flat is not None
+                self._flat[to_blocks[..., None], heads[..., None], order[to_slots]] = self._flat[
+                    from_blocks[..., None], heads[..., None], order[from_slots]
                 ]
+
+    def relocate(self, blocks: Tensor, source: Tensor) -> None:
+        """Move survivors together; see `TokenPages.relocate`."""
+        if self._caches is not None:
+            move_tokens(self._caches, blocks, source[None])
+        else:
+            relocate(self, blocks, source, self._orders[0].shape[0])
 
     def write(
         self, heads: Tensor, blocks: Tensor, slots: Tensor, key: Tensor, value: Tensor
@@ -212,6 +253,7 @@ class Pages:
             if view is not None:
                 view[blocks, heads, slots] = what
             else:
+                assert self._flat is not None
                 self._flat[blocks[:, None], heads[:, None], order[slots]] = what
 
 
@@ -261,6 +303,10 @@ class CodedPages:
         for plane in self._planes:
             plane[to_blocks, heads, to_slots] = plane[from_blocks, heads, from_slots]
 
+    def relocate(self, blocks: Tensor, source: Tensor) -> None:
+        """Move survivors together; see `TokenPages.relocate`."""
+        relocate(self, blocks, source, self._cache.shape[2])
+
     def write(
         self, heads: Tensor, blocks: Tensor, slots: Tensor, key: Tensor, value: Tensor
     ) -> None:
@@ -276,6 +322,25 @@ class CodedPages:
         made = self._layout.planes(scratch)
         for plane, own in zip(self._planes, made, strict=True):
             plane[blocks, heads, slots] = own[place // size, heads, place % size]
+
+
+def relocate(pages: TokenPages, blocks: Tensor, source: Tensor, block_size: int) -> None:
+    """Move survivors together through `TokenPages.move`; see `TokenPages.relocate`."""
+    rows, heads, count = source.shape
+    source = source.long()
+    place = torch.arange(count, device=source.device)
+    if source.device.type == "cpu":
+        row, head, place = torch.nonzero(source != place, as_tuple=True)
+        origin = source[row, head, place]
+        origins, places = blocks[row, origin // block_size], blocks[row, place // block_size]
+    else:
+        # All places, moved or not: to find those that are, the host would have to wait.
+        head, place = torch.arange(heads, device=source.device)[:, None], place.expand(heads, -1)
+        head, place = head.expand(rows, heads, count), place.expand(rows, heads, count)
+        origin = source
+        origins = blocks.gather(1, (origin // block_size).view(rows, -1)).view_as(origin)
+        places = blocks.gather(1, (place // block_size).reshape(rows, -1)).view_as(origin)
+    pages.move(head, origins, origin % block_size, places, place % block_size)
 
 
 def open_pages(impl: Any, layer: Any, cache: Tensor) -> TokenPages:

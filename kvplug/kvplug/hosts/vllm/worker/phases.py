@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvplug.hosts.pruning import Eviction, layout
+from kvplug.hosts.pruning import FLUSH, Eviction, layout
 from kvplug.hosts.vllm.messages import Plans, RowPlan
 from kvplug.hosts.vllm.spec import PrunedSpec
 from kvplug.hosts.vllm.worker import metadata
-
-FLUSH = 32
-"""Queries collected before cumulative attention is brought up to date."""
+from kvplug.hosts.vllm.worker.metadata import to_device
 
 
 @dataclass
@@ -43,9 +41,10 @@ class EvictionDecision:
         resident: Their resident blocks.
         candidates: Resident tokens the eviction covers.
         count: Resident tokens that survive.
-        slots: Slot of each row's request.
+        slots: The scheduler's slot of each row's request.
         num_tokens: Tokens of its text computed, ``[rows]`` int32.
         num_prompt_tokens: Tokens of its prompt, ``[rows]`` int32.
+        rings: Index of its first place among the remembered queries, ``[rows]`` int64.
     """
 
     resident: ResidentBlocks
@@ -54,6 +53,7 @@ class EvictionDecision:
     slots: list[int]
     num_tokens: Tensor
     num_prompt_tokens: Tensor
+    rings: Tensor
 
     def rows(self) -> list[EvictionDecision]:
         """Split into one decision per row."""
@@ -71,6 +71,7 @@ class EvictionDecision:
                 [slot],
                 self.num_tokens[i : i + 1],
                 self.num_prompt_tokens[i : i + 1],
+                self.rings[i : i + 1],
             )
             for i, slot in enumerate(self.slots)
         ]
@@ -84,13 +85,15 @@ class AttentionFlush:
         resident: Their resident blocks.
         remembered: Index into the layer's remembered queries of each query, ``[rows, n]``, or -1;
             None where all are fresh.
-        fresh: Index into this step's tokens of each query, ``[rows, n]``, or -1.
-        positions: Position of each query, ``[rows, n]`` int32.
+        fresh: Index into this step's tokens of each query, ``[rows, n]``, or -1; None where all are
+            remembered.
+        positions: Position of each query, ``[rows, n]`` int32. The resident tokens at the same
+            positions, the last ones, received nothing before.
     """
 
     resident: ResidentBlocks
     remembered: Tensor | None
-    fresh: Tensor
+    fresh: Tensor | None
     positions: Tensor
 
 
@@ -121,13 +124,14 @@ class RowPart:
 
     Attributes:
         row: The row.
-        slot: Slot of its request; -1 without a plan.
+        slot: The scheduler's slot of its request; -1 without a plan.
         plan: Its plan, or None.
         start: First token.
         end: Token after the last.
         first_token: First token among the step's.
         state: The eviction in force, or None.
         eviction: The eviction at ``end``, or None.
+        ring: Slot of its request among those with remembered queries.
     """
 
     row: int
@@ -138,6 +142,7 @@ class RowPart:
     first_token: int
     state: Eviction | None
     eviction: Eviction | None
+    ring: int = -1
 
 
 class StepPlanner:
@@ -146,24 +151,37 @@ class StepPlanner:
     Args:
         spec: Spec of the KV-cache group.
         group: Group number of the policy: the index of the spec's share.
+        ring: Queries remembered per request.
         device: Device of the tensors.
     """
 
-    def __init__(self, spec: PrunedSpec, group: int, device: torch.device):
+    def __init__(self, spec: PrunedSpec, group: int, ring: int, device: torch.device):
+        self.ring = ring
         self.block_size = int(spec.block_size)
         self.protected = spec.limits.protected
         self.group = group
         self.device = device
 
-    def parts(self, common: Any, slots: list[int], plans: Plans) -> list[list[RowPart]] | None:
+    def parts(
+        self,
+        common: Any,
+        slots: list[int],
+        plans: Plans,
+        rings: list[int] | None = None,
+    ) -> list[list[RowPart]] | None:
         """Return the rows of each phase, or None where no row has a plan.
 
         Args:
             common: vLLM's common metadata.
-            slots: Slot of each row, -1 where unknown.
+            slots: The scheduler's slot of each row, -1 where unknown.
             plans: The step's plans.
+            rings: Slot of each row among those with remembered queries; None for the scheduler's.
         """
-        ends = common.seq_lens[: common.num_reqs].tolist()
+        lens, upper = common.seq_lens, common.seq_lens_cpu_upper_bound
+        # Exact without draft tokens, and of those no policy that evicts by score has any.
+        on_host = lens if lens.device.type == "cpu" or upper is None else upper
+        ends = on_host[: common.num_reqs].tolist()
+        rings = slots if rings is None else rings
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         phases: list[list[RowPart]] = [[]]
         found = False
@@ -182,7 +200,9 @@ class StepPlanner:
                     while len(phases) <= depth:
                         phases.append([])
                     token = first + at - start
-                    phases[depth].append(RowPart(row, slot, plan, at, stop, token, state, eviction))
+                    phases[depth].append(
+                        RowPart(row, slot, plan, at, stop, token, state, eviction, rings[row])
+                    )
                 if eviction is not None:
                     state, at = eviction, stop
         if len(phases) > 1:
@@ -192,12 +212,10 @@ class StepPlanner:
     def table(self, common: Any, parts: list[RowPart]) -> tuple[Tensor, Tensor]:
         """Return the block table and lengths of what each part's queries see."""
         device, size = self.device, self.block_size
-        kept = torch.tensor([s.state.kept if s.state else 0 for s in parts], device=device)
-        resume = torch.tensor(
-            [s.state.end - s.state.grown if s.state else 0 for s in parts], device=device
-        )
-        ends = torch.tensor([s.end for s in parts], device=device)
-        rows = torch.tensor([s.row for s in parts], device=device)
+        kept = to_device([s.state.kept if s.state else 0 for s in parts], device)
+        resume = to_device([s.state.end - s.state.grown if s.state else 0 for s in parts], device)
+        ends = to_device([s.end for s in parts], device)
+        rows = to_device([s.row for s in parts], device)
         source = common.block_table_tensor[rows]
         width = source.shape[1]
         column = torch.arange(width, device=device)[None, :]
@@ -214,7 +232,11 @@ class StepPlanner:
     def common_of(self, common: Any, parts: list[RowPart], whole: bool) -> Any:
         """Return the common metadata of one phase; ``whole`` if it is the only one."""
         table, lens = self.table(common, parts)
-        lens_cpu = lens.cpu()
+        size = self.block_size
+        hidden = [(s.state.end - s.state.blocks) * size if s.state else 0 for s in parts]
+        lens_cpu = torch.tensor(
+            [s.end - n for s, n in zip(parts, hidden, strict=True)], dtype=torch.int32
+        )
         longest = int(lens_cpu.max())
         if whole:
             return metadata.with_lengths(
@@ -237,10 +259,10 @@ class StepPlanner:
     def _resident(
         self, common: Any, parts: list[RowPart], logical: list[list[int]]
     ) -> ResidentBlocks:
-        rows = torch.tensor([s.row for s in parts], device=self.device)
-        numbers = torch.tensor(logical, device=self.device)
+        rows = to_device([s.row for s in parts], self.device)
+        numbers = to_device(logical, self.device)
         table = common.block_table_tensor[rows].long()
-        mixed = torch.tensor([s.state.end if s.state else 0 for s in parts], device=self.device)
+        mixed = to_device([s.state.end if s.state else 0 for s in parts], self.device)
         return ResidentBlocks(table.gather(1, numbers), numbers, mixed, 0)
 
     def decisions(self, common: Any, parts: list[RowPart]) -> list[EvictionDecision]:
@@ -263,32 +285,38 @@ class StepPlanner:
                     candidates * self.block_size,
                     survivors * self.block_size,
                     [s.slot for s in own],
-                    torch.tensor([s.end for s in own], dtype=torch.int32, device=self.device),
-                    torch.tensor([p.prompt for p in plans], dtype=torch.int32, device=self.device),
+                    to_device([s.end for s in own], self.device, torch.int32),
+                    to_device([p.prompt for p in plans], self.device, torch.int32),
+                    to_device([s.ring * self.ring for s in own], self.device),
                 )
             )
         return made
 
-    def remembered(self, parts: list[RowPart], ring: int) -> tuple[Tensor, Tensor] | None:
-        """Return the tokens of a phase whose queries to remember, and where; None for none.
-
-        Args:
-            parts: Rows of the phase.
-            ring: Queries remembered per request.
-        """
+    def remembered(self, parts: list[RowPart]) -> tuple[Tensor, Tensor] | None:
+        """Return the tokens of a phase whose queries to remember, and where; None for none."""
+        ring = self.ring
         tokens: list[int] = []
         places: list[int] = []
         for s in parts:
             if s.plan is not None:
                 for position in range(max(s.start, s.end - ring), s.end):
                     tokens.append(s.first_token + position - s.start)
-                    places.append(s.slot * ring + position % ring)
+                    places.append(s.ring * ring + position % ring)
         if not tokens:
             return None
-        return torch.tensor(tokens, device=self.device), torch.tensor(places, device=self.device)
+        return to_device(tokens, self.device), to_device(places, self.device)
 
-    def flushes(self, common: Any, parts: list[RowPart], ring: int) -> list[AttentionFlush]:
-        """Return the cumulative attention due at the end of a phase, rows of one shape together."""
+    def flushes(
+        self, common: Any, parts: list[RowPart], settled: bool = False
+    ) -> list[AttentionFlush]:
+        """Return the cumulative attention due at the end of a phase, rows of one shape together.
+
+        Args:
+            common: vLLM's common metadata.
+            parts: Rows of the phase.
+            settled: True once the queries of the step are remembered too.
+        """
+        ring = self.ring
         shapes: dict[tuple[int, int], list[tuple[RowPart, int]]] = defaultdict(list)
         for s in parts:
             if s.plan is None:
@@ -319,17 +347,17 @@ class StepPlanner:
                 for s, row in zip(own, positions, strict=True)
             ]
             old = [
-                [s.slot * ring + p % ring if p < s.start else -1 for p in row]
+                [s.ring * ring + p % ring if settled or p < s.start else -1 for p in row]
                 for s, row in zip(own, positions, strict=True)
             ]
             made.append(
                 AttentionFlush(
                     resident,
-                    torch.tensor(old, device=self.device)
+                    to_device(old, self.device)
                     if any(i >= 0 for row in old for i in row)
                     else None,
-                    torch.tensor(fresh, device=self.device),
-                    torch.tensor(positions, dtype=torch.int32, device=self.device),
+                    None if settled else to_device(fresh, self.device),
+                    to_device(positions, self.device, torch.int32),
                 )
             )
         return made

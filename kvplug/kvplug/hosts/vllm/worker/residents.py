@@ -25,6 +25,12 @@ class LayerResidents:
         ring: Queries remembered per request.
         scale: Softmax scale.
         softcap: Soft cap of logits; 0 for none.
+
+    Attributes:
+        queries: Remembered queries, ``[n, num_heads, head_size]``: a ring per slot.
+        fixed: True if `queries` was allocated once for every slot.
+        positions: Position of each survivor, ``[num_blocks, kv_heads, block_size]`` int32.
+        cumulative: Cumulative attention of each token, the same shape, float32.
     """
 
     def __init__(
@@ -37,7 +43,8 @@ class LayerResidents:
         self.softcap = softcap
         self._pages: TokenPages | None = None
         self._cache_at = -1
-        self._queries: Tensor | None = None
+        self.fixed = False
+        self.queries: Tensor | None = None
         self.positions: Tensor | None = None
         self.cumulative: Tensor | None = None
 
@@ -59,34 +66,30 @@ class LayerResidents:
             if self.policy.wants_cumulative_attention:
                 self.cumulative = torch.zeros((blocks, heads, size), device=cache.device)
 
-    def forget(self, slot_mapping: Tensor) -> None:
-        """Reset the cumulative attention of newly written cache slots."""
-        if self.cumulative is not None:
-            slots = slot_mapping[slot_mapping >= 0]
-            size = self.cumulative.shape[2]
-            self.cumulative[slots // size, :, slots % size] = 0
-
     def remember(self, query: Tensor, tokens: Tensor, places: Tensor) -> None:
         """Keep the queries of some tokens for later evictions."""
-        need = (int(places.max()) // self.ring + 1) * self.ring
-        if self._queries is None or self._queries.shape[0] < need:
-            grown = query.new_zeros((max(need, 16 * self.ring), *query.shape[1:]))
-            if self._queries is not None:
-                grown[: self._queries.shape[0]] = self._queries
-            self._queries = grown
-        self._queries[places] = query[tokens]
+        if not self.fixed:
+            need = (int(places.max()) // self.ring + 1) * self.ring
+            if self.queries is None or self.queries.shape[0] < need:
+                grown = query.new_zeros((max(need, 16 * self.ring), *query.shape[1:]))
+                if self.queries is not None:
+                    grown[: self.queries.shape[0]] = self.queries
+                self.queries = grown
+        assert self.queries is not None
+        self.queries[places] = query[tokens]
 
-    def flush(self, query: Tensor, flush: AttentionFlush) -> None:
-        """Add the attention of some queries to the cumulative attention of what they saw."""
-        assert self.cumulative is not None
+    def flush(self, query: Tensor | None, flush: AttentionFlush) -> None:
+        """Add the attention of some queries to the cumulative attention of what they saw.
+
+        Args:
+            query: The step's queries, ``[num_tokens, num_heads, head_size]``; None where all that
+                are asked for are remembered.
+            flush: Which queries, and what they saw.
+        """
         resident = flush.resident
-        fresh = query[flush.fresh.clamp_min(0)]
-        if self._queries is not None and flush.remembered is not None:
-            old = self._queries[flush.remembered.clamp_min(0)]
-            fresh = torch.where((flush.fresh >= 0)[..., None, None], fresh, old)
         view = self.view(resident)
         mass = attention_mass(
-            fresh,
+            self._queries_of(query, flush),
             view.key_pages,
             view.block_table,
             view.lens,
@@ -95,16 +98,36 @@ class LayerResidents:
             query_positions=flush.positions,
             softcap=self.softcap,
         )
-        self._attention_of(resident, view.over_groups(mass[..., : resident.tokens]))
+        self._add_attention(
+            resident, view.over_groups(mass[..., : resident.tokens]), flush.positions.shape[1]
+        )
 
-    def _attention_of(self, resident: ResidentBlocks, add: Tensor | None = None) -> Tensor:
-        """Cumulative attention in resident order, ``[rows, kv_heads, n]``; adds to it first."""
+    def _queries_of(self, query: Tensor | None, flush: AttentionFlush) -> Tensor:
+        if flush.fresh is None:
+            assert self.queries is not None and flush.remembered is not None
+            return self.queries[flush.remembered]
+        assert query is not None
+        fresh = query[flush.fresh.clamp_min(0)]
+        if self.queries is None or flush.remembered is None:
+            return fresh
+        old = self.queries[flush.remembered.clamp_min(0)]
+        return torch.where((flush.fresh >= 0)[..., None, None], fresh, old)
+
+    def _add_attention(self, resident: ResidentBlocks, add: Tensor, new: int) -> None:
+        """Add to the cumulative attention, ``[rows, kv_heads, n]`` in resident order; the last
+        ``new`` tokens had received nothing."""
         assert self.cumulative is not None
         rows, (_, heads, size) = len(resident.blocks), self.cumulative.shape
-        if add is not None:
-            whole = resident.blocks.shape[1] * size
-            padded = torch.nn.functional.pad(add, (0, whole - add.shape[2]))
-            self.cumulative[resident.blocks] += padded.view(rows, heads, -1, size).transpose(1, 2)
+        before = self._attention_of(resident)
+        before[..., resident.tokens - new :] = 0
+        whole = resident.blocks.shape[1] * size
+        sums = torch.nn.functional.pad(before + add, (0, whole - add.shape[2]))
+        self.cumulative[resident.blocks] = sums.view(rows, heads, -1, size).transpose(1, 2)
+
+    def _attention_of(self, resident: ResidentBlocks) -> Tensor:
+        """Cumulative attention in resident order, ``[rows, kv_heads, n]``, a copy."""
+        assert self.cumulative is not None
+        rows, (_, heads, _size) = len(resident.blocks), self.cumulative.shape
         taken = self.cumulative[resident.blocks].transpose(1, 2)
         return taken.reshape(rows, heads, -1)[..., : resident.tokens]
 
@@ -130,7 +153,8 @@ class LayerResidents:
         rows = resident.blocks.shape[0]
         device = resident.blocks.device
         plain = pages.views
-        if plain is not None and device.type != "cpu":
+        paged = plain is not None and self.paged(device)
+        if plain is not None and paged:
             key, value, table = *plain, resident.blocks.to(torch.int32)
         else:
             key = pages.gather(0, resident.blocks)[:, :, : resident.tokens]
@@ -158,15 +182,19 @@ class LayerResidents:
             cumulative_attention=self._attention_of(resident)
             if self.cumulative is not None
             else None,
+            dense=not paged,
         )
+
+    def paged(self, device: torch.device) -> bool:
+        """Return True if a policy's kernels read the pages, rather than a copy of them."""
+        return device.type != "cpu"
 
     def latest_queries(self, decision: EvictionDecision, window: int) -> Tensor:
         """Return the latest queries of each row, ``[rows, window, num_heads, head_size]``."""
-        assert self._queries is not None
+        assert self.queries is not None
         device = decision.num_tokens.device
-        slots = torch.tensor(decision.slots, device=device)[:, None]
         positions = decision.num_tokens[:, None].long() + torch.arange(-window, 0, device=device)
-        return self._queries[slots * self.ring + positions % self.ring]
+        return self.queries[decision.rings[:, None] + positions % self.ring]
 
     def put(self, resident: ResidentBlocks, source: Tensor, view: ResidentView) -> None:
         """Let positions and cumulative attention follow the tokens that moved.

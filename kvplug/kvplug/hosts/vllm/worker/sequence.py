@@ -1,15 +1,20 @@
 """Scoring sequence policies on a worker: what attention sees, and the evictions themselves.
 
-A step's rows are brought into phases at the positions where the scheduler's plan evicts. In each
-layer the backend's own kernel attends one phase, the policy scores the resident tokens of the rows
-that reach an eviction, the survivors move together inside the request's own blocks, and the next
-phase sees the result. So what a token sees depends on its position alone, wherever a prompt was
-chunked.
+On vLLM's first model runner a step's rows are brought into phases at the positions where the
+scheduler's plan evicts. In each layer the backend's own kernel attends one phase, the policy scores
+the resident tokens of the rows that reach an eviction, the survivors move together inside the
+request's own blocks, and the next phase sees the result. So what a token sees depends on its
+position alone, wherever a prompt was chunked.
+
+On the second runner decode steps are replayed as CUDA graphs. An eviction at the end of a step is
+made after it, in all layers at once, and `in_force` shows what it left from the next step on: the
+same, as nothing reads the pages in between. A step with an eviction inside a chunk is attended in
+phases as on the first runner; it is never replayed whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,15 +22,25 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from kvplug.contract import Kind, ScoringPolicy
-from kvplug.hosts.pruning import Limits
+from kvplug.contract import Kind, LayerView, ScoringPolicy
+from kvplug.hosts.pruning import FLUSH, Limits
 from kvplug.hosts.vllm.engine import layer_limits, share_groups
 from kvplug.hosts.vllm.messages import Plans, StepDirectives, StepReport
 from kvplug.hosts.vllm.spec import PrunedSpec
-from kvplug.hosts.vllm.worker.evictions import RECALL_QUERIES, EvictionLog, LayerEvictions
+from kvplug.hosts.vllm.worker.after_step import FoldedLayer, FoldedLayers, fold_layers
+from kvplug.hosts.vllm.worker.evictions import (
+    RECALL_QUERIES,
+    SETTLED_AFTER,
+    EvictionLog,
+    LayerEvictions,
+)
+from kvplug.hosts.vllm.worker.in_force import BuiltStep, EvictionsInForce, InForce
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
-from kvplug.hosts.vllm.worker.phases import FLUSH, Phase, StepPlanner
+from kvplug.hosts.vllm.worker.metadata import to_device
+from kvplug.hosts.vllm.worker.phases import Phase, RowPart, StepPlanner
+from kvplug.hosts.vllm.worker.query_rings import Geometry, QueryRings
 from kvplug.hosts.vllm.worker.residents import LayerResidents
+from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.steps import (
     Attend,
     AttendCall,
@@ -36,12 +51,38 @@ from kvplug.hosts.vllm.worker.steps import (
 )
 
 
+class SecondRunner:
+    """What a worker on vLLM's second model runner is by its limits, and the rows of its steps.
+
+    Args:
+        vllm_config: The engine's config.
+        rows: Rows of the step.
+
+    Attributes:
+        config: As given.
+        rows: As given.
+        num_slots: Slots of requests.
+        max_rows: Most rows of a step, padding included.
+        max_tokens: Most tokens of a step, padding included.
+    """
+
+    def __init__(self, vllm_config: Any, rows: StepRows):
+        scheduler = vllm_config.scheduler_config
+        captured = int(vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+        self.config = vllm_config
+        self.rows = rows
+        self.num_slots = int(scheduler.max_num_seqs)
+        self.max_rows = max(self.num_slots, captured)
+        self.max_tokens = max(int(scheduler.max_num_batched_tokens), captured)
+
+
 class ScoringWorker(KindWorker):
     """A scoring sequence policy on a worker.
 
     Args:
         policy: The policy.
         origin: Source and key of the policy in its deployment, for messages.
+        second: The second model runner, or None on the first.
 
     Attributes:
         block_size: Tokens per block.
@@ -50,20 +91,29 @@ class ScoringWorker(KindWorker):
         layers: State of each layer, by layer name.
         plans: Plans of the step.
         log: What the policy did since the last report.
+        rings: Latest queries by slot, on the second runner; None where none are remembered.
     """
 
     kind = Kind.SEQUENCE
     supports_update_block_table = False
 
-    def __init__(self, policy: ScoringPolicy, origin: Origin):
+    def __init__(self, policy: ScoringPolicy, origin: Origin, second: SecondRunner | None = None):
         super().__init__(origin)
         self.policy = policy
+        self.second = second
         self.block_size = policy.engine.block_size
         self.ring = ring_size(policy)
         self.groups = share_groups(policy)
-        self.layers: dict[str, LayerEvictions] = {}
+        self.layers: dict[str, LayerEvictions | FoldedLayer] = {}
         self.plans: Plans = {}
-        self.log = EvictionLog(policy)
+        self.log = EvictionLog(policy, SETTLED_AFTER if second is not None else 0)
+        self.rings: QueryRings | None = None
+        if second is not None and self.ring:
+            self.rings = QueryRings(self.ring, second.num_slots)
+        self._folded: dict[int, list[FoldedLayers]] = {}
+        self._in_force: dict[int, EvictionsInForce] = {}
+        self._built: dict[tuple[str, ...], BuiltStep] = {}
+        self._phased = False
         self._limits = [layer_limits(policy, layer) for layer in policy.engine.layers]
 
     # -- layers --------------------------------------------------------------------------------
@@ -97,22 +147,78 @@ class ScoringWorker(KindWorker):
     ) -> Sequence[MetadataStep]:
         if not isinstance(spec, PrunedSpec):
             return ()
-        return (Phases(self, spec, device),)
+        group = self.groups.index(spec.limits.share)
+        planner = StepPlanner(spec, group, self.ring, device)
+        second = self.second
+        if second is None:
+            return (Phases(self, planner),)
+        if group not in self._in_force:
+            self._in_force[group] = EvictionsInForce(second.num_slots, device)
+        step = InForce(
+            planner,
+            self._in_force[group],
+            self._built,
+            max_rows=second.max_rows,
+            max_tokens=second.max_tokens,
+            num_slots=second.num_slots,
+        )
+        return (step,)
 
     def cudagraph_support(self, spec: Any, inner: AttentionCGSupport) -> AttentionCGSupport:
-        # The number of phases differs from step to step.
-        return AttentionCGSupport.NEVER
+        if self.second is None:
+            # The number of phases differs from step to step.
+            return AttentionCGSupport.NEVER
+        # A step with a prefill may have phases.
+        uniform = AttentionCGSupport.UNIFORM_BATCH
+        return uniform if inner is AttentionCGSupport.ALWAYS else inner
+
+    def loaded(self, name: str, layer: Any, dtype: torch.dtype) -> None:
+        """Take memory for the queries of a full-attention layer."""
+        if self.rings is None or self.second is None or layer.sliding_window is not None:
+            return
+        context = self.second.config.compilation_config.static_forward_context
+        full = [x for x in context.values() if getattr(x, "sliding_window", 0) is None]
+        geometry = Geometry(int(layer.num_heads), int(layer.head_size), dtype)
+        device = self.second.config.device_config.device
+        self.rings.add(name, geometry, len(full), torch.device(device))
 
     def attention_step(self) -> AttentionStep:
         return PhasedAttention(self)
 
-    def layer(self, impl: Any, layer: Any) -> LayerEvictions:
-        """Return the state of a layer, made on first use."""
+    def register(self, caches: dict[str, Tensor]) -> None:
+        """Fold the layers of each KV-cache group, on the second runner."""
+        if self.second is None:
+            return
+        config = self.second.config
+        context = config.compilation_config.static_forward_context
+        members: dict[int, dict[str, tuple[Any, LayerView, Tensor]]] = {}
+        for name, cache in caches.items():
+            layer = context.get(name)
+            if layer is None:
+                continue
+            spec = layer.attn_backend.customize_spec(layer.get_kv_cache_spec(config))
+            if isinstance(spec, PrunedSpec):
+                group = self.groups.index(spec.limits.share)
+                own = members.setdefault(group, {})
+                own[name] = (layer, self._view(name), cache)
+        self.layers.clear()
+        for group, layers in members.items():
+            folded = fold_layers(self.policy, self.log, group, layers, self.ring, self.rings)
+            self._folded[group] = folded
+            for some in folded:
+                for index, name in enumerate(some.names):
+                    self.layers[name] = some.layer(index)
+
+    def _view(self, name: str) -> LayerView:
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        return self.policy.engine.layers[extract_layer_index(name)]
+
+    def layer(self, impl: Any, layer: Any) -> LayerEvictions | FoldedLayer:
+        """Return the state of a layer, made on first use on the first runner."""
         found = self.layers.get(layer.layer_name)
         if found is None:
-            from vllm.model_executor.models.utils import extract_layer_index
-
-            view = self.policy.engine.layers[extract_layer_index(layer.layer_name)]
+            view = self._view(layer.layer_name)
             softcap = float(getattr(impl, "logits_soft_cap", 0) or 0)
             residents = LayerResidents(self.policy, view, self.ring, float(impl.scale), softcap)
             group = self.groups.index(self.policy.share(view))
@@ -123,7 +229,97 @@ class ScoringWorker(KindWorker):
     # -- steps ---------------------------------------------------------------------------------
 
     def begin(self, directives: StepDirectives) -> None:
-        self.plans = directives.sequence.plans() if directives.sequence is not None else {}
+        own = directives.sequence
+        self.plans = own.plans() if own is not None else {}
+        self._phased = own is not None and own.phased
+
+    def load(self, directives: StepDirectives) -> None:
+        """Attend the step in phases where evictions fall inside it, on the second runner."""
+        if self.second is None or not self._phased:
+            return
+        rows = self.second.rows
+        for built in self._built.values():
+            common, planner = built.call.common, built.planner
+            slots = [-1] * int(common.num_reqs)
+            for slot, named in rows.named.items():
+                slots[named.row] = slot
+            parts = planner.parts(common, slots, self.plans, rows.runner_slots)
+            if parts is not None:
+                built.put_phases(list(self.phases(planner, common, parts)))
+
+    def end(self, directives: StepDirectives) -> None:
+        """Evict after the step, on the second runner, and let it be in force from now on."""
+        if self.second is None:
+            return
+        rows = self.second.rows
+        for built in self._built.values():
+            built.evictions.settle(rows.runner_slots, rows.requests)
+            if not self._phased:
+                self._after(built)
+            for (group, slot), plan in self.plans.items():
+                named = rows.named.get(slot)
+                if group == built.planner.group and named is not None:
+                    # As planned, not as remembered: a preempted request starts over.
+                    latest = plan.evictions[-1] if plan.evictions else plan.state
+                    built.evictions.put(named.runner_slot, latest)
+        self._built.clear()
+
+    def phases(
+        self, planner: StepPlanner, common: Any, parts: list[list[RowPart]]
+    ) -> Iterator[tuple[Any, Phase]]:
+        """Yield the common metadata of each phase, and the phase without its metadata."""
+        whole = len(parts) == 1
+        for own in parts:
+            phase = Phase(None, None)
+            if not whole:
+                spans = [torch.arange(p.first_token, p.first_token + p.end - p.start) for p in own]
+                phase.tokens = to_device(torch.cat(spans), planner.device)
+            if self.ring:
+                remembered = planner.remembered(own)
+                if remembered is not None:
+                    phase.remember_from, phase.remember_at = remembered
+            if self.policy.wants_cumulative_attention:
+                phase.flushes = planner.flushes(common, own)
+            phase.decisions = planner.decisions(common, own)
+            self.log.counts.rows += len(own)
+            self.log.counts.evictions += sum(len(d.slots) for d in phase.decisions)
+            yield planner.common_of(common, own, whole), phase
+
+    def _after(self, built: BuiltStep) -> None:
+        """Make what a step that was attended whole brought about."""
+        common, planner = built.call.common, built.planner
+        parts = self._settled_rows(planner, common)
+        if not parts:
+            return
+        folded = self._folded[planner.group]
+        if self.policy.wants_cumulative_attention:
+            for flush in planner.flushes(common, parts, settled=True):
+                for layers in folded:
+                    layers.flush(flush)
+        decisions = planner.decisions(common, parts)
+        for decision in decisions:
+            for layers in folded:
+                layers.decide(decision)
+        self.log.counts.rows += len(parts)
+        self.log.counts.evictions += sum(len(d.slots) for d in decisions)
+
+    def _settled_rows(self, planner: StepPlanner, common: Any) -> list[RowPart]:
+        assert self.second is not None
+        parts = []
+        starts = common.query_start_loc_cpu
+        for (group, slot), plan in self.plans.items():
+            named = self.second.rows.named.get(slot)
+            if group != planner.group or named is None:
+                continue
+            first, after = starts[named.row : named.row + 2].tolist()
+            end = int(common.seq_lens_cpu_upper_bound[named.row])
+            eviction = plan.evictions[-1] if plan.evictions else None
+            start = end - (after - first)
+            ring = named.runner_slot
+            parts.append(
+                RowPart(named.row, slot, plan, start, end, first, plan.state, eviction, ring)
+            )
+        return parts
 
     def report(self, into: StepReport) -> None:
         into.sequence = self.log.take()
@@ -141,39 +337,25 @@ def ring_size(policy: ScoringPolicy) -> int:
 class Phases(MetadataStep):
     """Splits a step's metadata into phases; they ride on the metadata of the first."""
 
-    def __init__(self, kind: ScoringWorker, spec: PrunedSpec, device: torch.device):
+    def __init__(self, kind: ScoringWorker, planner: StepPlanner):
         self._kind = kind
-        self._planner = StepPlanner(spec, kind.groups.index(spec.limits.share), device)
+        self._planner = planner
 
     def build(self, inner: Build, call: BuildCall) -> Any:
         kind, planner, common = self._kind, self._planner, call.common
-        phases = None
+        parts = None
         if kind.plans:
-            phases = planner.parts(common, call.slots.tolist(), kind.plans)
-        if phases is None:
+            parts = planner.parts(common, call.slots.tolist(), kind.plans)
+        if parts is None:
             return inner(call)
-        whole = len(phases) == 1
+        # Of several phases only one can have the schedule that FlashAttention's builder keeps.
+        fast = call.fast or len(parts) > 1
         built = []
-        for parts in phases:
-            phase = Phase(inner(call.on(planner.common_of(common, parts, whole))), None)
-            if not whole:
-                spans = [
-                    torch.arange(p.first_token, p.first_token + p.end - p.start) for p in parts
-                ]
-                phase.tokens = torch.cat(spans).to(planner.device)
-            if kind.ring:
-                remembered = planner.remembered(parts, kind.ring)
-                if remembered is not None:
-                    phase.remember_from, phase.remember_at = remembered
-            if kind.policy.wants_cumulative_attention:
-                phase.flushes = planner.flushes(common, parts, kind.ring)
-            phase.decisions = planner.decisions(common, parts)
-            kind.log.counts.rows += len(parts)
-            kind.log.counts.evictions += sum(len(d.slots) for d in phase.decisions)
+        for own, phase in kind.phases(planner, common, parts):
+            phase.metadata = inner(replace(call.on(own), fast=fast))
             built.append(phase)
         first = built[0].metadata
         first.kvplug_phases = built
-        first.kvplug_slot_mapping = common.slot_mapping
         return first
 
 
@@ -186,11 +368,13 @@ class PhasedAttention(AttentionStep):
     def attend(self, inner: Attend, call: AttendCall) -> Tensor:
         phases = getattr(call.metadata, "kvplug_phases", None)
         if not phases:
-            return inner(call)
+            out = inner(call)
+            places = getattr(call.metadata, "kvplug_places", None)
+            if places is not None and self._kind.rings is not None:
+                self._kind.rings.write(call.layer.layer_name, call.query, places)
+            return out
         layer = self._kind.layer(call.impl, call.layer)
-        residents = layer.residents
-        residents.open(call.impl, call.layer, call.cache)
-        residents.forget(call.metadata.kvplug_slot_mapping)
+        layer.open(call.impl, call.layer, call.cache)
         for phase in phases:
             if phase.tokens is None:
                 inner(replace(call, metadata=phase.metadata))
@@ -199,9 +383,9 @@ class PhasedAttention(AttentionStep):
                 inner(part)
                 call.output[phase.tokens] = part.output
             for flush in phase.flushes:
-                residents.flush(call.query, flush)
+                layer.flush(call.query, flush)
             if phase.remember_from is not None:
-                residents.remember(call.query, phase.remember_from, phase.remember_at)
+                layer.remember(call.query, phase.remember_from, phase.remember_at)
             for decision in phase.decisions:
                 layer.decide(decision)
         return call.output

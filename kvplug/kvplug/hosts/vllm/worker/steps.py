@@ -64,12 +64,14 @@ class BuildCall:
         prefix_len: Tokens of the prefix that all rows share.
         fast: Whether to build quickly rather than for speed of execution.
         rows: Slots of the rows at the head of the chain.
+        layers: Names of the builder's layers.
     """
 
     common: Any
     prefix_len: int
     fast: bool
     rows: RowSlots
+    layers: tuple[str, ...] = ()
 
     @property
     def slots(self) -> Tensor:

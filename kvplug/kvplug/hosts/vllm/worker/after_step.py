@@ -1,0 +1,148 @@
+"""Evictions after a step of vLLM's second model runner, in all layers of a group at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvplug.contract import LayerView, ScoringPolicy
+from kvplug.hosts.vllm.worker.evictions import EvictionLog, LayerEvictions
+from kvplug.hosts.vllm.worker.folded import Fold, chunks, layer_indices
+from kvplug.hosts.vllm.worker.metadata import to_device
+from kvplug.hosts.vllm.worker.phases import AttentionFlush, EvictionDecision
+from kvplug.hosts.vllm.worker.query_rings import QueryRings
+from kvplug.hosts.vllm.worker.residents import LayerResidents
+
+MOST_TOKENS = 1 << 16
+"""Resident tokens of rows and layers that a policy is shown at once: it bounds the memory that
+decisions take beside the cache."""
+
+
+class FoldedLayers:
+    """Layers of one KV-cache group that are decided together.
+
+    Args:
+        fold: Their caches.
+        names: Their names, in the order of the fold.
+        residents: Their resident tokens, opened on the fold.
+        evictions: Their evictions.
+        rings: Their remembered queries, or None for none.
+    """
+
+    def __init__(
+        self,
+        fold: Fold,
+        names: Sequence[str],
+        residents: LayerResidents,
+        evictions: LayerEvictions,
+        rings: QueryRings | None,
+    ):
+        self.fold = fold
+        self.names = tuple(names)
+        self.residents = residents
+        self.evictions = evictions
+        device = fold.cache.device
+        firsts = [rings.first(name) if rings is not None else 0 for name in names]
+        self._rings = to_device(firsts, device, torch.int64)
+        if rings is not None:
+            residents.queries, residents.fixed = rings.all_like(names[0]), True
+
+    def flush(self, flush: AttentionFlush) -> None:
+        """Bring cumulative attention up to date from remembered queries, in every layer."""
+        for layers, rings in self._parts(flush.resident.tokens * len(flush.resident.blocks)):
+            self.residents.flush(None, self.fold.flush(flush, layers, rings))
+
+    def decide(self, decision: EvictionDecision) -> None:
+        """Make one eviction in every layer."""
+        for layers, rings in self._parts(decision.resident.tokens * len(decision.slots)):
+            self.evictions.decide(self.fold.decision(decision, layers, rings))
+
+    def layer(self, index: int) -> FoldedLayer:
+        """Return one of the layers, for evictions inside its own attention."""
+        device = self.fold.cache.device
+        layers = layer_indices(range(index, index + 1), device)
+        return FoldedLayer(self, layers, self._rings[index : index + 1])
+
+    def _parts(self, tokens: int) -> Iterable[tuple[Tensor, Tensor]]:
+        device = self.fold.cache.device
+        for part in chunks(self.fold.num_layers, tokens, MOST_TOKENS):
+            yield layer_indices(part, device), self._rings[part.start : part.stop]
+
+
+class FoldedLayer:
+    """One layer of a fold; what `LayerEvictions` is to a layer by itself.
+
+    Args:
+        folded: The layers.
+        layers: Index of the layer, ``[1]`` int64.
+        rings: Where its queries start, ``[1]`` int64.
+    """
+
+    def __init__(self, folded: FoldedLayers, layers: Tensor, rings: Tensor):
+        self._folded = folded
+        self._layers = layers
+        self._rings = rings
+
+    def open(self, impl: Any, layer: Any, cache: Tensor) -> None:
+        """Do nothing: the fold is open since the caches were allocated."""
+
+    def remember(self, query: Tensor, tokens: Tensor, places: Tensor) -> None:
+        """Keep the queries of some tokens for later evictions."""
+        self._folded.residents.remember(query, tokens, places + self._rings)
+
+    def flush(self, query: Tensor, flush: AttentionFlush) -> None:
+        """Bring the cumulative attention of some rows up to date."""
+        folded = self._folded.fold.flush(flush, self._layers, self._rings)
+        self._folded.residents.flush(query, folded)
+
+    def decide(self, decision: EvictionDecision) -> None:
+        """Make one eviction."""
+        folded = self._folded.fold.decision(decision, self._layers, self._rings)
+        self._folded.evictions.decide(folded)
+
+
+def fold_layers(
+    policy: ScoringPolicy,
+    log: EvictionLog,
+    group: int,
+    layers: dict[str, tuple[Any, LayerView, Tensor]],
+    ring: int,
+    rings: QueryRings | None,
+) -> list[FoldedLayers]:
+    """Fold the layers of one KV-cache group where their caches allow it, and open their pages.
+
+    Args:
+        policy: The policy.
+        log: Its log.
+        group: Number of the KV-cache group.
+        layers: vLLM's layer, its view and its cache, by name.
+        ring: Queries remembered per slot.
+        rings: The remembered queries, or None for none.
+    """
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for name, (layer, view, cache) in layers.items():
+        impl = layer.impl
+        # A format may store each layer in its own way, and then reads and writes one at a time.
+        own = name if impl.kvplug_pages(layer, cache) is not None else ""
+        softcap = float(getattr(impl, "logits_soft_cap", 0) or 0)
+        queries = rings.all_like(name).data_ptr() if rings is not None else 0
+        like = view if policy.layerwise else replace(view, index=0)
+        key = (like, float(impl.scale), softcap, queries, own, cache.shape)
+        alike.setdefault(key, []).append(name)
+    made = []
+    for (_, scale, softcap, *_), names in alike.items():
+        names.sort(key=lambda name: layers[name][2].data_ptr())
+        whole = Fold.of([layers[name][2] for name in names])
+        parts = [(names, whole)] if whole is not None else [([n], None) for n in names]
+        for some, fold in parts:
+            layer, view, cache = layers[some[0]]
+            fold = fold or Fold(cache, 0, 1)
+            residents = LayerResidents(policy, view, ring, scale, softcap)
+            residents.open(layer.impl, layer, fold.cache)
+            evictions = LayerEvictions(residents, group, log)
+            made.append(FoldedLayers(fold, some, residents, evictions, rings))
+    return made
