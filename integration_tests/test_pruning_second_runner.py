@@ -120,7 +120,9 @@ def test_a_step_ahead_and_a_budget_per_layer_group(
 
 
 @pytest.mark.parametrize("use", ["snapkv", "smart_window"])
-def test_the_first_runners_tokens_and_sizes(run: Run, run_second: Run, tiny: Path, use: str) -> None:
+def test_the_first_runners_tokens_and_sizes(
+    run: Run, run_second: Run, tiny: Path, use: str
+) -> None:
     """Measurements of smart_window reach the scheduler two steps later, and decide the same."""
     first = run(tiny, requests(), section(use), max_num_batched_tokens=100, **ENGINE)
     second = run_second(

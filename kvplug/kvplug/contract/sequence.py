@@ -344,6 +344,7 @@ class ScoringPolicy(SequencePolicy):
             Feature.CHUNKED_PREFILL,
             Feature.PREEMPTION,
             Feature.ASYNC_SCHEDULING,
+            Feature.CUDA_GRAPHS,
             Feature.TENSOR_PARALLEL,
             Feature.PIPELINE_PARALLEL,
             Feature.DATA_PARALLEL,

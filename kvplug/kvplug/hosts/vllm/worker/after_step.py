@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from kvplug.contract import LayerView, ScoringPolicy
+from kvplug.hosts.pruning import FLUSH, EvictionPlan, Limits, layout
 from kvplug.hosts.vllm.worker.evictions import EvictionLog, LayerEvictions
 from kvplug.hosts.vllm.worker.folded import Fold, chunks, layer_indices
 from kvplug.hosts.vllm.worker.metadata import to_device
-from kvplug.hosts.vllm.worker.phases import AttentionFlush, EvictionDecision
+from kvplug.hosts.vllm.worker.phases import AttentionFlush, EvictionDecision, ResidentBlocks
 from kvplug.hosts.vllm.worker.query_rings import QueryRings
 from kvplug.hosts.vllm.worker.residents import LayerResidents
 
@@ -22,7 +23,7 @@ MOST_TOKENS = 1 << 16
 decisions take beside the cache."""
 
 
-class FoldedLayers:
+class LayerGroup:
     """Layers of one KV-cache group that are decided together.
 
     Args:
@@ -61,6 +62,45 @@ class FoldedLayers:
         for layers, rings in self._parts(decision.resident.tokens * len(decision.slots)):
             self.evictions.decide(self.fold.decision(decision, layers, rings))
 
+    def rehearse(self, limits: Limits, num_tokens: int) -> None:
+        """Run an eviction and a flush of a generating request on the null block.
+
+        Args:
+            limits: Limits of the layers.
+            num_tokens: Tokens of the longest text.
+        """
+        prompt = num_tokens // 2
+        first = limits.spared(prompt) * limits.block_size
+        plan = EvictionPlan(limits, min(prompt, first - 1))
+        plan.until(first + limits.interval * limits.block_size)
+        if len(plan.evictions) < 2:
+            return
+        last, eviction = plan.evictions[-2:]
+        found = layout(last, eviction, limits.protected, limits.block_size)
+        device = self.fold.cache.device
+        numbers = to_device([list(found.blocks)], device, torch.int64)
+        resident = ResidentBlocks(
+            torch.zeros_like(numbers),
+            numbers,
+            to_device([last.end], device, torch.int64),
+            found.tokens,
+        )
+        decision = EvictionDecision(
+            resident,
+            found.candidates * limits.block_size,
+            found.survivors * limits.block_size,
+            [0],
+            to_device([eviction.at], device, torch.int32),
+            to_device([prompt], device, torch.int32),
+            to_device([0], device, torch.int64),
+        )
+        for layers, rings in self._parts(found.tokens):
+            if self.evictions.policy.wants_cumulative_attention:
+                latest = torch.arange(FLUSH, device=device)[None]
+                flush = AttentionFlush(resident, latest, None, latest.to(torch.int32))
+                self.residents.flush(None, self.fold.flush(flush, layers, rings))
+            self.evictions.rehearse(self.fold.decision(decision, layers, rings))
+
     def layer(self, index: int) -> FoldedLayer:
         """Return one of the layers, for evictions inside its own attention."""
         device = self.fold.cache.device
@@ -82,7 +122,7 @@ class FoldedLayer:
         rings: Where its queries start, ``[1]`` int64.
     """
 
-    def __init__(self, folded: FoldedLayers, layers: Tensor, rings: Tensor):
+    def __init__(self, folded: LayerGroup, layers: Tensor, rings: Tensor):
         self._folded = folded
         self._layers = layers
         self._rings = rings
@@ -112,7 +152,7 @@ def fold_layers(
     layers: dict[str, tuple[Any, LayerView, Tensor]],
     ring: int,
     rings: QueryRings | None,
-) -> list[FoldedLayers]:
+) -> list[LayerGroup]:
     """Fold the layers of one KV-cache group where their caches allow it, and open their pages.
 
     Args:
@@ -137,12 +177,13 @@ def fold_layers(
     for (_, scale, softcap, *_), names in alike.items():
         names.sort(key=lambda name: layers[name][2].data_ptr())
         whole = Fold.of([layers[name][2] for name in names])
-        parts = [(names, whole)] if whole is not None else [([n], None) for n in names]
-        for some, fold in parts:
+        # Caches in several allocations are decided one by one.
+        for some in [names] if whole is not None else [[name] for name in names]:
             layer, view, cache = layers[some[0]]
-            fold = fold or Fold(cache, 0, 1)
+            fold = whole or Fold.of([cache])
+            assert fold is not None, "one cache folds"
             residents = LayerResidents(policy, view, ring, scale, softcap)
             residents.open(layer.impl, layer, fold.cache)
             evictions = LayerEvictions(residents, group, log)
-            made.append(FoldedLayers(fold, some, residents, evictions, rings))
+            made.append(LayerGroup(fold, some, residents, evictions, rings))
     return made

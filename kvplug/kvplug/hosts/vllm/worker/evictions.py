@@ -39,8 +39,8 @@ class Measurement:
         due: Number of the report it goes into.
         slots: The scheduler's slot of each row.
         group: Number of the KV-cache group.
-        values: ``[rows, n]`` float64 on the host.
-        copied: Event after which they are there; None for now.
+        values: ``[rows, n]`` float64.
+        copied: Event after which they are on the host; None where they need not be waited for.
     """
 
     due: int
@@ -85,16 +85,14 @@ class EvictionLog:
 
     def measure(self, slots: list[int], group: int, values: Tensor) -> None:
         """Take what one layer of a group measured of some requests, ``[rows, n]``."""
-        values = values.double()
-        copied = None
-        if values.device.type != "cpu" and self._settled_after:
-            there = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            there.copy_(values, non_blocking=True)
+        values, copied = values.double(), None
+        if values.is_cuda and self._settled_after:
+            on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = on_host.copy_(values, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-            values = there
         due = self._reports + self._settled_after
-        self._pending.append(Measurement(due, slots, group, values.cpu(), copied))
+        self._pending.append(Measurement(due, slots, group, values, copied))
 
     def _add_measured(self, slots: list[int], group: int, values: npt.NDArray[np.float64]) -> None:
         for slot, row in zip(slots, values, strict=True):
@@ -107,7 +105,7 @@ class EvictionLog:
             one = self._pending.popleft()
             if one.copied is not None:
                 one.copied.synchronize()
-            self._add_measured(one.slots, one.group, one.values.numpy())
+            self._add_measured(one.slots, one.group, one.values.cpu().numpy())
         self._reports += 1
         if not self.counts.rows and not self._measured:
             return None
@@ -168,6 +166,21 @@ class LayerEvictions:
         source = plan_moves(keep, count)
         self.residents.pages.relocate(resident.blocks, source)
         self.residents.put(resident, source.long(), view)
+
+    def rehearse(self, decision: EvictionDecision) -> None:
+        """Run what an eviction runs, so that its kernels are compiled before a request needs them.
+
+        Writes to the decision's blocks, which must be nobody's. A policy that fails is left to fail
+        on real tokens, where its failure is counted.
+        """
+        view = self.residents.view(decision.resident, decision)
+        try:
+            keep, _ = choose(self.policy, view, decision.candidates, decision.count)
+        except Exception:
+            return
+        source = plan_moves(keep, decision.count)
+        self.residents.pages.relocate(decision.resident.blocks, source)
+        self.residents.put(decision.resident, source.long(), view)
 
     def evict_with_recall(self, decision: EvictionDecision) -> None:
         """Evict from one row whose evicted tokens stay in host memory and may be recalled."""

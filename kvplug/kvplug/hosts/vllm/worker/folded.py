@@ -10,54 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from kvplug.hosts.vllm.worker.phases import AttentionFlush, EvictionDecision, ResidentBlocks
+from kvplug_kernels.paging import FoldedLayers
 
 
 class Fold:
-    """Caches of equal shape at equal distances, as one cache.
+    """Layers whose rows are decided together.
 
     Args:
-        cache: The first cache, ``[num_blocks, ...]``.
-        distance: Elements from a cache to the next.
-        num_layers: Caches.
+        layers: Their caches as one.
 
     Attributes:
-        cache: All of them, ``[blocks, ...]``: block ``b`` of layer ``l`` is block
-            ``b * per_block + l * per_layer``.
+        cache: All of them, ``[num_blocks, kv_heads, block_size, content]``.
+        num_layers: Layers.
     """
 
-    def __init__(self, cache: Tensor, distance: int, num_layers: int):
-        stride = cache.stride(0)
-        unit = stride if num_layers == 1 else min(stride, distance)
-        self.num_layers = num_layers
-        self._per_block = stride // unit
-        self._per_layer = distance // unit
-        last = (cache.shape[0] - 1) * self._per_block + (num_layers - 1) * self._per_layer
-        self.cache = cache.as_strided(
-            (last + 1, *cache.shape[1:]), (unit, *cache.stride()[1:]), cache.storage_offset()
-        )
+    def __init__(self, layers: FoldedLayers):
+        self.cache = layers.pages
+        self.num_layers = layers.num_layers
+        self._layers = layers
 
     @classmethod
     def of(cls, caches: Sequence[Tensor]) -> Fold | None:
-        """Fold caches, or return None where they do not lie so."""
-        first = caches[0]
-        like = (first.shape, first.stride(), first.dtype, first.untyped_storage().data_ptr())
-        for one in caches:
-            if (one.shape, one.stride(), one.dtype, one.untyped_storage().data_ptr()) != like:
-                return None
-        at = [int(one.storage_offset()) for one in caches]
-        distance = at[1] - at[0] if len(at) > 1 else 0
-        if any(b - a != distance for a, b in pairwise(at)):
-            return None
-        stride = first.stride(0)
-        if len(at) > 1 and (distance <= 0 or max(stride, distance) % min(stride, distance)):
-            return None
-        return cls(first, distance, len(caches))
+        """Fold caches, or return None where they do not lie at equal distances."""
+        layers = FoldedLayers.of(caches)
+        return None if layers is None else cls(layers)
 
     def blocks(self, blocks: Tensor, layers: Tensor) -> Tensor:
         """Number blocks of some layers, ``[layers * rows, n]`` int64.
@@ -66,7 +47,9 @@ class Fold:
             blocks: Block ids of each row, ``[rows, n]`` int64.
             layers: Layers, ``[layers]`` int64.
         """
-        return (blocks * self._per_block + layers[:, None, None] * self._per_layer).flatten(0, 1)
+        return (
+            blocks * self._layers.block_step + layers[:, None, None] * self._layers.layer_step
+        ).flatten(0, 1)
 
     def resident(self, resident: ResidentBlocks, layers: Tensor) -> ResidentBlocks:
         """Return resident blocks of some rows in some layers, layer by layer."""

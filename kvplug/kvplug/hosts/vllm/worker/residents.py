@@ -88,8 +88,10 @@ class LayerResidents:
         """
         resident = flush.resident
         view = self.view(resident)
+        queries = self._queries_of(query, flush)
+        rows, _, heads, _ = queries.shape
         mass = attention_mass(
-            self._queries_of(query, flush),
+            queries,
             view.key_pages,
             view.block_table,
             view.lens,
@@ -97,10 +99,10 @@ class LayerResidents:
             key_positions=view.positions,
             query_positions=flush.positions,
             softcap=self.softcap,
+            # Pages may end behind the resident tokens.
+            out=queries.new_empty((rows, heads, resident.tokens), dtype=torch.float32),
         )
-        self._add_attention(
-            resident, view.over_groups(mass[..., : resident.tokens]), flush.positions.shape[1]
-        )
+        self._add_attention(resident, view.over_groups(mass), flush.positions.shape[1])
 
     def _queries_of(self, query: Tensor | None, flush: AttentionFlush) -> Tensor:
         if flush.fresh is None:

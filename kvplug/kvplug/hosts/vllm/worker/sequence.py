@@ -27,7 +27,7 @@ from kvplug.hosts.pruning import FLUSH, Limits
 from kvplug.hosts.vllm.engine import layer_limits, share_groups
 from kvplug.hosts.vllm.messages import Plans, StepDirectives, StepReport
 from kvplug.hosts.vllm.spec import PrunedSpec
-from kvplug.hosts.vllm.worker.after_step import FoldedLayer, FoldedLayers, fold_layers
+from kvplug.hosts.vllm.worker.after_step import FoldedLayer, LayerGroup, fold_layers
 from kvplug.hosts.vllm.worker.evictions import (
     RECALL_QUERIES,
     SETTLED_AFTER,
@@ -110,7 +110,7 @@ class ScoringWorker(KindWorker):
         self.rings: QueryRings | None = None
         if second is not None and self.ring:
             self.rings = QueryRings(self.ring, second.num_slots)
-        self._folded: dict[int, list[FoldedLayers]] = {}
+        self._folded: dict[int, list[LayerGroup]] = {}
         self._in_force: dict[int, EvictionsInForce] = {}
         self._built: dict[tuple[str, ...], BuiltStep] = {}
         self._phased = False
@@ -192,6 +192,7 @@ class ScoringWorker(KindWorker):
         config = self.second.config
         context = config.compilation_config.static_forward_context
         members: dict[int, dict[str, tuple[Any, LayerView, Tensor]]] = {}
+        limits: dict[int, Limits] = {}
         for name, cache in caches.items():
             layer = context.get(name)
             if layer is None:
@@ -199,6 +200,7 @@ class ScoringWorker(KindWorker):
             spec = layer.attn_backend.customize_spec(layer.get_kv_cache_spec(config))
             if isinstance(spec, PrunedSpec):
                 group = self.groups.index(spec.limits.share)
+                limits[group] = spec.limits
                 own = members.setdefault(group, {})
                 own[name] = (layer, self._view(name), cache)
         self.layers.clear()
@@ -208,6 +210,8 @@ class ScoringWorker(KindWorker):
             for some in folded:
                 for index, name in enumerate(some.names):
                     self.layers[name] = some.layer(index)
+                if some.fold.cache.device.type != "cpu":
+                    some.rehearse(limits[group], self.policy.engine.max_model_len)
 
     def _view(self, name: str) -> LayerView:
         from vllm.model_executor.models.utils import extract_layer_index
