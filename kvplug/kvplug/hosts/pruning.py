@@ -174,6 +174,11 @@ class EvictionPlan:
         return self.evictions[first - 1] if first else None, self.evictions[first:last]
 
     @property
+    def next_at(self) -> int:
+        """Position of the first eviction that is not scheduled yet."""
+        return self._next.at
+
+    @property
     def first(self) -> int:
         """Position of the first eviction."""
         return self.evictions[0].at if self.evictions else self._next.at

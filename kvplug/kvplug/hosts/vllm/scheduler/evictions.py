@@ -29,6 +29,7 @@ class PlannedRequest:
     Attributes:
         num_prompt_tokens: Tokens of its prompt.
         num_tokens: Tokens of its text scheduled so far.
+        due: Tokens of its text before which nothing is to be done.
         measured: Latest measurement per group, averaged over layers and ranks.
         sizes: Tokens kept at each of its latest evictions, by tokens computed.
         resized: Blocks decided at each eviction so far, per group: a request that starts over
@@ -37,6 +38,7 @@ class PlannedRequest:
 
     num_prompt_tokens: int
     num_tokens: int = 0
+    due: int = 0
     measured: dict[int, list[float]] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     resized: dict[int, list[int]] = field(default_factory=dict)
@@ -86,54 +88,69 @@ class EvictionPlanner:
         return list(request.sizes.items()) if request is not None else []
 
     def step(self, step: SchedulerStep) -> Plans:
-        """Return the plans of the requests of one step."""
+        """Return the plans of all requests of one step."""
+        plans: Plans = {}
+        for request_id in step.starts:
+            self._plan(step, request_id, plans)
+        return plans
+
+    def due(self, step: SchedulerStep) -> tuple[Plans, bool]:
+        """Return what the second runner needs of one step.
+
+        Returns:
+            The plans of requests that have something done after the step, and False; or those of
+            all requests, and True where something falls inside the step.
+        """
         plans: Plans = {}
         for request_id, start in step.starts.items():
             request = self._requests.get(request_id)
             if request is None:
                 continue
-            end = start + step.scheduled[request_id]
-            request.num_tokens = end
-            for nth, (manager, group) in enumerate(zip(self.managers, self.groups, strict=True)):
-                plan = manager.plan(request_id)
-                if plan is None:
-                    continue
-                state, evictions = plan.between(start, end)
-                plans[group, step.slots[request_id]] = RowPlan(
-                    request.num_prompt_tokens, state, tuple(evictions)
-                )
-                if evictions and nth == 0:
-                    size = manager.block_size
-                    # A request that starts over after a preemption comes to old ones again.
-                    sizes = request.sizes | {e.at: e.blocks * size for e in evictions}
-                    request.sizes = dict(sorted(sizes.items())[-SIZES_REPORTED:])
-        return plans
-
-    def phased(self, step: SchedulerStep, plans: Plans) -> bool:
-        """Return True if a step has something to do before its end, on the second runner."""
+            count = step.scheduled[request_id]
+            # A request that goes on a token at a time from where it was: most of them, most steps.
+            if count == 1 and start == request.num_tokens and start + 1 < request.due:
+                request.num_tokens = start + 1
+                continue
+            self._plan(step, request_id, plans)
+            end = start + count
+            own = [p for g in self.groups if (p := plans.get((g, step.slots[request_id])))]
+            inside = any(e.at != end for p in own for e in p.evictions)
+            # Only the latest queries outlive a step.
+            if inside or (own and self.policy.wants_cumulative_attention and count > 1):
+                return self.step(step), True
         cumulative = self.policy.wants_cumulative_attention
-        for request_id, count in step.scheduled.items():
-            end = step.starts[request_id] + count
-            for group in self.groups:
-                plan = plans.get((group, step.slots[request_id]))
-                if plan is None:
-                    continue
-                if any(eviction.at != end for eviction in plan.evictions):
-                    return True
-                # Only the latest queries outlive the step.
-                if cumulative and count > 1:
-                    return True
-        return False
-
-    def due(self, step: SchedulerStep, plans: Plans) -> Plans:
-        """Return the plans of requests that have something done after a step."""
-        ends = {step.slots[r]: step.starts[r] + n for r, n in step.scheduled.items()}
-        cumulative = self.policy.wants_cumulative_attention
+        ends = {step.slots[r]: step.starts[r] + step.scheduled[r] for r in step.starts}
         return {
             (group, slot): plan
             for (group, slot), plan in plans.items()
             if plan.evictions or (cumulative and ends[slot] % FLUSH == 0)
-        }
+        }, False
+
+    def _plan(self, step: SchedulerStep, request_id: str, plans: Plans) -> None:
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        start = step.starts[request_id]
+        end = start + step.scheduled[request_id]
+        request.num_tokens = end
+        due = []
+        for nth, (manager, group) in enumerate(zip(self.managers, self.groups, strict=True)):
+            plan = manager.plan(request_id)
+            if plan is None:
+                continue
+            state, evictions = plan.between(start, end)
+            due.append(plan.next_at)
+            plans[group, step.slots[request_id]] = RowPlan(
+                request.num_prompt_tokens, state, tuple(evictions)
+            )
+            if evictions and nth == 0:
+                size = manager.block_size
+                # A request that starts over after a preemption comes to old ones again.
+                sizes = request.sizes | {e.at: e.blocks * size for e in evictions}
+                request.sizes = dict(sorted(sizes.items())[-SIZES_REPORTED:])
+        if self.policy.wants_cumulative_attention:
+            due.append((end // FLUSH + 1) * FLUSH)
+        request.due = min(due, default=0)
 
     def take(self, measured: npt.NDArray[np.float64]) -> None:
         """Take in measurements: rows of slot, group, layers and sums over layers."""

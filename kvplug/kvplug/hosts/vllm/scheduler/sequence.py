@@ -131,17 +131,7 @@ class SequenceScheduler(KindScheduler):
     def step(self, step: SchedulerStep, into: StepDirectives) -> None:
         """Send the plans of a scoring policy, or which requests are exempt from a window."""
         if self.planner is not None:
-            plans = self.planner.step(step)
-            phased = False
-            if plans and self.context.vllm_config.use_v2_model_runner:
-                phased = self.planner.phased(step, plans)
-                plans = plans if phased else self.planner.due(step, plans)
-                into.before_forward |= phased
-                slots = {slot for _, slot in plans}
-                into.names |= {r: slot for r, slot in step.slots.items() if slot in slots}
-            if plans:
-                into.sequence = SequenceDirectives(phased=phased)
-                into.sequence.set_plans(plans)
+            self._plan(self.planner, step, into)
         elif self._exempt:
             exempt = {name: step.slots[name] for name in self._exempt & step.starts.keys()}
             if exempt:
@@ -150,6 +140,19 @@ class SequenceScheduler(KindScheduler):
                 # The second runner builds without them, and again once it knows their rows.
                 into.names |= exempt
                 into.before_forward |= bool(self.context.vllm_config.use_v2_model_runner)
+
+    def _plan(self, planner: EvictionPlanner, step: SchedulerStep, into: StepDirectives) -> None:
+        phased = False
+        if self.context.vllm_config.use_v2_model_runner:
+            plans, phased = planner.due(step)
+            into.before_forward |= phased
+            named = {slot for _, slot in plans}
+            into.names |= {r: slot for r, slot in step.slots.items() if slot in named}
+        else:
+            plans = planner.step(step)
+        if plans:
+            into.sequence = SequenceDirectives(phased=phased)
+            into.sequence.set_plans(plans)
 
     def on_report(self, report: StepReport) -> None:
         """Count what workers did, and take in measurements."""
