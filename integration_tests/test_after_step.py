@@ -20,9 +20,10 @@ from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from kvplug.contract import EngineView, LayerView, ScoringPolicy
-from kvplug.hosts.pruning import FLUSH, EvictionPlan, Limits
+from kvplug.hosts.pruning import FLUSH, EvictionPlan, Limits, layout
 from kvplug.hosts.vllm.messages import RowPlan, SequenceDirectives, StepDirectives, StepReport
 from kvplug.hosts.vllm.spec import PrunedSpec
+from kvplug.hosts.vllm.worker.after_step import rehearsed
 from kvplug.hosts.vllm.worker.composition import plugged_builder, plugged_impl
 from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.sequence import ScoringWorker, SecondRunner
@@ -345,3 +346,20 @@ def test_only_uniform_batches_are_captured_whole() -> None:
     first = Runner("keydiff", "LBHNC", None)
     support = type(first.builder).get_cudagraph_support(first.config, pruned_spec())
     assert support is AttentionCGSupport.NEVER
+
+
+def test_rehearsals_have_the_shapes_of_generating_requests_and_of_prompts() -> None:
+    shapes = [layout(last, e, 1, BLOCK) for last, e in rehearsed(LIMITS, 1000)]
+    assert [found.tokens for found in shapes] == [64, 64, 128, 256, 512, 1000]
+    assert [found.candidates for found in shapes] == [4, 4, 8, 16, 32, 62]
+    assert all(found.survivors == 3 for found in shapes)
+
+
+def test_a_rehearsal_touches_the_null_block_alone_and_retires_nobody() -> None:
+    accelerator = Accelerator()
+    with accelerator.faked():
+        runner = Runner("h2o", "LBNHC", accelerator)
+        assert all(bool((cache[1:] == 0).all()) for cache in runner.caches)
+    runner.kind.report(report := StepReport())
+    assert report.sequence is None
+    assert runner.kind.log.failed is None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvplug.contract import LayerView, ScoringPolicy
-from kvplug.hosts.pruning import FLUSH, EvictionPlan, Limits, layout
+from kvplug.hosts.pruning import FLUSH, Eviction, EvictionPlan, Limits, layout
 from kvplug.hosts.vllm.worker.evictions import EvictionLog, LayerEvictions
 from kvplug.hosts.vllm.worker.folded import Fold, chunks, layer_indices
 from kvplug.hosts.vllm.worker.metadata import to_device
@@ -21,6 +21,36 @@ from kvplug.hosts.vllm.worker.residents import LayerResidents
 MOST_TOKENS = 1 << 16
 """Resident tokens of rows and layers that a policy is shown at once: it bounds the memory that
 decisions take beside the cache."""
+
+
+REHEARSED_TOKENS = 1 << 15
+"""Longest prompt whose eviction is compiled before the first request."""
+
+
+def rehearsed(limits: Limits, num_tokens: int) -> list[tuple[Eviction | None, Eviction]]:
+    """Evictions of the shapes to compile for, each with the one in force before it.
+
+    Kernels are compiled by powers of two of what a policy is shown.
+
+    Args:
+        limits: Limits of the layers.
+        num_tokens: Tokens of the longest text.
+    """
+    size = limits.block_size
+    made: list[tuple[Eviction | None, Eviction]] = []
+    generating = EvictionPlan(limits.with_prefill_limit(0), 1)
+    first = generating.next_at
+    if first + limits.interval * size <= num_tokens:
+        generating.until(first + limits.interval * size)
+        made.append((generating.evictions[0], generating.evictions[1]))
+    prompt = size
+    while prompt < num_tokens:
+        prompt = min(2 * prompt, num_tokens)
+        plan = EvictionPlan(limits.with_prefill_limit(0), prompt)
+        if plan.next_at == prompt:
+            plan.until(prompt)
+            made.append((None, plan.evictions[0]))
+    return made
 
 
 class LayerGroup:
@@ -63,43 +93,35 @@ class LayerGroup:
             self.evictions.decide(self.fold.decision(decision, layers, rings))
 
     def rehearse(self, limits: Limits, num_tokens: int) -> None:
-        """Run an eviction and a flush of a generating request on the null block.
+        """Compile what evictions run, on the null block: for generating requests and for prompts.
 
         Args:
             limits: Limits of the layers.
             num_tokens: Tokens of the longest text.
         """
-        prompt = num_tokens // 2
-        first = limits.spared(prompt) * limits.block_size
-        plan = EvictionPlan(limits, min(prompt, first - 1))
-        plan.until(first + limits.interval * limits.block_size)
-        if len(plan.evictions) < 2:
-            return
-        last, eviction = plan.evictions[-2:]
-        found = layout(last, eviction, limits.protected, limits.block_size)
         device = self.fold.cache.device
-        numbers = to_device([list(found.blocks)], device, torch.int64)
-        resident = ResidentBlocks(
-            torch.zeros_like(numbers),
-            numbers,
-            to_device([last.end], device, torch.int64),
-            found.tokens,
-        )
-        decision = EvictionDecision(
-            resident,
-            found.candidates * limits.block_size,
-            found.survivors * limits.block_size,
-            [0],
-            to_device([eviction.at], device, torch.int32),
-            to_device([prompt], device, torch.int32),
-            to_device([0], device, torch.int64),
-        )
-        for layers, rings in self._parts(found.tokens):
-            if self.evictions.policy.wants_cumulative_attention:
-                latest = torch.arange(FLUSH, device=device)[None]
-                flush = AttentionFlush(resident, latest, None, latest.to(torch.int32))
-                self.residents.flush(None, self.fold.flush(flush, layers, rings))
-            self.evictions.rehearse(self.fold.decision(decision, layers, rings))
+        size = limits.block_size
+        for last, eviction in rehearsed(limits, min(num_tokens, REHEARSED_TOKENS)):
+            found = layout(last, eviction, limits.protected, size)
+            numbers = to_device([list(found.blocks)], device, torch.int64)
+            mixed = to_device([last.end if last is not None else 0], device, torch.int64)
+            resident = ResidentBlocks(torch.zeros_like(numbers), numbers, mixed, found.tokens)
+            decision = EvictionDecision(
+                resident,
+                found.candidates * size,
+                found.survivors * size,
+                [0],
+                to_device([eviction.at], device, torch.int32),
+                to_device([eviction.at], device, torch.int32),
+                to_device([0], device, torch.int64),
+            )
+            for layers, rings in self._parts(found.tokens):
+                if self.evictions.policy.wants_cumulative_attention:
+                    latest = torch.arange(FLUSH, device=device)[None]
+                    flush = AttentionFlush(resident, latest, None, latest.to(torch.int32))
+                    self.residents.flush(None, self.fold.flush(flush, layers, rings))
+                self.evictions.rehearse(self.fold.decision(decision, layers, rings))
+                break  # the rest of the layers run the same
 
     def layer(self, index: int) -> FoldedLayer:
         """Return one of the layers, for evictions inside its own attention."""

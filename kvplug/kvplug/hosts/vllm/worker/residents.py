@@ -8,9 +8,19 @@ import torch
 from torch import Tensor
 
 from kvplug.contract import LayerView, ResidentView, ScoringPolicy
+from kvplug.hosts.pruning import FLUSH
 from kvplug.hosts.vllm.worker.pages import TokenPages, open_pages
 from kvplug.hosts.vllm.worker.phases import AttentionFlush, EvictionDecision, ResidentBlocks
 from kvplug_kernels.attention_mass import attention_mass
+
+MASS_ELEMENTS = 1 << 24
+"""Attention masses computed at once: it bounds the memory of a long chunk."""
+
+
+def _repeat(rows: Tensor, times: int) -> Tensor:
+    """Each row ``times`` times, one after the other."""
+    shape = (rows.shape[0], times, *rows.shape[1:])
+    return rows[:, None].expand(shape).reshape(-1, *rows.shape[1:]).contiguous()
 
 
 class LayerResidents:
@@ -88,21 +98,49 @@ class LayerResidents:
         """
         resident = flush.resident
         view = self.view(resident)
-        queries = self._queries_of(query, flush)
-        rows, _, heads, _ = queries.shape
-        mass = attention_mass(
-            queries,
-            view.key_pages,
-            view.block_table,
-            view.lens,
-            self.scale,
-            key_positions=view.positions,
-            query_positions=flush.positions,
-            softcap=self.softcap,
-            # Pages may end behind the resident tokens.
-            out=queries.new_empty((rows, heads, resident.tokens), dtype=torch.float32),
-        )
+        mass = self._mass(view, self._queries_of(query, flush), flush.positions)
         self._add_attention(resident, view.over_groups(mass), flush.positions.shape[1])
+
+    def _mass(self, view: ResidentView, queries: Tensor, positions: Tensor) -> Tensor:
+        """Attention mass of the resident tokens, ``[rows, num_heads, count]``.
+
+        The queries of a chunk go `FLUSH` at a time, as rows of their own: then a chunk runs the
+        kernels of a decode step, whatever its length.
+
+        Args:
+            view: The rows.
+            queries: ``[rows, n, num_heads, head_size]``.
+            positions: ``[rows, n]`` int32.
+        """
+        rows, n, heads, size = queries.shape
+        parts = -(-n // FLUSH)
+        lack = parts * FLUSH - n
+        if lack:
+            queries = torch.nn.functional.pad(queries, (0, 0, 0, 0, 0, lack))
+            positions = torch.nn.functional.pad(positions, (0, lack), value=-1)
+        queries = queries.view(rows, parts, FLUSH, heads, size)
+        positions = positions.view(rows, parts, FLUSH)
+        at_once = max(1, MASS_ELEMENTS // max(rows * heads * view.count, 1))
+        total = None
+        for first in range(0, parts, at_once):
+            some = slice(first, min(first + at_once, parts))
+            k = some.stop - some.start
+            mass = attention_mass(
+                queries[:, some].flatten(0, 1),
+                view.key_pages,
+                _repeat(view.block_table, k),
+                _repeat(view.lens, k),
+                self.scale,
+                key_positions=_repeat(view.positions, k),
+                query_positions=positions[:, some].flatten(0, 1),
+                softcap=self.softcap,
+                # Pages may end behind the resident tokens.
+                out=queries.new_empty((rows * k, heads, view.count), dtype=torch.float32),
+            )
+            mass = mass.view(rows, k, heads, view.count).sum(1)
+            total = mass if total is None else total + mass
+        assert total is not None, "a flush has queries"
+        return total
 
     def _queries_of(self, query: Tensor | None, flush: AttentionFlush) -> Tensor:
         if flush.fresh is None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from kvplug.contract import Kind, LayerView, ScoringPolicy
@@ -49,6 +50,8 @@ from kvplug.hosts.vllm.worker.steps import (
     BuildCall,
     MetadataStep,
 )
+
+logger = init_logger("vllm.kvplug")
 
 
 class SecondRunner:
@@ -204,6 +207,14 @@ class ScoringWorker(KindWorker):
                 own = members.setdefault(group, {})
                 own[name] = (layer, self._view(name), cache)
         self.layers.clear()
+        if self.rings is not None:
+            logger.info(
+                "kvplug: the latest %d queries of each of %d requests take %.2f GiB; fewer with "
+                "--max-num-seqs",
+                self.ring,
+                self.second.num_slots,
+                self.rings.nbytes / (1 << 30),
+            )
         for group, layers in members.items():
             folded = fold_layers(self.policy, self.log, group, layers, self.ring, self.rings)
             self._folded[group] = folded
