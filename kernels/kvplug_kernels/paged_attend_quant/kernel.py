@@ -592,7 +592,9 @@ def paged_attend_quant_triton(
     q_tiles = triton.cdiv(n_queries, block_m)
     programs = rows * heads * q_tiles
     wanted = triton.cdiv(WAVES * _multiprocessors(pages.device), programs)
-    splits = max(1, min(wanted, triton.cdiv(limit, 4 * block_t), MAX_SPLITS))
+    most = max(1, min(wanted, triton.cdiv(limit, 4 * block_t), MAX_SPLITS))
+    # Rows come and go: each number of splits would be compiled anew, in the middle of serving.
+    splits = 1 << (most.bit_length() - 1)
 
     halves = pages.view(torch.float16)
     elements = {
