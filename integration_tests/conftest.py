@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from oracle import Oracle
-from trial_server import BACKEND, TrialServer
+from trial_server import AHEAD, BACKEND, TrialServer
 
 from kvplug_lab import models, texts
 from kvplug_lab.engine.trial import TrialRequest, TrialResult, TrialSpec
@@ -74,7 +74,7 @@ def run_second(
     """Run requests on an engine with vLLM's second model runner, in a fresh process.
 
     ``backend="TRITON_ATTN"`` takes vLLM's Triton attention, interpreted, and with it a GPU's page
-    layout; it needs short prompts.
+    layout; it needs short prompts. ``ahead=True`` schedules a step while the one before it runs.
     """
     return runner(second_runner_trials, tmp_path_factory)
 
@@ -91,6 +91,7 @@ def runner(
         *,
         env: dict[str, str] | None = None,
         backend: str | None = None,
+        ahead: bool = False,
         watched: bool = True,
         reset_running_at: int | None = None,
         **engine: Any,
@@ -105,6 +106,8 @@ def runner(
         )
         if backend is not None:
             env = {BACKEND: backend} | (env or {})
+        if ahead:
+            env = {AHEAD: "1"} | (env or {})
         log = tmp_path_factory.mktemp("engine") / "engine.log"
         result = trials.run(spec, env=env, log=log)
         result.log = log.read_text(encoding="utf-8", errors="replace")  # type: ignore[attr-defined]

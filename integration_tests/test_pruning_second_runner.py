@@ -111,7 +111,7 @@ def test_a_step_ahead_and_a_budget_per_layer_group(
         requests(),
         section("keydiff", layers={"0": 2.0}),
         max_num_batched_tokens=100,
-        async_scheduling=True,
+        ahead=True,
         **ENGINE,
     )
     layers = pruned.model.config.num_hidden_layers
@@ -124,17 +124,28 @@ def test_the_first_runners_tokens_and_sizes(
     run: Run, run_second: Run, tiny: Path, use: str
 ) -> None:
     """Measurements of smart_window reach the scheduler two steps later, and decide the same."""
+    ahead = use == "snapkv"  # a policy that changes budgets does not run ahead
     first = run(tiny, requests(), section(use), max_num_batched_tokens=100, **ENGINE)
     second = run_second(
-        tiny,
-        requests(),
-        section(use),
-        max_num_batched_tokens=100,
-        async_scheduling=True,
-        **ENGINE,
+        tiny, requests(), section(use), max_num_batched_tokens=100, ahead=ahead, **ENGINE
     )
     assert tokens(second) == tokens(first)
     assert [a.kvplug for a in second.answers] == [a.kvplug for a in first.answers]
+
+
+@pytest.mark.slow
+def test_heads_of_two_ranks(run_second: Run, tiny: Path, pruned: PrunedOracle) -> None:
+    """Each rank decides for its own heads, by the same plans and slots."""
+    result = run_second(
+        tiny,
+        requests(),
+        section("keydiff"),
+        tensor_parallel_size=2,
+        watched=False,
+        max_num_batched_tokens=100,
+        **ENGINE,
+    )
+    assert tokens(result) == answers(pruned, keydiff, RULE)
 
 
 def test_triton_attention_with_tokens_before_heads(

@@ -38,6 +38,8 @@ PR_SET_PDEATHSIG = 1
 SECOND_RUNNER = Path(__file__).parent / "second_runner"
 BACKEND = "KVPLUG_TEST_ATTENTION"
 """Environment variable that names the attention backend of a trial's layers."""
+AHEAD = "KVPLUG_TEST_AHEAD"
+"""Environment variable that has a trial schedule a step ahead."""
 
 
 class TrialServer:
@@ -176,6 +178,8 @@ def _run(folder: Path) -> None:
     """What ``python -m kvplug_lab.engine.trial`` does."""
     from kvplug_lab.engine.trial import TrialSpec, run_trial
 
+    if AHEAD in os.environ:
+        importlib.import_module("as_on_cuda").schedule_ahead()
     if BACKEND in os.environ:
         importlib.import_module("as_on_cuda").choose(os.environ[BACKEND])
 

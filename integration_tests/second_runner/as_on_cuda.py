@@ -1,4 +1,5 @@
-"""Makes vLLM's CPU platform choose a backend, and resolve its class, as the CUDA platform does."""
+"""Makes vLLM's CPU platform do what the CUDA platform does: how a backend is chosen and its class
+resolved, and scheduling a step ahead."""
 
 from __future__ import annotations
 
@@ -6,6 +7,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+
+def schedule_ahead() -> None:
+    """Let vLLM's CPU platform schedule a step while the one before it runs, as others do."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    stock = platform.check_and_update_config.__func__
+
+    def check_and_update_config(cls: type[Any], vllm_config: Any) -> None:
+        stock(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
 
 
 def choose(name: str) -> None:
