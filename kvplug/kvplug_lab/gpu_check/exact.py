@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import import_module
@@ -36,7 +37,7 @@ SINK, WINDOW = 40, 100
 INTERVAL = 32
 CHUNK = 100
 """Tokens of a step: prompts come in chunks whose ends are no ends of blocks."""
-ORACLE_SECONDS = 120
+SHARED_SECONDS = 120
 
 
 # -- expected tokens, in processes of their own --------------------------------------------------
@@ -106,10 +107,11 @@ class Oracles:
         machine: Its checkout has the oracles.
         model: Model directory.
         side_by_side: Processes at the same time.
+        deadline: When what is not computed fails, on the clock of `time.monotonic`.
     """
 
-    def __init__(self, machine: Machine, model: Path, side_by_side: int):
-        self._machine, self._model = machine, model
+    def __init__(self, machine: Machine, model: Path, side_by_side: int, deadline: float):
+        self._machine, self._model, self._deadline = machine, model, deadline
         self._pool = ThreadPoolExecutor(side_by_side)
 
     def ahead(self, kind: str, **options: Any) -> Expected:
@@ -128,8 +130,8 @@ class Oracles:
             machine.context, answer, str(log), str(machine.root), str(self._model), kind, options
         )
         try:
-            if not pipe.poll(ORACLE_SECONDS):
-                raise EngineFailed(f"the oracle {kind!r} took more than {ORACLE_SECONDS} s")
+            if not pipe.poll(max(0.0, self._deadline - time.monotonic())):
+                raise EngineFailed(f"the oracle {kind!r} was not done in the time left")
             found = pipe.recv()
         except EOFError as error:
             raise EngineFailed(f"the oracle {kind!r} died") from error
@@ -197,7 +199,7 @@ class Shared:
         Raises:
             EngineFailed: The other case did not answer in time.
         """
-        if not self._known.wait(ORACLE_SECONDS) or self._tokens is None:
+        if not self._known.wait(SHARED_SECONDS) or self._tokens is None:
             raise EngineFailed("stock did not answer, so there is nothing to compare with")
         return self._tokens
 
@@ -311,7 +313,7 @@ def run_exact(
         report: Gets a row per case.
         deadline: Of the part.
     """
-    oracles = Oracles(machine, model, min(4, side_by_side))
+    oracles = Oracles(machine, model, side_by_side, deadline)
     try:
         cases = exact_cases(machine, oracles, names)
         # Those that others are compared with come first, or others would wait for them.

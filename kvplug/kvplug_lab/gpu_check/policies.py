@@ -89,7 +89,7 @@ def policy_cases(machine: Machine, names: Sequence[str] = ()) -> list[Case]:
             found.append(Case(name, section, workload(times=2), check, arguments))
 
     window = {"use": "sink_window", "sink": 32, "window": 96}
-    case("sink_window", {"sequence": window}, ["sequence"], ["split_rows"])
+    case("sink_window", {"sequence": window}, ["sequence"])
     for (name, options), queue in zip(SCORING.items(), QUEUES, strict=True):
         budget = {"budget": BUDGET, "interval": 32, "sink": 4}
         if "recent_part" not in options and "window" not in options:
