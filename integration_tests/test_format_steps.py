@@ -414,6 +414,19 @@ def test_the_host_does_not_wait_for_assignments(accelerator: Accelerator) -> Non
         assert first.tolist() == [0] * 5 and second.tolist() == [1, 0, 0, 2, 2]
 
 
+def test_the_host_does_not_wait_for_counters(accelerator: Accelerator) -> None:
+    """They are a report late."""
+    with accelerator.faked():
+        runner = Runner("int8", device=accelerator.device)
+        step = runner.build(runner.prepare({0: 3}))
+        runner.compute(3, 0)
+        runner.keys[0][1, 0, :5] = torch.nan
+        runner.forward(step)
+        with accelerator.no_sync():
+            found = [runner.policy.counters() for _ in range(2)]
+    assert found == [{"nonfinite": 0.0}, {"nonfinite": 5.0}]
+
+
 class Bytes(FormatPolicy):
     """A format of two methods: eight bits of each element, and no kernel."""
 

@@ -123,6 +123,7 @@ class CodedFormat(FormatPolicy):
         self.exact_chunk = self.options.exact_chunk
         self._codings: dict[int, CodedPage] = {}
         self._nonfinite: Tensor | None = None
+        self._seen: Tensor | None = None
         self.prepare()
         for layer in engine.layers:
             self.coded(layer)
@@ -328,5 +329,17 @@ class CodedFormat(FormatPolicy):
         merge_attention(past, past_lse, now, now_lse, out)
 
     def counters(self) -> dict[str, float]:
+        return {"nonfinite": self._count_nonfinite()}
+
+    def _count_nonfinite(self) -> float:
+        """Elements stored as 0 so far; on a GPU, up to the report before, so as not to wait."""
         found = self._nonfinite
-        return {"nonfinite": float(found.item()) if found is not None else 0.0}
+        if found is None:
+            return 0.0
+        if found.device.type == "cpu":
+            return float(found.item())
+        if self._seen is None:
+            self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        before = float(self._seen.item())
+        self._seen.copy_(found, non_blocking=True)
+        return before
