@@ -333,7 +333,7 @@ def test_every_config_passes_without_a_note(run: Run, config: Path) -> None:
 def test_the_configs_are_there() -> None:
     both = {of: {c.stem for c in CONFIGS if c.parent.name == of} for of in configs.SETS}
     assert both["cpu"] >= {"quickstart", "lru", "fifo", "sink_window"}
-    assert both["gpu"] >= {"quickstart", "lru", "int8", "int4", "reuse", "sink_window_int4"}
+    assert both["gpu"] >= {"quickstart", "lru", "int8", "int4", "reuse", "snapkv"}
     assert sum(map(len, both.values())) == len(CONFIGS)
 
 
