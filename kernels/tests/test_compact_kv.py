@@ -400,9 +400,9 @@ def test_plan_compiles_for_cuda(compile_for_cuda: CompileForCuda) -> None:
         "plan_moves_kernel",
         {
             **dict.fromkeys(("keep", "out"), "*i32"),
-            **dict.fromkeys(("count", *strides), "i32"),
+            **dict.fromkeys(("count", "n_steps", *strides), "i32"),
         },
-        {"HEADS": 8, "STEPS": 13, "BLOCK": 1024},
+        {"HEADS": 8, "BLOCK": 1024},
     )
 
 

@@ -10,10 +10,14 @@ from torch import Tensor
 from kvplug_kernels.attention_mass.kernel import attention_mass_triton
 from kvplug_kernels.attention_mass.naive import attention_mass_naive
 from kvplug_kernels.attention_mass.vectorized import attention_mass_vectorized
+from kvplug_kernels.compact_kv import compact_kv, plan_moves
+from kvplug_kernels.key_scores import KEY_NORM, key_scores
 from kvplug_kernels.key_scores.kernel import key_scores_triton
 from kvplug_kernels.key_scores.naive import key_scores_naive
 from kvplug_kernels.key_scores.vectorized import key_scores_vectorized
+from kvplug_kernels.move_tokens import LayerCaches, move_tokens
 from kvplug_kernels.paging import FoldedLayers
+from kvplug_kernels.select_top import select_top
 
 LAYERS, BLOCKS, HEADS, SIZE, WIDTH = 3, 7, 2, 4, 8
 LENS = [11, 4]
@@ -91,6 +95,27 @@ def test_attention_of_all_layers_in_one_call(
         rows = slice(2 * i, 2 * i + 2)
         own = attention_mass_naive(query[rows], cache[..., :WIDTH], table(device), lens, 0.3)
         torch.testing.assert_close(got[rows], own, rtol=1e-5, atol=1e-5)
+
+
+@EVERY
+def test_an_eviction_of_all_layers(layout: str, device: torch.device) -> None:
+    """Scores, selection, plan and moves of all layers together leave what one layer after another
+    leaves."""
+    caches = make_layers(layout, device)
+    rows = table(device)[:1]
+    lens = torch.tensor(LENS[:1], dtype=torch.int32, device=device)
+    expected = [cache.clone() for cache in caches]
+    for cache in expected:
+        scores = key_scores(cache[..., :WIDTH], cache[..., WIDTH:], rows, lens)[KEY_NORM]
+        compact_kv([cache], rows, select_top(scores, 6, lens), count=6)
+
+    keys, values = (folded([c[..., part] for c in caches]) for part in (slice(8), slice(8, 16)))
+    every = lens.repeat(LAYERS)
+    scores = key_scores(keys.pages, values.pages, keys.block_table(rows), every)[KEY_NORM]
+    source = plan_moves(select_top(scores, 6, every), 6)
+    move_tokens(LayerCaches(caches), rows, source.view(LAYERS, 1, HEADS, 6))
+    for cache, want in zip(caches, expected, strict=True):
+        assert torch.equal(cache, want)
 
 
 def test_one_layer(device: torch.device) -> None:

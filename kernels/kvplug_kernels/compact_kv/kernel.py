@@ -17,11 +17,11 @@ MAX_CHUNK = 1024
 
 
 @triton.jit
-def _lower_bound(p_sorted, n, b_value, STEPS: tl.constexpr):
+def _lower_bound(p_sorted, n, b_value, n_steps):
     """Count of the ``n`` ascending integers that lie below each value."""
     b_low = b_value * 0
     b_high = b_low + n
-    for _ in range(STEPS):
+    for _ in range(n_steps):
         b_middle = (b_low + b_high) // 2
         m_open = b_low < b_high
         m_right = m_open & (tl.load(p_sorted + b_middle, mask=m_open, other=0) < b_value)
@@ -30,7 +30,7 @@ def _lower_bound(p_sorted, n, b_value, STEPS: tl.constexpr):
     return b_low
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "n_steps"])
 def plan_moves_kernel(
     keep,
     out,
@@ -39,8 +39,8 @@ def plan_moves_kernel(
     stride_kh,
     stride_or,
     stride_oh,
+    n_steps,
     HEADS: tl.constexpr,
-    STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Each program plans BLOCK slots of one row and head. Slot ``j`` is the hole of number ``j``
@@ -50,8 +50,8 @@ def plan_moves_kernel(
     p_keep = keep + i_r * stride_kr + i_h * stride_kh
     o_j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_j = o_j < count
-    b_below = _lower_bound(p_keep, count, o_j, STEPS)
-    n_stay = _lower_bound(p_keep, count, tl.zeros([BLOCK], tl.int32) + count, STEPS)
+    b_below = _lower_bound(p_keep, count, o_j, n_steps)
+    n_stay = _lower_bound(p_keep, count, tl.zeros([BLOCK], tl.int32) + count, n_steps)
     b_next = tl.load(p_keep + b_below, mask=m_j & (b_below < count), other=-1)
     o_mover = n_stay + o_j - b_below
     m_moves = m_j & (b_next != o_j) & (o_mover < count)
@@ -116,8 +116,8 @@ def plan_moves_triton(keep: Tensor, count: int, *, out: Tensor | None = None) ->
                 keep.stride(1),
                 out.stride(0),
                 out.stride(1),
+                count.bit_length(),
                 HEADS=heads,
-                STEPS=count.bit_length(),
                 BLOCK=block,
             )
     return out
