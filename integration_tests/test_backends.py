@@ -27,6 +27,7 @@ from kvplug.hosts.vllm.worker.composition import (
     plugged_backend,
     plugged_builder,
     plugged_impl,
+    require_plugged,
 )
 from kvplug.hosts.vllm.worker.format import FormatRows, FormatTokens, FormatWorker
 from kvplug.hosts.vllm.worker.kind import KindWorker
@@ -621,3 +622,29 @@ def test_a_block_size_the_backend_would_split_is_refused() -> None:
     with pytest.raises(DeploymentError, match=f"set --block-size {BLOCK // 2}") as refused:
         windowed.customize_spec(plain_spec())
     assert str(refused.value).startswith("x.yaml: kvplug.sequence.use: sink_window counts in")
+
+
+def test_a_backend_that_is_not_ours_is_refused_by_name() -> None:
+    """vLLM chooses one by itself, and then no policy would do anything."""
+
+    class Other:
+        @staticmethod
+        def get_name() -> str:
+            return "FLASHINFER"
+
+    kinds = (coded_kind(int4()),)
+    ours = plugged_backend(stock_class("FLASH_ATTN"), kinds, StepRows())
+    layers = {
+        "layers.0.attn": SimpleNamespace(attn_backend=ours, sliding_window=None),
+        "layers.1.attn": SimpleNamespace(attn_backend=Other, sliding_window=128),
+        "layers.2.mamba": SimpleNamespace(),
+    }
+    require_plugged(kinds, layers)
+    layers["layers.3.attn"] = SimpleNamespace(attn_backend=Other, sliding_window=None)
+    require_plugged((), layers)
+    with pytest.raises(DeploymentError) as refused:
+        require_plugged(kinds, layers)
+    assert str(refused.value) == (
+        "x.yaml: kvplug.format: attention layer layers.3.attn runs on FLASHINFER, where the "
+        "format section would do nothing. Fix: set --attention-backend FLASH_ATTN or TRITON_ATTN."
+    )

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -110,6 +110,31 @@ def plugged_backend(
         return for_rules(tuple(kind.rule(index) for kind in kinds))
 
     return for_rules(tuple(kind.rule(0) for kind in kinds))
+
+
+def require_plugged(kinds: Kinds, layers: Mapping[str, Any]) -> None:
+    """Check that every full-attention layer runs the steps of some kinds.
+
+    vLLM chooses a backend by itself where ``--attention-backend`` is left out.
+
+    Args:
+        kinds: The kinds.
+        layers: vLLM's layers, by name.
+
+    Raises:
+        DeploymentError: One has a backend that kvplug does not extend.
+    """
+    for name, layer in layers.items():
+        backend = getattr(layer, "attn_backend", None)
+        plain = backend is None or getattr(layer, "sliding_window", None) is not None
+        if plain or hasattr(backend, "kvplug_rules"):
+            continue
+        for kind in kinds:
+            kind.refuse(
+                f"attention layer {name} runs on {backend.get_name()}, where the {kind.kind!s} "
+                "section would do nothing.",
+                "set --attention-backend FLASH_ATTN or TRITON_ATTN.",
+            )
 
 
 def plugged_builder(

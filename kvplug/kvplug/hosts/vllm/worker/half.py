@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvplug.deployment import Deployment
 from kvplug.hosts.vllm.messages import StepDirectives, StepReport
+from kvplug.hosts.vllm.worker.composition import require_plugged
 from kvplug.hosts.vllm.worker.kinds import worker_kinds
 from kvplug.hosts.vllm.worker.state import drop_worker_state, worker_state
 
@@ -36,6 +37,8 @@ class WorkerHalf:
         Raises:
             KVPlugError: The worker lacks something the deployment needs.
         """
+        context = self._config.compilation_config.static_forward_context
+        require_plugged(self._kinds, {name: context[name] for name in caches if name in context})
         for kind in self._kinds:
             kind.register(caches)
 
