@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,3 +32,27 @@ def test_attention_memory_reuses_far_attention_and_keeps_out_of_the_prefix_cache
     never = {"attention": {"use": "memo", "cosine": 1.0, "near": 64, "every": 8}}
     again = run(smollm2, work[:1], never, **engine)
     assert again.answers[0].token_ids == plain.token_ids
+
+
+def test_the_second_runner_serves_the_same_rows(run: Run, run_second: Run, tiny: Path) -> None:
+    """Beside requests that did not ask, whose slots pass between them."""
+    choose = random.Random(0)
+    work = [
+        TrialRequest([choose.randrange(10, 300) for _ in range(n)], 16, kvplug=asked)
+        for n, asked in ((150, ASKS), (90, None), (200, ASKS), (60, None), (130, ASKS))
+    ]
+    section = {"attention": {"use": "memo", "cosine": 0.05, "near": 32, "every": 4}}
+    engine = {
+        "dtype": "float32",
+        "max_model_len": 512,
+        "block_size": 32,
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 100,
+        "enforce_eager": True,
+    }
+    first, second = (one(tiny, work, section, **engine) for one in (run, run_second))
+    assert [a.token_ids for a in second.answers] == [a.token_ids for a in first.answers]
+    assert [a.kvplug for a in second.answers] == [a.kvplug for a in first.answers]
+    mine, theirs = (result.reports[0]["counters"] for result in (second, first))
+    assert mine == theirs
+    assert 0 < mine["reused_rows"] < mine["far_rows"]

@@ -112,13 +112,15 @@ class Request:
 class Layer:
     """One layer in which requests run, beside the same without a policy."""
 
+    second_runner = False
+
     def __init__(self, *, dtype: torch.dtype = torch.float32, **options: Any):
         blocks = 60
         view = LayerView(0, 1, KV_HEADS, HEADS, SIZE, str(dtype).removeprefix("torch."))
         engine = EngineView(block_size=BLOCK, layers=(view,))
         self.policy = Memo(Memo.Options(near=NEAR, **options), engine)
-        self.kind = AttentionWorker(self.policy, ("inline", "attention"))
         self.rows = StepRows()
+        self.kind = AttentionWorker(self.policy, ("inline", "attention"), self.rows)
         kinds = [self.kind]
         context = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
         with patch("vllm.config.get_current_vllm_config", lambda: context):
@@ -141,6 +143,23 @@ class Layer:
         """Rows with far tokens, and those that reused their attention."""
         counters = self.policy.counters()
         return counters["far_rows"], counters["reused_rows"]
+
+    def build(
+        self, common: CommonAttentionMetadata, work: list[Request], directives: StepDirectives
+    ) -> Any:
+        """Build metadata after the step has begun, or on the second model runner before."""
+        if self.second_runner:
+            metadata = self.builder.build(0, common)
+            self.rows.begin(None, {str(r.slot): r.slot for r in work if r.slot >= 0})
+            self.kind.begin(directives)
+            self.rows.name([str(r.slot) for r in work])
+            self.kind.load(directives)
+            return metadata
+        common.req_idx = None
+        named = [(r.blocks[(r.done - 1) // BLOCK], r.slot) for r in work if r.slot >= 0]
+        self.rows.begin(np.array(named, dtype=np.int32).reshape(-1, 2))
+        self.kind.begin(directives)
+        return self.builder.build(0, common)
 
     def step(self, work: list[tuple[Request, int]], serve: bool = True) -> tuple[Tensor, Tensor]:
         """Run ``n`` tokens of each request; returns the output and the stock backend's."""
@@ -169,28 +188,31 @@ class Layer:
             slot_mapping=torch.tensor(slots),
             is_prefilling=widths > 1,
             seq_lens_cpu_upper_bound=lens.clone(),
-            req_idx=np.arange(len(work)),
+            req_idx=np.arange(len(work)) + 3,
         )
-        named = [(r.blocks[(r.done - 1) // BLOCK], r.slot) for r, _ in work if r.slot >= 0]
-        self.rows.begin(np.array(named, dtype=np.int32).reshape(-1, 2))
         served = [(r.slot, r.owner) for r, _ in work if serve and r.slot >= 0]
         own = AttentionDirectives(np.array(served, dtype=np.int32)) if served else None
-        self.kind.begin(StepDirectives(attention=own))
+        metadata = self.build(common, [r for r, _ in work], StepDirectives(attention=own))
         q = torch.stack(query).to(self.dtype)
         rng = torch.Generator().manual_seed(sum(slots))
         k, v = (torch.randn(len(slots), KV_HEADS, SIZE, generator=rng).to(self.dtype) for _ in "kv")
-        metadata = self.builder.build(0, common)
         self.impl.do_kv_cache_update(self.layer, k, v, self.cache, common.slot_mapping)
         self.impl.keep(k, v, common.slot_mapping)
         self.impl.asked.clear()
         out = torch.full_like(q, float("nan"))
         returned = self.impl.forward(self.layer, q, k, v, self.cache, metadata, out)
         assert returned is out
+        self.kind.end(StepDirectives())
         plain = StockBuilder(None, [], None, None).build(0, common)
         asked = list(self.impl.asked)
         want = Stock.forward(self.impl, self.layer, q, k, v, self.cache, plain, torch.empty_like(q))
         self.impl.asked = asked
         return out, want
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["first runner", "second runner"])
+def _runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Layer, "second_runner", request.param)
 
 
 def close(found: tuple[Tensor, Tensor], dtype: torch.dtype = torch.float32) -> bool:

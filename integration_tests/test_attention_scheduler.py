@@ -23,7 +23,7 @@ def kind(monkeypatch: pytest.MonkeyPatch) -> AttentionScheduler:
     events: list[str] = []
     context: Any = SimpleNamespace(
         deployment=None,
-        vllm_config=None,
+        vllm_config=SimpleNamespace(use_v2_model_runner=True),
         events=SimpleNamespace(add=lambda what, kind, **more: events.append(more["detail"])),
         noted=events,
     )

@@ -361,3 +361,24 @@ class TestReuse:
         view = EngineView(block_size=16, max_model_len=512)
         found = deployment.incompatible(view, runs=RUNS, host="vllm")
         assert found and all("does not support sequence policy" in r.problem for r in found)
+
+
+@pytest.mark.parametrize(
+    ("recent", "assignments", "why"),
+    [(0, 1, None), (32, 1, "keeps recent tokens"), (0, 2, "stores each request in its own way")],
+)
+def test_an_attention_policy_reads_pages_that_are_alike(
+    monkeypatch: pytest.MonkeyPatch, recent: int, assignments: int, why: str | None
+) -> None:
+    stored = SimpleNamespace(
+        name="a format",
+        engine=SimpleNamespace(layers=(0,)),
+        recent=lambda layer: recent,
+        assignments=lambda: range(assignments),
+    )
+    monkeypatch.setattr(admission, "format_policy", lambda *args: stored)
+    choice = SimpleNamespace(key="kvplug.attention.use", policy=SimpleNamespace(name="a memory"))
+    deployment: Any = SimpleNamespace(choice=lambda kind: choice)
+    found = admission._attention_refusals(deployment, SimpleNamespace(use_v2_model_runner=True))
+    assert [refusal.key for refusal in found] == ["kvplug.attention"] * (why is not None)
+    assert all(why is not None and why in refusal.problem for refusal in found)

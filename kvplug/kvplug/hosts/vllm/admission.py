@@ -302,15 +302,6 @@ def _attention_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusa
     choice = deployment.choice(Kind.ATTENTION)
     assert choice is not None
     key, name = choice.key.removesuffix(".use"), choice.policy.name
-    if vllm_config.use_v2_model_runner:
-        return [
-            Refusal(
-                key,
-                f"{name} must know whose each row is before attention metadata is built, and "
-                "vLLM's second model runner learns it later.",
-                "set VLLM_USE_V2_MODEL_RUNNER=0.",
-            )
-        ]
     stored = format_policy(deployment, vllm_config)
     if stored is not None and any(stored.recent(layer) for layer in stored.engine.layers):
         return [
@@ -318,6 +309,15 @@ def _attention_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusa
                 key,
                 f"format {stored.name} keeps recent tokens outside the pages, where {name} does "
                 "not read them.",
+                "choose another format or remove the attention section.",
+            )
+        ]
+    if stored is not None and len(stored.assignments()) > 1:
+        return [
+            Refusal(
+                key,
+                f"format {stored.name} stores each request in its own way, and {name} attends the "
+                "rows of a step apart.",
                 "choose another format or remove the attention section.",
             )
         ]

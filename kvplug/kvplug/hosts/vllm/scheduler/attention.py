@@ -93,8 +93,11 @@ class AttentionScheduler(KindScheduler):
             # The prompt is exact to its last token, which may come as a row of one.
             if start >= request.num_prompt_tokens:
                 served.append((step.slots[request_id], request.owner))
+                into.names[request_id] = step.slots[request_id]
         if served:
             into.attention = AttentionDirectives(np.array(served, dtype=np.int32))
+            # The second runner builds without them, and again once it knows their rows.
+            into.before_forward |= bool(self.context.vllm_config.use_v2_model_runner)
 
     def on_report(self, report: StepReport) -> None:
         """Count the rows that workers attended."""

@@ -3,13 +3,17 @@
 Which rows those are is the same in every layer, so a metadata step finds them once and builds the
 backend's metadata of the other rows beside that of all. In each layer the policy is given its rows;
 what it leaves, and every row once it has failed, goes to the backend.
+
+The second model runner learns whose the rows are after it has built a step's metadata, and before
+the forward; metadata of a step with rows for the policy is built once more then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -21,6 +25,7 @@ from kvplug.hosts.vllm.messages import AttentionReport, StepDirectives, StepRepo
 from kvplug.hosts.vllm.worker import metadata
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
 from kvplug.hosts.vllm.worker.pages import TokenPages, open_pages
+from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.steps import (
     Attend,
     AttendCall,
@@ -62,6 +67,7 @@ class AttentionWorker(KindWorker):
     Args:
         policy: The policy.
         origin: Source and key of the policy in its deployment, for messages.
+        rows: Slots of the engine's rows.
 
     Attributes:
         owners: Owner of each slot that the policy serves in the step.
@@ -72,9 +78,11 @@ class AttentionWorker(KindWorker):
     # Taking another group's metadata would take its rows.
     supports_update_block_table = False
 
-    def __init__(self, policy: AttentionPolicy, origin: Origin):
+    def __init__(self, policy: AttentionPolicy, origin: Origin, rows: StepRows):
         super().__init__(origin)
         self.policy = policy
+        self._step_rows = rows
+        self._served: WeakSet[Served] = WeakSet()
         self.owners: dict[int, int] = {}
         self.failed: str | None = None
         self._rows = 0
@@ -94,7 +102,9 @@ class AttentionWorker(KindWorker):
     def metadata_steps(
         self, spec: Any, vllm_config: Any, device: torch.device
     ) -> Sequence[MetadataStep]:
-        return (Served(self, int(spec.block_size)),)
+        served = Served(self, int(spec.block_size))
+        self._served.add(served)
+        return (served,)
 
     def cudagraph_support(self, spec: Any, inner: AttentionCGSupport) -> AttentionCGSupport:
         # The policy decides between the graphs, layer by layer.
@@ -108,6 +118,20 @@ class AttentionWorker(KindWorker):
     def begin(self, directives: StepDirectives) -> None:
         own = directives.attention
         self.owners = {} if own is None else dict(own.requests.tolist())
+
+    def load(self, directives: StepDirectives) -> None:
+        rows = self._step_rows
+        if not self.owners or not rows.requests:
+            return
+        slots = {rows.named[slot].row: slot for slot in self.owners if slot in rows.named}
+        for served in self._served:
+            served.serve(slots)
+
+    def end(self, directives: StepDirectives) -> None:
+        # The second runner builds the next step before it begins.
+        self.owners = {}
+        for served in self._served:
+            served.forget()
 
     def report(self, into: StepReport) -> None:
         if not self._rows and (self.failed is None or self._reported):
@@ -161,10 +185,15 @@ class AttentionWorker(KindWorker):
         def gather(
             which: Sequence[int], starts: Sequence[int], ends: Sequence[int]
         ) -> tuple[Tensor, Tensor]:
-            first = torch.tensor([start // size for start in starts], device=table.device)
-            last = torch.tensor([-(-end // size) for end in ends], device=table.device)
-            column = first[:, None] + torch.arange(int((last - first).max()), device=table.device)
-            own = table[torch.tensor(list(which), device=table.device)]
+            span = [
+                (start // size, -(-end // size)) for start, end in zip(starts, ends, strict=True)
+            ]
+            widest = max(last - first for first, last in span)
+            first, last, index = metadata.to_device(
+                [*zip(*span, strict=True), tuple(which)], table.device
+            )
+            column = first[:, None] + torch.arange(widest, device=table.device)
+            own = table[index]
             blocks = own.gather(1, column.clamp_max(own.shape[1] - 1))
             # Entries behind a row's last block name no block of its own.
             blocks = blocks.masked_fill(column >= last[:, None], 0)
@@ -195,27 +224,60 @@ class Served(MetadataStep):
     def __init__(self, kind: AttentionWorker, block_size: int):
         self._kind = kind
         self._block_size = block_size
+        self._built: tuple[Build, BuildCall, Any] | None = None
 
     def build(self, inner: Build, call: BuildCall) -> Any:
-        rows, rest = self._find(call)
+        made = self._build(inner, call, None)
+        if made is None:
+            made = inner(call)
+        self._built = (inner, call, made) if call.common.req_idx is not None else None
+        return made
+
+    def serve(self, slots: Mapping[int, int]) -> None:
+        """Build the step's metadata again, in place, with rows for the policy.
+
+        Args:
+            slots: Slot of each row whose request the policy serves.
+        """
+        if self._built is None:
+            return
+        inner, call, made = self._built
+        again = self._build(inner, call, slots)
+        if again is not None:
+            # The forward has this object.
+            vars(made).update(vars(again))
+
+    def forget(self) -> None:
+        """Forget the step."""
+        self._built = None
+
+    def _build(self, inner: Build, call: BuildCall, slots: Mapping[int, int] | None) -> Any:
+        """Build metadata with rows for the policy; None where it has none."""
+        rows, rest = self._find(call, slots)
         if rows is None:
-            return inner(call)
+            return None
         if rest:
             part, rows.rest_tokens = metadata.select_rows(call.common, rest)
-            rows.rest = inner(call.part(part))
+            rows.rest = inner(replace(call.part(part), fast=True))
         # Of all rows too: an error, or a layer the policy does not serve, falls back to it.
         built = inner(call.on(call.common))
         built.kvplug_served = rows
         return built
 
-    def _find(self, call: BuildCall) -> tuple[ServedRows | None, list[int]]:
+    def _find(
+        self, call: BuildCall, known: Mapping[int, int] | None
+    ) -> tuple[ServedRows | None, list[int]]:
         """The policy's rows, or None for none, and the numbers of the others."""
         common, owners, serves = call.common, self._kind.owners, self._kind.serves
         if not owners or self._kind.failed is not None or common.causal is not True:
             return None, []
         count = common.num_reqs
         starts = common.query_start_loc_cpu[: count + 1].tolist()
-        slots, lens = call.slots[:count].tolist(), common.seq_lens[:count].tolist()
+        lens = metadata.host_lengths(common)[:count].tolist()
+        if known is None:
+            slots = call.slots[:count].tolist()
+        else:
+            slots = [known.get(row, -1) for row in range(count)]
         mine: list[int] = []
         rest: list[int] = []
         for row in range(count):
@@ -224,13 +286,15 @@ class Served(MetadataStep):
             (mine if served else rest).append(row)
         if not mine:
             return None, rest
-        device = common.seq_lens.device
+        tokens, index = metadata.to_device(
+            [[starts[row] for row in mine], mine], common.seq_lens.device
+        )
         found = ServedRows(
             [slots[row] for row in mine],
             [owners[slots[row]] for row in mine],
             [lens[row] for row in mine],
-            torch.tensor([starts[row] for row in mine], device=device),
-            common.block_table_tensor[torch.tensor(mine, device=device)].long(),
+            tokens,
+            common.block_table_tensor[index].long(),
         )
         return found, rest
 

@@ -126,8 +126,9 @@ def require_plugged(kinds: Kinds, layers: Mapping[str, Any]) -> None:
     """
     for name, layer in layers.items():
         backend = getattr(layer, "attn_backend", None)
-        plain = backend is None or getattr(layer, "sliding_window", None) is not None
-        if plain or hasattr(backend, "kvplug_rules"):
+        if backend is None or hasattr(backend, "kvplug_rules"):
+            continue
+        if getattr(layer, "sliding_window", None) is not None:
             continue
         for kind in kinds:
             kind.refuse(

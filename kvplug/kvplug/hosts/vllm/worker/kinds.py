@@ -46,7 +46,7 @@ def _attention(deployment: Deployment, config: Any, state: WorkerState) -> KindW
     policy = engine.attention_policy(deployment, config)
     if policy is None:
         return None
-    return AttentionWorker(policy, _origin(deployment, Kind.ATTENTION))
+    return AttentionWorker(policy, _origin(deployment, Kind.ATTENTION), state.rows)
 
 
 def _format(deployment: Deployment, config: Any, state: WorkerState) -> KindWorker | None:

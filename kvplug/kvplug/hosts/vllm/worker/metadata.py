@@ -29,6 +29,17 @@ def to_device(
     return async_tensor_h2d(data, device=device, dtype=dtype)
 
 
+def host_lengths(common: Any) -> Tensor:
+    """Return the tokens of each row on the host, ``[rows]``.
+
+    Without waiting for a device; of rows with draft tokens vLLM may know bounds alone there.
+    """
+    lens: Tensor = common.seq_lens
+    if lens.device.type != "cpu" and common.seq_lens_cpu_upper_bound is not None:
+        lens = common.seq_lens_cpu_upper_bound
+    return lens.cpu()
+
+
 def with_lengths(
     common: Any,
     *,
@@ -113,18 +124,18 @@ def select_rows(common: Any, rows: Sequence[int]) -> tuple[Any, Tensor]:
     device = common.seq_lens.device
     starts = common.query_start_loc_cpu.long()
     index = torch.tensor(list(rows))
+    index_dev = to_device(index, device)
     widths = starts[index + 1] - starts[index]
     query_start = query_starts(widths)
     tokens = torch.repeat_interleave(starts[index] - query_start[:-1], widths)
-    tokens = (tokens + torch.arange(int(query_start[-1]))).to(device)
-    lens = common.seq_lens[index.to(device)]
-    lens_cpu = lens.cpu()
+    tokens = to_device(tokens + torch.arange(int(query_start[-1])), device)
+    lens_cpu = host_lengths(common)[index]
     part = with_rows(
         common,
         index,
         query_start=query_start,
-        seq_lens=lens,
-        block_table=common.block_table_tensor[index.to(device)],
+        seq_lens=common.seq_lens[index_dev],
+        block_table=common.block_table_tensor[index_dev],
         max_seq_len=int(lens_cpu.max()),
         seq_lens_cpu=lens_cpu,
         slot_mapping=common.slot_mapping[tokens],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvplug.hosts.vllm.messages import ReuseReport, SaveOrder
+from kvplug.hosts.vllm.worker.metadata import host_lengths
 from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.segments import LayerPages, stacked
 from kvplug.hosts.vllm.worker.steps import BuildCall
@@ -57,9 +58,7 @@ class SegmentSaver:
         if not self.watched:
             return []
         common = call.common
-        on_host = common.seq_lens.device.type == "cpu"
-        lens = (common.seq_lens if on_host else common.seq_lens_cpu_upper_bound).tolist()
-        starts = common.query_start_loc_cpu.tolist()
+        starts, lens = common.query_start_loc_cpu.tolist(), host_lengths(common).tolist()
         found = []
         for row, slot in self._rows_of(call, rows):
             length = lens[row]
