@@ -40,6 +40,7 @@ EXTENSION_POINTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("vllm.v1.kv_cache_layout:KVCacheLayout", ()),
     ("vllm.utils.torch_utils:async_tensor_h2d", ("data", "device", "dtype")),
     ("vllm.v1.core.sched.output:SchedulerOutput", ("has_sync_kv_loads",)),
+    ("vllm.v1.core.sched.output:CachedRequestData", ("resumed_req_ids",)),
     (
         "vllm.v1.attention.backend:AttentionMetadataBuilder.build",
         ("common_prefix_len", "common_attn_metadata", "fast_build"),
@@ -121,7 +122,7 @@ EXTENSION_POINTS: tuple[tuple[str, tuple[str, ...]], ...] = (
         "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager.pop_blocks_for_free",
         ("request_id",),
     ),
-    ("vllm.v1.request:Request", ("cache_salt", "block_hasher")),
+    ("vllm.v1.request:Request", ("cache_salt", "block_hasher", "resumable")),
     ("vllm.v1.request:Request.update_block_hashes", ()),
     ("vllm.sampling_params:SamplingParams", ("extra_args",)),
     ("vllm.v1.core.kv_cache_utils:FreeKVCacheBlockQueue.popleft_n", ("n",)),

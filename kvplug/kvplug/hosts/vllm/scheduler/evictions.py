@@ -107,16 +107,21 @@ class EvictionPlanner:
             if request is None:
                 continue
             count = step.scheduled[request_id]
-            # A request that goes on a token at a time from where it was: most of them, most steps.
-            if count == 1 and start == request.num_tokens and start + 1 < request.due:
+            added = request_id in step.added
+            goes_on = count == 1 and start == request.num_tokens and not added
+            # Most requests, most steps.
+            if goes_on and start + 1 < request.due:
                 request.num_tokens = start + 1
                 continue
             self._plan(step, request_id, plans)
             end = start + count
             own = [p for g in self.groups if (p := plans.get((g, step.slots[request_id])))]
             inside = any(e.at != end for p in own for e in p.evictions)
+            # The place a request takes knows nothing of an eviction before it.
+            inside |= added and any(p.state is not None for p in own)
             # Only the latest queries outlive a step.
-            if inside or (own and self.policy.wants_cumulative_attention and count > 1):
+            inside |= bool(own) and self.policy.wants_cumulative_attention and count > 1
+            if inside:
                 return self.step(step), True
         cumulative = self.policy.wants_cumulative_attention
         ends = {step.slots[r]: step.starts[r] + step.scheduled[r] for r in step.starts}

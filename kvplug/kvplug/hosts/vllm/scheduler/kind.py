@@ -67,6 +67,13 @@ class SchedulerStep:
         return starts | {r.req_id: r.num_computed_tokens for r in self.output.scheduled_new_reqs}
 
     @cached_property
+    def added(self) -> set[str]:
+        """Requests that take a place on the workers in this step: new ones, those that start over
+        after a preemption, and those whose input goes on."""
+        cached = self.output.scheduled_cached_reqs
+        return {r.req_id for r in self.output.scheduled_new_reqs} | set(cached.resumed_req_ids)
+
+    @cached_property
     def slots(self) -> dict[str, int]:
         """Slot of each request scheduled. Workers learn the slots of a step only if a kind reads
         this, so directives that name slots must take them from here."""

@@ -125,8 +125,14 @@ class SequenceScheduler(KindScheduler):
             self._refused[request.request_id] = cause
             self.counters.exempt_refused += 1
             self.context.events.add(EventType.REFUSED, self.kind, detail=cause)
-        if self.planner is not None:
-            self.planner.add(request.request_id, request.num_prompt_tokens)
+        if self.planner is None:
+            return
+        if request.resumable and self.context.vllm_config.use_v2_model_runner:
+            # Its input goes on in another place of the runner, where no query of it is remembered.
+            self._exempt.add(request.request_id)
+            self.counters.exempt += 1
+            return
+        self.planner.add(request.request_id, request.num_prompt_tokens)
 
     def step(self, step: SchedulerStep, into: StepDirectives) -> None:
         """Send the plans of a scoring policy, or which requests are exempt from a window."""
