@@ -142,6 +142,7 @@ def test_heads_of_two_ranks(run_second: Run, tiny: Path, pruned: PrunedOracle) -
         section("keydiff"),
         tensor_parallel_size=2,
         watched=False,
+        env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         max_num_batched_tokens=100,
         **ENGINE,
     )
