@@ -14,6 +14,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from no_sync import Accelerator
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
@@ -113,6 +114,7 @@ class Layer:
     """One layer in which requests run, beside the same without a policy."""
 
     second_runner = False
+    accelerator: Accelerator | None = None
 
     def __init__(self, *, dtype: torch.dtype = torch.float32, **options: Any):
         blocks = 60
@@ -144,7 +146,16 @@ class Layer:
         counters = self.policy.counters()
         return counters["far_rows"], counters["reused_rows"]
 
-    def build(
+    def build(self, common: CommonAttentionMetadata, *of: Any) -> Any:
+        """Build metadata; on a stand-in for an accelerator, if there is one, without a wait."""
+        if self.accelerator is None:
+            return self._build(common, *of)
+        self.accelerator.put(common.query_start_loc, common.seq_lens)
+        self.accelerator.put(common.block_table_tensor, common.slot_mapping)
+        with self.accelerator.no_sync():
+            return self._build(common, *of)
+
+    def _build(
         self, common: CommonAttentionMetadata, work: list[Request], directives: StepDirectives
     ) -> Any:
         """Build metadata after the step has begun, or on the second model runner before."""
@@ -243,6 +254,17 @@ def test_other_rows_go_to_the_backend_unchanged() -> None:
     assert layer.impl.asked == [3]
     assert torch.equal(out[:40], want[:40]) and torch.equal(out[41:], want[41:])
     assert close((out[40:41], want[40:41])) and layer.counts == (1, 0)
+
+
+def test_the_second_runners_rows_are_found_without_a_wait() -> None:
+    layer = Layer(cosine=1.0)
+    layer.second_runner, layer.accelerator = True, Accelerator()
+    memo, chunk, exact = (Request(i, list(range(8 * i, 8 * i + 8)), i) for i in range(3))
+    exact.slot = -1
+    layer.step([(memo, 90), (exact, 80), (chunk, 64)])
+    out, want = layer.step([(chunk, 40), (memo, 1), (exact, 1)])
+    assert layer.impl.asked == [2]
+    assert close((out, want)) and layer.counts == (1, 0)
 
 
 def test_alike_queries_reuse_their_far_attention() -> None:

@@ -469,6 +469,31 @@ def test_a_graph_is_captured_for_the_longest_text() -> None:
     assert result.block_table_tensor.shape == common.block_table_tensor.shape
 
 
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_a_graph_replays_on_the_metadata_it_was_captured_with(accelerator: bool) -> None:
+    """What later steps build is thrown away; all that counts is what they wrote."""
+    block, sink, window = 16, 1, 2
+    compact = compactor(block, sink, window, accelerator=accelerator)
+    longest = 1 << 16
+    table = torch.zeros((8, 40), dtype=torch.int32)
+    dummies = metadata([Row(1, 1)] * 8, block, sink, window)
+    dummies = dummies.replace(max_seq_len=longest, block_table_tensor=table)
+    captured = compact(dummies)
+    choose = random.Random(0)
+    for _ in range(20):
+        rows = [Row(choose.randrange(1, 300), 1) for _ in range(choose.randrange(1, 9))]
+        if choose.random() < 0.3:
+            compact(metadata([Row(200, 90), Row(40, 1)], block, sink, window))
+        common = padded(metadata(rows, block, sink, window), 8 - len(rows))
+        if not compact.compact.shortens(common):
+            continue
+        compact(common)
+        # The runner's own buffers are the same in every step.
+        replayed = captured.replace(query_start_loc=common.query_start_loc)
+        want = expected(common, rows, block, sink, window)
+        assert meaning(replayed, block) == want, rows
+
+
 def test_engines_in_one_process_share_nothing() -> None:
     rows = [Row(200, 1, exempt=True)]
     common = metadata(rows, 16, 1, 1)

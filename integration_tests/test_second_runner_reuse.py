@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from reuse_oracle import ReuseOracle
 
 from kvplug.hosts.vllm.flags import EXTENSION, GUARD
@@ -113,3 +114,38 @@ def test_computing_inside_a_run_answers_what_the_oracle_answers(
     assert result.reports[0]["errors"] == 0
     assert counters["corrected"] == len(A)
     assert counters["drifted"] == 1
+
+
+def test_tokens_before_heads_under_vllms_triton_attention(
+    run_second: Run, deep: Path, oracle: ReuseOracle
+) -> None:
+    """Segments out of pages and into others, and what is computed between and among them."""
+    s, b, a, gap, q = texts(6, 20, 24, 4, 4, seed=1)
+    whole, at = s + b + gap + a + q, 30
+    work = [
+        TrialRequest(s + a, 1, 0, {"segments": [6, 24]}),
+        TrialRequest(s + b, 1, 1, {"segments": [6, 20]}),
+        TrialRequest(whole, 6, 2, ASKS | {"segments": [6, 20, 4, 24]}),
+    ]
+    result = run_second(
+        deep,
+        work,
+        section(recompute={"gaps": 64, "boundary": 8, "fraction": 0.5}),
+        backend="TRITON_ATTN",
+        **ENGINE | {"block_size": 16, "max_model_len": 128},
+    )
+    loaded = [(at, oracle.rerotated(oracle.stored(s, a), at - 6))]
+    answer = result.answers[2]
+    assert result.reports[0]["errors"] == 0
+    assert answer.kvplug["recomputed"] == 4 + 12
+    # Beside the gap, half of the loaded tokens, 8 of which are the boundary.
+    _, fresh = oracle.forward(whole)
+    off = torch.zeros(24)
+    for stale, true in zip(loaded[0][1][1], fresh[1], strict=True):
+        scale = true[:, 26:54].square().sum((0, 2)).mean()
+        off += (stale - true[:, at:54]).square().sum((0, 2)) / scale
+    off[:8] = 0
+    picked = [(at + i, at + i + 1) for i in off.argsort(descending=True)[:4].tolist()]
+    expected = oracle.greedy(whole, loaded, [(26, 38), *picked], 6)
+    assert answer.token_ids == expected
+    assert expected != oracle.greedy(whole, [], [], 6), "the case would show nothing"
