@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvplug.contract import Kind
+from kvplug.registry import plugins
 from kvplug_lab.gpu_check.cases import BUDGET, Case, serve_cases, small_pool, workload
 from kvplug_lab.gpu_check.engines import Machine
 from kvplug_lab.gpu_check.exact import problem_of, wanted
@@ -57,6 +59,10 @@ RECORDED = ("record",)
 """Prefix-cache policies that are another one and a file: not served."""
 
 
+MEMO = "memo"
+"""Attention policy, served where its package is installed."""
+
+
 def policy_cases(machine: Machine, names: Sequence[str] = ()) -> list[Case]:
     """A case per policy; those of the prefix cache go with the scoring policies.
 
@@ -73,6 +79,7 @@ def policy_cases(machine: Machine, names: Sequence[str] = ()) -> list[Case]:
         section: Mapping[str, Any],
         kinds: Sequence[str],
         counters: Sequence[str] = (),
+        asked: Mapping[str, Any] | None = None,
         **engine: Any,
     ) -> None:
         def check(result: Mapping[str, Any]) -> str:
@@ -86,7 +93,8 @@ def policy_cases(machine: Machine, names: Sequence[str] = ()) -> list[Case]:
 
         if wanted(name, names):
             arguments = own | without(section) | engine
-            found.append(Case(name, section, workload(times=2), check, arguments))
+            requests = [r | ({"kvplug": asked} if asked else {}) for r in workload(times=2)]
+            found.append(Case(name, section, requests, check, arguments))
 
     window = {"use": "sink_window", "sink": 32, "window": 96}
     case("sink_window", {"sequence": window}, ["sequence"])
@@ -114,6 +122,10 @@ def policy_cases(machine: Machine, names: Sequence[str] = ()) -> list[Case]:
         case(f"{name} with {stored}", section, ["sequence", "format"], ["evictions"])
     reuse = {"use": list(CHAIN), "segments": {"by": "fixed"}}
     case("reuse", {"reuse": reuse}, ["reuse"], ["loaded"], enable_prefix_caching=False)
+    if plugins().registry.get(Kind.ATTENTION, MEMO) is not None:
+        memo = {"use": MEMO, "cosine": 0.5, "near": 64, "every": 8}
+        approximate = {"attention": "approximate"}
+        case(MEMO, {"attention": memo}, ["attention"], ["far_rows"], approximate)
     return found
 
 
