@@ -55,7 +55,7 @@ def speed_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 "" if ratio is None else f"{ratio:.2f}",
                 str(row["running"]),
                 f"{row['kv_tokens']:,}",
-                f"{row['blocks_freed']:,.0f}",
+                f"{row['blocks_freed']:,.0f}" if "blocks_freed" in row else "",
                 f"{row['decode_ms']:.2f}" if "decode_ms" in row else "",
                 "" if decode is None else f"{decode:.3f}",
                 target_text(row["name"], rates),
