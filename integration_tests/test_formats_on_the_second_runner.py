@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from format_oracle import FormatOracle, in_chunks, per_token
+from format_oracle import FormatOracle, in_chunks, per_channel, per_token
 from oracle import visible
 
 from kvplug_lab.engine.trial import TrialRequest, TrialResult
@@ -60,23 +60,48 @@ def test_a_window_over_codes(run_second: Run, tiny: Path, reads_back: FormatOrac
     assert tokens(result) == expected
 
 
-def test_a_request_that_starts_over_keeps_its_assignment(
-    run_second: Run, tiny: Path, reads_back: FormatOracle
+@pytest.mark.parametrize(
+    "how", [{"reset_running_at": 8}, {"ahead": True, "max_num_seqs": 2}], ids=["preempted", "ahead"]
+)
+def test_assignments_follow_requests_through_slots(
+    run_second: Run, tiny: Path, reads_back: FormatOracle, how: dict[str, Any]
 ) -> None:
-    """Everybody is preempted once, and may come back to another slot of the runner's."""
+    """Everybody is preempted once, and may come back to another slot of the runner's; or requests
+    wait for slots, and take them over while the scheduler is a step ahead."""
     asked = prompts(3, 40, 150, 90)
     result = run_second(
         tiny,
         requests(asked),
         section("adaptive", exact_chunk=False, levels=LEVELS, low=1e-6, high=1.0),
         max_num_batched_tokens=CHUNK,
-        reset_running_at=8,
+        **how,
         **ENGINE,
     )
-    assert result.preemptions > 0
+    assert (result.preemptions > 0) == ("reset_running_at" in how)
     assert tokens(result) == [reads_back.greedy(p, GENERATED, per_token(8)) for p in asked]
     (report,) = [r for r in result.reports if r["kind"] == "format"]
     assert report["acted"] > 0 and report["errors"] == 0
+
+
+def test_recent_tokens_while_the_scheduler_is_a_step_ahead(
+    run_second: Run, tiny: Path, reads_back: FormatOracle
+) -> None:
+    """Requests end a step after the scheduler has planned another for them, and others take over
+    their slots of the runner's."""
+    asked = [TrialRequest(p, 10 + i, wave=i // 3) for i, p in enumerate(prompts(*[3, 150, 70] * 2))]
+    result = run_second(
+        tiny, asked, section("kivi", bits=2, fit=0), max_num_seqs=3, ahead=True, **ENGINE
+    )
+    expected = [
+        reads_back.greedy(
+            r.prompt,
+            r.max_tokens,
+            per_channel(2, 32),
+            in_chunks(len(r.prompt), len(r.prompt), 32),
+        )
+        for r in asked
+    ]
+    assert tokens(result) == expected
 
 
 def test_tokens_are_counted_once_per_layer(run_second: Run, tiny: Path) -> None:
