@@ -387,7 +387,7 @@ def test_compiles_for_cuda(
             "recent_slots": "*i64",
             **dict.fromkeys(("out", "lse"), "*fp32"),
             **dict.fromkeys(("scale", "softcap"), "fp32"),
-            **dict.fromkeys(("recent_size", *strides), "i32"),
+            **dict.fromkeys(("recent_size", "n_tokens", *strides), "i32"),
         },
         {
             "KV_HEADS": 8,
@@ -398,6 +398,7 @@ def test_compiles_for_cuda(
             "BLOCK_M": tile,
             "BLOCK_T": 64 if tile == 64 else 32,
             "BLOCK_D": 128,
+            "BLOCK_G": 4,
             "WIDEN": False,
         },
     )

@@ -51,7 +51,7 @@ def _step(
     return b_top, b_norm, b_sum
 
 
-@triton.jit(do_not_specialize=["recent_size"])
+@triton.jit(do_not_specialize=["recent_size", "n_tokens"])
 def attend_exact_kernel(
     query,
     key,
@@ -66,6 +66,7 @@ def attend_exact_kernel(
     scale,
     softcap,
     recent_size,
+    n_tokens,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -86,9 +87,11 @@ def attend_exact_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Each program attends a tile of one row's queries of the heads that read one KV head."""
+    """Each program attends a tile of one row's queries of the heads that read one KV head. The last
+    row's first also fill in the tokens behind it, which see nothing."""
     DTYPE: tl.constexpr = tl.float32 if WIDEN else query.dtype.element_ty
     i_p = tl.program_id(0).to(tl.int64)
     i_r, i_h = i_p // KV_HEADS, i_p % KV_HEADS
@@ -162,6 +165,17 @@ def attend_exact_kernel(
     p_out = out + o_out[:, None] * HEAD_SIZE + o_d[None, :]
     tl.store(p_out, b_sum / b_norm[:, None], mask=m_q)
 
+    n_rows = tl.num_programs(0) // KV_HEADS
+    if (i_r == n_rows - 1) & (tl.program_id(1) == 0):
+        o_g = tl.arange(0, BLOCK_G)
+        m_g = o_g < QUERY_GROUP
+        m_rest = m_g[:, None] & (o_d < HEAD_SIZE)[None, :]
+        for i_t in range(tl.load(query_start + n_rows), n_tokens):
+            o_rest = ((tl.zeros([BLOCK_G], tl.int64) + i_t) * KV_HEADS + i_h) * QUERY_GROUP + o_g
+            tl.store(lse + o_rest, tl.full([BLOCK_G], float("-inf"), tl.float32), mask=m_g)
+            p_rest = out + o_rest[:, None] * HEAD_SIZE + o_d[None, :]
+            tl.store(p_rest, tl.zeros([BLOCK_G, BLOCK_D], tl.float32), mask=m_rest)
+
 
 @triton.jit(do_not_specialize=["n_pairs"])
 def merge_attention_kernel(
@@ -231,10 +245,9 @@ def attend_exact_triton(
     tokens, num_heads, head_size = query.shape
     kv_heads, rows = key.shape[1], query_start.shape[0] - 1
     out, lse = attention_outputs(query, head_size, out, lse)
-    # Tokens behind the last row's belong to no program.
-    out.zero_()
-    lse.fill_(float("-inf"))
     if tokens == 0 or rows == 0 or max_query_len == 0 or head_size == 0:
+        out.zero_()
+        lse.fill_(float("-inf"))
         return out, lse
     wide = query.dtype == torch.float32
     group = num_heads // kv_heads
@@ -263,6 +276,7 @@ def attend_exact_triton(
             float(scale),
             float(softcap),
             size,
+            tokens,
             *query.stride()[:2],
             *key.stride()[:2],
             *value.stride()[:2],
@@ -276,6 +290,7 @@ def attend_exact_triton(
             BLOCK_M=block_m,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
+            BLOCK_G=triton.next_power_of_2(group),
             # Triton's interpreter multiplies the bits of a bfloat16 matrix as integers.
             WIDEN=triton.knobs.runtime.interpret and query.dtype == torch.bfloat16,
         )
