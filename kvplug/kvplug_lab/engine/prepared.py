@@ -149,8 +149,9 @@ def run(llm: Any, work: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         ``tokens``, ``cached`` and ``kvplug`` of each request in order; ``seconds``; ``stopped``,
         true where it ran out of time; ``peak_running``; ``peak_blocks``; ``step_ms``, median
-        milliseconds of decode steps by requests running; ``preemptions``; and ``reports`` of
-        kvplug's policies.
+        milliseconds of decode steps by requests running; ``preemptions``; ``evictions`` and
+        ``blocks_freed`` of sequence policies in this workload; and ``reports`` of kvplug's
+        policies since the engine's start.
     """
     from vllm import SamplingParams
 
@@ -165,6 +166,8 @@ def run(llm: Any, work: Mapping[str, Any]) -> dict[str, Any]:
     preempted: dict[str, int] = {}
     peak_running = peak_blocks = 0
     stopped = False
+    half = getattr(scheduler.connector, "scheduler", None)
+    evicted, freed = _evicted(half)
     start = time.perf_counter()
     limit = start + float(work.get("seconds") or 1e9)
     for wave in sorted({r.get("wave", 0) for r in requests}):
@@ -209,7 +212,7 @@ def run(llm: Any, work: Mapping[str, Any]) -> dict[str, Any]:
                 engine.abort_request(left, internal=True)
                 break
     took = time.perf_counter() - start
-    half = getattr(scheduler.connector, "scheduler", None)
+    now_evicted, now_freed = _evicted(half)
     return {
         "tokens": tokens,
         "cached": cached,
@@ -224,5 +227,13 @@ def run(llm: Any, work: Mapping[str, Any]) -> dict[str, Any]:
             for n, times in sorted(decode.items())
             if len(times) >= LEAST_STEPS
         },
+        "evictions": now_evicted - evicted,
+        "blocks_freed": now_freed - freed,
         "reports": [asdict(r) for r in half.reports()] if half is not None else [],
     }
+
+
+def _evicted(half: Any) -> tuple[float, int]:
+    """Evictions and blocks freed of sequence policies so far, by the connector's scheduler half."""
+    reports = [r for r in half.reports() if r.kind == "sequence"] if half is not None else []
+    return sum(r.counters.get("evictions", 0) for r in reports), sum(r.acted for r in reports)

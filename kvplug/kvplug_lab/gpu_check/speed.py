@@ -176,8 +176,8 @@ def measured(result: Mapping[str, Any], load: Load, facts: Mapping[str, Any]) ->
         "peak_blocks": result["peak_blocks"],
         "preemptions": result["preemptions"],
         "step_ms": result["step_ms"],
-        "evictions": sum(r["counters"].get("evictions", 0) for r in reports),
-        "blocks_freed": sum(r["acted"] for r in reports if r["kind"] == "sequence"),
+        "evictions": result["evictions"],
+        "blocks_freed": result["blocks_freed"],
         "errors": sum(r["errors"] for r in reports),
     }
 
