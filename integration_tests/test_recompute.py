@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from no_sync import Accelerator
 
-from kvplug.hosts.vllm.worker.recompute import batches, with_deviating
+from kvplug.hosts.vllm.worker.recompute import Recomputer, batches, with_deviating
+from kvplug.hosts.vllm.worker.state import WorkerState
 
 
 def test_a_long_span_is_split_and_short_ones_share_a_forward() -> None:
@@ -50,3 +58,49 @@ def test_a_fraction_is_of_the_approximate_tokens(fraction: float) -> None:
     deviation = torch.rand(100, generator=torch.Generator().manual_seed(1))
     found = with_deviating(deviation, 0, [(0, 40), (60, 100)], [(0, 4)], fraction)
     assert sum(b - a for a, b in found) == max(4, round(80 * fraction))
+
+
+def test_a_forward_within_the_step_waits_for_nothing_and_is_nobodys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No rows of the runner's, and none of what a builder keeps for a CUDA graph."""
+    accelerator = Accelerator()
+    seen: dict[str, Any] = {}
+
+    @contextmanager
+    def forward_context(metadata: Any, config: Any, **kwargs: Any) -> Iterator[None]:
+        seen.update(metadata=metadata, hidden=state.rows.hides, **kwargs)
+        yield
+
+    def build(prefix: int, common: Any, fast_build: bool = False) -> Any:
+        seen.update(common=common, fast=fast_build)
+        return "built"
+
+    monkeypatch.setattr("vllm.forward_context.set_forward_context", forward_context)
+    group = SimpleNamespace(
+        get_metadata_builder=lambda: SimpleNamespace(build=build), layer_names=["layer"]
+    )
+    state = WorkerState()
+    state.model_runner = SimpleNamespace(
+        device=accelerator.device,
+        attn_groups=[[group]],
+        model=lambda **inputs: seen.update(inputs),
+    )
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=16),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_seqs=8),
+    )
+    tokens = np.arange(100, 160, dtype=np.int32)
+    with accelerator.no_sync():
+        Recomputer(config, state).compute(tokens, torch.tensor([7, 3, 9, 5]), [(14, 18), (40, 41)])
+    common = seen["common"]
+    positions = [14, 15, 16, 17, 40]
+    assert seen["positions"].tolist() == positions
+    assert seen["input_ids"].tolist() == [100 + p for p in positions]
+    slots = [7 * 16 + 14, 7 * 16 + 15, 3 * 16, 3 * 16 + 1, 9 * 16 + 8]
+    assert seen["slot_mapping"]["layer"].tolist() == common.slot_mapping.tolist() == slots
+    assert (common.seq_lens.tolist(), common.query_start_loc.tolist()) == ([18, 41], [0, 4, 5])
+    assert common.block_table_tensor.tolist() == [[7, 3, 9, 5]] * 2
+    assert seen["metadata"] == {"layer": "built"}
+    assert seen["fast"] and seen["hidden"] and common.req_idx is None
+    assert seen.get("cudagraph_runtime_mode") is None, "vLLM's default is no graph"
