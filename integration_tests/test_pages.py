@@ -301,3 +301,42 @@ def test_a_layer_whose_pages_lie_between_others_is_read_in_place(order: str) -> 
     found = pages.gather(1, torch.arange(BLOCKS)[None])[0]
     assert torch.equal(found, value.transpose(0, 1))
     assert (shared[:, [0, 2]] == 7).all()
+
+
+def slot_offsets(block: int, head: int) -> tuple[Tensor, Tensor]:
+    """Each slot's key, then its value: what vLLM's attention on GPUs stores."""
+    at = torch.arange(block)[:, None] * 2 * head + torch.arange(head)[None, :]
+    return at, at + head
+
+
+def with_tokens_before_heads(cache: Tensor) -> Tensor:
+    """The same cache in vLLM's layout LBNHC."""
+    return cache.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def test_slots_that_are_no_neighbours_are_read_and_moved_by_the_strides_of_the_cache() -> None:
+    block, head = 32, 16
+    offsets = slot_offsets(block, head)
+    cache, key, value = filled(in_order(*offsets), block, head, torch.float32)
+    apart = with_tokens_before_heads(cache)
+    pages, plain = Pages(apart, PageOrder(*offsets)), Pages(cache, PageOrder(*offsets))
+    wanted = torch.tensor([[3, 1], [0, 4]])
+    for which in (0, 1):
+        assert torch.equal(pages.gather(which, wanted), plain.gather(which, wanted))
+    heads, source, to = some_moves(block)
+    for one in (pages, plain):
+        one.move(heads, source // block, source % block, to // block, to % block)
+    assert torch.equal(apart, cache)
+    keep = torch.stack([torch.arange(0, 64, 2)] * HEADS)[None].to(torch.int32)
+    place = torch.arange(32)
+    moves = torch.where(keep > 31, keep, place.to(torch.int32))
+    for one in (pages, plain):
+        one.relocate(torch.tensor([[2, 3]]), moves)
+    assert torch.equal(apart, cache)
+    assert not torch.equal(by_block(key, block)[2, 0], cache[2, 0, :, :head])
+
+
+def test_pages_whose_slots_are_mixed_are_refused_where_slots_are_no_neighbours() -> None:
+    cache, _, _ = filled(in_order(*plain_offsets(32, 16)), 32, 16, torch.float32)
+    with pytest.raises(KVPlugError, match="VLLM_KV_CACHE_LAYOUT=LBHNC"):
+        Pages(with_tokens_before_heads(cache), PageOrder(*plain_offsets(32, 16)))
