@@ -317,7 +317,7 @@ def with_tokens_before_heads(cache: Tensor) -> Tensor:
 def test_slots_that_are_no_neighbours_are_read_and_moved_by_the_strides_of_the_cache() -> None:
     block, head = 32, 16
     offsets = slot_offsets(block, head)
-    cache, key, value = filled(in_order(*offsets), block, head, torch.float32)
+    cache, key, _ = filled(in_order(*offsets), block, head, torch.float32)
     apart = with_tokens_before_heads(cache)
     pages, plain = Pages(apart, PageOrder(*offsets)), Pages(cache, PageOrder(*offsets))
     wanted = torch.tensor([[3, 1], [0, 4]])

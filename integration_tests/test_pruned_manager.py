@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvplug.contract import EngineView, LayerView, ResidentView, ScoringPolicy
-from kvplug.hosts.pruning import Eviction, EvictionPlan, Limits, layout
+from kvplug.hosts.pruning import SETTLED_TOKENS, Eviction, EvictionPlan, Limits, layout
 from kvplug.hosts.vllm.messages import Plans, RowPlan, SequenceDirectives, merge_measured
 from kvplug.hosts.vllm.scheduler.evictions import SIZES_REPORTED, EvictionPlanner
 from kvplug.hosts.vllm.scheduler.kind import SchedulerStep
@@ -653,8 +653,8 @@ def test_the_latest_sizes_are_reported_after_a_preemption_too() -> None:
 
 
 def measured(*rows: tuple[float, ...]) -> Any:
-    """Rows of slot, group, layers and sums."""
-    return np.array(rows, dtype=np.float64)
+    """Rows of slot, group, layers and sums, measured long ago."""
+    return np.array([(*row[:2], 0, *row[2:]) for row in rows], dtype=np.float64)
 
 
 def test_a_budget_follows_what_was_measured() -> None:
@@ -672,6 +672,22 @@ def test_a_budget_follows_what_was_measured() -> None:
     (plan,) = step(planned, [m], "r", 224, 256)
     assert own.asked[1:] == [([1.0, 2.0], 96, 256)], "the latest measurement, the latest budget"
     assert plan.evictions == (Eviction(256, 16, 3),)
+
+
+def test_a_measurement_decides_once_it_has_surely_arrived() -> None:
+    """However many steps the scheduler runs ahead, a size depends on the text alone."""
+    own = policy()
+    planned, m = planner(own)
+    planned.add("r", 200)
+    step(planned, [m], "r", 0, 200)
+    step(planned, [m], "r", 200, 210)
+    young = 224 - SETTLED_TOKENS + 1
+    planned.take(np.array([(0, 0, young - 1, 1, 3.0), (0, 0, young, 1, 5.0)]))
+    step(planned, [m], "r", 210, 224)
+    assert own.asked == [([3.0], 64, 224)]
+    planned.take(np.array([(0, 0, 999, 1, 7.0)]))
+    step(planned, [m], "r", 224, 256)
+    assert own.asked[1][0] == [5.0], "nobody is measured where it has not been"
 
 
 def test_without_a_measurement_the_budget_stays() -> None:
@@ -816,11 +832,14 @@ def test_ranks_add_up() -> None:
     other = measured((0, 0, 1, 5.0, 6.0), (3, 0, 2, 1.0, 2.0), (3, 1, 1, 7.0, 8.0))
     both = merge_measured(one, other)
     assert both is not None
-    expected = [[0, 0, 1, 5, 6], [1, 0, 1, 3, 4], [3, 0, 4, 12, 24], [3, 1, 1, 7, 8]]
+    later = np.array([(3, 0, 9, 1, 2.0, 4.0)])
+    expected = [[0, 0, 0, 1, 5, 6], [1, 0, 0, 1, 3, 4], [3, 0, 0, 4, 12, 24], [3, 1, 0, 1, 7, 8]]
     assert sorted(both.tolist()) == expected
     turned = merge_measured(other, one)
     assert turned is not None
     assert sorted(turned.tolist()) == expected
+    apart = merge_measured(one, later)
+    assert apart is not None and len(apart) == 3, "two evictions of one request"
     assert merge_measured(None, None) is None
     assert merge_measured(one, None) is one
     assert merge_measured(None, one) is one

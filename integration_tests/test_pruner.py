@@ -782,14 +782,19 @@ def test_dropped_tokens_kept_in_host_memory_are_never_lost(
 
 def test_measurements_of_layers_are_added_up_by_slot_and_group() -> None:
     log = EvictionLog(watcher())
-    log.measure([3, 1], 0, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    log.measure([3], 0, torch.tensor([[10.0, 20.0]]))
-    log.measure([3], 1, torch.tensor([[7.0, 8.0]]))
+
+    def measure(slots: list[int], at: list[int], group: int, values: list[list[float]]) -> None:
+        decision: Any = SimpleNamespace(slots=slots, at=at)
+        log.measure(decision, group, torch.tensor(values))
+
+    measure([3, 1], [64, 96], 0, [[1.0, 2.0], [3.0, 4.0]])
+    measure([3], [64], 0, [[10.0, 20.0]])
+    measure([3], [64], 1, [[7.0, 8.0]])
     log.counts.rows = 1
     report = log.take()
     assert report is not None and report.measured is not None
     rows = sorted(report.measured.tolist())
-    assert rows == [[1, 0, 1, 3, 4], [3, 0, 2, 11, 22], [3, 1, 1, 7, 8]]
+    assert rows == [[1, 0, 96, 1, 3, 4], [3, 0, 64, 2, 11, 22], [3, 1, 64, 1, 7, 8]]
     log.counts.rows = 1
     report = log.take()
     assert report is not None and report.measured is None

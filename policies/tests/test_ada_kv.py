@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from scoring_laws import ENGINE, build, random_case, view
 from torch import Tensor
 
-from kvplug.contract import Feature, LayerView, ScoringOptions
+from kvplug.contract import LayerView, ScoringOptions
 from kvplug_policies.scores import ALWAYS
 from kvplug_policies.sequence.ada_kv import AdaKV, head_budgets, pooled_counts
 from kvplug_policies.sequence.h2o import H2O
@@ -140,11 +140,9 @@ def test_a_budget_is_set_once_on_the_whole_text() -> None:
     assert policy.counters() == {}
 
 
-def test_it_resizes_and_so_cannot_run_ahead() -> None:
+def test_it_resizes_where_the_plain_scorer_does_not() -> None:
     assert build(AdaKV).resizes
     assert not build(SnapKV).resizes
-    assert Feature.ASYNC_SCHEDULING not in AdaKV.supports
-    assert Feature.ASYNC_SCHEDULING in SnapKV.supports
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from scoring_laws import build, random_case, view
 from torch import Tensor
 
-from kvplug.contract import Feature, ResidentView
+from kvplug.contract import ResidentView
 from kvplug_policies.scores import ALWAYS
 from kvplug_policies.sequence.smart_window import SmartWindow
 
@@ -138,10 +138,9 @@ def test_nothing_is_counted_before_a_decision() -> None:
     assert smart().counters() == {}
 
 
-def test_it_resizes_and_so_cannot_run_ahead() -> None:
+def test_it_resizes_by_cumulative_attention() -> None:
     assert smart().resizes
     assert smart().wants_cumulative_attention
-    assert Feature.ASYNC_SCHEDULING not in SmartWindow.supports
 
 
 def test_totals_are_missed() -> None:

@@ -24,6 +24,11 @@ FLUSH = 32
 """Queries collected before cumulative attention is brought up to date."""
 
 
+SETTLED_TOKENS = 16
+"""Tokens after which a measurement decides sizes: by then it has reached the scheduler, however
+many steps that runs ahead, so the size of an eviction depends on the text alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """Limits of one group of layers with equal shares, in blocks.

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from kvplug.contract import (
     EngineView,
-    Feature,
     Kind,
     LayerView,
     PolicyOptions,
@@ -102,7 +101,6 @@ class AdaKV(ScoringPolicy):
 
     name = "ada_kv"
     changes = "drops what another scorer would; keeps more where scores are spread, fewer elsewhere"
-    supports = ScoringPolicy.supports - {Feature.ASYNC_SCHEDULING}
     paper = (
         "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for Efficient LLM "
         "Inference, arXiv 2407.11550"

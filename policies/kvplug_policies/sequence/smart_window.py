@@ -31,7 +31,6 @@ from torch import Tensor
 
 from kvplug.contract import (
     EngineView,
-    Feature,
     PolicyOptions,
     ResidentView,
     ScoringOptions,
@@ -52,7 +51,6 @@ class SmartWindow(ScoringPolicy):
 
     name = "smart_window"
     changes = "drops the tokens worth least so far and now; how many, follows what each is paid"
-    supports = ScoringPolicy.supports - {Feature.ASYNC_SCHEDULING}
     paper = "kvplug's own"
     wants_cumulative_attention = True
 

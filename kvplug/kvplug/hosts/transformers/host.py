@@ -34,7 +34,7 @@ from kvplug.contract import (
 )
 from kvplug.errors import KVPlugError
 from kvplug.fingerprint import model_fingerprint
-from kvplug.hosts.pruning import Eviction, EvictionPlan, Limits, choose
+from kvplug.hosts.pruning import SETTLED_TOKENS, Eviction, EvictionPlan, Limits, choose
 from kvplug.hosts.transformers.attention import Step, attached
 from kvplug.hosts.transformers.cache import LayerCache, Watched
 from kvplug.hosts.transformers.coded import LayerCoded
@@ -78,6 +78,7 @@ class Text:
     ):
         self.layers = layers
         self.num_tokens = 0
+        self._planned = 0
         self.num_prompt_tokens = num_prompt_tokens
         self.policy = policy
         self.evictions: list[tuple[int, float]] = []
@@ -86,7 +87,7 @@ class Text:
         self._plans: dict[float, EvictionPlan] = {}
         self._made: dict[float, int] = {}
         self._shares: dict[int, float] = {}
-        self._measured: dict[float, list[float]] = {}
+        self._measured: dict[float, dict[int, list[float]]] = {}
         if isinstance(policy, ScoringPolicy):
             for index in sorted(prunable):
                 self._plan(policy, layers[index].view)
@@ -104,11 +105,12 @@ class Text:
 
     def _resize(self, policy: ScoringPolicy, limits: Limits) -> Callable[[int], int]:
         def blocks(before: int) -> int:
-            measured, size = self._measured.get(limits.share), limits.block_size
-            if measured is None:
+            measured, size = self._measured.get(limits.share, {}), limits.block_size
+            settled = [at for at in measured if at + SETTLED_TOKENS <= self._planned]
+            if not settled:
                 return before
             budget = round(before * size / limits.share)
-            tokens = policy.resize(measured, budget, self.num_tokens)
+            tokens = policy.resize(measured[max(settled)], budget, self.num_tokens)
             return -(-round(tokens * limits.share) // size)
 
         return blocks
@@ -199,6 +201,7 @@ class Text:
         """Find the position of the next eviction up to ``target``, or ``target``."""
         for at in range(self.num_tokens, target + 1):
             for plan in self._plans.values():
+                self._planned = at
                 plan.until(at)
             if any(len(plan.evictions) > self._made[share] for share, plan in self._plans.items()):
                 return at
@@ -237,7 +240,8 @@ class Text:
             layer.keep(torch.cat([keep[0], rest.expand(keep.shape[1], -1)], 1))
             left.append(layer.kept)
         for share, results in measured.items():
-            self._measured[share] = torch.stack(results).float().mean(0).tolist()
+            own = self._measured.setdefault(share, {})
+            own[self.num_tokens] = torch.stack(results).float().mean(0).tolist()
         self.evictions.append((self.num_tokens, sum(left) / len(left)))
 
     def _evict_blocks(self) -> None:

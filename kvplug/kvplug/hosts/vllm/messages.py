@@ -242,8 +242,8 @@ class SequenceReport:
         fallbacks: Decisions made by position, per layer, because the policy had failed.
         recalled_tokens: Evicted tokens that came back from host memory, per layer and KV head.
         recall_us: Microseconds spent on decisions with evicted tokens kept in host memory.
-        measured: Measurements of a scoring policy, ``[requests, 3 + n]`` float64: slot, group,
-            layers, sums over layers; or None.
+        measured: Measurements of a scoring policy, ``[evictions, 4 + n]`` float64: slot, group,
+            tokens computed, layers, sums over layers; or None.
         failed: Cause the scoring policy was retired for, or None.
     """
 
@@ -384,13 +384,13 @@ class ReuseReport:
 def merge_measured(
     one: npt.NDArray[np.float64] | None, other: npt.NDArray[np.float64] | None
 ) -> npt.NDArray[np.float64] | None:
-    """Merge two ranks' measurements: layers and sums added up, by slot and group."""
+    """Merge two ranks' measurements: layers and sums added up, by slot, group and position."""
     if one is None or other is None:
         return one if other is None else other
     rows = np.concatenate([one, other])
-    keys, index = np.unique(rows[:, :2], axis=0, return_inverse=True)
-    sums = np.zeros((len(keys), rows.shape[1] - 2))
-    np.add.at(sums, index.reshape(-1), rows[:, 2:])
+    keys, index = np.unique(rows[:, :3], axis=0, return_inverse=True)
+    sums = np.zeros((len(keys), rows.shape[1] - 3))
+    np.add.at(sums, index.reshape(-1), rows[:, 3:])
     return np.concatenate([keys, sums], axis=1)
 
 

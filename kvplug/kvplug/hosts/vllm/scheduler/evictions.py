@@ -10,13 +10,16 @@ import numpy.typing as npt
 from vllm.logger import init_logger
 
 from kvplug.contract import ScoringPolicy
-from kvplug.hosts.pruning import FLUSH
+from kvplug.hosts.pruning import FLUSH, SETTLED_TOKENS
 from kvplug.hosts.vllm.messages import Plans, RowPlan
 from kvplug.hosts.vllm.scheduler.kind import SchedulerStep
 from kvplug.hosts.vllm.scheduler.slots import Slots
 from kvplug.hosts.vllm.spec import PrunedManager
 
 logger = init_logger("vllm.kvplug")
+
+MEASUREMENTS_KEPT = 4
+"""Latest measurements of a request and group: the last may be too young to decide a size."""
 
 SIZES_REPORTED = 64
 """Latest evictions of a request that its output lists."""
@@ -30,7 +33,7 @@ class PlannedRequest:
         num_prompt_tokens: Tokens of its prompt.
         num_tokens: Tokens of its text scheduled so far.
         due: Tokens of its text before which nothing is to be done.
-        measured: Latest measurement per group, averaged over layers and ranks.
+        measured: Latest measurements per group, by tokens computed, averaged over layers and ranks.
         sizes: Tokens kept at each of its latest evictions, by tokens computed.
         resized: Blocks decided at each eviction so far, per group: a request that starts over
             after a preemption is evicted from as it was before.
@@ -39,7 +42,7 @@ class PlannedRequest:
     num_prompt_tokens: int
     num_tokens: int = 0
     due: int = 0
-    measured: dict[int, list[float]] = field(default_factory=dict)
+    measured: dict[int, dict[int, list[float]]] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     resized: dict[int, list[int]] = field(default_factory=dict)
 
@@ -158,11 +161,15 @@ class EvictionPlanner:
         request.due = min(due, default=0)
 
     def take(self, measured: npt.NDArray[np.float64]) -> None:
-        """Take in measurements: rows of slot, group, layers and sums over layers."""
-        for slot, group, layers, *sums in measured.tolist():
+        """Take in measurements: rows of slot, group, tokens computed, layers, sums over layers."""
+        for slot, group, at, layers, *sums in measured.tolist():
             request = self._requests.get(self._slots.request(int(slot)) or "")
-            if request is not None and layers:
-                request.measured[int(group)] = [total / layers for total in sums]
+            # One may come after its request has ended and another has its slot.
+            if request is not None and layers and at <= request.num_tokens:
+                own = request.measured.setdefault(int(group), {})
+                own[int(at)] = [total / layers for total in sums]
+                for old in sorted(own)[:-MEASUREMENTS_KEPT]:
+                    del own[old]
 
     def _resizer(self, block_size: int, share: float, group: int) -> Callable[[str, int, int], int]:
         def resize(request_id: str, nth: int, blocks: int) -> int:
@@ -179,12 +186,13 @@ class EvictionPlanner:
     def _ask(
         self, request: PlannedRequest, blocks: int, block_size: int, share: float, group: int
     ) -> int:
-        measured = request.measured.get(group)
-        if measured is None or self.resize_error is not None:
+        measured = request.measured.get(group, {})
+        settled = [at for at in measured if at + SETTLED_TOKENS <= request.num_tokens]
+        if not settled or self.resize_error is not None:
             return blocks
         budget = round(blocks * block_size / share)
         try:
-            tokens = self.policy.resize(measured, budget, request.num_tokens)
+            tokens = self.policy.resize(measured[max(settled)], budget, request.num_tokens)
             return -(-round(tokens * share) // block_size)
         except Exception as error:
             self.resize_error = f"{type(error).__name__}: {error}"

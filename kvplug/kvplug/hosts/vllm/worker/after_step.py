@@ -111,6 +111,7 @@ class LayerGroup:
                 found.candidates * size,
                 found.survivors * size,
                 [0],
+                [eviction.at],
                 to_device([eviction.at], device, torch.int32),
                 to_device([eviction.at], device, torch.int32),
                 to_device([0], device, torch.int64),

@@ -38,6 +38,7 @@ class Measurement:
     Attributes:
         due: Number of the report it goes into.
         slots: The scheduler's slot of each row.
+        at: Tokens of its text computed.
         group: Number of the KV-cache group.
         values: ``[rows, n]`` float64.
         copied: Event after which they are on the host; None where they need not be waited for.
@@ -45,6 +46,7 @@ class Measurement:
 
     due: int
     slots: list[int]
+    at: list[int]
     group: int
     values: Tensor
     copied: torch.cuda.Event | None
@@ -70,7 +72,7 @@ class EvictionLog:
         self._pending: deque[Measurement] = deque()
         self.counts = SequenceReport()
         self.failed: str | None = None
-        self._measured: dict[tuple[int, int], tuple[npt.NDArray[np.float64], int]] = {}
+        self._measured: dict[tuple[int, int, int], tuple[npt.NDArray[np.float64], int]] = {}
 
     def fail(self, error: Exception) -> None:
         """Retire the policy: from now on the latest tokens are kept."""
@@ -83,8 +85,8 @@ class EvictionLog:
             exc_info=error,
         )
 
-    def measure(self, slots: list[int], group: int, values: Tensor) -> None:
-        """Take what one layer of a group measured of some requests, ``[rows, n]``."""
+    def measure(self, decision: EvictionDecision, group: int, values: Tensor) -> None:
+        """Take what one layer of a group measured at a decision, ``[rows, n]``."""
         values, copied = values.double(), None
         if values.is_cuda and self._settled_after:
             on_host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -92,20 +94,21 @@ class EvictionLog:
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         due = self._reports + self._settled_after
-        self._pending.append(Measurement(due, slots, group, values, copied))
+        self._pending.append(Measurement(due, decision.slots, decision.at, group, values, copied))
 
-    def _add_measured(self, slots: list[int], group: int, values: npt.NDArray[np.float64]) -> None:
-        for slot, row in zip(slots, values, strict=True):
-            sums, layers = self._measured.get((slot, group), (np.zeros_like(row), 0))
-            self._measured[slot, group] = (sums + row, layers + 1)
+    def _add_measured(self, one: Measurement) -> None:
+        if one.copied is not None:
+            one.copied.synchronize()
+        rows = one.values.cpu().numpy()
+        for slot, at, row in zip(one.slots, one.at, rows, strict=True):
+            key = (slot, one.group, at)
+            sums, layers = self._measured.get(key, (np.zeros_like(row), 0))
+            self._measured[key] = (sums + row, layers + 1)
 
     def take(self) -> SequenceReport | None:
         """Return what happened since the last report, or None for nothing."""
         while self._pending and self._pending[0].due <= self._reports:
-            one = self._pending.popleft()
-            if one.copied is not None:
-                one.copied.synchronize()
-            self._add_measured(one.slots, one.group, one.values.cpu().numpy())
+            self._add_measured(self._pending.popleft())
         self._reports += 1
         if not self.counts.rows and not self._measured:
             return None
@@ -162,7 +165,7 @@ class LayerEvictions:
         """Decide what survives, and move it together."""
         resident, count = decision.resident, decision.count
         view = self.residents.view(resident, decision)
-        keep = self._choose(view, decision.slots, decision.candidates, count)
+        keep = self._choose(view, decision, decision.candidates, count)
         source = plan_moves(keep, count)
         self.residents.pages.relocate(resident.blocks, source)
         self.residents.put(resident, source.long(), view)
@@ -208,7 +211,7 @@ class LayerEvictions:
             unwanted[:, candidates : candidates + needed.shape[1]] = ~needed
             candidates += needed.shape[1]
             self._log.counts.recalled_tokens += int(needed.sum())
-        keep = self._choose(view, decision.slots, candidates, count, unwanted)
+        keep = self._choose(view, decision, candidates, count, unwanted)
         source = plan_moves(keep, count).long()
         size = self.policy.engine.block_size
         row, head, place, origin = self._moved(source)
@@ -251,7 +254,7 @@ class LayerEvictions:
     def _choose(
         self,
         view: ResidentView,
-        slots: list[int],
+        decision: EvictionDecision,
         candidates: int,
         count: int,
         unwanted: Tensor | None = None,
@@ -260,15 +263,15 @@ class LayerEvictions:
             try:
                 keep, scores = choose(self.policy, view, candidates, count, unwanted)
                 if self.policy.resizes:
-                    self._measure(view, scores, slots)
+                    self._measure(view, scores, decision)
                 return keep
             except Exception as error:
                 self._log.fail(error)
-        self._log.counts.fallbacks += len(slots)
+        self._log.counts.fallbacks += len(decision.slots)
         newest = view.positions.float()
         return keep_best(self.policy, view, newest, candidates, count, unwanted)
 
-    def _measure(self, view: ResidentView, scores: Tensor, slots: list[int]) -> None:
+    def _measure(self, view: ResidentView, scores: Tensor, decision: EvictionDecision) -> None:
         measured = self.policy.measure(view, scores)
         if measured is not None:
-            self._log.measure(slots, self._group, measured)
+            self._log.measure(decision, self._group, measured)

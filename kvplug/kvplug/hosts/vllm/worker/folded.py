@@ -76,6 +76,7 @@ class Fold:
             decision,
             resident=self.resident(decision.resident, layers),
             slots=decision.slots * n,
+            at=decision.at * n,
             num_tokens=decision.num_tokens.repeat(n),
             num_prompt_tokens=decision.num_prompt_tokens.repeat(n),
             rings=(decision.rings + rings[:, None]).flatten(),

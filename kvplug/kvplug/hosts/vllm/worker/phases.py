@@ -42,7 +42,8 @@ class EvictionDecision:
         candidates: Resident tokens the eviction covers.
         count: Resident tokens that survive.
         slots: The scheduler's slot of each row's request.
-        num_tokens: Tokens of its text computed, ``[rows]`` int32.
+        at: Tokens of its text computed.
+        num_tokens: The same, ``[rows]`` int32.
         num_prompt_tokens: Tokens of its prompt, ``[rows]`` int32.
         rings: Index of its first place among the remembered queries, ``[rows]`` int64.
     """
@@ -51,6 +52,7 @@ class EvictionDecision:
     candidates: int
     count: int
     slots: list[int]
+    at: list[int]
     num_tokens: Tensor
     num_prompt_tokens: Tensor
     rings: Tensor
@@ -69,6 +71,7 @@ class EvictionDecision:
                 self.candidates,
                 self.count,
                 [slot],
+                self.at[i : i + 1],
                 self.num_tokens[i : i + 1],
                 self.num_prompt_tokens[i : i + 1],
                 self.rings[i : i + 1],
@@ -285,6 +288,7 @@ class StepPlanner:
                     candidates * self.block_size,
                     survivors * self.block_size,
                     [s.slot for s in own],
+                    [s.end for s in own],
                     to_device([s.end for s in own], self.device, torch.int32),
                     to_device([p.prompt for p in plans], self.device, torch.int32),
                     to_device([s.ring * self.ring for s in own], self.device),
