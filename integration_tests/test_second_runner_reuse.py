@@ -96,7 +96,7 @@ def test_computing_inside_a_run_answers_what_the_oracle_answers(
         work,
         section(recompute={"gaps": 64, "boundary": 8}) | {"guard": guard},
         max_num_batched_tokens=96,
-        async_scheduling=True,
+        ahead=True,
         enable_prefix_caching=False,
         logits_processors=[GUARD],
         **ENGINE,

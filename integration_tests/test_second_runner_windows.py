@@ -78,7 +78,7 @@ def test_chunks_and_requests_that_keep_everything(
         SECTION,
         max_num_batched_tokens=100,
         max_num_seqs=2,
-        async_scheduling=asynchronous,
+        ahead=asynchronous,
         **ENGINE,
     )
     assert tokens(result) == expected
