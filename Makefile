@@ -76,8 +76,9 @@ docs: $(STAMP) ## build the pages into site/
 bench: $(STAMP) model ## measure what kvplug and its kernels cost; writes bench*.json
 	$(BIN)/kvplug bench --json bench.json
 	$(BIN)/python -m kvplug_lab.engine.scale --json bench-prefix_cache.json
-	for op in attend_exact attention_mass compact_block_table compact_kv hadamard key_scores \
-		paged_attend_quant project_latent quant_write rerotate segment_stats select_top; do \
+	for op in attend_exact attention_mass compact_kv compact_rows compact_windows hadamard \
+		key_scores move_tokens paged_attend_quant project_latent quant_write rerotate \
+		segment_stats select_top; do \
 		$(BIN)/python kernels/benchmarks/bench_$$op.py --json bench-$$op.json || exit 1; \
 	done
 
