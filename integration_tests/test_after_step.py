@@ -169,7 +169,9 @@ class Runner:
             self.kind.loaded(name, layer, torch.float32)
         self.kind.register(dict(zip(NAMES, self.caches, strict=True)))
         builder = plugged_builder(StockBuilder, (self.kind,), self.rows)
-        self.builder = builder(spec, NAMES, self.config, device)
+        # vLLM makes one for each number of query heads.
+        self.builder = builder(spec, NAMES[:1], self.config, device)
+        self.others = builder(spec, NAMES[1:], self.config, device)
         self.layers = list(context.values())
 
     def step(self, common: Any, texts: list[Text], counts: list[int]) -> Any:
@@ -195,28 +197,29 @@ class Runner:
             pairs = [(b, t.slot) for b, t in zip(blocks, texts, strict=True)]
             self.rows.begin(np.array(pairs, dtype=np.int32))
             self.kind.begin(directives)
-            metadata = self.builder.build(0, common)
+            made = [self.builder.build(0, common)]
         else:
-            metadata = self.builder.build(0, common)
+            made = [one.build(0, common) for one in (self.builder, self.others)]
             names = {f"r{s}": s for _, s in plans}
             self.rows.begin(None, names)
             self.kind.begin(directives)
             if phased:
                 self.name(directives, texts)
-        self.forward(common, metadata, texts, counts)
+        self.forward(common, made, texts, counts)
         if self.second and not phased:
             self.name(directives, texts)
         self.kind.end(directives)
-        phases = getattr(metadata, "kvplug_phases", None)
-        shown = [p.metadata.common for p in phases] if phases else [metadata.common]
+        phases = getattr(made[0], "kvplug_phases", None)
+        shown = [p.metadata.common for p in phases] if phases else [made[0].common]
         return [(c.block_table_tensor, c.seq_lens) for c in shown]
 
     def name(self, directives: StepDirectives, texts: list[Text]) -> None:
         self.rows.name([f"r{text.slot}" for text in texts])
         self.kind.load(directives)
 
-    def forward(self, common: Any, metadata: Any, texts: list[Text], counts: list[int]) -> None:
+    def forward(self, common: Any, made: list[Any], texts: list[Text], counts: list[int]) -> None:
         for i, layer in enumerate(self.layers):
+            metadata = made[min(i, len(made) - 1)]
             parts = [(t, slice(t.done, t.done + n)) for t, n in zip(texts, counts, strict=True)]
             query, key, value = (
                 torch.cat([getattr(t, what)[i, part] for t, part in parts])

@@ -255,11 +255,14 @@ def test_the_start_is_refused_in_one_sentence(start: Callable[[str], Refused], n
 class TestLayersNoWindowFits:
     """The models that take long to build, as far as `_layer_refusals` looks at them."""
 
-    def refusals(self, **model: bool) -> list[Refusal]:
+    def refusals(self, microbatches: bool = False, **model: bool) -> list[Refusal]:
         flags = dict.fromkeys(
             ("use_mla", "is_attention_free", "is_hybrid", "is_encoder_decoder"), False
         )
-        config = SimpleNamespace(model_config=SimpleNamespace(**flags | model))
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(**flags | model),
+            parallel_config=SimpleNamespace(use_ubatching=microbatches),
+        )
         return admission._layer_refusals(load_deployment(WINDOW, key=SECTION), config)
 
     @pytest.mark.parametrize(
@@ -279,6 +282,11 @@ class TestLayersNoWindowFits:
 
     def test_all_of_them_at_once(self) -> None:
         assert len(self.refusals(use_mla=True, is_hybrid=True)) == 2
+
+    def test_microbatches_too(self) -> None:
+        (refusal,) = self.refusals(microbatches=True)
+        assert "microbatches" in refusal.problem
+        assert "--enable-dbo" in refusal.fix
 
     def test_a_deployment_without_a_sequence_policy_is_not_asked(self) -> None:
         deployment = load_deployment({"prefix_cache": "lru"})

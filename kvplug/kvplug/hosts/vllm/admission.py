@@ -131,7 +131,7 @@ def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
     for kind in chosen:
         choice = deployment.choice(kind)
         assert choice is not None
-        found += _model_refusals(choice, vllm_config)
+        found += _model_refusals(choice, vllm_config) + _batch_refusals(choice, vllm_config)
     for kind in chosen:
         if not found:
             found = REFUSALS[kind](deployment, vllm_config)
@@ -210,6 +210,19 @@ def _model_refusals(choice: Choice, vllm_config: Any) -> list[Refusal]:
                 )
             )
     return found
+
+
+def _batch_refusals(choice: Choice, vllm_config: Any) -> list[Refusal]:
+    if not vllm_config.parallel_config.use_ubatching:
+        return []
+    return [
+        Refusal(
+            choice.key,
+            f"{choice.policy.name} needs a step's metadata in one piece, and microbatches build it "
+            "in two.",
+            "remove --enable-dbo and --ubatch-size.",
+        )
+    ]
 
 
 def _format_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:

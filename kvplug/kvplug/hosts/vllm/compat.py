@@ -189,7 +189,8 @@ ATTRIBUTES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("vllm.v1.worker.utils:AttentionGroup", ("layer_names",)),
     ("vllm.forward_context:ForwardContext", ("attn_metadata",)),
-    ("vllm.config:CompilationConfig", ("static_forward_context",)),
+    ("vllm.config:CompilationConfig", ("static_forward_context", "max_cudagraph_capture_size")),
+    ("vllm.config:ParallelConfig", ("use_ubatching",)),
 )
 """``module:Class`` and the attributes of its instances that kvplug reads."""
 

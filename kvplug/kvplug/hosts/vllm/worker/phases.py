@@ -107,6 +107,7 @@ class Phase:
     Attributes:
         metadata: The backend's metadata for it.
         tokens: Its tokens among the step's, ``[n]`` int64, or None for all of them.
+        rows: Rows that it has.
         remember_from: Tokens whose queries are remembered, ``[n]`` int64.
         remember_at: Where each is remembered.
         flushes: Cumulative attention to bring up to date.
@@ -115,6 +116,7 @@ class Phase:
 
     metadata: Any
     tokens: Tensor | None
+    rows: int = 0
     remember_from: Tensor | None = None
     remember_at: Tensor | None = None
     flushes: list[AttentionFlush] = field(default_factory=list)

@@ -253,6 +253,7 @@ class ScoringWorker(KindWorker):
         if self.second is None or not self._phased:
             return
         rows = self.second.rows
+        counted: dict[int, list[Phase]] = {}
         for built in self._built.values():
             common, planner = built.call.common, built.planner
             slots = [-1] * int(common.num_reqs)
@@ -260,20 +261,26 @@ class ScoringWorker(KindWorker):
                 slots[named.row] = slot
             parts = planner.parts(common, slots, self.plans, rows.runner_slots)
             if parts is not None:
-                built.put_phases(list(self.phases(planner, common, parts)))
+                phases = list(self.phases(planner, common, parts))
+                built.put_phases(phases)
+                counted[planner.group] = [phase for _, phase in phases]
+        for group in counted.values():
+            self.count(group)
 
     def end(self, directives: StepDirectives) -> None:
         """Evict after the step, on the second runner, and let it be in force from now on."""
         if self.second is None:
             return
         rows = self.second.rows
-        for built in self._built.values():
+        # A group has a builder for each number of query heads, and one set of evictions.
+        once = {built.planner.group: built for built in self._built.values()}
+        for group, built in once.items():
             built.evictions.settle(rows.runner_slots, rows.requests)
             if not self._phased:
                 self._after(built)
-            for (group, slot), plan in self.plans.items():
+            for (own, slot), plan in self.plans.items():
                 named = rows.named.get(slot)
-                if group == built.planner.group and named is not None:
+                if own == group and named is not None:
                     # As planned, not as remembered: a preempted request starts over.
                     latest = plan.evictions[-1] if plan.evictions else plan.state
                     built.evictions.put(named.runner_slot, latest)
@@ -296,9 +303,13 @@ class ScoringWorker(KindWorker):
             if self.policy.wants_cumulative_attention:
                 phase.flushes = planner.flushes(common, own)
             phase.decisions = planner.decisions(common, own)
-            self.log.counts.rows += len(own)
-            self.log.counts.evictions += sum(len(d.slots) for d in phase.decisions)
+            phase.rows = len(own)
             yield planner.common_of(common, own, whole), phase
+
+    def count(self, phases: Sequence[Phase]) -> None:
+        """Count the rows and evictions of a step's phases."""
+        self.log.counts.rows += sum(phase.rows for phase in phases)
+        self.log.counts.evictions += sum(len(d.slots) for p in phases for d in p.decisions)
 
     def _after(self, built: BuiltStep) -> None:
         """Make what a step that was attended whole brought about."""
@@ -369,6 +380,7 @@ class Phases(MetadataStep):
         for own, phase in kind.phases(planner, common, parts):
             phase.metadata = inner(replace(call.on(own), fast=fast))
             built.append(phase)
+        kind.count(built)
         first = built[0].metadata
         first.kvplug_phases = built
         return first
