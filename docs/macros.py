@@ -11,7 +11,7 @@ what the function of that name returns:
   ``format_error``, ``calibrated``, ``beyond_noise``, ``fidelity_formats`` and ``near``: tables of
   figures in ``docs/figures``;
 * ``gpu_machine()``, ``gpu_speed()``, ``gpu_checks()`` and ``gpu_kernels()``: the last results of
-  ``gpu-check`` in ``docs/figures/gpu.json``, or that there are none;
+  ``gpu-check`` in ``docs/figures/gpu.json``, or that nothing was measured yet;
 * ``figure(name)``: a drawing of ``docs/figures``, inline, so that it follows the page's colours.
 """
 

@@ -79,7 +79,7 @@ def test_what_tests_launch_compiles(
 
 @WITHOUT_GPU
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_no_size_compiles_a_kernel_anew(kernel: str, recorded: dict[str, list[Launch]]) -> None:
+def test_no_size_compiles_a_kernel_again(kernel: str, recorded: dict[str, list[Launch]]) -> None:
     """Sizes change from call to call, and compiling stops a server for a second."""
     (module, sizes), *others = {
         (launch.module, frozenset(n for n in launch.integers if not n.startswith("stride_")))

@@ -413,6 +413,6 @@ def test_compiles_for_cuda(
         },
         {"HEADS": 8, "BLOCK_SIZE": 16, "CONTENT": content, "WORD": word, "VECTOR": vector, **tile},
     )
-    # A lane moves as much as every address allows.
+    # A thread moves as many bytes at once as every address allows.
     moved = f"v2.b{8 * word}" if vector == 2 else f"b{8 * word}"
     assert f"ld.global.{moved} " in ptx and f"st.global.{moved} " in ptx

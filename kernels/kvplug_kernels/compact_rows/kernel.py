@@ -11,7 +11,7 @@ from ..arguments import checked
 from .naive import check_arguments
 
 MAX_CHUNK = 1024
-# They change from step to step: each value would be compiled anew, in the middle of serving.
+# They change from step to step: each value would be compiled again, in the middle of serving.
 SIZES = ("n_rows", "width", "n_tokens", "dump", "protected", "stride_table", "stride_out")
 
 

@@ -13,7 +13,7 @@ from .naive import check_arguments
 
 TILE_BYTES = 8192
 MAX_WORD = 8
-# Rows, layers and strides change from call to call: each value would be compiled anew, in the
+# Rows, layers and strides change from call to call: each value would be compiled again, in the
 # middle of serving. What alignment allows is told by VECTOR instead.
 SIZES = ("n_layers", "n_rows", "count", "stride_cb", "stride_ch", "stride_ct")
 STRIDES = ("stride_br", "stride_sl", "stride_sr", "stride_sh")

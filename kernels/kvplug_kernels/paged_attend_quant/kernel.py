@@ -593,7 +593,7 @@ def paged_attend_quant_triton(
     programs = rows * heads * q_tiles
     wanted = triton.cdiv(WAVES * _multiprocessors(pages.device), programs)
     most = max(1, min(wanted, triton.cdiv(limit, 4 * block_t), MAX_SPLITS))
-    # Rows come and go: each number of splits would be compiled anew, in the middle of serving.
+    # Rows come and go: each number of splits would be compiled again, in the middle of serving.
     splits = 1 << (most.bit_length() - 1)
 
     halves = pages.view(torch.float16)

@@ -73,7 +73,7 @@ def open_machine(device: str, folder: Path, root: Path) -> Machine:
     """Find out what the device is and how processes are best started on it.
 
     vLLM is imported once, in a process that forks one for each engine. Where a process forked
-    so cannot use the device, each engine imports vLLM anew.
+    so cannot use the device, each engine imports vLLM itself.
 
     Args:
         device: ``cuda`` or ``cpu``.

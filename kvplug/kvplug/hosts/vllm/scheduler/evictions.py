@@ -94,7 +94,7 @@ class EvictionPlanner:
         """Return the plans of all requests of one step."""
         plans: Plans = {}
         for request_id in step.starts:
-            self._plan(step, request_id, plans)
+            plans |= self._plan(step, request_id)
         return plans
 
     def due(self, step: SchedulerStep) -> tuple[Plans, bool]:
@@ -105,6 +105,7 @@ class EvictionPlanner:
             all requests, and True where something falls inside the step.
         """
         plans: Plans = {}
+        cumulative = self.policy.wants_cumulative_attention
         for request_id, start in step.starts.items():
             request = self._requests.get(request_id)
             if request is None:
@@ -116,28 +117,24 @@ class EvictionPlanner:
             if goes_on and start + 1 < request.due:
                 request.num_tokens = start + 1
                 continue
-            self._plan(step, request_id, plans)
+            own = self._plan(step, request_id)
             end = start + count
-            own = [p for g in self.groups if (p := plans.get((g, step.slots[request_id])))]
-            inside = any(e.at != end for p in own for e in p.evictions)
+            inside = any(e.at != end for p in own.values() for e in p.evictions)
             # The place a request takes knows nothing of an eviction before it.
-            inside |= added and any(p.state is not None for p in own)
+            inside |= added and any(p.state is not None for p in own.values())
             # Only the latest queries outlive a step.
-            inside |= bool(own) and self.policy.wants_cumulative_attention and count > 1
+            inside |= bool(own) and cumulative and count > 1
             if inside:
                 return self.step(step), True
-        cumulative = self.policy.wants_cumulative_attention
-        ends = {step.slots[r]: step.starts[r] + step.scheduled[r] for r in step.starts}
-        return {
-            (group, slot): plan
-            for (group, slot), plan in plans.items()
-            if plan.evictions or (cumulative and ends[slot] % FLUSH == 0)
-        }, False
+            flushes = cumulative and end % FLUSH == 0
+            plans |= {key: p for key, p in own.items() if p.evictions or flushes}
+        return plans, False
 
-    def _plan(self, step: SchedulerStep, request_id: str, plans: Plans) -> None:
+    def _plan(self, step: SchedulerStep, request_id: str) -> Plans:
+        plans: Plans = {}
         request = self._requests.get(request_id)
         if request is None:
-            return
+            return plans
         start = step.starts[request_id]
         end = start + step.scheduled[request_id]
         request.num_tokens = end
@@ -159,6 +156,7 @@ class EvictionPlanner:
         if self.policy.wants_cumulative_attention:
             due.append((end // FLUSH + 1) * FLUSH)
         request.due = min(due, default=0)
+        return plans
 
     def take(self, measured: npt.NDArray[np.float64]) -> None:
         """Take in measurements: rows of slot, group, tokens computed, layers, sums over layers."""

@@ -152,8 +152,9 @@ class SequenceScheduler(KindScheduler):
         if self.context.vllm_config.use_v2_model_runner:
             plans, phased = planner.due(step)
             into.before_forward |= phased
-            named = {slot for _, slot in plans}
-            into.names |= {r: slot for r, slot in step.slots.items() if slot in named}
+            if plans:
+                named = {slot for _, slot in plans}
+                into.names |= {r: slot for r, slot in step.slots.items() if slot in named}
         else:
             plans = planner.step(step)
         if plans:

@@ -13,6 +13,7 @@ from kvplug.contract import LayerView, ScoringPolicy
 from kvplug.hosts.pruning import FLUSH, Eviction, EvictionPlan, Limits, layout
 from kvplug.hosts.vllm.worker.evictions import EvictionLog, LayerEvictions
 from kvplug.hosts.vllm.worker.folded import Fold, chunks, layer_indices
+from kvplug.hosts.vllm.worker.layers import softcap_of
 from kvplug.hosts.vllm.worker.metadata import to_device
 from kvplug.hosts.vllm.worker.phases import AttentionFlush, EvictionDecision, ResidentBlocks
 from kvplug.hosts.vllm.worker.query_rings import QueryRings
@@ -21,7 +22,6 @@ from kvplug.hosts.vllm.worker.residents import LayerResidents
 MOST_TOKENS = 1 << 16
 """Resident tokens of rows and layers that a policy is shown at once: it bounds the memory that
 decisions take beside the cache."""
-
 
 REHEARSED_TOKENS = 1 << 15
 """Longest prompt whose eviction is compiled before the first request."""
@@ -80,7 +80,7 @@ class LayerGroup:
         firsts = [rings.first(name) if rings is not None else 0 for name in names]
         self._rings = to_device(firsts, device, torch.int64)
         if rings is not None:
-            residents.queries, residents.fixed = rings.all_like(names[0]), True
+            residents.queries = rings.all_like(names[0])
 
     def flush(self, flush: AttentionFlush) -> None:
         """Bring cumulative attention up to date from remembered queries, in every layer."""
@@ -155,7 +155,9 @@ class FoldedLayer:
 
     def remember(self, query: Tensor, tokens: Tensor, places: Tensor) -> None:
         """Keep the queries of some tokens for later evictions."""
-        self._folded.residents.remember(query, tokens, places + self._rings)
+        queries = self._folded.residents.queries
+        assert queries is not None, "allocated for every slot while the model was loaded"
+        queries[places + self._rings] = query[tokens]
 
     def flush(self, query: Tensor, flush: AttentionFlush) -> None:
         """Bring the cumulative attention of some rows up to date."""
@@ -191,7 +193,7 @@ def fold_layers(
         impl = layer.impl
         # A format may store each layer in its own way, and then reads and writes one at a time.
         own = name if impl.kvplug_pages(layer, cache) is not None else ""
-        softcap = float(getattr(impl, "logits_soft_cap", 0) or 0)
+        softcap = softcap_of(impl)
         queries = rings.all_like(name).data_ptr() if rings is not None else 0
         like = view if policy.layerwise else replace(view, index=0)
         key = (like, float(impl.scale), softcap, queries, own, cache.shape)

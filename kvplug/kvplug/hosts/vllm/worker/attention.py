@@ -24,6 +24,7 @@ from kvplug.contract import AttentionPolicy, DecodeRows, Kind
 from kvplug.hosts.vllm.messages import AttentionReport, StepDirectives, StepReport
 from kvplug.hosts.vllm.worker import metadata
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
+from kvplug.hosts.vllm.worker.layers import layer_view, softcap_of
 from kvplug.hosts.vllm.worker.pages import TokenPages, open_pages
 from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.steps import (
@@ -32,6 +33,7 @@ from kvplug.hosts.vllm.worker.steps import (
     AttentionStep,
     Build,
     BuildCall,
+    Built,
     MetadataStep,
 )
 
@@ -175,10 +177,7 @@ class AttentionWorker(KindWorker):
         Returns:
             float32 ``[rows, num_heads, head_size]``.
         """
-        from vllm.model_executor.models.utils import extract_layer_index
-
-        name = call.layer.layer_name
-        view = self.policy.engine.layers[extract_layer_index(name)]
+        view = layer_view(self.policy, call.layer.layer_name)
         pages, size = self._open(call), int(call.cache.shape[2])
         table = rows.table
 
@@ -200,8 +199,7 @@ class AttentionWorker(KindWorker):
             return pages.gather(0, blocks), pages.gather(1, blocks)
 
         query = call.query[rows.tokens].view(len(rows.lens), view.num_heads, view.head_size)
-        softcap = float(getattr(call.impl, "logits_soft_cap", 0) or 0)
-        scale = float(call.impl.scale)
+        scale, softcap = float(call.impl.scale), softcap_of(call.impl)
         batch = DecodeRows(query, rows.slots, rows.owners, rows.lens, scale, softcap, gather)
         out = self.policy.attend(view, batch)
         if out is not None:
@@ -224,13 +222,13 @@ class Served(MetadataStep):
     def __init__(self, kind: AttentionWorker, block_size: int):
         self._kind = kind
         self._block_size = block_size
-        self._built: tuple[Build, BuildCall, Any] | None = None
+        self._built: Built | None = None
 
     def build(self, inner: Build, call: BuildCall) -> Any:
         made = self._build(inner, call, None)
         if made is None:
             made = inner(call)
-        self._built = (inner, call, made) if call.common.req_idx is not None else None
+        self._built = Built.of(inner, call, made)
         return made
 
     def serve(self, slots: Mapping[int, int]) -> None:
@@ -241,11 +239,9 @@ class Served(MetadataStep):
         """
         if self._built is None:
             return
-        inner, call, made = self._built
-        again = self._build(inner, call, slots)
+        again = self._build(self._built.inner, self._built.call, slots)
         if again is not None:
-            # The forward has this object.
-            vars(made).update(vars(again))
+            self._built.become(again)
 
     def forget(self) -> None:
         """Forget the step."""

@@ -166,9 +166,12 @@ class LayerEvictions:
         resident, count = decision.resident, decision.count
         view = self.residents.view(resident, decision)
         keep = self._choose(view, decision, decision.candidates, count)
-        source = plan_moves(keep, count)
-        self.residents.pages.relocate(resident.blocks, source)
-        self.residents.put(resident, source.long(), view)
+        self._move_together(decision, view, keep)
+
+    def _move_together(self, decision: EvictionDecision, view: ResidentView, keep: Tensor) -> None:
+        source = plan_moves(keep, decision.count)
+        self.residents.pages.relocate(decision.resident.blocks, source)
+        self.residents.put(decision.resident, source.long(), view)
 
     def rehearse(self, decision: EvictionDecision) -> None:
         """Run what an eviction runs, so that its kernels are compiled before a request needs them.
@@ -181,9 +184,7 @@ class LayerEvictions:
             keep, _ = choose(self.policy, view, decision.candidates, decision.count)
         except Exception:
             return
-        source = plan_moves(keep, decision.count)
-        self.residents.pages.relocate(decision.resident.blocks, source)
-        self.residents.put(decision.resident, source.long(), view)
+        self._move_together(decision, view, keep)
 
     def evict_with_recall(self, decision: EvictionDecision) -> None:
         """Evict from one row whose evicted tokens stay in host memory and may be recalled."""

@@ -35,6 +35,7 @@ from kvplug.contract import (
 from kvplug.hosts.dense import attend, attend_dense
 from kvplug.hosts.vllm.messages import FormatReport, StepDirectives, StepReport
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
+from kvplug.hosts.vllm.worker.layers import layer_view, softcap_of
 from kvplug.hosts.vllm.worker.metadata import to_device
 from kvplug.hosts.vllm.worker.pages import CodedPages
 from kvplug.hosts.vllm.worker.rows import StepRows
@@ -132,7 +133,7 @@ class FormatWorker(KindWorker):
         if getattr(impl, "sinks", None) is not None:
             self.refuse(f"{name} does not support models with learned attention sinks.", fix)
         # Some formats leave capped logits to the host, which reads pages back.
-        self._softcap |= bool(getattr(impl, "logits_soft_cap", None))
+        self._softcap |= softcap_of(impl) > 0
 
     def metadata_steps(
         self, spec: Any, vllm_config: Any, device: torch.device
@@ -156,11 +157,8 @@ class FormatWorker(KindWorker):
         """Return the state of a layer, made on first use."""
         found = self.layers.get(layer.layer_name)
         if found is None:
-            from vllm.model_executor.models.utils import extract_layer_index
-
-            view = self.policy.engine.layers[extract_layer_index(layer.layer_name)]
-            softcap = float(getattr(impl, "logits_soft_cap", 0) or 0)
-            found = FormatLayer(self, view, float(impl.scale), softcap)
+            view = layer_view(self.policy, layer.layer_name)
+            found = FormatLayer(self, view, float(impl.scale), softcap_of(impl))
             self.layers[layer.layer_name] = found
         return found
 
@@ -245,7 +243,7 @@ class FormatLog:
         self.tokens = 0
 
     def begun(self, blocks: Tensor) -> None:
-        """Take note that blocks are written anew, ``[n]``; waits for the device."""
+        """Take note that blocks are written again, ``[n]``; waits for the device."""
         self.unwritten.difference_update(blocks.tolist())
 
     def take(self) -> FormatReport | None:
@@ -321,7 +319,7 @@ class Assignments:
 
 @dataclass(frozen=True)
 class TokenSlots:
-    """Slots of a step's tokens, in buffers that every step of a builder writes anew.
+    """Slots of a step's tokens, in buffers that every step of a builder overwrites.
 
     Attributes:
         slots: Slot of each token's request, ``[max_num_batched_tokens]`` int64; -1 where unknown,

@@ -21,7 +21,7 @@ from torch import Tensor
 from kvplug.hosts.pruning import Eviction
 from kvplug.hosts.vllm.worker import metadata
 from kvplug.hosts.vllm.worker.phases import Phase, StepPlanner
-from kvplug.hosts.vllm.worker.steps import Build, BuildCall, MetadataStep
+from kvplug.hosts.vllm.worker.steps import Build, BuildCall, Built, MetadataStep
 from kvplug_kernels.compact_rows import compact_rows
 
 NEVER = np.iinfo(np.int32).max
@@ -71,25 +71,19 @@ class EvictionsInForce:
         return self._device
 
 
-@dataclass
+@dataclass(frozen=True)
 class BuiltStep:
-    """What a builder was given and made for the step under way.
+    """What a builder made for the step under way.
 
     Attributes:
         planner: Plans of its KV-cache group.
         evictions: Evictions in force there.
-        layers: Names of its layers.
-        call: The build.
-        inner: The rest of its chain.
-        made: The metadata it returned.
+        built: The build.
     """
 
     planner: StepPlanner
     evictions: EvictionsInForce
-    layers: tuple[str, ...]
-    call: BuildCall
-    inner: Build
-    made: Any
+    built: Built
 
     def put_phases(self, phases: Sequence[tuple[Any, Phase]]) -> None:
         """Attend the step in phases instead, which is never replayed as a whole.
@@ -99,8 +93,8 @@ class BuiltStep:
         """
         for common, phase in phases:
             # A second build in a step: FlashAttention's builder has room for one schedule.
-            phase.metadata = self.inner(replace(self.call.on(common), fast=True))
-        self.made.kvplug_phases = [phase for _, phase in phases]
+            phase.metadata = self.built.inner(replace(self.built.call.on(common), fast=True))
+        self.built.made.kvplug_phases = [phase for _, phase in phases]
 
 
 class InForce(MetadataStep):
@@ -144,9 +138,8 @@ class InForce(MetadataStep):
         made = inner(call.on(self._shown(call)))
         if self._places is not None:
             made.kvplug_places = self._places
-        self._built[call.layers] = BuiltStep(
-            self._planner, self._evictions, call.layers, call, inner, made
-        )
+        built = Built(inner, call, made)
+        self._built[call.layers] = BuiltStep(self._planner, self._evictions, built)
         return made
 
     def _shown(self, call: BuildCall) -> Any:

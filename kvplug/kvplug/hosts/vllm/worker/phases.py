@@ -182,10 +182,8 @@ class StepPlanner:
             plans: The step's plans.
             rings: Slot of each row among those with remembered queries; None for the scheduler's.
         """
-        lens, upper = common.seq_lens, common.seq_lens_cpu_upper_bound
         # Exact without draft tokens, and of those no policy that evicts by score has any.
-        on_host = lens if lens.device.type == "cpu" or upper is None else upper
-        ends = on_host[: common.num_reqs].tolist()
+        ends = metadata.host_lengths(common)[: common.num_reqs].tolist()
         rings = slots if rings is None else rings
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         phases: list[list[RowPart]] = [[]]

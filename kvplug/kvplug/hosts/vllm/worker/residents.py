@@ -38,7 +38,6 @@ class LayerResidents:
 
     Attributes:
         queries: Remembered queries, ``[n, num_heads, head_size]``: a ring per slot.
-        fixed: True if `queries` was allocated once for every slot.
         positions: Position of each survivor, ``[num_blocks, kv_heads, block_size]`` int32.
         cumulative: Cumulative attention of each token, the same shape, float32.
     """
@@ -53,7 +52,6 @@ class LayerResidents:
         self.softcap = softcap
         self._pages: TokenPages | None = None
         self._cache_at = -1
-        self.fixed = False
         self.queries: Tensor | None = None
         self.positions: Tensor | None = None
         self.cumulative: Tensor | None = None
@@ -78,14 +76,12 @@ class LayerResidents:
 
     def remember(self, query: Tensor, tokens: Tensor, places: Tensor) -> None:
         """Keep the queries of some tokens for later evictions."""
-        if not self.fixed:
-            need = (int(places.max()) // self.ring + 1) * self.ring
-            if self.queries is None or self.queries.shape[0] < need:
-                grown = query.new_zeros((max(need, 16 * self.ring), *query.shape[1:]))
-                if self.queries is not None:
-                    grown[: self.queries.shape[0]] = self.queries
-                self.queries = grown
-        assert self.queries is not None
+        need = (int(places.max()) // self.ring + 1) * self.ring
+        if self.queries is None or self.queries.shape[0] < need:
+            grown = query.new_zeros((max(need, 16 * self.ring), *query.shape[1:]))
+            if self.queries is not None:
+                grown[: self.queries.shape[0]] = self.queries
+            self.queries = grown
         self.queries[places] = query[tokens]
 
     def flush(self, query: Tensor | None, flush: AttentionFlush) -> None:

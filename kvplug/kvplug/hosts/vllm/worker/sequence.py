@@ -37,6 +37,7 @@ from kvplug.hosts.vllm.worker.evictions import (
 )
 from kvplug.hosts.vllm.worker.in_force import BuiltStep, EvictionsInForce, InForce
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
+from kvplug.hosts.vllm.worker.layers import layer_view, softcap_of
 from kvplug.hosts.vllm.worker.metadata import to_device
 from kvplug.hosts.vllm.worker.phases import Phase, RowPart, StepPlanner
 from kvplug.hosts.vllm.worker.query_rings import Geometry, QueryRings
@@ -205,7 +206,7 @@ class ScoringWorker(KindWorker):
                 group = self.groups.index(spec.limits.share)
                 limits[group] = spec.limits
                 own = members.setdefault(group, {})
-                own[name] = (layer, self._view(name), cache)
+                own[name] = (layer, layer_view(self.policy, name), cache)
         self.layers.clear()
         if self.rings is not None:
             logger.info(
@@ -224,18 +225,14 @@ class ScoringWorker(KindWorker):
                 if some.fold.cache.device.type != "cpu":
                     some.rehearse(limits[group], self.policy.engine.max_model_len)
 
-    def _view(self, name: str) -> LayerView:
-        from vllm.model_executor.models.utils import extract_layer_index
-
-        return self.policy.engine.layers[extract_layer_index(name)]
-
     def layer(self, impl: Any, layer: Any) -> LayerEvictions | FoldedLayer:
         """Return the state of a layer, made on first use on the first runner."""
         found = self.layers.get(layer.layer_name)
         if found is None:
-            view = self._view(layer.layer_name)
-            softcap = float(getattr(impl, "logits_soft_cap", 0) or 0)
-            residents = LayerResidents(self.policy, view, self.ring, float(impl.scale), softcap)
+            view = layer_view(self.policy, layer.layer_name)
+            residents = LayerResidents(
+                self.policy, view, self.ring, float(impl.scale), softcap_of(impl)
+            )
             group = self.groups.index(self.policy.share(view))
             found = LayerEvictions(residents, group, self.log)
             self.layers[layer.layer_name] = found
@@ -252,17 +249,12 @@ class ScoringWorker(KindWorker):
         """Attend the step in phases where evictions fall inside it, on the second runner."""
         if self.second is None or not self._phased:
             return
-        rows = self.second.rows
         counted: dict[int, list[Phase]] = {}
-        for built in self._built.values():
-            common, planner = built.call.common, built.planner
-            slots = [-1] * int(common.num_reqs)
-            for slot, named in rows.named.items():
-                slots[named.row] = slot
-            parts = planner.parts(common, slots, self.plans, rows.runner_slots)
+        for step in self._built.values():
+            planner, parts = step.planner, self._parts(step)
             if parts is not None:
-                phases = list(self.phases(planner, common, parts))
-                built.put_phases(phases)
+                phases = list(self.phases(planner, step.built.call.common, parts))
+                step.put_phases(phases)
                 counted[planner.group] = [phase for _, phase in phases]
         for group in counted.values():
             self.count(group)
@@ -273,17 +265,17 @@ class ScoringWorker(KindWorker):
             return
         rows = self.second.rows
         # A group has a builder for each number of query heads, and one set of evictions.
-        once = {built.planner.group: built for built in self._built.values()}
-        for group, built in once.items():
-            built.evictions.settle(rows.runner_slots, rows.requests)
+        once = {step.planner.group: step for step in self._built.values()}
+        for group, step in once.items():
+            step.evictions.settle(rows.runner_slots, rows.requests)
             if not self._phased:
-                self._after(built)
+                self._after(step)
             for (own, slot), plan in self.plans.items():
                 named = rows.named.get(slot)
                 if own == group and named is not None:
                     # As planned, not as remembered: a preempted request starts over.
                     latest = plan.evictions[-1] if plan.evictions else plan.state
-                    built.evictions.put(named.runner_slot, latest)
+                    step.evictions.put(named.runner_slot, latest)
         self._built.clear()
 
     def phases(
@@ -311,12 +303,25 @@ class ScoringWorker(KindWorker):
         self.log.counts.rows += sum(phase.rows for phase in phases)
         self.log.counts.evictions += sum(len(d.slots) for p in phases for d in p.decisions)
 
-    def _after(self, built: BuiltStep) -> None:
+    def _parts(self, step: BuiltStep) -> list[list[RowPart]] | None:
+        """Rows of each phase of the second runner's step, or None where no row has a plan."""
+        assert self.second is not None
+        if not self.plans:
+            return None
+        common, rows = step.built.call.common, self.second.rows
+        slots = [-1] * int(common.num_reqs)
+        for slot, named in rows.named.items():
+            slots[named.row] = slot
+        return step.planner.parts(common, slots, self.plans, rows.runner_slots)
+
+    def _after(self, step: BuiltStep) -> None:
         """Make what a step that was attended whole brought about."""
-        common, planner = built.call.common, built.planner
-        parts = self._settled_rows(planner, common)
-        if not parts:
+        common, planner = step.built.call.common, step.planner
+        phases = self._parts(step)
+        if phases is None:
             return
+        (rows,) = phases
+        parts = [part for part in rows if part.plan is not None]
         folded = self._folded[planner.group]
         if self.policy.wants_cumulative_attention:
             for flush in planner.flushes(common, parts, settled=True):
@@ -328,24 +333,6 @@ class ScoringWorker(KindWorker):
                 layers.decide(decision)
         self.log.counts.rows += len(parts)
         self.log.counts.evictions += sum(len(d.slots) for d in decisions)
-
-    def _settled_rows(self, planner: StepPlanner, common: Any) -> list[RowPart]:
-        assert self.second is not None
-        parts = []
-        starts = common.query_start_loc_cpu
-        for (group, slot), plan in self.plans.items():
-            named = self.second.rows.named.get(slot)
-            if group != planner.group or named is None:
-                continue
-            first, after = starts[named.row : named.row + 2].tolist()
-            end = int(common.seq_lens_cpu_upper_bound[named.row])
-            eviction = plan.evictions[-1] if plan.evictions else None
-            start = end - (after - first)
-            ring = named.runner_slot
-            parts.append(
-                RowPart(named.row, slot, plan, start, end, first, plan.state, eviction, ring)
-            )
-        return parts
 
     def report(self, into: StepReport) -> None:
         into.sequence = self.log.take()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -156,6 +156,31 @@ class AttendCall:
 Build = Callable[[BuildCall], Any]
 Write = Callable[[WriteCall], None]
 Attend = Callable[[AttendCall], Tensor]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a builder made of the second model runner's step, which may be changed before its
+    forward: the runner names the rows of a step after it has built the metadata.
+
+    Attributes:
+        inner: The rest of the chain.
+        call: The build.
+        made: The metadata.
+    """
+
+    inner: Build
+    call: BuildCall
+    made: Any
+
+    @classmethod
+    def of(cls, inner: Build, call: BuildCall, made: Any) -> Self | None:
+        """Take note of a build; None for one that is not the runner's own."""
+        return cls(inner, call, made) if call.common.req_idx is not None else None
+
+    def become(self, again: Any) -> None:
+        """Make the metadata what another build made; the forward has the first one's object."""
+        vars(self.made).update(vars(again))
 
 
 class MetadataStep:

@@ -28,7 +28,7 @@ from kvplug.hosts.vllm.spec import WindowedSpec
 from kvplug.hosts.vllm.worker import metadata
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
 from kvplug.hosts.vllm.worker.rows import StepRows
-from kvplug.hosts.vllm.worker.steps import Build, BuildCall, MetadataStep
+from kvplug.hosts.vllm.worker.steps import Build, BuildCall, Built, MetadataStep
 from kvplug_kernels.compact_windows import compact_windows
 
 
@@ -143,14 +143,14 @@ class Compaction(MetadataStep):
     ):
         self._kind = kind
         self._compact = Compactor(spec, vllm_config, device)
-        self._built: tuple[Build, BuildCall, Any] | None = None
+        self._built: Built | None = None
 
     def build(self, inner: Build, call: BuildCall) -> Any:
         if not self._compact.shortens(call.common):
             self._built = None
             return inner(call)
         made = self._build(inner, call, self._kind.exempt_rows(call), self._kind.counts)
-        self._built = (inner, call, made) if call.common.req_idx is not None else None
+        self._built = Built.of(inner, call, made)
         return made
 
     def _build(
@@ -169,11 +169,11 @@ class Compaction(MetadataStep):
         """
         if self._built is None or not rows:
             return
-        inner, call, made = self._built
+        call = self._built.call
         mask = torch.zeros(call.common.num_reqs, dtype=torch.bool)
         mask[list(rows)] = True
-        # The forward has this object, or a graph that reads the buffers written here.
-        vars(made).update(vars(self._build(inner, call, mask, WindowCounts())))
+        # A graph reads the buffers that are written here.
+        self._built.become(self._build(self._built.inner, call, mask, WindowCounts()))
 
     def forget(self) -> None:
         """Forget the step."""
