@@ -7,6 +7,8 @@ The second runs on a stand-in for an accelerator that fails where the host would
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -19,10 +21,11 @@ from no_sync import DEVICE, Accelerator
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
-from kvplug.contract import EngineView, LayerView, ScoringPolicy
+from kvplug.contract import EngineView, LayerView, ResidentView, ScoringPolicy
 from kvplug.hosts.pruning import FLUSH, EvictionPlan, Limits, layout
 from kvplug.hosts.vllm.messages import RowPlan, SequenceDirectives, StepDirectives, StepReport
 from kvplug.hosts.vllm.spec import PrunedSpec
+from kvplug.hosts.vllm.worker import after_step, residents
 from kvplug.hosts.vllm.worker.after_step import rehearsed
 from kvplug.hosts.vllm.worker.composition import plugged_builder, plugged_impl
 from kvplug.hosts.vllm.worker.rows import StepRows
@@ -38,7 +41,17 @@ CPU = torch.device("cpu")
 NAMES = [f"model.layers.{i}.self_attn.attn" for i in range(LAYERS)]
 LIMITS = Limits(BLOCK, budget=48, share=1.0, always=12, interval=1, protected=1, prefill_limit=9)
 ORDERS = {"LBHNC": (0, 1, 2, 3, 4), "LBNHC": (0, 1, 3, 2, 4), "BLHNC": (1, 0, 2, 3, 4)}
+APART = "apart"
+"""Each layer in an allocation of its own."""
 OPTIONS: dict[str, Any] = {"budget": 48, "sink": 4, "recent": 8, "interval": 16}
+
+
+class ByLayer(KeyDiff):
+    """Says that its scores depend on which layer it is."""
+
+    layerwise = True
+
+
 POLICIES: dict[str, tuple[type[ScoringPolicy], dict[str, Any]]] = {
     "keydiff": (KeyDiff, {}),
     "snapkv": (SnapKV, {"window": 8}),
@@ -48,7 +61,7 @@ POLICIES: dict[str, tuple[type[ScoringPolicy], dict[str, Any]]] = {
 
 
 def policy_of(name: str) -> ScoringPolicy:
-    cls, more = POLICIES[name]
+    cls, more = (ByLayer, {}) if name == "by_layer" else POLICIES[name]
     layers = tuple(LayerView(i, LAYERS, KV_HEADS, HEADS, SIZE, "float32") for i in range(LAYERS))
     engine = EngineView(
         block_size=BLOCK,
@@ -121,6 +134,8 @@ class Text:
 
 def caches_of(order: str) -> list[Tensor]:
     shape = (LAYERS, POOL, KV_HEADS, BLOCK, 2 * SIZE)
+    if order == APART:
+        return [torch.zeros(shape[1:]) for _ in range(LAYERS)]
     physical = torch.zeros([shape[i] for i in ORDERS[order]])
     logical = physical.permute([ORDERS[order].index(i) for i in range(5)])
     return list(logical)
@@ -266,8 +281,9 @@ def some_texts(choose: random.Random) -> list[Text]:
     ]
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "order"), [*itertools.product(POLICIES, ORDERS), ("snapkv", APART)]
+)
 def test_the_same_tokens_stay_as_in_phases(policy: str, order: str) -> None:
     choose = random.Random(f"{policy} {order}")
     accelerator = Accelerator()
@@ -340,6 +356,32 @@ def test_a_slot_that_changed_hands_shows_its_new_request_whole() -> None:
     assert table[0, 0] == second.table[0]
 
 
+def test_a_request_that_keeps_everything_sees_nothing_of_whose_slot_it_has() -> None:
+    accelerator = Accelerator()
+    with accelerator.faked():
+        runner = Runner("keydiff", "LBNHC", accelerator)
+    first, second, _ = some_texts(random.Random(1))
+    first.prompt = 150
+    first.__post_init__()
+    second.plan = EvictionPlan(dataclasses.replace(LIMITS, budget=1 << 20), 1)
+    for text, counts in ((first, [150, 1]), (second, [100, 49, 1, 1, 1])):
+        for count in counts:
+            common = common_of([text], [count], [2])
+            for name in ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping"):
+                accelerator.put(getattr(common, name))
+            with accelerator.no_sync():
+                *_, (_, lens) = runner.step(common, [text], [count])
+            text.done += count
+    assert lens.tolist() == [second.done] == [152]
+
+
+def test_layers_and_queries_may_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shown at once bounds memory; it decides nothing."""
+    monkeypatch.setattr(after_step, "MOST_TOKENS", 2 * 70)
+    monkeypatch.setattr(residents, "MASS_ELEMENTS", 1)
+    test_the_same_tokens_stay_as_in_phases("h2o", "LBNHC")
+
+
 def test_only_uniform_batches_are_captured_whole() -> None:
     accelerator = Accelerator()
     with accelerator.faked():
@@ -358,11 +400,34 @@ def test_rehearsals_have_the_shapes_of_generating_requests_and_of_prompts() -> N
     assert all(found.survivors == 3 for found in shapes)
 
 
-def test_a_rehearsal_touches_the_null_block_alone_and_retires_nobody() -> None:
+def test_a_rehearsal_touches_the_null_block_alone_and_retires_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: list[int] = []
+    score = H2O.score
+
+    def noting(self: H2O, resident: ResidentView) -> Tensor:
+        shown.append(resident.count)
+        return score(self, resident)
+
+    monkeypatch.setattr(H2O, "score", noting)
     accelerator = Accelerator()
     with accelerator.faked():
         runner = Runner("h2o", "LBNHC", accelerator)
+        assert shown == [64, 64, 128, 256], "once for each shape there is to compile"
         assert all(bool((cache[1:] == 0).all()) for cache in runner.caches)
     runner.kind.report(report := StepReport())
     assert report.sequence is None
     assert runner.kind.log.failed is None
+
+
+def test_layers_are_decided_together_where_they_may_and_can_be() -> None:
+    def groups(policy: str, order: str) -> list[int]:
+        runner = Runner(policy, order, accelerator)
+        return [group.fold.num_layers for group in runner.kind._folded[0]]
+
+    accelerator = Accelerator()
+    with accelerator.faked():
+        assert groups("keydiff", "LBNHC") == [LAYERS]
+        assert groups("keydiff", APART) == [1] * LAYERS
+        assert groups("by_layer", "LBNHC") == [1] * LAYERS, "its scores depend on the layer"

@@ -332,6 +332,23 @@ def test_a_request_that_asks_is_exempt_while_it_fits(sequence: SequenceScheduler
 
 
 @pytest.mark.parametrize("second", [False, True])
+def test_a_streamed_input_keeps_everything_where_it_moves_on(
+    monkeypatch: pytest.MonkeyPatch, sequence: SequenceScheduler, second: bool
+) -> None:
+    """The second runner gives it another slot, where no query of it is remembered."""
+    added: list[str] = []
+    planner: Any = SimpleNamespace(add=lambda name, tokens: added.append(name))
+    monkeypatch.setattr(sequence, "planner", planner)
+    sequence.context.vllm_config.use_v2_model_runner = second
+    streamed = request("streamed")
+    streamed.resumable = True
+    sequence.on_new_request(streamed, RequestOptions())
+    sequence.on_new_request(request("other"), RequestOptions())
+    assert added == (["other"] if second else ["streamed", "other"])
+    assert sequence.counters.exempt == int(second)
+
+
+@pytest.mark.parametrize("second", [False, True])
 def test_the_second_runner_learns_before_the_forward_who_keeps_everything(
     sequence: SequenceScheduler, second: bool
 ) -> None:

@@ -9,7 +9,6 @@ input; it answers each with the child's exit code.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import json
 import os
@@ -20,6 +19,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+from kvplug_lab.engine.detached import detach, die_with_parent
 
 if TYPE_CHECKING:
     from kvplug_lab.engine.trial import TrialResult, TrialSpec
@@ -32,8 +33,6 @@ PRELOADED = (
     "vllm.model_executor.model_loader",
     "vllm.model_executor.models.llama",
 )
-
-PR_SET_PDEATHSIG = 1
 
 SECOND_RUNNER = Path(__file__).parent / "second_runner"
 BACKEND = "KVPLUG_TEST_ATTENTION"
@@ -150,22 +149,9 @@ def _preload() -> None:
         importlib.import_module(name)
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _become(order: dict[str, Any]) -> None:
     """Turn a forked child into the process of a trial."""
-    _die_with_parent()
-    with (
-        Path(order["log"]).open("ab", buffering=0) as log,
-        Path(os.devnull).open("rb", buffering=0) as nothing,
-    ):
-        os.dup2(nothing.fileno(), 0)
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    detach(Path(order["log"]))
     environment: dict[str, str] = order["env"]
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
@@ -213,7 +199,7 @@ def _serve(orders: TextIO, replies: int) -> Path | None:
 
 def main() -> None:
     """Entry point of the server process."""
-    _die_with_parent()
+    die_with_parent()
     replies = os.dup(1)
     os.dup2(2, 1)
     _preload()

@@ -6,9 +6,7 @@ that each is timed alone. `serve` is the process's side; `kvplug_lab.gpu_check.e
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import statistics
 import sys
 import time
@@ -18,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kvplug_lab.engine.detached import detach
 from kvplug_lab.engine.trial import connector_flags
 
-PR_SET_PDEATHSIG = 1
 LEAST_STEPS = 15
 """Steps at one batch size from which a median is reported."""
 
@@ -92,16 +90,6 @@ def probe(pipe: Any, device: str) -> None:
     except BaseException as error:
         pipe.send({"error": f"{type(error).__name__}: {error}"[:2000]})
     os._exit(0)
-
-
-def detach(log: Path) -> None:
-    """Have this process write to ``log``, read nothing, and end with the process it came from."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    with log.open("ab", buffering=0) as out, Path(os.devnull).open("rb", buffering=0) as nothing:
-        os.dup2(nothing.fileno(), 0)
-        os.dup2(out.fileno(), 1)
-        os.dup2(out.fileno(), 2)
 
 
 def _build(spec: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kvplug_lab.engine.prepared import detach
+from kvplug_lab.engine.detached import detach
 from kvplug_lab.gpu_check.cases import (
     BUDGET,
     GENERATED,
