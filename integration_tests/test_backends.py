@@ -14,6 +14,7 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvplug.contract import EngineView, FormatPolicy, Kind, LayerView, Window
 from kvplug.errors import DeploymentError
@@ -245,6 +246,19 @@ def test_every_other_spec_is_left_to_stock(stock: type[Any], spec: Any) -> None:
     windowed = windowed_backend(stock, sink_window())
     assert windowed.customize_spec(spec) == stock.customize_spec(spec)
     assert type(windowed.customize_spec(spec)) is type(spec)
+
+
+@pytest.mark.parametrize("name", ["LBHNC", "BLHNC", "LBNHC"])
+def test_a_format_takes_the_layouts_whose_pages_are_one_run_of_bytes(name: str) -> None:
+    backend = plugged_backend(stock_class("TRITON_ATTN"), (coded_kind(int4()),), StepRows())
+    layouts = backend.supported_kv_cache_layouts()
+    assert layouts[0] is KVCacheLayout.LBHNC, "most preferred first"
+    assert (KVCacheLayout[name] in layouts) == (name != "LBNHC")
+    assert coded_kind(int4()).layouts((KVCacheLayout.LBNHC, KVCacheLayout.BLHNC)) == (
+        KVCacheLayout.BLHNC,
+    )
+    windowed = windowed_backend(stock_class("TRITON_ATTN"), sink_window())
+    assert windowed.supported_kv_cache_layouts() is None, "windows take any"
 
 
 def test_stocks_own_changes_to_a_spec_are_kept() -> None:

@@ -24,6 +24,7 @@ from kvplug.hosts.pruning import FLUSH, Eviction, EvictionPlan, Limits
 from kvplug.hosts.spans import SpanStore
 from kvplug.hosts.vllm.messages import Plans, RowPlan, StepReport
 from kvplug.hosts.vllm.spec import PrunedSpec
+from kvplug.hosts.vllm.worker import residents
 from kvplug.hosts.vllm.worker.composition import plugged_builder, plugged_impl
 from kvplug.hosts.vllm.worker.evictions import EvictionLog, LayerEvictions
 from kvplug.hosts.vllm.worker.phases import RowPart, StepPlanner
@@ -669,6 +670,11 @@ class Layer:
             torch.testing.assert_close(
                 totals[blocks, h].flatten(), truth.totals[h, where], rtol=1e-4, atol=1e-4
             )
+
+
+def test_the_totals_of_a_chunk_may_be_added_up_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residents, "MASS_ELEMENTS", 1)
+    test_survivors_keep_their_bits_their_positions_and_their_totals(0, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
