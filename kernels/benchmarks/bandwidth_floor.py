@@ -154,6 +154,29 @@ def compare(
     )
 
 
+def compare_paths(
+    op: str,
+    shape: str,
+    taken: Callable[..., object],
+    naive: Callable[..., object] | None,
+    call: Callable[[Callable[..., object]], Call],
+    n_bytes: int,
+    *,
+    repetitions: int,
+    inner: int,
+    most_naive: int = 3,
+) -> list[Row]:
+    """`compare` what an operation takes on this device and, on a CPU, its naive path, once at a
+    time and ``most_naive`` times at most; None where that would take too long. ``call`` gives
+    either its arguments."""
+    path = "triton" if device().type == "cuda" else "vectorized"
+    rows = [compare(op, path, shape, call(taken), n_bytes, repetitions=repetitions, inner=inner)]
+    if naive is not None and device().type == "cpu":
+        few = min(repetitions, most_naive)
+        rows.append(compare(op, "naive", shape, call(naive), n_bytes, repetitions=few, inner=1))
+    return rows
+
+
 def report(rows: list[Row], path: Path | None) -> None:
     print(f"device {rows[0].device}, torch {rows[0].torch}, triton {rows[0].triton}")
     if not torch.cuda.is_available():

@@ -16,7 +16,14 @@ from kvplug_kernels.attention_mass import attention_mass
 from kvplug_kernels.attention_mass.naive import attention_mass_naive
 
 SMALL = (2, 40, 2, 4, 16, 3)
-LARGE = [(1, 8192, 8, 32, 128, 64), (1, 8192, 8, 32, 128, 1), (16, 1024, 8, 32, 128, 32)]
+LARGE = [
+    (1, 8192, 8, 32, 128, 64),
+    (1, 8192, 8, 32, 128, 1),
+    (16, 1024, 8, 32, 128, 32),
+    (64, 2048, 8, 32, 128, 32),
+    (1, 131072, 8, 32, 128, 32),
+    (1, 131072, 8, 32, 128, 1),
+]
 
 
 def measure(

@@ -10,7 +10,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from bandwidth_floor import Row, arguments, compare, device, report
+from bandwidth_floor import Row, arguments, compare_paths, device, report
 
 from kvplug_kernels.compact_rows import compact_rows
 from kvplug_kernels.compact_rows.naive import compact_rows_naive
@@ -41,21 +41,17 @@ def measure(n_rows: int, width: int, repetitions: int) -> list[Row]:
     # What is shown is read, whole rows written; a length, a start, a slot, a force and a place.
     n_bytes = 4 * (n_rows * (KEPT + 1) + n_rows * width + 8 * n_rows)
 
-    paths = [("triton" if target.type == "cuda" else "vectorized", compact_rows, 20)]
-    if target.type == "cpu":
-        paths.append(("naive", compact_rows_naive, 1))
-    return [
-        compare(
-            "compact_rows",
-            path,
-            f"{n_rows} rows x {width} columns",
-            partial(implementation, **step),
-            n_bytes,
-            repetitions=repetitions if path != "naive" else min(repetitions, 5),
-            inner=inner,
-        )
-        for path, implementation, inner in paths
-    ]
+    return compare_paths(
+        "compact_rows",
+        f"{n_rows} rows x {width} columns",
+        compact_rows,
+        compact_rows_naive,
+        lambda path: partial(path, **step),
+        n_bytes,
+        repetitions=repetitions,
+        inner=20,
+        most_naive=5,
+    )
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from bandwidth_floor import Row, arguments, compare, device, report
+from bandwidth_floor import Row, arguments, compare_paths, device, report
 
 from kvplug_kernels.compact_windows import compact_windows
 from kvplug_kernels.compact_windows.naive import compact_windows_naive
@@ -35,21 +35,17 @@ def measure(n_rows: int, width: int, repetitions: int) -> list[Row]:
     # What is shown is read and written; two lengths and a start.
     n_bytes = 4 * (n_rows * 2 * (SINK + WINDOW + 1) + 3 * n_rows)
 
-    paths = [("triton" if target.type == "cuda" else "vectorized", compact_windows, 20)]
-    if target.type == "cpu":
-        paths.append(("naive", compact_windows_naive, 1))
-    return [
-        compare(
-            "compact_windows",
-            path,
-            f"{n_rows} rows x {width} columns",
-            partial(implementation, **step),
-            n_bytes,
-            repetitions=repetitions if path != "naive" else min(repetitions, 5),
-            inner=inner,
-        )
-        for path, implementation, inner in paths
-    ]
+    return compare_paths(
+        "compact_windows",
+        f"{n_rows} rows x {width} columns",
+        compact_windows,
+        compact_windows_naive,
+        lambda path: partial(path, **step),
+        n_bytes,
+        repetitions=repetitions,
+        inner=20,
+        most_naive=5,
+    )
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from kvplug_kernels.key_scores import key_scores
 from kvplug_kernels.key_scores.naive import key_scores_naive
 
 SMALL = (2, 40, 2, 16)
-LARGE = [(1, 8192, 8, 128), (16, 1024, 8, 128)]
+LARGE = [(1, 8192, 8, 128), (16, 1024, 8, 128), (64, 2048, 8, 128), (1, 131072, 8, 128)]
 
 
 def measure(n_rows: int, tokens: int, kv_heads: int, head_size: int, repetitions: int) -> list[Row]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvplug_kernels.coding import CodedPage, Coding
 from kvplug_kernels.paged_attend_quant import paged_attend_quant
 from kvplug_kernels.paged_attend_quant.naive import paged_attend_quant_naive
+from kvplug_kernels.paged_attend_quant.vectorized import paged_attend_quant_vectorized
 
 # rows, tokens, KV heads, query heads, head size, block size, queries a row
 SMALL = (2, 40, 2, 4, 32, 16, 1)
@@ -94,7 +95,7 @@ def measure(
         f"{n_rows} rows x {tokens} tokens, {num_heads} heads on {heads} of {size}, blocks of "
         f"{block_size}, {queries} queries, {gflop:.3g} Gop of products"
     )
-    path = "triton" if target.type == "cuda" else "vectorized"
+    path = "triton" if target.type == "cuda" else "cpu"
 
     def call_of(name: str, pages: Tensor, layout: CodedPage, integer: bool, plain: bool) -> partial:
         levels = [
@@ -145,6 +146,9 @@ def measure(
         call = call_of(name, pages, layout, integer, False)
         add(name, call, n_bytes, None)
         add(name, call, n_bytes, wide)
+        if target.type == "cpu" and not integer:
+            by_torch = partial(paged_attend_quant_vectorized, *call.args, **call.keywords)
+            add(name, call, n_bytes, ("the same in torch", by_torch))
         if integer:
             dequantized = call_of(name, pages, layout, False, False)
             add(name, call, n_bytes, ("dequantizing the same codes", dequantized))

@@ -13,7 +13,9 @@ from bandwidth_floor import Row, arguments, compare, device, report
 
 from kvplug_kernels.coding import CodedPage, Coding
 from kvplug_kernels.quant_write import quant_write
+from kvplug_kernels.quant_write.cpu import has_code
 from kvplug_kernels.quant_write.naive import quant_write_naive
+from kvplug_kernels.quant_write.vectorized import quant_write_vectorized
 
 BLOCK_SIZE = 32
 GROUP = 32
@@ -78,10 +80,10 @@ def measure(
         n_bytes += tokens * heads * (GROUP - 1) * scales + recent_slots.nbytes
     what = "decoding" if decoding else "of a prompt"
     label = f"{name}, {tokens} tokens {what} x {heads} heads of {head_size}"
-    paths = [("triton" if target.type == "cuda" else "vectorized", quant_write, 5)]
+    paths = [("triton" if target.type == "cuda" else "cpu", quant_write, 5)]
     if target.type == "cpu" and (tokens, heads, head_size) == SMALL:
         paths.append(("naive", quant_write_naive, 1))
-    return [
+    rows = [
         compare(
             "quant_write",
             path,
@@ -93,6 +95,24 @@ def measure(
         )
         for path, implementation, inner in paths
     ]
+    if target.type == "cpu" and has_code(layout.key) and has_code(layout.value):
+        written = (key, value, pages, slots, layout)
+        rows.append(
+            compare(
+                "quant_write",
+                "cpu",
+                label,
+                partial(quant_write, *written, **more),
+                n_bytes,
+                repetitions=repetitions,
+                inner=5 if tokens <= 32 else 1,
+                baseline=(
+                    "the same in torch",
+                    partial(quant_write_vectorized, *written, **more),
+                ),
+            )
+        )
+    return rows
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from bandwidth_floor import Row, arguments, compare, device, report
+from bandwidth_floor import Row, arguments, compare_paths, device, report
 
 from kvplug_kernels.select_top import select_top
 from kvplug_kernels.select_top.naive import select_top_naive
@@ -29,21 +29,16 @@ def measure(n_rows: int, heads: int, n: int, repetitions: int) -> list[Row]:
     n_bytes = 4 * (n_rows * heads * (n - 5) + out.numel() + n_rows)
 
     shape = f"{count} of {n} scores, {n_rows} rows x {heads} heads"
-    paths = [("triton" if target.type == "cuda" else "vectorized", select_top, 5)]
-    if target.type == "cpu":
-        paths.append(("naive", select_top_naive, 1))
-    return [
-        compare(
-            "select_top",
-            path,
-            shape,
-            partial(implementation, scores, count, lens, out=out),
-            n_bytes,
-            repetitions=repetitions if path != "naive" else min(repetitions, 3),
-            inner=inner,
-        )
-        for path, implementation, inner in paths
-    ]
+    return compare_paths(
+        "select_top",
+        shape,
+        select_top,
+        select_top_naive,
+        lambda path: partial(path, scores, count, lens, out=out),
+        n_bytes,
+        repetitions=repetitions,
+        inner=5,
+    )
 
 
 def main() -> None:

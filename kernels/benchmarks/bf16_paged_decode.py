@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvplug_kernels.paged_attend_quant.kernel import merge_splits_kernel
+from kvplug_kernels.paged_attend_quant.kernel import merge_splits
 
 Call = Callable[[], object]
 
@@ -134,19 +134,7 @@ def paged_decode(
         BLOCK_T=64,
         BLOCK_D=block_d,
     )
-    merge_splits_kernel[(rows * num_heads,)](
-        part,
-        part_lse,
-        starts,
-        out,
-        lse,
-        rows,
-        HEADS=num_heads,
-        WIDTH=head_size,
-        SPLITS=splits,
-        BLOCK_S=triton.next_power_of_2(splits),
-        BLOCK_D=block_d,
-    )
+    merge_splits(part, part_lse, starts, out, lse)
 
 
 def _flashinfer(query: Tensor, pages: Tensor, table: Tensor, lens: Tensor, scale: float) -> Call:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 Kind = Literal["int", "fp8", "codebook", "plain"]
 Axis = Literal["channels", "tokens"]
+KINDS: dict[Kind, int] = {"int": 0, "fp8": 1, "codebook": 2, "plain": 3}
+"""Numbers of kinds, to kernels."""
 
 FP8_MAX = 448.0
 """Largest finite number of e4m3."""
@@ -42,6 +44,10 @@ class Coding:
             correction term of a product with asymmetric codes.
         outliers: Leading elements coded apart, as 8-bit ``int`` codes with a scale and a zero of
             their own per token. They count in ``width`` and are not in the groups.
+        anchored: Move the zeros of a page's first group, along tokens, so that its first token is
+            coded as precisely as float16 goes. The first token of a text is often an attention
+            sink: most of the softmax rests on it, so what its key is off by changes the weight of
+            all others.
         fit: Times that scale (and zero) are fitted to the chosen codes by least squares and codes
             chosen again, for ``int`` along channels and ``codebook``. Each round lowers the squared
             error at no byte more.
@@ -58,6 +64,7 @@ class Coding:
     sums: bool = False
     outliers: int = 0
     fit: int = 0
+    anchored: bool = False
 
     def __post_init__(self) -> None:
         if self.group == 0:
@@ -82,6 +89,8 @@ class Coding:
             )
         if self.sums and self.kind != "int":
             raise ValueError("only int codes have sums")
+        if self.anchored and self.axis != "tokens":
+            raise ValueError("only groups along tokens are anchored")
         if self.fit < 0 or (
             self.fit and (self.kind not in ("int", "codebook") or self.axis == "tokens")
         ):
@@ -244,13 +253,22 @@ def check_coded_pages(name: str, pages: Tensor, layout: CodedPage) -> None:
 # -- the codes, in plain torch -----------------------------------------------------------------
 
 
+def unit_bits(n: int, bits: int) -> int:
+    """Bits of the units that ``n`` codes are packed in: 16 where codes fill whole halfwords, else
+    8. Codes of 8 bits are bytes."""
+    plane = {3: 1}.get(bits, bits)
+    return 16 if bits < 8 and n * plane % 16 == 0 else 8
+
+
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes to bytes.
 
-    Byte ``j`` of ``n`` codes holds: 8 bits: code ``j``; 4 bits: codes ``j`` (low) and
-    ``j + n / 2``; 2 bits: codes ``j``, ``j + n / 4``, ``j + n / 2`` and ``j + 3n / 4``, lowest bits
-    first; 3 bits: the low two bits of all codes as 2-bit codes, then the high bits, byte ``j`` of
-    which holds those of ``j``, ``j + n / 8``, ... ``j + 7n / 8``.
+    Codes of 8 bits are one byte each, in order. Fewer bits: ``n`` codes fill ``u = n * bits / 16``
+    halfwords, little endian, and code ``c`` lies in halfword ``c % u`` at bit ``bits * (c // u)``.
+    So the codes at one position of all halfwords are neighbouring channels, and a pair of halfwords
+    becomes a pair of operands of a tensor core by one operation a position. 3 bits: the low two
+    bits of all codes as 2-bit codes, then their high bits as 1-bit codes. Where ``n`` codes (of the
+    high bit, for 3 bits) do not fill whole halfwords, bytes take the place of halfwords.
 
     Args:
         codes: Integers ``[..., n]``.
@@ -262,28 +280,32 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     codes = codes.to(torch.uint8)
     if bits == 8:
         return codes
+    unit = unit_bits(codes.shape[-1], bits)
     if bits == 3:
-        return torch.cat([pack(codes & 3, 2), _fold(codes >> 2, 1)], dim=-1)
-    return _fold(codes, bits)
+        return torch.cat([_fold(codes & 3, 2, unit), _fold(codes >> 2, 1, unit)], dim=-1)
+    return _fold(codes, bits, unit)
 
 
-def _fold(codes: Tensor, bits: int) -> Tensor:
-    parts = 8 // bits
+def _fold(codes: Tensor, bits: int, unit: int) -> Tensor:
+    parts = unit // bits
     cut = unflatten(codes, -1, (parts, -1))
-    out = cut[..., 0, :].clone()
+    if unit == 16:
+        cut = cut.to(torch.int16)
+    out = cut[..., 0, :].clone(memory_format=torch.contiguous_format)
     for i in range(1, parts):
         out |= cut[..., i, :] << (bits * i)
-    return out
+    return out.view(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """The ``n`` codes that `pack` packed, uint8 ``[..., n]``."""
     if bits == 8:
         return packed
+    unit = unit_bits(n, bits)
     if bits == 3:
         low, high = packed[..., : n // 4], packed[..., n // 4 :]
-        return _unfold(low, 2) | (_unfold(high, 1) << 2)
-    return _unfold(packed, bits)
+        return _unfold(low, 2, unit) | (_unfold(high, 1, unit) << 2)
+    return _unfold(packed, bits, unit)
 
 
 def unflatten(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
@@ -294,9 +316,11 @@ def unflatten(x: Tensor, dim: int, sizes: tuple[int, ...]) -> Tensor:
     return x.view(*x.shape[:dim], *filled, *x.shape[dim + 1 :])
 
 
-def _unfold(packed: Tensor, bits: int) -> Tensor:
-    parts, mask = 8 // bits, (1 << bits) - 1
-    return torch.cat([(packed >> (bits * i)) & mask for i in range(parts)], dim=-1)
+def _unfold(packed: Tensor, bits: int, unit: int) -> Tensor:
+    parts, mask = unit // bits, (1 << bits) - 1
+    if unit == 16:
+        packed = packed.contiguous().view(torch.int16)
+    return torch.cat([((packed >> (bits * i)) & mask).to(torch.uint8) for i in range(parts)], -1)
 
 
 def finite(x: Tensor) -> Tensor:
@@ -476,7 +500,29 @@ def decode_vectors(
     return x.to(dtype)
 
 
-def encode_groups(x: Tensor, coding: Coding, live: Tensor | None = None) -> dict[str, Tensor]:
+def anchor(
+    x: Tensor, scale: Tensor, zero: Tensor, bits: int, opens: Tensor | None = None
+) -> Tensor:
+    """Zeros with which elements lie on a code: at most half a step from what they were.
+
+    Args:
+        x: Finite float32 elements ``[..., width]``.
+        scale: float16, the same shape.
+        zero: float16, likewise.
+        bits: Bits of a code.
+        opens: bool ``[..., 1]``, whose zeros are moved; all without it.
+
+    Returns:
+        float16 zeros.
+    """
+    code = affine_codes(x, scale, zero, bits).float()
+    moved = ((x - scale.float() * code).clamp(-FP16_MAX, FP16_MAX) + 0.0).half()
+    return moved if opens is None else torch.where(opens, moved, zero)
+
+
+def encode_groups(
+    x: Tensor, coding: Coding, live: Tensor | None = None, opens: Tensor | None = None
+) -> dict[str, Tensor]:
     """The fields of some groups of tokens, grouped along tokens.
 
     Args:
@@ -484,6 +530,8 @@ def encode_groups(x: Tensor, coding: Coding, live: Tensor | None = None) -> dict
         coding: How; its groups run along tokens.
         live: bool ``[..., group]``, the tokens that count, one at least; all without it. The codes
             of others mean nothing.
+        opens: bool ``[...]``, the groups that are the first of their page, which are anchored if
+            the coding says so; all without it. Their first token counts.
 
     Returns:
         uint8 ``[..., group, size]`` of ``codes``, ``scale`` and ``zero``. The scales of a group,
@@ -496,6 +544,9 @@ def encode_groups(x: Tensor, coding: Coding, live: Tensor | None = None) -> dict
         low = x.masked_fill(~live.unsqueeze(-1), float("inf"))
         high = x.masked_fill(~live.unsqueeze(-1), float("-inf"))
     scale, zero = affine(low.amin(-2), high.amax(-2), coding.bits)
+    if coding.anchored:
+        which = None if opens is None else opens.unsqueeze(-1)
+        zero = anchor(x[..., 0, :], scale, zero, coding.bits, which)
     codes = affine_codes(x, scale.unsqueeze(-2), zero.unsqueeze(-2), coding.bits)
     return {
         "codes": pack(codes, coding.bits),

@@ -39,20 +39,34 @@ def cap_logits(b_logit, softcap):
 
 
 @triton.jit
+def code_units(p_codes, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """Pointers to bytes as pointers to the units that WIDTH codes are packed in; see
+    `coding.unit_bits`."""
+    if BITS < 8 and WIDTH * (1 if BITS == 3 else BITS) % 16 == 0:
+        return p_codes.to(tl.pointer_type(tl.uint16), bitcast=True)
+    else:
+        return p_codes
+
+
+@triton.jit
 def element_codes(p_codes, o_d, m, WIDTH: tl.constexpr, BITS: tl.constexpr):
     """Codes of channels ``o_d`` of tokens whose bytes begin at ``p_codes``, int32, 0 where ``m`` is
-    not set. A byte is loaded for each code it holds; all but the first come from a cache."""
+    not set. A unit is loaded for each code it holds; all but the first come from a cache."""
     if BITS == 8:
         b_code = tl.load(p_codes + o_d, mask=m, other=0).to(tl.int32)
-    elif BITS == 3:
-        b_low = tl.load(p_codes + o_d % (WIDTH // 4), mask=m, other=0).to(tl.int32)
-        b_low = (b_low >> (o_d // (WIDTH // 4) * 2)) & 3
-        b_high = tl.load(p_codes + WIDTH // 4 + o_d % (WIDTH // 8), mask=m, other=0).to(tl.int32)
-        b_code = b_low | ((b_high >> (o_d // (WIDTH // 8)) & 1) << 2)
     else:
-        RUN: tl.constexpr = WIDTH * BITS // 8
-        b_byte = tl.load(p_codes + o_d % RUN, mask=m, other=0).to(tl.int32)
-        b_code = (b_byte >> (o_d // RUN * BITS)) & ((1 << BITS) - 1)
+        p_units = code_units(p_codes, WIDTH, BITS)
+        UNIT: tl.constexpr = p_units.dtype.element_ty.primitive_bitwidth
+        if BITS == 3:
+            LOW: tl.constexpr = WIDTH * 2 // UNIT
+            HIGH: tl.constexpr = WIDTH // UNIT
+            b_low = tl.load(p_units + o_d % LOW, mask=m, other=0).to(tl.int32)
+            b_high = tl.load(p_units + LOW + o_d % HIGH, mask=m, other=0).to(tl.int32)
+            b_code = ((b_low >> (o_d // LOW * 2)) & 3) | ((b_high >> (o_d // HIGH) & 1) << 2)
+        else:
+            UNITS: tl.constexpr = WIDTH * BITS // UNIT
+            b_unit = tl.load(p_units + o_d % UNITS, mask=m, other=0).to(tl.int32)
+            b_code = (b_unit >> (o_d // UNITS * BITS)) & ((1 << BITS) - 1)
     return b_code
 
 

@@ -16,46 +16,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import cuda_compiler
 import triton
 from record_launches import Kind, Launch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
-
-COMPILE = """
-import importlib, json, sys, traceback
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-for line in sys.stdin:
-    path, module, name, arguments, options = json.loads(line)
-    error = ptx = ""
-    try:
-        sys.path[:] = path
-        kernel = getattr(importlib.import_module(module), name)
-        missing = set(kernel.arg_names) ^ set(arguments)
-        assert not missing, f"{name} and its launch differ in {missing}"
-        signature, constants, attributes = {}, {}, {}
-        for i, parameter in enumerate(kernel.params):
-            kind, *of = arguments[parameter.name]
-            if kind == "integer" and of[1] == "1" and not parameter.do_not_specialize:
-                kind, of = "constant", [1]
-            if kind == "constant":
-                signature[parameter.name] = "constexpr"
-                constants[(i,)] = of[0]
-                continue
-            star = "*" if kind == "pointer" else ""
-            signature[parameter.name] = star + of[0] if of else "fp32"
-            if of and of[1] in (True, "16") and not parameter.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        assert len(made.asm["cubin"]) > 0, "empty cubin"
-        ptx = made.asm["ptx"]
-    except Exception:
-        error = traceback.format_exc()
-    print(json.dumps([error, ptx]), flush=True)
-"""
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,7 +79,7 @@ class Compiler:
         environment["TRITON_DISABLE_LINE_INFO"] = "1"
         environment["PYTHONPATH"] = os.pathsep.join(self._path())
         self.process = subprocess.Popen(
-            [sys.executable, "-c", COMPILE],
+            [sys.executable, cuda_compiler.__file__],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -24,10 +25,12 @@ def unless_gpu(slow: bool) -> tuple[pytest.MarkDecorator, ...]:
 
 
 def implementations(
-    naive: Any, triton: Any, vectorized: Any, *, name: str = "implementation"
+    naive: Any, triton: Any, vectorized: Any, cpu: Any = None, *, name: str = "implementation"
 ) -> tuple[pytest.MarkDecorator, pytest.MarkDecorator]:
     """The axis of an operation's implementations, without the specification and with it."""
     fast = [pytest.param(triton, id="triton"), pytest.param(vectorized, id="vectorized")]
+    if cpu is not None and not torch.cuda.is_available():
+        fast.append(pytest.param(cpu, id="cpu"))
     every = [pytest.param(naive, id="naive"), *fast]
     return pytest.mark.parametrize(name, fast), pytest.mark.parametrize(name, every)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import kvplug_kernels.attend_exact.vectorized as vectorized
 from kvplug_kernels.attend_exact import attend_exact, merge_attention
+from kvplug_kernels.attend_exact.cpu import attend_exact_cpu, merge_attention_cpu
 from kvplug_kernels.attend_exact.kernel import attend_exact_triton, merge_attention_triton
 from kvplug_kernels.attend_exact.naive import attend_exact_naive, merge_attention_naive
 from kvplug_kernels.attend_exact.vectorized import (
@@ -24,9 +25,15 @@ Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, int | None]], None]
 
 NAN, INF = float("nan"), float("inf")
-FAST, ALL = implementations(attend_exact_naive, attend_exact_triton, attend_exact_vectorized)
+FAST, ALL = implementations(
+    attend_exact_naive, attend_exact_triton, attend_exact_vectorized, attend_exact_cpu
+)
 _, MERGES = implementations(
-    merge_attention_naive, merge_attention_triton, merge_attention_vectorized, name="merge"
+    merge_attention_naive,
+    merge_attention_triton,
+    merge_attention_vectorized,
+    merge_attention_cpu,
+    name="merge",
 )
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
@@ -83,6 +90,29 @@ def test_worked_example(implementation: Implementation, device: torch.device) ->
     out, lse = implementation(query, key, value, starts, 1.0, max_query_len=2)
     torch.testing.assert_close(out.flatten().cpu(), torch.tensor([4.0, 7.0]))
     torch.testing.assert_close(lse.flatten().cpu(), torch.tensor([1.0, 4.0]).log())
+
+
+@ALL
+def test_what_is_not_a_number_stays_in_its_head(
+    implementation: Implementation, device: torch.device
+) -> None:
+    query = torch.ones(2, 2, 16, device=device)
+    query[1, 1, 3] = NAN
+    key, value = (torch.ones(2, 1, 16, device=device) for _ in range(2))
+    starts = torch.tensor([0, 2], dtype=torch.int32, device=device)
+    out, _ = implementation(query, key, value, starts, 1.0, max_query_len=2)
+    assert out[1, 1].isnan().all()
+    assert out[0].isfinite().all() and out[1, 0].isfinite().all()
+
+
+@pytest.mark.parametrize("merge", [merge_attention_vectorized, merge_attention_cpu])
+def test_a_cpu_loses_nothing_that_is_not_a_number_in_a_merge(merge: Callable[..., None]) -> None:
+    one, two = torch.ones(1, 2, 16), torch.ones(1, 2, 16)
+    two[0, 1] = NAN
+    lse = torch.tensor([[0.0, NAN]])
+    out = torch.zeros(1, 2, 16)
+    merge(one, torch.zeros(1, 2), two, lse, out)
+    assert out[0, 0].eq(1).all() and out[0, 1].isnan().all()
 
 
 @ALL

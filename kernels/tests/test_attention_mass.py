@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kvplug_kernels.attention_mass.vectorized as vectorized
 from kvplug_kernels.attention_mass import attention_mass
-from kvplug_kernels.attention_mass.kernel import attention_mass_triton
+from kvplug_kernels.attention_mass.kernel import LOG2_E, attention_mass_triton
 from kvplug_kernels.attention_mass.naive import attention_mass_naive
 from kvplug_kernels.attention_mass.vectorized import attention_mass_vectorized
 
@@ -22,7 +22,7 @@ Implementation = Callable[..., Tensor]
 Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, int | None]], None]
 
-KERNELS = ["tile_lse_kernel", "merge_lse_kernel", "mass_kernel"]
+KERNELS = ["split_lse_kernel", "mass_kernel"]
 FAST, ALL = implementations(attention_mass_naive, attention_mass_triton, attention_mass_vectorized)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -187,6 +187,46 @@ def test_more_tiles_than_are_merged_at_once(
 ) -> None:
     case = make_case([2200], 18, w=2, kv_heads=1, group=1, block_size=128, device=device)
     assert_matches_naive(implementation, case)
+
+
+@FAST
+@pytest.mark.parametrize(
+    ("w", "dtype"), [(1, torch.float32), (5, torch.bfloat16), (33, torch.float32)]
+)
+def test_largest_weight(
+    implementation: Implementation, w: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Of one query it is the sum; of more the largest of what each alone gives."""
+    case = make_case([37, 20], 3, w=w, kv_heads=1, dtype=dtype, positions=True, device=device)
+    got = implementation(**case, how="max")
+    assert_mass(got, attention_mass_naive(**case, how="max"))
+    alone = [
+        implementation(
+            **case
+            | {
+                "query": case["query"][:, i : i + 1],
+                "query_positions": case["query_positions"][:, i : i + 1],
+            }
+        )
+        for i in range(0, w, 8)
+    ]
+    assert all(bool((got >= one - 1e-5).all()) for one in alone)
+
+
+@FAST
+@pytest.mark.parametrize("rows", [1, 64])
+def test_one_long_row_and_many_short(
+    implementation: Implementation, rows: int, device: torch.device
+) -> None:
+    lens, width = ([1100], 70) if rows == 1 else ([5] * rows, 1)
+    case = make_case(lens, width, w=2, kv_heads=1, group=1, dtype=torch.bfloat16, device=device)
+    assert_matches_naive(implementation, case)
+
+
+def test_a_long_row_is_shared_by_programs(launches: Launches, device: torch.device) -> None:
+    case = make_case([1100], 70, w=2, kv_heads=1, group=1, dtype=torch.bfloat16, device=device)
+    attention_mass_triton(**case)
+    assert all(grid[1] > 1 for _, grid in launches)
 
 
 @FAST
@@ -369,7 +409,7 @@ def test_properties(data: st.DataObject, device: torch.device) -> None:
     assert_mass(attention_mass_triton(**case, softcap=softcap), expected)
 
 
-def test_triton_is_three_launches(launches: Launches, device: torch.device) -> None:
+def test_triton_is_two_launches(launches: Launches, device: torch.device) -> None:
     attention_mass_triton(**make_case([37, 20], 3, device=device))
     assert [name for name, _ in launches] == KERNELS
 
@@ -416,6 +456,7 @@ ARGUMENTS: dict[str, Any] = {
         pytest.param("scale", {"scale": float("inf")}, id="scale"),
         pytest.param("softcap", {"softcap": -1.0}, id="softcap"),
         pytest.param("softcap", {"softcap": float("nan")}, id="softcap-nan"),
+        pytest.param("how", {"how": "mean"}, id="how"),
         pytest.param("query_positions", {"key_positions": integers(2, 2, 48)}, id="keys-only"),
         pytest.param("key_positions", {"query_positions": integers(2, 3)}, id="queries-only"),
         pytest.param(
@@ -473,24 +514,11 @@ def test_cuda_graph_replay(device: torch.device) -> None:
     assert_mass(out, attention_mass_naive(**fresh))
 
 
-def test_merge_compiles_for_cuda(compile_for_cuda: CompileForCuda) -> None:
-    compile_for_cuda(
-        "kvplug_kernels.attention_mass.kernel",
-        "merge_lse_kernel",
-        {
-            **dict.fromkeys(("tile_lse", "lse"), "*fp32"),
-            "lens": "*i32",
-            **dict.fromkeys(("limit", "n_tiles", "n_blocks"), "i32"),
-        },
-        {"N_QUERIES": 1000, "BLOCK_T": 128, "BLOCK_N": 16, "BLOCK_Q": 64},
-    )
-
-
 @pytest.mark.parametrize(
     ("element", "head_size", "positions", "softcap"),
     [("fp32", 256, True, False), ("bf16", 96, False, True)],
 )
-@pytest.mark.parametrize("kernel", ["tile_lse_kernel", "mass_kernel"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_compiles_for_cuda(
     compile_for_cuda: CompileForCuda,
     kernel: str,
@@ -499,8 +527,9 @@ def test_compiles_for_cuda(
     positions: bool,
     softcap: bool,
 ) -> None:
-    outputs = ("tile_lse",) if kernel == "tile_lse_kernel" else ("lse", "out")
-    sizes = ("n_tiles",) if kernel == "tile_lse_kernel" else ("max_len", "stride_or", "stride_oh")
+    mass = kernel == "mass_kernel"
+    outputs = ("split_lse", "out") if mass else ("split_lse",)
+    sizes = ("n_splits", "n_split", *(("max_len", "stride_or", "stride_oh") if mass else ()))
     strides = ["qr", "qw", "qh", "cb", "ch", "ct", "br", "kr", "kh", "pr"]
     position_type = {"key_positions": "*i32", "query_positions": "*i32"} if positions else {}
     compile_for_cuda(
@@ -516,15 +545,20 @@ def test_compiles_for_cuda(
         },
         {
             **({} if positions else dict.fromkeys(("key_positions", "query_positions"))),
+            **({"BLOCK_S": 16, "MAX": softcap} if mass else {}),
             "SOFTCAP": softcap,
+            "LOG2_E": LOG2_E,
             "KV_HEADS": 8,
             "GROUP": 3,
             "W": 20,
             "BLOCK_SIZE": 24,
             "HEAD_SIZE": head_size,
-            "BLOCK_T": 32,
-            "BLOCK_W": 16,
+            "TILES": 6 if element == "fp32" else 1,
+            "BLOCK_T": 16 if element == "fp32" else 64,
+            "BLOCK_G": 1 if element == "fp32" else 4,
+            "BLOCK_W": 16 if element == "fp32" else 32,
             "BLOCK_D": 1 << (head_size - 1).bit_length(),
+            "STAGES": 3,
             "WIDEN": False,
         },
     )

@@ -26,7 +26,7 @@ Implementation = Callable[..., Tensor]
 Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, int | None]], None]
 
-KERNELS = ["tile_scores_kernel", "anchor_kernel", "key_to_mean_kernel"]
+KERNELS = ["split_scores_kernel", "key_to_mean_kernel"]
 FAST, ALL = implementations(key_scores_naive, key_scores_triton, key_scores_vectorized)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -224,9 +224,43 @@ def test_deterministic(implementation: Implementation, device: torch.device) -> 
     assert torch.equal(implementation(**case), implementation(**case))
 
 
-def test_triton_is_three_launches(launches: Launches, device: torch.device) -> None:
+def test_triton_is_two_launches(launches: Launches, device: torch.device) -> None:
     key_scores_triton(**make_case([37, 20], 3, device=device))
     assert [name for name, _ in launches] == KERNELS
+
+
+def test_the_anchor_alone_takes_a_second_launch(launches: Launches, device: torch.device) -> None:
+    case = make_case([37, 20], 3, device=device)
+    for which, count in (((KEY_NORM, VALUE_NORM, KEY_TO_PREVIOUS), 1), ((KEY_TO_MEAN,), 2)):
+        launches.clear()
+        key_scores_triton(**case, which=which)
+        assert [name for name, _ in launches] == KERNELS[:count]
+
+
+@ALL
+@pytest.mark.parametrize("which", [(VALUE_NORM,), (KEY_TO_PREVIOUS, KEY_NORM), (KEY_TO_MEAN,)])
+def test_some_scores(implementation: Any, which: tuple[int, ...], device: torch.device) -> None:
+    """Of keys that nobody asks for nothing is read, and of values likewise."""
+    case = make_case([37, 0, 20], 3, device=device)
+    expected = key_scores_naive(**case)[list(which)]
+    unread = "key_cache" if which == (VALUE_NORM,) else "value_cache"
+    case[unread] = torch.full_like(case[unread], float("nan"))
+    assert_scores(implementation(**case, which=which), expected)
+
+
+@FAST
+@pytest.mark.parametrize("rows", [1, 64])
+def test_one_long_row_and_many_short(
+    implementation: Implementation, rows: int, device: torch.device
+) -> None:
+    lens = [1100] if rows == 1 else [5] * rows
+    case = make_case(lens, 70 if rows == 1 else 1, heads=1, device=device)
+    assert_matches_naive(implementation, case)
+
+
+def test_a_long_row_is_shared_by_programs(launches: Launches, device: torch.device) -> None:
+    key_scores_triton(**make_case([1100], 70, heads=1, device=device))
+    assert all(grid[1] > 1 for _, grid in launches)
 
 
 def test_dispatch(launches: Launches, device: torch.device) -> None:
@@ -257,15 +291,18 @@ PAGES = torch.zeros(5, 2, 16, 8)
         pytest.param("block_table", {"block_table": integers(2)}, id="block_table-ndim"),
         pytest.param("lens", {"lens": integers(3)}, id="lens-rows"),
         pytest.param("lens", {"lens": integers(2).long()}, id="lens-dtype"),
+        pytest.param("which", {"which": ()}, id="which-none"),
+        pytest.param("which", {"which": (0, 0)}, id="which-twice"),
+        pytest.param("which", {"which": (4,)}, id="which-unknown"),
         pytest.param("out", {"out": torch.zeros(4, 2, 2, 48).half()}, id="out-dtype"),
         pytest.param("out", {"out": torch.zeros(3, 2, 2, 48)}, id="out-shape"),
         pytest.param("out", {"out": torch.zeros(4, 2, 2, 96)[..., ::2]}, id="out-stride"),
     ],
 )
 def test_rejects(
-    implementation: Implementation, name: str, changes: dict[str, Tensor], device: torch.device
+    implementation: Implementation, name: str, changes: dict[str, Any], device: torch.device
 ) -> None:
-    arguments = {
+    arguments: dict[str, Any] = {
         "key_cache": PAGES,
         "value_cache": PAGES,
         "block_table": integers(2, 3),
@@ -273,7 +310,12 @@ def test_rejects(
         **changes,
     }
     with pytest.raises(ValueError, match=rf"^{name} must .*\.$"):
-        implementation(**{key: to_device(value, device) for key, value in arguments.items()})
+        implementation(
+            **{
+                key: to_device(value, device) if isinstance(value, Tensor) else value
+                for key, value in arguments.items()
+            }
+        )
 
 
 @ALL
@@ -309,9 +351,8 @@ def test_cuda_graph_replay(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("kernel", "element", "head_size"),
     [
-        ("tile_scores_kernel", "fp32", 256),
-        ("tile_scores_kernel", "bf16", 96),
-        ("anchor_kernel", "fp32", 96),
+        ("split_scores_kernel", "fp32", 256),
+        ("split_scores_kernel", "bf16", 96),
         ("key_to_mean_kernel", "fp32", 256),
         ("key_to_mean_kernel", "fp16", 96),
     ],
@@ -322,7 +363,7 @@ def test_compiles_for_cuda(
     types: dict[str, Any] = {
         **dict.fromkeys(("key_cache", "value_cache"), f"*{element}"),
         **dict.fromkeys(("block_table", "lens"), "*i32"),
-        **dict.fromkeys(("tile_sum", "anchor", "out"), "*fp32"),
+        **dict.fromkeys(("split_sum", "out"), "*fp32"),
     }
     constants: dict[str, int | None] = {
         "KEY_NORM": KEY_NORM,
@@ -334,7 +375,8 @@ def test_compiles_for_cuda(
         "HEAD_SIZE": head_size,
         "VALUE_SIZE": 80,
         "BLOCK_T": 32,
-        "BLOCK_N": 16,
+        "BLOCK_S": 16,
+        "STAGES": 3,
         "BLOCK_D": 1 << (head_size - 1).bit_length(),
         "BLOCK_V": 128,
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvplug_kernels.compact_kv.naive import plan_moves_naive
 from kvplug_kernels.move_tokens import LayerCaches, move_tokens
-from kvplug_kernels.move_tokens.kernel import move_tokens_triton
+from kvplug_kernels.move_tokens.kernel import BESIDE, move_tokens_triton
 from kvplug_kernels.move_tokens.naive import move_tokens_naive
 from kvplug_kernels.move_tokens.vectorized import move_tokens_vectorized
 
@@ -279,6 +279,40 @@ def test_unit_of_copies(content: int, unit: int, device: torch.device) -> None:
     assert LayerCaches([page[..., 4:60] for page in pages]).unit == 8
 
 
+@FAST
+@pytest.mark.parametrize("count", [1, 40])
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_what_is_kept_beside_tokens_follows_them(
+    implementation: Implementation, pairs: int, count: int, device: torch.device
+) -> None:
+    """Also beside those that stay; in the slots of survivors alone, whatever the strides."""
+    caches, table = make_layers("LBNHC", 1, 2, 16, 8, device=device), make_table(2, 4, device)
+    source = make_source(1, 2, 2, 60, count, device)
+    rng = torch.Generator().manual_seed(4)
+    beside = []
+    for dtype in (torch.int32, torch.float32)[:pairs]:
+        wide = torch.full((BLOCKS, 2, 3, 20), -1, dtype=dtype, device=device)
+        values = torch.randint(0, 999, (2, 2, 60), generator=rng).to(device, dtype)
+        beside.append((wide[:, :, 1, 2:18], values))
+    expected = [pages.clone() for pages, _ in beside]
+    memory = storages(caches)[0].clone()
+    move_tokens_naive(
+        LayerCaches(caches),
+        table,
+        source,
+        [(pages, values) for pages, (_, values) in zip(expected, beside, strict=True)],
+    )
+    moved = storages(caches)[0].clone()
+    storages(caches)[0].copy_(memory)
+    implementation(LayerCaches(caches), table, source, beside)
+    assert torch.equal(storages(caches)[0], moved)
+    for (pages, values), want in zip(beside, expected, strict=True):
+        assert torch.equal(pages, want)
+        assert int((want >= 0).sum()) == 4 * count
+        first = values.gather(2, source[0].long())[..., 0]
+        assert torch.equal(pages[table[:, 0].long(), :, 0], first)
+
+
 def test_one_launch(launches: Launches, device: torch.device) -> None:
     caches = make_layers("LBNHC", 3, 2, 16, 128, device=device)
     source = make_source(3, 2, 2, 64, 40, device)
@@ -353,6 +387,31 @@ def test_rejects(
         implementation(caches, **arguments)
 
 
+@ALL
+@pytest.mark.parametrize(
+    ("name", "layers", "beside"),
+    [
+        (r"beside\[0\]\[0\]", 1, [(torch.zeros(2, 3, 4).half(), torch.zeros(2, 3, 9))]),
+        (r"beside\[0\]\[1\]", 1, [(torch.zeros(5, 2, 4), torch.zeros(2, 2, 9).int())]),
+        ("beside", 2, [(torch.zeros(5, 2, 4), torch.zeros(2, 2, 9))]),
+        ("beside", 1, [(torch.zeros(5, 2, 4), torch.zeros(2, 2, 9))] * 3),
+    ],
+)
+def test_rejects_what_lies_beside(
+    implementation: Implementation,
+    name: str,
+    layers: int,
+    beside: list[tuple[Tensor, Tensor]],
+    device: torch.device,
+) -> None:
+    caches = LayerCaches([torch.zeros(5, 2, 4, 8, device=device)] * layers)
+    table = torch.zeros(2, 3, dtype=torch.int32, device=device)
+    source = torch.zeros(layers, 2, 2, 6, dtype=torch.int32, device=device)
+    given = [(pages.to(device), values.to(device)) for pages, values in beside]
+    with pytest.raises(ValueError, match=rf"^{name} must .*\.$"):
+        implementation(caches, table, source, given)
+
+
 def test_rejects_another_device() -> None:
     with pytest.raises(ValueError, match="source must be on cpu like the other tensors, got meta"):
         move_tokens(LayerCaches([CACHE]), TABLE, SOURCE.to("meta"))
@@ -400,7 +459,8 @@ def test_compiles_for_cuda(
     compile_for_cuda: CompileForCuda, word: int, vector: int, content: int
 ) -> None:
     sizes = ("n_layers", "n_rows", "count")
-    strides = tuple(f"stride_{s}" for s in ("cb", "ch", "ct", "br", "sl", "sr", "sh"))
+    names = ("cb", "ch", "ct", "br", "sl", "sr", "sh")
+    strides = tuple(f"stride_{s}" for s in (*names, *BESIDE))
     tile = {"BLOCK_R": 16, "BLOCK_C": 1 << (content - 1).bit_length()}
     ptx = compile_for_cuda(
         "kvplug_kernels.move_tokens.kernel",
@@ -409,9 +469,20 @@ def test_compiles_for_cuda(
             "pointers": "*i64",
             "block_table": "*i32",
             "source": "*i32",
+            "beside_a": "*i32",
+            "values_a": "*i32",
             **dict.fromkeys((*sizes, *strides), "i32"),
         },
-        {"HEADS": 8, "BLOCK_SIZE": 16, "CONTENT": content, "WORD": word, "VECTOR": vector, **tile},
+        {
+            "beside_b": None,
+            "values_b": None,
+            "HEADS": 8,
+            "BLOCK_SIZE": 16,
+            "CONTENT": content,
+            "WORD": word,
+            "VECTOR": vector,
+            **tile,
+        },
     )
     # A thread moves as many bytes at once as every address allows.
     moved = f"v2.b{8 * word}" if vector == 2 else f"b{8 * word}"

@@ -9,6 +9,8 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+import triton
+import triton.language as tl
 from grid import grid, implementations, unless_gpu
 from hypothesis import HealthCheck, given, settings
 from paged_cases import NO_BLOCK, to_device
@@ -17,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvplug_kernels.paged_attend_quant.kernel as kernel
 import kvplug_kernels.paged_attend_quant.naive as naive
+import kvplug_kernels.paged_attend_quant.planes as planes
 import kvplug_kernels.paged_attend_quant.vectorized as vectorized
-from kvplug_kernels.coding import CodedPage, Coding, encode_groups, encode_vectors
+from kvplug_kernels.coding import CodedPage, Coding, encode_groups, encode_vectors, unpack
 from kvplug_kernels.paged_attend_quant import paged_attend_quant
+from kvplug_kernels.paged_attend_quant.cpu import paged_attend_quant_cpu
 from kvplug_kernels.paged_attend_quant.kernel import paged_attend_quant_triton
 from kvplug_kernels.paged_attend_quant.naive import paged_attend_quant_naive
 from kvplug_kernels.paged_attend_quant.vectorized import paged_attend_quant_vectorized
@@ -31,7 +35,10 @@ CompileForCuda = Callable[[str, str, dict[str, str], dict[str, int | None]], Non
 NAN, INF = float("nan"), float("inf")
 KERNELS = ["attend_kernel", "merge_splits_kernel"]
 FAST, ALL = implementations(
-    paged_attend_quant_naive, paged_attend_quant_triton, paged_attend_quant_vectorized
+    paged_attend_quant_naive,
+    paged_attend_quant_triton,
+    paged_attend_quant_vectorized,
+    paged_attend_quant_cpu,
 )
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -275,6 +282,283 @@ def test_softcap(implementation: Implementation, device: torch.device) -> None:
     assert not torch.allclose(capped[0], implementation(**case)[0], atol=1e-3)
 
 
+# -- Planes ----------------------------------------------------------------------------------------
+
+PLANES = {
+    "int8": both(128, 8),
+    "int4": both(128, 4),
+    "int2": both(128, 2),
+    "int8-of-64": both(64, 8),
+    "int4-of-64": both(64, 4),
+    "int2-of-64-fills-half-an-operand": both(64, 2),
+    "int4-of-96": both(96, 4),
+    "int4-of-256": both(256, 4),
+    "int4-groups-of-a-plane": both(128, 4, group=32),
+    "int2-groups-of-two-planes": both(128, 2, group=32),
+    "int8-keys-int4-values": CodedPage(Coding(64, 8), Coding(128, 4, group=64)),
+    "kivi-of-4-bits": CodedPage(Coding(128, 4, axis="tokens", group=16), Coding(128, 4, group=32)),
+    "kivi-of-2-bits": CodedPage(Coding(64, 2, axis="tokens", group=16), Coding(64, 2)),
+    "int4-keys-int2-values": CodedPage(Coding(128, 4, sums=True), Coding(64, 2)),
+}
+
+
+def assert_planes_same(
+    got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], keys: float = 5e-5
+) -> None:
+    """Keys are exact but for those with scales along tokens, which are rounded to float16 as
+    weights are, whatever the queries are."""
+    torch.testing.assert_close(got[0], want[0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(got[1], want[1], rtol=keys, atol=keys)
+
+
+@grid(
+    pytest.mark.parametrize("name", PLANES),
+    pytest.mark.parametrize("block_size", [16, 32, 64, 128]),
+    pytest.mark.parametrize("group", [1, 4, 7, 8, 16]),
+    pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str),
+    pairs=[("block_size", "group"), ("block_size", "dtype")],
+)
+def test_planes(
+    name: str,
+    block_size: int,
+    group: int,
+    dtype: torch.dtype,
+    launches: Launches,
+    device: torch.device,
+) -> None:
+    """Decode: rows of some tiles, the last one not whole, and of none."""
+    case = make_case(
+        PLANES[name],
+        [200, 0, 70],
+        [1, 1, 1],
+        heads=1,
+        group=group,
+        block_size=block_size,
+        dtype=dtype,
+        padding=1,
+        device=device,
+    )
+    got = paged_attend_quant_triton(**case)
+    assert [launched for launched, _ in launches] == ["attend_planes_kernel", KERNELS[1]]
+    keys = 2e-3 if PLANES[name].key.axis == "tokens" else 5e-5
+    assert_planes_same(got, paged_attend_quant_naive(**case), keys)
+
+
+@pytest.mark.parametrize("name", ["int4", "int8-of-64", "int2-groups-of-two-planes"])
+@pytest.mark.parametrize("widths", [[3, 1, 0, 5], [20, 2, 1]], ids=["few", "many"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_planes_of_several_queries(
+    name: str, widths: list[int], causal: bool, device: torch.device
+) -> None:
+    """As many columns as a warp has, and as several have; queries that see nothing."""
+    case = make_case(
+        PLANES[name],
+        [130, 40, 7, 3][: len(widths)],
+        widths,
+        heads=1,
+        group=4,
+        dtype=torch.bfloat16,
+        causal=causal,
+        padding=2,
+        device=device,
+    )
+    assert_planes_same(paged_attend_quant_triton(**case), paged_attend_quant_naive(**case))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1, 0.1])
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+def test_planes_with_any_scale(scale: float, softcap: float, device: torch.device) -> None:
+    case = make_case(PLANES["int4"], [150, 33], [1, 1], dtype=torch.bfloat16, device=device)
+    case["scale"] = scale
+    got = paged_attend_quant_triton(**case, softcap=softcap)
+    assert_planes_same(got, paged_attend_quant_naive(**case, softcap=softcap))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 3e4, 1e30])
+def test_planes_take_queries_of_any_size(size: float, device: torch.device) -> None:
+    """A bfloat16 query may be far out of the range of float16, and so may a row beside it."""
+    case = make_case(PLANES["int4"], [150, 33], [1, 1], dtype=torch.bfloat16, device=device)
+    case["query"][0] *= size
+    case["query"][1, 1] = 0
+    case["scale"] /= size
+    got, want = paged_attend_quant_triton(**case), paged_attend_quant_naive(**case)
+    torch.testing.assert_close(got[0][0], want[0][0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(got[1][0], want[1][0], rtol=1e-5, atol=5e-5)
+    torch.testing.assert_close(got[1][1, 1], want[1][1, 1], rtol=1e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int2-groups-of-two-planes"])
+@pytest.mark.parametrize("size", [1e-6, 1e-2, 200.0])
+def test_planes_take_values_of_any_size(name: str, size: float, device: torch.device) -> None:
+    """A step of the values may be a number that float16 has few digits for."""
+    case = make_case(PLANES[name], [200, 70], [1, 1], dtype=torch.bfloat16, device=device)
+    layout = case["layout"]
+    for field in ("value_scale", "value_zero"):
+        numbers = layout.plane(case["pages"], field).view(torch.float16)
+        numbers.copy_(numbers.float() * size)
+        # The values of one block are larger than all before.
+        numbers[case["block_table"][0, 9].item()] *= 3
+    got, want = paged_attend_quant_triton(**case), paged_attend_quant_naive(**case)
+    torch.testing.assert_close(got[0], want[0], rtol=2e-3, atol=2e-3 * size)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 64])
+def test_planes_in_splits(
+    multiprocessors: int,
+    launches: Launches,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:
+    """More splits than the merge takes at a time, most of them empty for a short row."""
+    monkeypatch.setattr(planes, "multiprocessors", lambda _: multiprocessors)
+    case = make_case(
+        PLANES["int8-of-64"], [5000, 20, 0], [1] * 3, heads=1, dtype=torch.bfloat16, device=device
+    )
+    assert_planes_same(paged_attend_quant_triton(**case), paged_attend_quant_naive(**case))
+    if device.type == "cpu":
+        assert launches[0][1][2] == (2 if multiprocessors == 1 else 40)
+
+
+def test_count_splits() -> None:
+    """As many programs as there are slots and no more, or whole waves of them."""
+    assert planes.count_splits(256, 1056, 100) == 4
+    assert planes.count_splits(8, 1056, 100) == 100
+    assert planes.count_splits(1056, 1056, 100) == 1
+    assert planes.count_splits(1100, 1056, 100) == 4
+    assert planes.count_splits(1100, 1056, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "block_size"),
+    [
+        (both(128, 3), torch.bfloat16, 16),
+        (both(128, 8, "fp8"), torch.bfloat16, 16),
+        (both(128, 4, "codebook"), torch.bfloat16, 16),
+        (both(128, 4, group=16), torch.bfloat16, 16),
+        (both(128, 8, group=64), torch.bfloat16, 16),
+        (both(20, 4), torch.bfloat16, 16),
+        (both(128, 4), torch.float32, 16),
+        (both(128, 4), torch.bfloat16, 24),
+        (CodedPage(Coding(128, 4, outliers=64), Coding(128, 4)), torch.bfloat16, 16),
+        (CodedPage(Coding(128, 4, axis="tokens", group=8), Coding(128, 4)), torch.bfloat16, 16),
+    ],
+    ids=lambda value: None,
+)
+def test_what_planes_do_not_fit(layout: CodedPage, dtype: torch.dtype, block_size: int) -> None:
+    assert not planes.planes_fit(layout, torch.zeros(1, 1, 1, dtype=dtype), block_size, False)
+
+
+INTEGER_PLANES = {
+    "int4": CodedPage(Coding(128, 4, sums=True), Coding(128, 4)),
+    "int2-groups": CodedPage(Coding(128, 2, group=32, sums=True), Coding(128, 2, group=32)),
+    "int4-of-64": CodedPage(Coding(64, 4, sums=True), Coding(64, 4, group=32)),
+}
+
+
+@pytest.mark.parametrize("group", [4, 7, 16])
+@pytest.mark.parametrize("name", INTEGER_PLANES)
+def test_integer_planes(name: str, group: int, launches: Launches, device: torch.device) -> None:
+    """Exact products, but for weights that are rounded to the other code, in tiles of weights as
+    the specification has them."""
+    case = make_case(
+        INTEGER_PLANES[name],
+        [100, 33],
+        [1, 2],
+        heads=1,
+        group=group,
+        block_size=64 if group == 7 else 16,
+        dtype=torch.bfloat16,
+        causal=group == 4,
+        device=device,
+    )
+    got = paged_attend_quant_triton(**case, integer=True)
+    assert [launched for launched, _ in launches] == ["attend_planes_kernel", KERNELS[1]]
+    assert_integer_same(got, paged_attend_quant_naive(**case, integer=True))
+
+
+def test_what_integer_planes_do_not_fit() -> None:
+    query = torch.zeros(1, 1, 1, dtype=torch.bfloat16)
+    assert planes.planes_fit(INTEGER_PLANES["int4"], query, 16, True)
+    for layout in (both(128, 4), CodedPage(Coding(128, 8, sums=True), Coding(128, 4))):
+        assert not planes.planes_fit(layout, query, 16, True)
+    assert not planes.planes_fit(INTEGER_PLANES["int4"], query, 48, True)
+
+
+def run_ptx(text: str, pairs: Tensor) -> list[Tensor]:
+    """What inline PTX writes to its outputs.
+
+    Args:
+        text: Instructions ``shl``, ``shr``, ``prmt`` and ``lop3`` as ``(a & b) | c``.
+        pairs: int64 ``[n]``, its one input, numbers of 32 bits.
+    """
+    text = text.replace("{", "").replace("}", "")
+    lines = [line.strip() for line in text.split(";") if line.strip()]
+    outputs = sum(f"${i}" in text for i in range(9)) - 1
+    registers = {f"${outputs}": pairs}
+
+    def read(operand: str) -> Any:
+        return registers[operand] if operand in registers else int(operand, 0)
+
+    for line in lines:
+        name, rest = line.split(maxsplit=1)
+        to, *operands = (operand.strip() for operand in rest.split(","))
+        if name == ".reg":
+            continue
+        a, *others = (read(operand) for operand in operands)
+        if name == "shl.b32":
+            found = a << others[0]
+        elif name == "shr.u32":
+            found = a >> others[0]
+        elif name == "lop3.b32":
+            assert others[2] == 0xEA
+            found = (a & others[0]) | others[1]
+        else:
+            assert name == "prmt.b32"
+            both_operands = a | (others[0] << 32)
+            found = torch.zeros_like(a)
+            for byte in range(4):
+                chosen = (others[1] >> (4 * byte)) & 15
+                assert chosen < 8
+                found |= ((both_operands >> (8 * chosen)) & 0xFF) << (8 * byte)
+        registers[to] = found & 0xFFFFFFFF
+    return [registers[f"${i}"] for i in range(outputs)]
+
+
+@triton.jit
+def unpack_all(
+    halves,
+    out,
+    BITS: tl.constexpr,  # noqa: N803
+    COUNT: tl.constexpr,  # noqa: N803
+    INTERPRETED: tl.constexpr,  # noqa: N803
+):
+    o = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    found = planes.unpack_planes(tl.load(halves + o), BITS, INTERPRETED)
+    for i in tl.static_range(COUNT):
+        tl.store(out + i * 65536 + o, found[i])
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_every_halfword_is_unpacked(bits: int, device: torch.device) -> None:
+    """The instructions, on a pair of any halfword and another, and their stand-in find the offset
+    of the plane and the code that the specification unpacks."""
+    every = torch.arange(65536)
+    codes = unpack(every.to(torch.uint16).view(torch.uint8).view(-1, 2), bits, 16 // bits).long()
+    offsets = [planes.plane_offset.fn(i, bits) for i in range(16 // bits)]
+    want = (codes + torch.tensor(offsets)).T
+    other = (every * 40503 + 12345) % 65536
+    text = {2: planes.PTX_2, 4: planes.PTX_4, 8: planes.PTX_8}[bits].value
+    for shift, pairs in ((0, every | (other << 16)), (16, other | (every << 16))):
+        for found, numbers in zip(run_ptx(text, pairs), want, strict=True):
+            halves = ((found >> shift) & 0xFFFF).to(torch.uint16).view(torch.float16)
+            assert torch.equal(halves.float(), numbers.float())
+    for interpreted in {device.type == "cpu", True}:
+        out = torch.zeros(16 // bits, 65536, dtype=torch.float16, device=device)
+        halves = every.to(torch.uint16).view(torch.int16).to(device)
+        unpack_all[(64,)](halves, out, bits, 16 // bits, interpreted)
+        assert torch.equal(out.cpu().float(), want.float())
+
+
 # -- Integer products ------------------------------------------------------------------------------
 
 
@@ -446,7 +730,7 @@ def test_splits(
     device: torch.device,
 ) -> None:
     """Many splits, most of them empty for a short row."""
-    monkeypatch.setattr(kernel, "_multiprocessors", lambda _: multiprocessors)
+    monkeypatch.setattr(kernel, "multiprocessors", lambda _: multiprocessors)
     for layout, integer in ((LAYOUTS["int4"], False), (INTEGER["int4"], True)):
         case = make_case(layout, [1100, 20, 0], [1, 1, 1], heads=1, device=device)
         got = implementation(**case, integer=integer)
@@ -789,9 +1073,9 @@ def test_merge_compiles_for_cuda(compile_for_cuda: CompileForCuda) -> None:
         {
             **dict.fromkeys(("partial", "partial_lse", "out", "lse"), "*fp32"),
             "query_start": "*i32",
-            "n_rows": "i32",
+            **dict.fromkeys(("n_rows", "n_splits"), "i32"),
         },
-        {"HEADS": 32, "WIDTH": 96, "SPLITS": 5, "BLOCK_S": 8, "BLOCK_D": 128},
+        {"HEADS": 32, "WIDTH": 96, "BLOCK_S": 8, "BLOCK_D": 64},
     )
 
 

@@ -19,7 +19,12 @@ from kvplug_kernels.coding import (
     unpack,
 )
 from kvplug_kernels.quant_write import quant_write
-from kvplug_kernels.quant_write.kernel import kernel_constants, quant_write_triton
+from kvplug_kernels.quant_write.cpu import quant_write_cpu
+from kvplug_kernels.quant_write.kernel import (
+    group_constants,
+    kernel_constants,
+    quant_write_triton,
+)
 from kvplug_kernels.quant_write.naive import quant_write_naive
 from kvplug_kernels.quant_write.vectorized import quant_write_vectorized
 
@@ -27,7 +32,9 @@ Implementation = Callable[..., None]
 Launches = list[tuple[str, tuple[int, ...]]]
 CompileForCuda = Callable[[str, str, dict[str, str], dict[str, Any]], None]
 
-FAST, ALL = implementations(quant_write_naive, quant_write_triton, quant_write_vectorized)
+FAST, ALL = implementations(
+    quant_write_naive, quant_write_triton, quant_write_vectorized, quant_write_cpu
+)
 NO_BYTE = 0xAA
 LEVELS = {
     2: [-1.51, -0.453, 0.453, 1.51],
@@ -73,6 +80,9 @@ CODINGS = {
     "tokens, 2 bits": CodedPage(Coding(64, 2, group=16, axis="tokens"), Coding(64, 2)),
     "tokens, 3 bits": CodedPage(Coding(96, 3, group=16, axis="tokens"), Coding(96, 3)),
     "tokens, 4 bits": CodedPage(Coding(64, 4, group=16, axis="tokens"), Coding(64, 4, group=32)),
+    "anchored": CodedPage(
+        Coding(64, 3, group=16, axis="tokens", anchored=True), Coding(64, 2, group=32)
+    ),
     "tokens, 8 bits": CodedPage(Coding(128, 8, group=32, axis="tokens"), Coding(128, 16, "plain")),
 }
 BY_NAME = pytest.mark.parametrize("name", CODINGS)
@@ -274,7 +284,7 @@ def test_worked_example(implementation: Implementation, device: torch.device) ->
         "key_codes": [1, 0, 255, 128],
         "key_scale": [0x00, 0x3C],
         "key_zero": [0, 0],
-        "value_codes": [0x00, 0xFF],
+        "value_codes": [0xF0, 0xF0],
         "value_scale": [0x00, 0x3C, 0x00, 0x40],
         "value_zero": [0x00, 0xC8, 0x00, 0x00],
     }
@@ -595,6 +605,22 @@ def test_recent_keys_and_codes_before_a_step(
     assert_matches_naive(implementation, layout, pages, key, value, slots, **more)
 
 
+@pytest.mark.parametrize("name", ["tokens, 2 bits", "tokens, 3 bits", "tokens, 8 bits"])
+def test_a_program_codes_the_groups_of_a_window(
+    name: str, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Of no token, of one for each, of some that go on in the next window; all heads but one in
+    the first tile."""
+    monkeypatch.setattr("kvplug_kernels.quant_write.kernel.FEW_TOKENS", 0)
+    monkeypatch.setattr("kvplug_kernels.quant_write.kernel.TILE", 2 * 32 * 128)
+    layout, group = CODINGS[name], CODINGS[name].key.group
+    runs = [[-1] * group, range(64, 64 + group + 9), [5, 37, 192 + 3, -1, 192 + group + 1]]
+    slots = torch.tensor([s for run in runs for s in run], device=device)
+    key, value = vectors(layout, len(slots), device, heads=3)
+    pages = empty_pages(layout, device, blocks=8, heads=3)
+    assert_matches_naive(quant_write_triton, layout, pages, key, value, slots)
+
+
 @ALL
 def test_codes_of_an_open_group_drift_little_without_recent_keys(
     implementation: Implementation, device: torch.device
@@ -845,7 +871,9 @@ COMPILED = {
     "int3 in groups, outliers and sums": same(Coding(104, 3, group=32, outliers=8, sums=True)),
     "fp8 and plain": CodedPage(Coding(96, 8, "fp8"), Coding(96, 16, "plain")),
     "codebook": same(Coding(256, 4, "codebook")),
-    "tokens": CodedPage(Coding(128, 2, group=32, axis="tokens"), Coding(128, 2, group=32)),
+    "tokens": CodedPage(
+        Coding(128, 2, group=32, axis="tokens", anchored=True), Coding(128, 2, group=32)
+    ),
     "tokens, 3 bits": CodedPage(Coding(96, 3, group=32, axis="tokens"), Coding(96, 3)),
 }
 
@@ -859,6 +887,7 @@ COMPILED = {
 def test_compiles_for_cuda(compile_for_cuda: CompileForCuda, name: str) -> None:
     layout = COMPILED[name]
     constants: dict[str, Any] = {**kernel_constants(layout, 8, 32), "RING": 32}
+    constants |= group_constants(layout, 8, 4096)
     strides = ("kn", "kh", "vn", "vh", "pb", "ph", "rl", "rt", "rh")
     signature = {
         **dict.fromkeys(("key", "value"), "*bf16"),

@@ -12,10 +12,9 @@ from paged_cases import LAYOUTS, lay_out, to_device
 from torch import Tensor
 
 from kvplug_kernels.coding import CodedPage, Coding, decode_vectors, encode_vectors
-from kvplug_kernels.quant_write.kernel import kernel_constants
 from kvplug_kernels.quant_write.naive import quant_write_naive
 from kvplug_kernels.rerotate import rerotate, rerotate_coded
-from kvplug_kernels.rerotate.kernel import rerotate_coded_triton, rerotate_triton
+from kvplug_kernels.rerotate.kernel import key_constants, rerotate_coded_triton, rerotate_triton
 from kvplug_kernels.rerotate.naive import rerotate_coded_naive, rerotate_naive
 from kvplug_kernels.rerotate.vectorized import rerotate_coded_vectorized, rerotate_vectorized
 
@@ -343,6 +342,20 @@ def test_triton_is_one_launch(launches: Launches, device: torch.device) -> None:
     assert [name for name, _ in launches] == ["rerotate_kernel"]
 
 
+@pytest.mark.parametrize("programs", [1, 2, 1 << 20])
+def test_a_program_takes_several_heads(
+    programs: int, launches: Launches, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as leave enough programs, and each head once."""
+    monkeypatch.setattr("kvplug_kernels.rerotate.kernel.PROGRAMS", programs)
+    keys, slots, shift = make(8, 16, device=device)
+    heads = keys.shape[1]
+    assert_rotates(rerotate_triton, keys, slots, shift, table(8, device), False)
+    (_, grid), *_ = launches
+    assert grid[1] == min(programs, heads)
+    rerotate_triton(keys, slots, 3, table(8, device))
+
+
 def test_dispatch(launches: Launches, device: torch.device) -> None:
     keys, slots, shift = make(8, 16, device=device)
     assert_rotates(rerotate, keys, slots, shift, table(8, device), False)
@@ -637,13 +650,15 @@ def test_compiles_for_cuda(compile_for_cuda: CompileForCuda, dtype: str, interle
             "keys": f"*{dtype}",
             "slots": "*i64",
             **dict.fromkeys(("cosine", "sine"), "*fp32"),
-            **dict.fromkeys(("n_rows", *strides), "i32"),
+            **dict.fromkeys(("n_slots", *strides), "i32"),
         },
         {
             "HEADS": 8,
+            "HEADS_AT_ONCE": 3,
             "BLOCK_SIZE": 16,
             "PAIRS": 48,
             "INTERLEAVED": interleaved,
+            "ONE_SHIFT": interleaved,
             "BLOCK_R": 32,
             "BLOCK_P": 64,
         },
@@ -659,8 +674,7 @@ def test_compiles_for_cuda(compile_for_cuda: CompileForCuda, dtype: str, interle
 )
 def test_coded_compiles_for_cuda(compile_for_cuda: CompileForCuda, name: str) -> None:
     coding = CODINGS[name]
-    constants = kernel_constants(CodedPage(coding, VALUE), 8, 16)
-    known = {k: v for k, v in constants.items() if not k.startswith("V_") and k != "K_AXIS"}
+    known = key_constants(CodedPage(coding, VALUE), 8, 16)
     codebook = coding.kind == "codebook"
     compile_for_cuda(
         "kvplug_kernels.rerotate.kernel",

@@ -247,3 +247,13 @@ def test_compiles_for_cuda(compile_for_cuda: CompileForCuda, with_lens: bool) ->
         },
         constants if with_lens else {**constants, "lens": None},
     )
+
+
+@FAST
+def test_one_long_row(implementation: Implementation, device: torch.device) -> None:
+    assert_matches_naive(implementation, make_scores(1, 1, 16390, device=device), 8193)
+
+
+@FAST
+def test_many_short_rows(implementation: Implementation, device: torch.device) -> None:
+    assert_matches_naive(implementation, make_scores(64, 1, 5, levels=3, device=device), 3)

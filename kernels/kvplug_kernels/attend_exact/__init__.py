@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .vectorized import attend_exact_vectorized, merge_attention_vectorized
+from .cpu import attend_exact_cpu, merge_attention_cpu
 
 __all__ = ["attend_exact", "merge_attention"]
 
@@ -65,7 +65,7 @@ def attend_exact(
 
         implementation = attend_exact_triton
     else:
-        implementation = attend_exact_vectorized
+        implementation = attend_exact_cpu
     return implementation(
         query,
         key,
@@ -107,4 +107,4 @@ def merge_attention(
         from .kernel import merge_attention_triton
 
         return merge_attention_triton(out_a, lse_a, out_b, lse_b, out)
-    return merge_attention_vectorized(out_a, lse_a, out_b, lse_b, out)
+    return merge_attention_cpu(out_a, lse_a, out_b, lse_b, out)

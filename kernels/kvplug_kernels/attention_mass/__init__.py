@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from .vectorized import attention_mass_vectorized
@@ -19,6 +21,7 @@ def attention_mass(
     key_positions: Tensor | None = None,
     query_positions: Tensor | None = None,
     softcap: float = 0.0,
+    how: Literal["sum", "max"] = "sum",
     out: Tensor | None = None,
 ) -> Tensor:
     """Sum the attention weights of an observation window over the keys of a paged cache.
@@ -33,7 +36,8 @@ def attention_mass(
     A key is visible to a query when its position is at most the query's. Without positions the
     stored order is the text order and the queries are the last ``w`` resident tokens. A query of
     negative position is padding; it contributes nothing, and neither does a query that sees no
-    key. The mass beyond the resident tokens is 0.
+    key. The mass beyond the resident tokens is 0. With ``how`` "max" it is the largest weight that
+    a token receives from one of the queries, instead of the sum.
 
     The softmax is exact: the log-sum-exp of each query comes first, then the weights. Logits and
     sums are float32, whatever the cache stores; the CPU path holds at most 64 MB of logits at a
@@ -58,6 +62,7 @@ def attention_mass(
             each head. Given with ``query_positions``.
         query_positions: int32 ``[rows, w]``, text position of each query.
         softcap: bound of the logits, 0 for none.
+        how: "sum" or "max" over the queries.
         out: float32 ``[rows, num_heads, max_len]``, last dimension contiguous. ``max_len`` is
             ``width * block_size`` without it.
 
@@ -66,8 +71,9 @@ def attention_mass(
 
     Raises:
         ValueError: an argument has the wrong dtype, shape, stride or device, ``num_heads`` is no
-            multiple of ``kv_heads``, ``scale`` is not finite, ``softcap`` is negative, positions
-            are given for one side only, or ``out`` starts at the address of an input.
+            multiple of ``kv_heads``, ``scale`` is not finite, ``softcap`` is negative,
+            ``how`` is neither, positions are given for one side only, or ``out`` starts at the
+            address of an input.
     """
     if key_cache.is_cuda:
         from .kernel import attention_mass_triton
@@ -84,5 +90,6 @@ def attention_mass(
         key_positions=key_positions,
         query_positions=query_positions,
         softcap=softcap,
+        how=how,
         out=out,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ def check_arguments(
     key_positions: Tensor | None = None,
     query_positions: Tensor | None = None,
     softcap: float = 0.0,
+    how: Literal["sum", "max"] = "sum",
     out: Tensor | None = None,
 ) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
@@ -40,6 +42,8 @@ def check_arguments(
         raise ValueError(f"scale must be finite, got {scale}.")
     if not (math.isfinite(softcap) and softcap >= 0):
         raise ValueError(f"softcap must be finite and at least 0, got {softcap}.")
+    if how not in ("sum", "max"):
+        raise ValueError(f"how must be 'sum' or 'max', got {how!r}.")
     if out is not None:
         check_tensor("out", out, FLOAT32, (rows, num_heads, "max_len"), device)
     max_len = block_table.shape[1] * block_size if out is None else out.shape[2]
@@ -74,6 +78,7 @@ def attention_mass_naive(
     key_positions: Tensor | None = None,
     query_positions: Tensor | None = None,
     softcap: float = 0.0,
+    how: Literal["sum", "max"] = "sum",
     out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.attention_mass.attention_mass`, in float64."""
@@ -102,5 +107,6 @@ def attention_mass_naive(
                 if softcap > 0:
                     logits = softcap * torch.tanh(logits / softcap)
                 for t, weight in zip(visible, torch.softmax(logits, 0).tolist(), strict=True):
-                    out[r, h, t] += weight
+                    before = float(out[r, h, t])
+                    out[r, h, t] = before + weight if how == "sum" else max(before, weight)
     return out

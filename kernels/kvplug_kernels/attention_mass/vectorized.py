@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ def attention_mass_vectorized(
     key_positions: Tensor | None = None,
     query_positions: Tensor | None = None,
     softcap: float = 0.0,
+    how: Literal["sum", "max"] = "sum",
     out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.attention_mass.attention_mass`."""
@@ -88,5 +91,9 @@ def attention_mass_vectorized(
                 weights = torch.softmax(logits, -1, out=logits)
                 if not all_active:
                     weights.masked_fill_(~active[:, :, None, in_w, None], 0)
-                grouped_out[in_rows, in_heads, in_group, :n] += weights.sum(3)
+                so_far = grouped_out[in_rows, in_heads, in_group, :n]
+                if how == "sum":
+                    so_far += weights.sum(3)
+                else:
+                    torch.maximum(so_far, weights.amax(3), out=so_far)
     return out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from .naive import KEY_NORM, KEY_TO_MEAN, KEY_TO_PREVIOUS, VALUE_NORM
+from .naive import ALL, KEY_NORM, KEY_TO_MEAN, KEY_TO_PREVIOUS, VALUE_NORM
 from .vectorized import key_scores_vectorized
 
 __all__ = ["KEY_NORM", "KEY_TO_MEAN", "KEY_TO_PREVIOUS", "VALUE_NORM", "key_scores"]
@@ -16,11 +18,12 @@ def key_scores(
     block_table: Tensor,
     lens: Tensor,
     *,
+    which: Sequence[int] = ALL,
     out: Tensor | None = None,
 ) -> Tensor:
     """Score every resident token of a paged cache by norm and by cosine similarity, per head.
 
-    ``out[score, r, h, t]`` is, for resident token ``t`` of row ``r`` in the slot
+    ``out[i, r, h, t]`` is the score ``which[i]``, for resident token ``t`` of row ``r`` in the slot
     ``(block_table[r, t // block_size], t % block_size)``:
 
     - ``KEY_NORM`` and ``VALUE_NORM``: the L2 norm of its key and of its value (arXiv 2406.11430);
@@ -47,8 +50,10 @@ def key_scores(
             may differ.
         block_table: int32 ``[rows, width]``.
         lens: int32 ``[rows]``, resident tokens of each row.
-        out: float32 ``[4, rows, kv_heads, max_len]``, last dimension contiguous. ``max_len`` is
-            ``width * block_size`` without it.
+        which: the scores, distinct. Only what they need is read: keys once, once more for
+            ``KEY_TO_MEAN``, and values for ``VALUE_NORM``.
+        out: float32 ``[len(which), rows, kv_heads, max_len]``, last dimension contiguous.
+            ``max_len`` is ``width * block_size`` without it.
 
     Returns:
         ``out``, or a new contiguous tensor of that shape.
@@ -60,5 +65,5 @@ def key_scores(
     if key_cache.is_cuda:
         from .kernel import key_scores_triton
 
-        return key_scores_triton(key_cache, value_cache, block_table, lens, out=out)
-    return key_scores_vectorized(key_cache, value_cache, block_table, lens, out=out)
+        return key_scores_triton(key_cache, value_cache, block_table, lens, which=which, out=out)
+    return key_scores_vectorized(key_cache, value_cache, block_table, lens, which=which, out=out)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ KEY_NORM = 0
 VALUE_NORM = 1
 KEY_TO_MEAN = 2
 KEY_TO_PREVIOUS = 3
+ALL = (KEY_NORM, VALUE_NORM, KEY_TO_MEAN, KEY_TO_PREVIOUS)
 
 
 def check_arguments(
@@ -20,6 +23,7 @@ def check_arguments(
     block_table: Tensor,
     lens: Tensor,
     *,
+    which: Sequence[int] = ALL,
     out: Tensor | None = None,
 ) -> None:
     """Raise ValueError naming the first argument that breaks the contract. Host-only."""
@@ -32,8 +36,10 @@ def check_arguments(
     check_tensor("block_table", block_table, INT32, ("rows", "width"), device)
     rows = block_table.shape[0]
     check_tensor("lens", lens, INT32, (rows,), device)
+    if not which or len(set(which)) < len(which) or not set(which) <= set(ALL):
+        raise ValueError(f"which must name distinct scores of {ALL}, got {tuple(which)}.")
     if out is not None:
-        check_tensor("out", out, FLOAT32, (4, rows, kv_heads, "max_len"), device)
+        check_tensor("out", out, FLOAT32, (len(which), rows, kv_heads, "max_len"), device)
     inputs = {
         "key_cache": key_cache,
         "value_cache": value_cache,
@@ -50,13 +56,14 @@ def key_scores_naive(
     block_table: Tensor,
     lens: Tensor,
     *,
+    which: Sequence[int] = ALL,
     out: Tensor | None = None,
 ) -> Tensor:
     """Same contract as :func:`kvplug_kernels.key_scores.key_scores`, in float64."""
     _, kv_heads, block_size, _ = key_cache.shape
     rows, width = block_table.shape
     if out is None:
-        shape = (4, rows, kv_heads, width * block_size)
+        shape = (len(which), rows, kv_heads, width * block_size)
         out = key_cache.new_empty(shape, dtype=torch.float32)
     out.zero_()
 
@@ -74,9 +81,12 @@ def key_scores_naive(
                 if key.norm() > 0:
                     anchor += key / key.norm() / n
             for t in range(n):
-                out[KEY_NORM, r, h, t] = keys[t].norm()
-                out[VALUE_NORM, r, h, t] = values[t].norm()
-                out[KEY_TO_MEAN, r, h, t] = cosine(keys[t], anchor)
-                if t > 0:
-                    out[KEY_TO_PREVIOUS, r, h, t] = cosine(keys[t], keys[t - 1])
+                found = {
+                    KEY_NORM: float(keys[t].norm()),
+                    VALUE_NORM: float(values[t].norm()),
+                    KEY_TO_MEAN: cosine(keys[t], anchor),
+                    KEY_TO_PREVIOUS: cosine(keys[t], keys[t - 1]) if t > 0 else 0.0,
+                }
+                for place, score in enumerate(which):
+                    out[place, r, h, t] = found[score]
     return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .layers import LayerCaches
@@ -10,7 +12,12 @@ from .vectorized import move_tokens_vectorized
 __all__ = ["LayerCaches", "move_tokens"]
 
 
-def move_tokens(caches: LayerCaches, block_table: Tensor, source: Tensor) -> None:
+def move_tokens(
+    caches: LayerCaches,
+    block_table: Tensor,
+    source: Tensor,
+    beside: Sequence[tuple[Tensor, Tensor]] = (),
+) -> None:
     """Move tokens of every layer, row and head into its first slots in place, bit exact.
 
     Slot ``j`` of row ``r`` is ``(block_table[r, j // block_size], j % block_size)``. After the
@@ -21,6 +28,10 @@ def move_tokens(caches: LayerCaches, block_table: Tensor, source: Tensor) -> Non
     Caches of one layer may lie in several `LayerCaches` (keys and values, the planes of a
     format's page), or one after another in one: cache ``i`` follows ``source[i % num_layers]``, so
     the keys of all layers followed by the values of all layers take a ``source`` of ``num_layers``.
+
+    What is kept for each slot beside the caches follows its token in the same launch: of each pair
+    ``(pages, values)`` of ``beside``, ``pages`` holds in slot ``j`` of a row and head afterwards
+    ``values[r, h, source[0, r, h, j]]``, whether the token moved or not.
 
     The caller guarantees that no slot is both read and written for one layer, row and head, as
     :func:`kvplug_kernels.compact_kv.plan_moves` does, that a block which receives tokens belongs
@@ -33,6 +44,10 @@ def move_tokens(caches: LayerCaches, block_table: Tensor, source: Tensor) -> Non
         block_table: int32 or int64 ``[rows, width]``, any row stride, columns contiguous.
         source: int32 ``[num_layers, rows, kv_heads, count]``, last dimension contiguous. The number
             of caches is a multiple of ``num_layers``.
+        beside: at most two pairs, with a ``source`` of one layer: int32 or float32 ``[num_blocks,
+            kv_heads, block_size]``, any strides with the last dimension contiguous, and values of
+            the same dtype ``[rows, kv_heads, n]``, the last dimension contiguous, in resident
+            order.
 
     Raises:
         ValueError: an argument has the wrong dtype, shape, stride or device, or ``count`` exceeds
@@ -41,6 +56,6 @@ def move_tokens(caches: LayerCaches, block_table: Tensor, source: Tensor) -> Non
     if source.is_cuda:
         from .kernel import move_tokens_triton
 
-        move_tokens_triton(caches, block_table, source)
+        move_tokens_triton(caches, block_table, source, beside)
     else:
-        move_tokens_vectorized(caches, block_table, source)
+        move_tokens_vectorized(caches, block_table, source, beside)

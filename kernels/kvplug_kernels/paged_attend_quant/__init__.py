@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..coding import CodedPage
-from .vectorized import paged_attend_quant_vectorized
+from .cpu import paged_attend_quant_cpu
 
 __all__ = ["paged_attend_quant"]
 
@@ -42,7 +42,7 @@ def paged_attend_quant(
     is quantized asymmetrically to 8 bits for each token, head and group of channels;
     ``q . k = sq sk (cq . ck) + sq zk sum(cq) + zq sk sum(ck) + n zq zk`` of each group of ``n``
     channels, where ``sum(ck)`` is read from the page if it is stored. The softmax weights, times
-    the value scales, are quantized to 8 bits for each row and tile of 128 tokens; what remains is
+    the value scales, are quantized to 8 bits for each row and tile of 32 tokens; what remains is
     an integer product with the value codes less the middle one, and the weighted sum of what that
     and the zeros stand for. The integer products are exact.
 
@@ -87,7 +87,7 @@ def paged_attend_quant(
 
         implementation = paged_attend_quant_triton
     else:
-        implementation = paged_attend_quant_vectorized
+        implementation = paged_attend_quant_cpu
     return implementation(
         query,
         pages,

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..arguments import attention_outputs, checked
-from ..coding import CodedPage, Coding
+from ..coding import KINDS, CodedPage, Coding
+from ..splits import multiprocessors
 from ..tiles import cap_logits, e4m3_over_256, element_codes
 from .naive import WEIGHT_TILE, check_arguments
+from .planes import attend_planes, planes_fit
 
 MAX_SPLITS = 64
 WAVES = 4
 """Programs wanted for each multiprocessor: as many as hide each other's waits for memory."""
-KINDS = {"int": 0, "fp8": 1, "codebook": 2, "plain": 3}
 INT = tl.constexpr(0)
 FP8 = tl.constexpr(1)
 CODEBOOK = tl.constexpr(2)
@@ -204,8 +203,8 @@ def attend_kernel(
     one split of the row's tokens, and writes its normalized sum and log-sum-exp.
 
     ``K_CODES`` and the like are offsets of fields. ``BLOCK_K`` and ``BLOCK_V`` are what channels
-    are padded to: those of a vector, of a half where 4-bit codes are multiplied by halves, of a
-    group where products are integer; ``GROUPS_K`` and ``GROUPS_V`` are the groups, padded.
+    are padded to: those of a vector, or of a group where products are integer; ``GROUPS_K`` and
+    ``GROUPS_V`` are the groups, padded.
     """
     i_p = tl.program_id(0).to(tl.int64)
     i_r, i_h = i_p // HEADS, i_p % HEADS
@@ -213,8 +212,6 @@ def attend_kernel(
     DTYPE: tl.constexpr = tl.float32 if WIDEN else query.dtype.element_ty
     K_FOLD: tl.constexpr = not K_TOKENS and K_KIND != PLAIN and K_GROUP == K_WIDTH
     V_FOLD: tl.constexpr = V_KIND != PLAIN and V_GROUP == V_WIDTH
-    K_HALVES: tl.constexpr = K_FOLD and K_BITS == 4 and K_KIND == INT and not INTEGER
-    V_HALVES: tl.constexpr = V_FOLD and V_BITS == 4 and V_KIND == INT and not INTEGER
 
     n_resident = tl.maximum(tl.minimum(tl.load(lens + i_r), limit), 0)
     i_first = tl.load(query_start + i_r)
@@ -253,13 +250,6 @@ def attend_kernel(
         # What meets the keys' zeros: sq sum(cq) + n zq.
         b_q_offset = b_q_scale * b_q_sum + K_GROUP * b_q_zero
         b_query = b_q_code.to(tl.int8)
-    elif K_HALVES:
-        o_k = tl.arange(0, BLOCK_K)
-        m_q = m_m[:, None] & (o_k < K_WIDTH // 2)[None, :]
-        p_low = p_query[:, None] + o_k[None, :]
-        b_low = tl.load(p_low, mask=m_q, other=0).to(DTYPE)
-        b_high = tl.load(p_low + K_WIDTH // 2, mask=m_q, other=0).to(DTYPE)
-        b_q_sum = tl.sum(b_low.to(tl.float32), 1) + tl.sum(b_high.to(tl.float32), 1)
     else:
         o_k = tl.arange(0, BLOCK_K)
         m_q = m_m[:, None] & (o_k < K_WIDTH)[None, :]
@@ -274,8 +264,6 @@ def attend_kernel(
         b_sum = tl.zeros([GROUPS_V, BLOCK_M, BLOCK_V], tl.float32)
     else:
         b_sum = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-        if V_HALVES:
-            b_sum_high = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_norm = tl.zeros([BLOCK_M], tl.float32)
 
@@ -314,16 +302,6 @@ def attend_kernel(
             b_term += b_q_zero[:, :, None] * b_total.to(tl.float32)[:, None, :]
             b_term = b_term * b_scale[:, None, :] + b_q_offset[:, :, None] * b_zero[:, None, :]
             b_logit = tl.sum(b_term, 0)
-        elif K_HALVES:
-            p_codes = p_page + BLOCK_SIZE * K_CODES + o_in * (K_WIDTH // 2)
-            m_k = m_t[:, None] & (o_k < K_WIDTH // 2)[None, :]
-            b_byte = tl.load(p_codes[:, None] + o_k[None, :], mask=m_k, other=0)
-            b_k_low = (b_byte & 15).to(tl.int8, bitcast=True).to(DTYPE)
-            b_k_high = (b_byte >> 4).to(tl.int8, bitcast=True).to(DTYPE)
-            b_logit = tl.dot(b_low, tl.trans(b_k_low), input_precision="ieee")
-            b_logit = tl.dot(b_high, tl.trans(b_k_high), b_logit, input_precision="ieee")
-            b_scale, b_zero = _affine(p_halves + o_in, m_t, K_SCALE, K_ZERO, INT, 4, BLOCK_SIZE)
-            b_logit = b_logit * b_scale[None, :] + b_q_sum[:, None] * b_zero[None, :]
         elif K_FOLD:
             m_k = m_t[:, None] & (o_k < K_WIDTH)[None, :]
             p_codes = p_page + BLOCK_SIZE * K_CODES + o_in * (K_WIDTH * K_BITS // 8)
@@ -403,21 +381,11 @@ def attend_kernel(
             b_low_sum = tl.sum(b_weight * b_zero[None, :], 1)[:, None]
             b_scaled = (b_weight * b_scale[None, :]).to(DTYPE)
             b_sum = b_sum * b_shrink[:, None] + b_low_sum
-            if V_HALVES:
-                p_codes = p_page + BLOCK_SIZE * V_CODES + o_in * (V_WIDTH // 2)
-                m_v = m_t[:, None] & (o_v < V_WIDTH // 2)[None, :]
-                b_byte = tl.load(p_codes[:, None] + o_v[None, :], mask=m_v, other=0)
-                b_v_low = (b_byte & 15).to(tl.int8, bitcast=True).to(DTYPE)
-                b_v_high = (b_byte >> 4).to(tl.int8, bitcast=True).to(DTYPE)
-                b_sum_high = b_sum_high * b_shrink[:, None] + b_low_sum
-                b_sum = tl.dot(b_scaled, b_v_low, b_sum, input_precision="ieee")
-                b_sum_high = tl.dot(b_scaled, b_v_high, b_sum_high, input_precision="ieee")
-            else:
-                m_v = m_t[:, None] & (o_v < V_WIDTH)[None, :]
-                p_codes = p_page + BLOCK_SIZE * V_CODES + o_in * (V_WIDTH * V_BITS // 8)
-                b_code = element_codes(p_codes[:, None], o_v[None, :], m_v, V_WIDTH, V_BITS)
-                b_value = _numbers(b_code, value_levels, V_KIND, V_BITS, DTYPE)
-                b_sum = tl.dot(b_scaled, b_value, b_sum, input_precision="ieee")
+            m_v = m_t[:, None] & (o_v < V_WIDTH)[None, :]
+            p_codes = p_page + BLOCK_SIZE * V_CODES + o_in * (V_WIDTH * V_BITS // 8)
+            b_code = element_codes(p_codes[:, None], o_v[None, :], m_v, V_WIDTH, V_BITS)
+            b_value = _numbers(b_code, value_levels, V_KIND, V_BITS, DTYPE)
+            b_sum = tl.dot(b_scaled, b_value, b_sum, input_precision="ieee")
         else:
             b_value = _vectors(
                 p_page,
@@ -455,17 +423,12 @@ def attend_kernel(
         m_out = m_m[None, :, None] & m_vc[:, None, :]
         p_out = p_out[None, :, None] + o_vc[:, None, :]
         tl.store(p_out, b_sum / b_norm[None, :, None], mask=m_out)
-    elif V_HALVES:
-        m_out = m_m[:, None] & (o_v < V_WIDTH // 2)[None, :]
-        p_out = p_out[:, None] + o_v[None, :]
-        tl.store(p_out, b_sum / b_norm[:, None], mask=m_out)
-        tl.store(p_out + V_WIDTH // 2, b_sum_high / b_norm[:, None], mask=m_out)
     else:
         m_out = m_m[:, None] & (o_v < V_WIDTH)[None, :]
         tl.store(p_out[:, None] + o_v[None, :], b_sum / b_norm[:, None], mask=m_out)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_splits"])
 def merge_splits_kernel(
     partial,
     partial_lse,
@@ -473,39 +436,74 @@ def merge_splits_kernel(
     out,
     lse,
     n_rows,
+    n_splits,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Each program merges the splits of one token and head; tokens behind the last row's, which
-    no split has written, get 0 and -inf."""
+    """Each program merges some channels of the splits of one token and head, ``BLOCK_S`` at a time;
+    tokens behind the last row's, which no split has written, get 0 and -inf."""
     i_p = tl.program_id(0).to(tl.int64)
     o_s = tl.arange(0, BLOCK_S)
-    o_d = tl.arange(0, BLOCK_D)
-    n_splits = tl.where(i_p // HEADS < tl.load(query_start + n_rows), SPLITS, 0)
-    m_s = o_s < n_splits
-    b_lse = tl.load(partial_lse + i_p * SPLITS + o_s, mask=m_s, other=float("-inf"))
-    b_top = tl.max(b_lse, 0)
-    b_base = tl.where(b_top == float("-inf"), 0.0, b_top)
-    b_weight = tl.exp(b_lse - b_base)
-    b_norm = tl.sum(b_weight, 0)
-    m_any = b_norm > 0
-    b_norm = tl.where(m_any, b_norm, 1.0)
-    p_part = partial + (i_p * SPLITS + o_s)[:, None] * WIDTH + o_d[None, :]
-    m_part = (b_lse > float("-inf"))[:, None] & (o_d < WIDTH)[None, :]
-    b_part = tl.load(p_part, mask=m_part, other=0)
-    b_out = tl.sum(b_part * b_weight[:, None], 0) / b_norm
-    tl.store(out + i_p * WIDTH + o_d, b_out, mask=o_d < WIDTH)
-    tl.store(lse + i_p, tl.where(m_any, b_top + tl.log(b_norm), float("-inf")))
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < WIDTH
+    n_written = tl.where(i_p // HEADS < tl.load(query_start + n_rows), n_splits, 0)
+    top = tl.full([], float("-inf"), tl.float32)
+    norm = tl.zeros([], tl.float32)
+    b_out = tl.zeros([BLOCK_D], tl.float32)
+    for i_s in range(0, n_written, BLOCK_S):
+        m_s = i_s + o_s < n_written
+        o_part = i_p * n_splits + i_s + o_s
+        b_lse = tl.load(partial_lse + o_part, mask=m_s, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(b_lse, 0))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        b_weight = tl.exp(b_lse - base)
+        shrink = tl.exp(top - base)
+        m_part = (b_lse > float("-inf"))[:, None] & m_d[None, :]
+        b_part = tl.load(partial + o_part[:, None] * WIDTH + o_d[None, :], mask=m_part, other=0)
+        b_out = b_out * shrink + tl.sum(b_part * b_weight[:, None], 0)
+        norm = norm * shrink + tl.sum(b_weight, 0)
+        top = new_top
+    m_any = norm > 0
+    norm = tl.where(m_any, norm, 1.0)
+    tl.store(out + i_p * WIDTH + o_d, b_out / norm, mask=m_d)
+    if tl.program_id(1) == 0:
+        tl.store(lse + i_p, tl.where(m_any, top + tl.log(norm), float("-inf")))
 
 
-@functools.lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def merge_splits(
+    partial: Tensor,
+    partial_lse: Tensor,
+    query_start: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Merge the normalized sums of each token and head.
+
+    Args:
+        partial: float32 ``[num_tokens, num_heads, splits, width]``.
+        partial_lse: float32 ``[num_tokens, num_heads, splits]``.
+        query_start: int32 ``[rows + 1]``, of which the last is the number of tokens in rows.
+        out: float32 ``[num_tokens, num_heads, width]``, written.
+        lse: float32 ``[num_tokens, num_heads]``, written.
+    """
+    tokens, num_heads, splits, width = partial.shape
+    block_d = min(triton.next_power_of_2(width), 64)
+    with torch.cuda.device_of(partial):
+        merge_splits_kernel[(tokens * num_heads, triton.cdiv(width, block_d))](
+            partial,
+            partial_lse,
+            query_start,
+            out,
+            lse,
+            query_start.shape[0] - 1,
+            splits,
+            HEADS=num_heads,
+            WIDTH=width,
+            BLOCK_S=min(triton.next_power_of_2(splits), 32),
+            BLOCK_D=block_d,
+        )
 
 
 def field_offsets(layout: CodedPage, side: str, coding: Coding) -> dict[str, int | bool]:
@@ -535,10 +533,7 @@ def tiles(coding: Coding, integer: bool) -> tuple[int, int]:
     if integer:
         # A product of 8-bit integers takes 32 of them at least.
         return max(triton.next_power_of_2(coding.group), 32), triton.next_power_of_2(coding.groups)
-    folds = coding.axis == "channels" and coding.group == coding.width and coding.kind == "int"
-    halves = folds and coding.bits == 4
-    channels = coding.width // 2 if halves else coding.width
-    return max(triton.next_power_of_2(channels), 16), 1
+    return max(triton.next_power_of_2(coding.width), 16), 1
 
 
 def token_tile(block_k: int, block_v: int, integer: bool, wide: bool) -> int:
@@ -584,6 +579,23 @@ def paged_attend_quant_triton(
 
     wide = query.dtype == torch.float32
     group = num_heads // heads
+    if planes_fit(layout, query, block_size, integer):
+        partial, partial_lse = attend_planes(
+            query,
+            pages,
+            layout,
+            block_table,
+            lens,
+            query_start,
+            scale,
+            causal=causal,
+            softcap=softcap,
+            integer=integer,
+            max_query_len=max_query_len,
+            limit=limit,
+        )
+        merge_splits(partial, partial_lse, query_start, out, lse)
+        return out, lse
     n_queries = max_query_len * group
     block_m = min(max(triton.next_power_of_2(n_queries), 16), 16 if wide else 64)
     block_k, groups_k = tiles(key, integer)
@@ -591,7 +603,7 @@ def paged_attend_quant_triton(
     block_t = token_tile(block_k, block_v, integer, wide)
     q_tiles = triton.cdiv(n_queries, block_m)
     programs = rows * heads * q_tiles
-    wanted = triton.cdiv(WAVES * _multiprocessors(pages.device), programs)
+    wanted = triton.cdiv(WAVES * multiprocessors(pages.device), programs)
     most = max(1, min(wanted, triton.cdiv(limit, 4 * block_t), MAX_SPLITS))
     # Rows come and go: each number of splits would be compiled again, in the middle of serving.
     splits = 1 << (most.bit_length() - 1)
@@ -649,17 +661,5 @@ def paged_attend_quant_triton(
             WIDEN=triton.knobs.runtime.interpret and query.dtype == torch.bfloat16,
             num_warps=8 if integer or block_m > 16 else 4,
         )
-        merge_splits_kernel[(tokens * num_heads,)](
-            partial,
-            partial_lse,
-            query_start,
-            out,
-            lse,
-            rows,
-            HEADS=num_heads,
-            WIDTH=value.width,
-            SPLITS=splits,
-            BLOCK_S=triton.next_power_of_2(splits),
-            BLOCK_D=triton.next_power_of_2(value.width),
-        )
+    merge_splits(partial, partial_lse, query_start, out, lse)
     return out, lse

@@ -19,7 +19,7 @@ from ..arguments import (
 )
 from ..coding import CodedPage, Coding, check_coded_pages, decode_vectors, unpack
 
-WEIGHT_TILE = 128
+WEIGHT_TILE = 32
 """Tokens whose softmax weights share a scale where products are integer."""
 MAX_INTEGER_GROUP = 256
 """Most channels of a group in an integer product: 256 products of 8-bit codes stay below 2**24,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import attention_outputs, checked
-from ..coding import CodedPage, Coding
+from ..coding import CodedPage, Coding, unit_bits
 from ..paging import bucket_rows, live_table
 from .naive import WEIGHT_TILE, check_arguments, quantize_query, quantize_weights
 
@@ -453,31 +453,22 @@ def _unpack(codes: Tensor, coding: Coding, out: Tensor) -> None:
     if bits == 8:
         out.copy_(codes)
         return
+    unit = unit_bits(coding.inner, bits)
+    units = codes.contiguous().view(torch.int16 if unit == 16 else torch.uint8)
     if bits == 3:
-        # Eight codes at a time where they fill whole words: a byte shifted and masked within a
-        # word is the byte shifted and masked.
-        words = coding.inner % 64 == 0
-        unit, word = (8, torch.int64) if words else (1, torch.uint8)
-        ones = 0x0101010101010101 if words else 1
-        width = coding.inner // 4 // unit
-        half = width // 2
-        packed = codes.contiguous().view(word)
-        low, high = packed[..., :width], packed[..., width:]
-        found = torch.empty((*low.shape[:-1], 4 * width), dtype=word, device=codes.device)
-        for i in range(8):
-            at = slice(i % 2 * half, (i % 2 + 1) * half)
-            part = (low[..., at] >> (i // 2 * 2)).bitwise_and_(3 * ones)
-            top = (high >> i).bitwise_and_(ones).bitwise_left_shift_(2)
-            found[..., i * half : (i + 1) * half] = part.bitwise_or_(top)
-        out.copy_(found.view(torch.uint8))
+        part = coding.inner // unit
+        low, high = units[..., : 2 * part], units[..., 2 * part :]
+        for i in range(unit):
+            at = slice(i % 2 * part, (i % 2 + 1) * part)
+            found = (low[..., at] >> (i // 2 * 2)).bitwise_and_(3)
+            top = (high >> i).bitwise_and_(1).bitwise_left_shift_(2)
+            out[..., i * part : (i + 1) * part] = found.bitwise_or_(top)
         return
-    parts = 8 // bits
-    width = coding.inner // parts
+    parts = unit // bits
+    part = coding.inner // parts
     for i in range(parts):
-        part = codes & ((1 << bits) - 1) if i == 0 else codes >> (bits * i)
-        if 0 < i < parts - 1:
-            part.bitwise_and_((1 << bits) - 1)
-        out[..., i * width : (i + 1) * width] = part
+        found = (units >> (bits * i)).bitwise_and_((1 << bits) - 1)
+        out[..., i * part : (i + 1) * part] = found
 
 
 def _floats(codes: Tensor, out: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..coding import CodedPage
-from .vectorized import quant_write_vectorized
+from .cpu import quant_write_cpu
 
 __all__ = ["quant_write"]
 
@@ -68,7 +68,7 @@ def quant_write(
 
         implementation = quant_write_triton
     else:
-        implementation = quant_write_vectorized
+        implementation = quant_write_cpu
     implementation(
         key,
         value,

@@ -128,7 +128,12 @@ def _write_groups(
             for i in range(start, stop):
                 tokens[:, slots[i] % group] = key[i].float()
                 live[slots[i] % group] = True
-            found = encode_groups(tokens, layout.key, live.expand(tokens.shape[:2]))
+            found = encode_groups(
+                tokens,
+                layout.key,
+                live.expand(tokens.shape[:2]),
+                torch.full((len(tokens),), cells.start == 0, device=key.device),
+            )
             fields["codes"][:, live] = found["codes"][:, live]
             fields["scale"].copy_(found["scale"])
             fields["zero"].copy_(found["zero"])

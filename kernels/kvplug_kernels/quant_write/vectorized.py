@@ -161,7 +161,8 @@ def _write_groups(
         tokens = slice(first_token, stop_token)
         found[run[tokens] - low, :, offset[tokens]] = key[tokens].float()
         seen = live[mine][:, None].expand(found.shape[:3])
-        fields = encode_groups(found, coding, seen)
+        opens = (part[mine] == 0)[:, None].expand(found.shape[:2])
+        fields = encode_groups(found, coding, seen, opens)
         page, cut = block[mine], part[mine]
         codes = planes["codes"]
         codes[page, :, cut] = torch.where(seen[..., None], fields["codes"], codes[page, :, cut])

@@ -14,54 +14,64 @@ from ..tiles import e4m3_over_256, element_codes
 from .naive import check_arguments, check_coded_arguments, cos_sin, plain_keys
 
 TILE = 2048
-"""Pairs that a program cos_sin."""
+"""Pairs of a tile."""
+
+PROGRAMS = 1024
+"""Programs from which on more of them would hide no more waits: each then takes more heads."""
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_slots"])
 def rerotate_kernel(
     keys,
     slots,
     cosine,
     sine,
-    n_rows,
+    n_slots,
     stride_kb,
     stride_kh,
     stride_kt,
     stride_cn,
     HEADS: tl.constexpr,
+    HEADS_AT_ONCE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    ONE_SHIFT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Each program cos_sin the keys of BLOCK_R (slot, head) pairs."""
-    i_p = tl.program_id(0).to(tl.int64)
-    o_r = i_p * BLOCK_R + tl.arange(0, BLOCK_R)
-    m_r = o_r < n_rows
-    i_n, i_h = o_r // HEADS, o_r % HEADS
+    """Each program rotates the keys of BLOCK_R slots in HEADS_AT_ONCE heads by one set of
+    cosines."""
+    i_n = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    i_first = tl.program_id(1) * HEADS_AT_ONCE
+    m_r = i_n < n_slots
     b_slot = tl.load(slots + i_n, mask=m_r, other=-1).to(tl.int64)
     m_r = m_r & (b_slot >= 0)
     b_slot = tl.where(m_r, b_slot, 0)
     o_p = tl.arange(0, BLOCK_P)
     m = m_r[:, None] & (o_p < PAIRS)[None, :]
-    o_angle = i_n[:, None] * stride_cn + o_p[None, :]
-    b_cosine = tl.load(cosine + o_angle, mask=m, other=1.0)
-    b_sine = tl.load(sine + o_angle, mask=m, other=0.0)
-    p_key = keys + (b_slot // BLOCK_SIZE) * stride_kb + i_h * stride_kh
-    p_key = p_key + (b_slot % BLOCK_SIZE) * stride_kt
-    if INTERLEAVED:
-        p_a = p_key[:, None] + 2 * o_p[None, :]
-        p_b = p_a + 1
+    if ONE_SHIFT:
+        b_cosine = tl.load(cosine + o_p, mask=o_p < PAIRS, other=1.0)[None, :]
+        b_sine = tl.load(sine + o_p, mask=o_p < PAIRS, other=0.0)[None, :]
     else:
-        p_a = p_key[:, None] + o_p[None, :]
-        p_b = p_a + PAIRS
-    b_a = tl.load(p_a, mask=m, other=0.0).to(tl.float32)
-    b_b = tl.load(p_b, mask=m, other=0.0).to(tl.float32)
-    b_rotated = b_a * b_cosine - b_b * b_sine
-    tl.store(p_a, b_rotated.to(keys.dtype.element_ty), mask=m)
-    b_rotated = b_b * b_cosine + b_a * b_sine
-    tl.store(p_b, b_rotated.to(keys.dtype.element_ty), mask=m)
+        o_angle = i_n[:, None] * stride_cn + o_p[None, :]
+        b_cosine = tl.load(cosine + o_angle, mask=m, other=1.0)
+        b_sine = tl.load(sine + o_angle, mask=m, other=0.0)
+    p_slot = keys + (b_slot // BLOCK_SIZE) * stride_kb + (b_slot % BLOCK_SIZE) * stride_kt
+    for i_h in range(i_first, tl.minimum(i_first + HEADS_AT_ONCE, HEADS)):
+        p_key = p_slot + tl.cast(i_h, tl.int64) * stride_kh
+        if INTERLEAVED:
+            p_a = p_key[:, None] + 2 * o_p[None, :]
+            p_b = p_a + 1
+        else:
+            p_a = p_key[:, None] + o_p[None, :]
+            p_b = p_a + PAIRS
+        b_a = tl.load(p_a, mask=m, other=0.0).to(tl.float32)
+        b_b = tl.load(p_b, mask=m, other=0.0).to(tl.float32)
+        b_rotated = b_a * b_cosine - b_b * b_sine
+        tl.store(p_a, b_rotated.to(keys.dtype.element_ty), mask=m)
+        b_rotated = b_b * b_cosine + b_a * b_sine
+        tl.store(p_b, b_rotated.to(keys.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -154,7 +164,7 @@ def rerotate_coded_kernel(
     K_BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Each program decodes and cos_sin the keys of BLOCK_R (slot, head) pairs, lays them out in
+    """Each program decodes and rotates the keys of BLOCK_R (slot, head) pairs, lays them out in
     ``rotated [n, HEADS, width]``, which stays in its cache, and codes them from there."""
     WIDTH: tl.constexpr = K_INNER + K_OUTLIERS
     i_p = tl.program_id(0).to(tl.int64)
@@ -281,28 +291,43 @@ def rerotate_triton(
 ) -> None:
     """Same contract as :func:`kvplug_kernels.rerotate.rerotate`."""
     heads, pairs = keys.shape[1], frequencies.shape[0]
-    n_rows = slots.shape[0] * heads
-    if n_rows == 0 or pairs == 0 or (not isinstance(shift, Tensor) and shift == 0):
+    n_slots = slots.shape[0]
+    if n_slots * heads == 0 or pairs == 0 or (not isinstance(shift, Tensor) and shift == 0):
         return
     cosine, sine = cos_sin(shift, frequencies)
     block_p = triton.next_power_of_2(pairs)
-    block_r = min(max(TILE // block_p, 1), triton.next_power_of_2(n_rows))
+    block_r = min(max(TILE // block_p, 1), triton.next_power_of_2(n_slots))
+    blocks = triton.cdiv(n_slots, block_r)
+    at_once = triton.cdiv(heads, min(max(PROGRAMS // blocks, 1), heads))
     with torch.cuda.device_of(keys):
-        rerotate_kernel[(triton.cdiv(n_rows, block_r),)](
+        rerotate_kernel[(blocks, triton.cdiv(heads, at_once))](
             keys,
             _still(slots, shift),
             cosine,
             sine,
-            n_rows,
+            n_slots,
             *keys.stride()[:3],
             cosine.stride(0) if isinstance(shift, Tensor) else 0,
             HEADS=heads,
+            HEADS_AT_ONCE=at_once,
             BLOCK_SIZE=keys.shape[2],
             PAIRS=pairs,
             INTERLEAVED=interleaved,
+            ONE_SHIFT=not isinstance(shift, Tensor),
             BLOCK_R=block_r,
             BLOCK_P=block_p,
         )
+
+
+def key_constants(layout: CodedPage, heads: int, block_size: int) -> dict[str, int | str | bool]:
+    """The compile-time arguments of `rerotate_coded_kernel` that a layout decides: its keys are
+    grouped along channels."""
+    along_tokens = ("K_AXIS", "K_ANCHORED")
+    return {
+        name: value
+        for name, value in kernel_constants(layout, heads, block_size).items()
+        if not name.startswith("V_") and name not in along_tokens
+    }
 
 
 @checked(check_coded_arguments)
@@ -328,11 +353,7 @@ def rerotate_coded_triton(
     n_rows, pairs = slots.shape[0] * heads, frequencies.shape[0]
     if n_rows == 0 or pairs == 0 or (not isinstance(shift, Tensor) and shift == 0):
         return
-    constants = {
-        name: value
-        for name, value in kernel_constants(layout, heads, size).items()
-        if name in ("HEADS", "BLOCK_SIZE") or (name.startswith("K_") and name != "K_AXIS")
-    }
+    constants = key_constants(layout, heads, size)
     cosine, sine = cos_sin(shift, frequencies)
     rotated = pages.new_empty((slots.shape[0], heads, coding.width), dtype=torch.float32)
     with torch.cuda.device_of(pages):

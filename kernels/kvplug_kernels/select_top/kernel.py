@@ -12,6 +12,8 @@ from .naive import check_arguments
 
 # At least one score a thread: no thread then counts the score of another.
 MIN_CHUNK, MAX_CHUNK, NUM_WARPS = 256, 2048, 8
+# A long row has a multiprocessor to itself.
+LONG, LONG_CHUNK, LONG_WARPS = 16384, 4096, 32
 
 
 @triton.jit
@@ -97,6 +99,8 @@ def select_top_triton(
     if out is None:
         out = scores.new_empty((rows, heads, count), dtype=torch.int32)
     if out.numel() > 0:
+        long = n >= LONG
+        chunk, warps = (LONG_CHUNK, LONG_WARPS) if long else (MAX_CHUNK, NUM_WARPS)
         with torch.cuda.device_of(scores):
             select_top_kernel[(rows * heads,)](
                 scores,
@@ -109,7 +113,7 @@ def select_top_triton(
                 out.stride(0),
                 out.stride(1),
                 HEADS=heads,
-                BLOCK=min(max(triton.next_power_of_2(n), MIN_CHUNK), MAX_CHUNK),
-                num_warps=NUM_WARPS,
+                BLOCK=min(max(triton.next_power_of_2(n), MIN_CHUNK), chunk),
+                num_warps=warps,
             )
     return out
