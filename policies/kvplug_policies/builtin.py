@@ -16,6 +16,9 @@ from kvplug_policies.format.mixed import Mixed
 from kvplug_policies.format.plain import Plain
 from kvplug_policies.format.residual import Residual
 from kvplug_policies.format.rotated import Rotated
+from kvplug_policies.lifecycle.everything import Everything
+from kvplug_policies.lifecycle.ladder import Ladder
+from kvplug_policies.lifecycle.watermarks import Watermarks
 from kvplug_policies.prefix_cache.arc import Arc
 from kvplug_policies.prefix_cache.fifo import Fifo
 from kvplug_policies.prefix_cache.foresight import Foresight
@@ -45,6 +48,19 @@ from kvplug_policies.sequence.sink_window import SinkWindow
 from kvplug_policies.sequence.smart_window import SmartWindow
 from kvplug_policies.sequence.snapkv import SnapKV
 from kvplug_policies.sequence.tova import Tova
+from kvplug_policies.tiers.device import DeviceMemory
+from kvplug_policies.tiers.disk import Disk
+from kvplug_policies.tiers.host import HostMemory
+from kvplug_policies.tiers.mooncake import Mooncake
+from kvplug_policies.tiers.redis import Redis
+from kvplug_policies.tiers.s3 import S3
+from kvplug_policies.transfer.cachegen import CacheGen
+from kvplug_policies.transfer.fp8 import Fp8Codec
+from kvplug_policies.transfer.int4 import Int4Codec
+from kvplug_policies.transfer.int8 import Int8Codec
+from kvplug_policies.transfer.kvtc import Kvtc
+from kvplug_policies.transfer.lossless import Lossless
+from kvplug_policies.transfer.raw import Raw
 
 BUILTIN = (
     Arc,
@@ -88,6 +104,22 @@ BUILTIN = (
     Structure,
     Position,
     Mask,
+    DeviceMemory,
+    HostMemory,
+    Disk,
+    Redis,
+    S3,
+    Mooncake,
+    Raw,
+    Everything,
+    Ladder,
+    Watermarks,
+    Lossless,
+    Fp8Codec,
+    Int8Codec,
+    Int4Codec,
+    CacheGen,
+    Kvtc,
 )
 
 

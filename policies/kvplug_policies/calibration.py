@@ -28,9 +28,7 @@ decoded from the left. Steps whose error is above a half have no maps.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +39,18 @@ from pydantic import Field
 from torch import Tensor
 
 from kvplug.contract import EngineView, Feature, FormatOptions, FormatPolicy, LayerView
+from kvplug_policies.fitted_file import BadCalibration, FittedFile
 
-MAGIC = "kvplug-calibration"
-VERSION = 1
 SUFFIX = ".safetensors"
 
-_REQUIRED = ("format", "version", "fingerprint", "model", "text_sha256", "tokens", "geometry")
-_AGAIN = "run `kvplug calibrate` again"
+FILE = FittedFile(
+    "calibration",
+    "is not a calibration file: name one that `kvplug calibrate` wrote",
+    magic="kvplug-calibration",
+    version=2,
+    required=("format", "version", "fingerprint", "model", "text_sha256", "tokens", "geometry"),
+    command="kvplug calibrate",
+)
 
 SUPPORTS = FormatPolicy.supports - {Feature.TENSOR_PARALLEL}
 """Features that calibrated formats support: a rank does not know which heads are its own."""
@@ -103,31 +106,34 @@ class Calibration:
     checksum: str = ""
 
     def of(self, layer: LayerView | int, name: str) -> Tensor:
-        """Return a tensor of a layer. Raises ValueError if the file has none of that name."""
+        """Return a tensor of a layer. Raises BadCalibration if the file has none of that name."""
         index = layer if isinstance(layer, int) else layer.index
         found = self.tensors.get(f"layers.{index}.{name}")
         if found is None:
-            raise ValueError(f"calibration {self.path} has no {name} of layer {index}; {_AGAIN}")
+            raise BadCalibration(
+                f"calibration {self.path} has no {name} of layer {index}; {FILE.again}"
+            )
         return found
 
     def check(self, engine: EngineView) -> None:
-        """Raise ValueError unless this was calibrated on the engine's model."""
-        if engine.model and self.fingerprint and engine.model != self.fingerprint:
-            raise ValueError(
+        """Raise BadCalibration unless this was calibrated on the engine's model."""
+        if not engine.may_run(self.fingerprint):
+            raise BadCalibration(
                 f"calibration {self.path} was made for another model ({self.model}, "
-                f"fingerprint {self.fingerprint[:12]}; the engine runs {engine.model[:12]}); run "
+                f"fingerprint {self.fingerprint[:12] or 'unknown'}; the engine runs "
+                f"{engine.model[:12] or 'one whose weights cannot be read'}); run "
                 "`kvplug calibrate` on the model that is served"
             )
         for layer in engine.layers:
             found = self.geometry.get(layer.index)
             asked = Geometry(layer.num_kv_heads, layer.num_heads, layer.head_size)
             if found is None:
-                raise ValueError(
+                raise BadCalibration(
                     f"calibration {self.path} for {self.model} has no layer {layer.index}; "
                     "run `kvplug calibrate` on the model that is served"
                 )
             if found != asked:
-                raise ValueError(
+                raise BadCalibration(
                     f"calibration {self.path} is for {self.model}, whose layer {layer.index} has "
                     f"{_heads(found)}, and the engine's has {_heads(asked)}; run `kvplug "
                     "calibrate` on the model that is served, without tensor parallelism"
@@ -135,12 +141,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> str:
         """Write the file; returns its checksum."""
-        from safetensors.torch import save_file
-
-        tensors = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
         metadata = {
-            "format": MAGIC,
-            "version": str(VERSION),
             "fingerprint": self.fingerprint,
             "model": self.model,
             "text_sha256": self.text_sha256,
@@ -152,13 +153,7 @@ class Calibration:
                 }
             ),
         }
-        checksum = _checksum(metadata, tensors)
-        save_file(tensors, path, metadata={**metadata, "checksum": checksum})
-        # safetensors makes a file only its owner can read; a server may be somebody else.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(path).chmod(0o666 & ~mask)
-        return checksum
+        return FILE.write(path, metadata, self.tensors)
 
 
 def _heads(geometry: Geometry) -> str:
@@ -168,67 +163,25 @@ def _heads(geometry: Geometry) -> str:
     )
 
 
-def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        found.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
 def load(path: str | Path) -> Calibration:
     """Read a calibration file and verify its format, version and checksum.
 
     Raises:
-        ValueError: The file is missing, not a calibration, of another version, truncated or
+        BadCalibration: The file is missing, not a calibration, of another version, truncated or
             edited; the message names the file, the problem and the fix.
     """
-    file = Path(path)
-    try:
-        stat = file.stat()
-    except OSError as error:
-        raise ValueError(
-            f"calibration {path} cannot be read ({error.strerror or error}); create it with "
-            f"`kvplug calibrate --output {path}`"
-        ) from None
-    return _load(str(path), stat.st_size, stat.st_mtime_ns)
+    return _load(*FILE.state(path))
 
 
 @functools.lru_cache(maxsize=4)
 def _load(path: str, size: int, changed: int) -> Calibration:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"calibration {path} is truncated or not a safetensors file "
-            f"({' '.join(str(error).split())}); {_AGAIN}"
-        ) from None
-    if metadata.get("format") != MAGIC:
-        raise ValueError(
-            f"{path} is not a calibration file: name one that `kvplug calibrate` wrote"
-        )
-    if metadata.get("version") != str(VERSION):
-        raise ValueError(
-            f"calibration {path} has version {metadata.get('version')!r}, this release reads "
-            f"{VERSION}; {_AGAIN}"
-        )
-    checksum = metadata.pop("checksum", "")
-    absent = [name for name in _REQUIRED if name not in metadata]
-    if absent or checksum != _checksum(metadata, tensors):
-        raise ValueError(
-            f"calibration {path} was edited or damaged (its checksum does not match); {_AGAIN}"
-        )
+    metadata, tensors, checksum = FILE.read(path)
     try:
         read: dict[str, Any] = json.loads(metadata["geometry"])
         geometry = {int(i): Geometry(*map(int, sizes)) for i, sizes in read.items()}
         tokens = int(metadata["tokens"])
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"calibration {path} has unreadable metadata; {_AGAIN}") from None
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+        raise BadCalibration(f"calibration {path} has unreadable metadata; {FILE.again}") from None
     return Calibration(
         path,
         metadata["fingerprint"],

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from pydantic import ValidationError
-from scoring_laws import ENGINE, build, random_case, view
 from torch import Tensor
 
 from kvplug.contract import LayerView, ScoringOptions
+from kvplug.testing.sequence import ENGINE, build, random_residents, residents
 from kvplug_policies.scores import ALWAYS
 from kvplug_policies.sequence.ada_kv import AdaKV, head_budgets, pooled_counts
 from kvplug_policies.sequence.h2o import H2O
@@ -66,7 +66,7 @@ def test_it_scores_and_shares_as_its_scorer_with_its_own_common_options() -> Non
     made = build(AdaKV, of={"use": "pyramidkv", "window": 16, "groups": 2}, budget=300, sink=2)
     alone = build(PyramidKV, window=16, groups=2, budget=300, sink=2)
     assert made.observation == 16
-    held = random_case(made)
+    held = random_residents(made)
     assert torch.equal(made.score(held), alone.score(held))
     layers = [LayerView(i, 6) for i in range(6)]
     assert [made.share(v) for v in layers] == [alone.share(v) for v in layers]
@@ -74,7 +74,7 @@ def test_it_scores_and_shares_as_its_scorer_with_its_own_common_options() -> Non
     totals = build(AdaKV, of="h2o")
     assert totals.wants_cumulative_attention
     assert not made.wants_cumulative_attention
-    held = random_case(totals)
+    held = random_residents(totals)
     assert torch.equal(totals.score(held), build(H2O).score(held))
 
 
@@ -82,7 +82,7 @@ def made_view(scores: Tensor) -> tuple[AdaKV, Tensor]:
     """Ada-KV over one row of scores; sink 0, the last token recent."""
     policy = build(AdaKV, budget=8, sink=0, recent=1, mass=0.9, of="knorm")
     assert isinstance(policy, AdaKV)
-    held = view(torch.ones(1, scores.shape[0], scores.shape[1], 2))
+    held = residents(torch.ones(1, scores.shape[0], scores.shape[1], 2))
     return policy, policy.measure(held, scores[None])
 
 
@@ -113,7 +113,7 @@ def test_negative_scores_count_from_the_lowest() -> None:
 
 def test_a_part_of_the_prompt_is_the_base() -> None:
     policy = build(AdaKV, budget=0.5)
-    case = random_case(policy)
+    case = random_residents(policy)
     case = replace(case, num_prompt_tokens=torch.tensor([60, 80], dtype=torch.int32))
     assert policy.measure(case, policy.score(case))[:, 1].tolist() == [30.0, 40.0]
 
@@ -133,8 +133,8 @@ def test_budgets_move_within_the_safeguard(wished: float, given: int) -> None:
 
 def test_a_budget_is_set_once_on_the_whole_text() -> None:
     policy = build(AdaKV, sink=0, recent=1)
-    whole = random_case(policy, rows=1, held=60, text=60)
-    cut = random_case(policy, rows=1, held=60, text=90)
+    whole = random_residents(policy, rows=1, held=60, text=60)
+    cut = random_residents(policy, rows=1, held=60, text=90)
     assert [policy.measure(c, policy.score(c))[0, 3].item() for c in (whole, cut)] == [1.0, 0.0]
     assert policy.resize([100.0, 1000.0, 1.5, 0.0], 640, 5000) == 640
     assert policy.counters() == {}

@@ -179,7 +179,8 @@ def test_a_page_written_anew_is_another_page() -> None:
 def test_outliers_make_new_requests_safer_and_their_end_cheaper(tmp_path: Path) -> None:
     """Both halves together, on keys with an outlier channel and then without."""
     log = tmp_path / "decisions.jsonl"
-    options = {"low": 0.06, "high": 0.2, "retry": 3, "log": str(log), "start": 0}
+    levels = [{"use": "int4", "rotate": False}, "int8"]
+    options = {"low": 0.06, "high": 0.2, "retry": 3, "log": str(log), "start": 0, "levels": levels}
     scheduler, worker = adaptive(**options), adaptive(**options)
     decisions = []
     for round_, outlier in enumerate([60.0] * 4 + [0.0] * 12):

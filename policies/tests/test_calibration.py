@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 from collections.abc import Callable
@@ -13,8 +14,9 @@ import pytest
 import torch
 from calibrated import activations, build, view, write_calibration
 
+from kvplug import KVPlugError
 from kvplug_policies import calibration
-from kvplug_policies.calibration import Calibration, load, projection
+from kvplug_policies.calibration import BadCalibration, Calibration, load, projection
 from kvplug_policies.format.lowrank import LowRank
 
 ENGINE = view(layers=2, width=16)
@@ -94,7 +96,7 @@ def renamed(data: bytes) -> bytes:
         (edited("model", None), "edited or damaged"),
         (edited("format", "other"), "is not a calibration file"),
         (edited("format", None), "is not a calibration file"),
-        (edited("version", "2"), "has version '2', this release reads 1"),
+        (edited("version", "1"), "has version '1', this release reads 2"),
     ],
 )
 def test_a_damaged_file_is_refused_by_name(
@@ -122,8 +124,21 @@ def test_every_byte_counts(file: Path) -> None:
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.safetensors cannot be read \(No such file"):
         load(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match="not a safetensors file"):
-        load(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "short").write_bytes(b"1234567")
+    (tmp_path / "long").write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
+    for name, told in {
+        ".": "is a folder, not a regular file",
+        "pipe": "is a named pipe, not a regular file",
+        "zero": "is a device, not a regular file",
+        "short": "is truncated or not a safetensors file",
+        "long": "is truncated or not a safetensors file",
+        "a\0b": "cannot be read",
+    }.items():
+        with pytest.raises(BadCalibration, match=told) as caught:
+            load(f"{tmp_path}/{name}")
+        assert isinstance(caught.value, KVPlugError)
 
 
 def test_a_deployment_can_be_checked_before_its_calibration_is_made(tmp_path: Path) -> None:

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scoring_laws import build, view
 from torch import Tensor
 
 from kvplug.contract import LayerView, Rope
+from kvplug.testing.sequence import build, residents
 from kvplug_policies import scores as shared
 from kvplug_policies.scores import ALWAYS
 from kvplug_policies.sequence.expected_attention import ExpectedAttention, rotated
@@ -65,7 +65,7 @@ def test_scores_are_the_papers(
     keys, values = (torch.randn(1, 2, length, HEAD, generator=random) for _ in range(2))
     unrotated = torch.randn(length, 4, HEAD, generator=random) + 0.5
     turns = torch.stack([rotation(rope, p) for p in range(length)])
-    held = view(
+    held = residents(
         keys,
         values,
         queries=torch.einsum("tij,thj->thi", turns, unrotated)[None],
@@ -95,7 +95,7 @@ def test_queries_that_were_not_observed_do_not_count() -> None:
     queries = torch.randn(1, 8, 1, HEAD, generator=random)
     policy = build(ExpectedAttention, queries=8)
     layer = LayerView(0, 4, 1, 1, HEAD, rope=ROPE)
-    whole = view(keys, queries=queries, layer=layer)
+    whole = residents(keys, queries=queries, layer=layer)
     assert whole.query_positions is not None
     padded = replace(
         whole,
@@ -114,6 +114,6 @@ def test_without_a_rotation_queries_stay_as_they_are() -> None:
     queries = torch.zeros(1, 4, 1, HEAD)
     queries[..., 0] = 2.0
     policy = build(ExpectedAttention, queries=4, covariance=False, sink=0, value_norm=False)
-    scores = policy.score(view(keys, queries=queries))[0, 0]
+    scores = policy.score(residents(keys, queries=queries))[0, 0]
     logits = torch.tensor([0.0, 0, 0, 0, 6.0 / 4, 0])
     torch.testing.assert_close(scores, logits.softmax(-1))

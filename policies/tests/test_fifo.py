@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from laws import Blocks, build, life
 
+from kvplug.testing.prefix_cache import Blocks, build, life
 from kvplug_policies.prefix_cache.fifo import Fifo
 
 

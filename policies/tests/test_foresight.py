@@ -4,12 +4,12 @@ import random
 
 import numpy as np
 import pytest
-from laws import Blocks, build
 from workloads import WORKLOADS, documents, trace
 
 from kvplug.contract import EngineView, Feature, Released, RequestView
 from kvplug.hosts.trace.simulator import Replay
 from kvplug.hosts.trace.traces import Trace
+from kvplug.testing.prefix_cache import Blocks, build
 from kvplug_policies.prefix_cache.foresight import Foresight, boundaries
 from kvplug_policies.prefix_cache.lru import Lru
 

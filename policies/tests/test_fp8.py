@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from format_laws import Case, Pool, Shape, vectors, view
 
 from kvplug.contract import EngineView
+from kvplug.testing.format import Case, Pool, Shape, vectors, view
 from kvplug_policies.format.fp8 import Fp8
 
 SHAPE = Shape(64, 6, 2, 16)

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from laws import Blocks, build
 from singles import Singles, evictions, skewed
 
 from kvplug.contract import EngineView, LayerView, Released
+from kvplug.testing.prefix_cache import Blocks, build
 from kvplug_policies.prefix_cache.gdsf import Gdsf
 
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from format_laws import Case, Pool, Shape, queries, relative, vectors, view
 
 from kvplug.contract import EngineView
+from kvplug.testing.format import Case, Pool, Shape, queries, relative, vectors, view
 from kvplug_kernels.coding import unpack
 from kvplug_policies.format.hack import Hack
 from kvplug_policies.format.int4 import Int4
@@ -66,7 +66,7 @@ def test_queries_of_few_steps_lose_nothing() -> None:
 def test_codes_are_those_of_int4() -> None:
     key, value = vectors(SHAPE, 40, seed=5)
     found = []
-    for policy, options in ((Hack, {"rotate": False}), (Int4, {"fit": 2})):
+    for policy, options in ((Hack, {"rotate": False}), (Int4, {"fit": 2, "rotate": False})):
         pool = Pool(Case(policy, options), SHAPE)
         pool.store({0: (key, value)})
         found.append(pool.read(0))

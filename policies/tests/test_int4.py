@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from format_laws import Case, Pool, Shape, vectors, view
 
 from kvplug.contract import EngineView
+from kvplug.testing.format import Case, Pool, Shape, vectors, view
 from kvplug_policies.format.int4 import Int4
 
 SHAPE = Shape(64, 6, 2, 16)
@@ -24,7 +24,7 @@ def test_a_token_takes_its_codes_two_scales_and_two_zeros() -> None:
 
 @pytest.mark.parametrize("group", [0, 16, 32])
 def test_an_element_is_off_by_half_a_step_at_most(group: int) -> None:
-    pool = Pool(Case(Int4, {"group": group, "fit": 0}), SHAPE)
+    pool = Pool(Case(Int4, {"group": group, "rotate": False}), SHAPE)
     key, value = vectors(SHAPE, 40, seed=1)
     key[..., 7] += 30
     pool.store({0: (key, value)})
@@ -47,6 +47,17 @@ def test_fitting_lowers_the_error() -> None:
     assert errors[1] < 0.97 * errors[0]
 
 
+def test_one_large_channel_costs_the_others_little_behind_the_rotation() -> None:
+    key, value = vectors(SHAPE, 40, seed=1)
+    key[..., 7] += 30
+    rest, off = [c for c in range(64) if c != 7], {}
+    for rotate in (False, True):
+        pool = Pool(Case(Int4, {"rotate": rotate}), SHAPE)
+        pool.store({0: (key, value)})
+        off[rotate] = float((pool.read(0)[0] - key)[..., rest].square().mean())
+    assert off[True] < off[False] / 4
+
+
 def test_a_group_that_does_not_divide_the_head_is_refused() -> None:
     with pytest.raises(ValueError, match="groups of 48 channels do not divide a head of 64") as why:
         size(64, group=48)
@@ -54,7 +65,7 @@ def test_a_group_that_does_not_divide_the_head_is_refused() -> None:
 
 
 def test_a_constant_vector_comes_back_as_it_is() -> None:
-    pool = Pool(Case(Int4), SHAPE)
+    pool = Pool(Case(Int4, {"rotate": False}), SHAPE)
     key, value = vectors(SHAPE, 4, seed=2)
     key[:], value[:] = 1.5, 0.0
     pool.store({0: (key, value)})

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from format_laws import Case, Pool, Shape, vectors, view
 
 from kvplug.contract import EngineView
+from kvplug.testing.format import Case, Pool, Shape, vectors, view
 from kvplug_policies.format.int8 import Int8
 
 SHAPE = Shape(64, 6, 2, 16)

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from format_laws import Case, Pool, Shape, queries, relative, vectors, view
 
 from kvplug.contract import AttendBatch, EngineView
+from kvplug.testing.format import Case, Pool, Shape, queries, relative, vectors, view
 from kvplug_policies.format.int4 import Int4
 from kvplug_policies.format.kivi import Kivi
 
@@ -18,11 +18,11 @@ def size(head_size: int, block: int = 128, **options: object) -> int:
 
 
 def test_a_token_takes_codes_its_part_of_the_keys_scales_and_its_values() -> None:
-    assert [size(64), size(64, bits=4), size(64, value_group=32)] == [44, 76, 48]
-    assert 64 * 4 / size(64) >= 5
-    assert 64 * 4 / size(64, value_group=32) >= 5
-    assert 128 * 4 / size(128) >= 6
-    assert size(96) == 64
+    assert [size(64), size(64, bits=2), size(64, bits=2, value_group=32)] == [76, 44, 48]
+    assert size(64, key_bits=3, value_bits=2) == 52
+    assert 64 * 4 / size(64, bits=2) >= 5
+    assert 128 * 4 / size(128, bits=2) >= 6
+    assert size(96, bits=2) == 64
 
 
 def test_groups_must_fill_blocks_and_heads() -> None:
@@ -43,7 +43,7 @@ def test_reading_the_step_back_is_refused() -> None:
 
 
 def test_an_element_is_off_by_half_a_step_of_its_channel_at_most() -> None:
-    pool = Pool(Case(Kivi), SHAPE)
+    pool = Pool(Case(Kivi, {"bits": 2, "rotate": False, "anchor": False}), SHAPE)
     key, value = vectors(SHAPE, 96, seed=1)
     key[..., 9] *= 50
     pool.store({0: (key, value)})
@@ -59,7 +59,8 @@ def test_channels_that_are_large_cost_the_others_nothing() -> None:
     key[..., 3] += 40
     rest = torch.arange(64) != 3
     off = {}
-    for policy, options in ((Kivi, {"bits": 4}), (Int4, {})):
+    for policy in (Kivi, Int4):
+        options = {"rotate": False}
         pool = Pool(Case(policy, options), SHAPE)
         pool.store({0: (key, value)})
         off[policy] = relative(pool.read(0)[0][..., rest], key[..., rest])
@@ -110,12 +111,65 @@ def test_without_a_slot_the_codes_stand_for_what_is_exact() -> None:
     assert 1e-4 < relative(out, near) < 0.2
 
 
-def test_the_ring_is_as_long_as_the_group() -> None:
-    for group in (16, 32):
-        layer = view(SHAPE)
-        policy = Kivi(Kivi.Options(group=group), EngineView(32, layers=(layer,)))
-        assert policy.recent(layer) == group
+def test_the_ring_is_as_long_as_a_block_unless_told_otherwise() -> None:
+    layer = view(SHAPE)
+    for block, options, length in (
+        (32, {}, 32),
+        (128, {}, 128),
+        (256, {}, 128),
+        (96, {}, 96),
+        (512, {"group": 256, "bits": 4}, 256),
+        (128, {"recent": 64}, 64),
+    ):
+        shape = Shape(256, 6, 2, block)
+        policy = Kivi(
+            Kivi.Options.model_validate(options), EngineView(block, layers=(view(shape),))
+        )
+        assert policy.recent(layer) == length
         assert not policy.moves_tokens
+
+
+def test_a_ring_that_is_no_part_of_a_block_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"recent: 48 .* blocks of 128; choose 32 or 64 or 128"):
+        size(64, recent=48)
+
+
+def test_a_head_that_cannot_be_rotated_is_refused_with_the_option_that_helps() -> None:
+    with pytest.raises(ValueError, match=r"no Hadamard matrix .* set rotate: false"):
+        size(92, group=4)
+    assert size(92, group=4, rotate=False) > 0
+
+
+def test_the_first_key_of_a_block_is_exact_and_costs_the_others_little() -> None:
+    """A first token that is large in a few channels, as an attention sink is."""
+    key, value = vectors(SHAPE, 64, seed=12)
+    key[0, :, ::9] *= 20
+    parts, off = (slice(1), slice(1, 32), slice(32, 64)), {}
+    for anchor in (False, True):
+        shape = Shape(64, 6, 2, 64)
+        pool = Pool(Case(Kivi, {"bits": 2, "anchor": anchor}), shape)
+        pool.store({0: (key, value)})
+        found = pool.read(0)[0]
+        off[anchor] = [relative(found[at], key[at]) for at in parts]
+    assert off[True][0] < 1e-3 < 1e-2 < off[False][0]
+    assert off[True][1] < 1.3 * off[False][1]
+    assert off[True][2] == off[False][2]
+
+
+def test_keys_are_coded_the_same_whether_a_step_is_long_or_short() -> None:
+    """Rotated keys of a ring, by token of a short step and by request of a long one."""
+    key, value = vectors(SHAPE, 75, seed=13)
+    query = queries(SHAPE, 75, seed=14)
+    pools = []
+    for steps in ((75,), (20, 1, 1, 11, 30, 1, 2, 9)):
+        pool, at = Pool(Case(Kivi), SHAPE), 0
+        for n in steps:
+            part = slice(at, at + n)
+            pool.step({0: (key[part], value[part])}, query[part], True)
+            at += n
+        pools.append(pool.read(0))
+    for a, b in zip(*pools, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=0)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
@@ -125,7 +179,7 @@ def test_a_number_that_is_none_spoils_neither_other_channels_nor_other_groups(ba
     spoilt[7, 0, 5] = bad
     found = []
     for keys in (spoilt, key):
-        pool = Pool(Case(Kivi), SHAPE)
+        pool = Pool(Case(Kivi, {"rotate": False}), SHAPE)
         pool.store({0: (keys, value)})
         found.append(pool.read(0)[0])
     rest = torch.arange(64) != 5

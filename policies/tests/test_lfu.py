@@ -3,10 +3,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from laws import ENGINE
 from singles import Singles, evictions, skewed
 
 from kvplug.contract import Released
+from kvplug.testing.prefix_cache import ENGINE
 from kvplug_policies.prefix_cache.lfu import Lfu
 
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import pytest
-from laws import Blocks, build, life
 
+from kvplug.testing.prefix_cache import Blocks, build, life
 from kvplug_policies.prefix_cache.lru import Lru
 
 

@@ -111,7 +111,7 @@ def test_a_third_partys_format_is_one_of_them(monkeypatch: pytest.MonkeyPatch) -
     [
         ({"layers": {"0-3": {"use": "int5"}}}, "layers 0-3: unknown format 'int5'; did you mean"),
         ({"layers": {"2": {"use": "int8", "bit": 3}}}, "layers 2: int8 has no option 'bit'"),
-        ({"layers": {"2": {"use": "kivi", "bits": 3}}}, "layers 2: kivi: bits: Input should be"),
+        ({"layers": {"2": {"use": "kivi", "bits": 5}}}, "layers 2: kivi: bits: Input should be"),
         ({"layers": {"2": {"bits": 3}}}, "layers 2: does not name a format"),
         ({"layers": {"x": {"use": "int8"}}}, "'x' is not a layer or range"),
         ({"layers": {"3-1": {"use": "int8"}}}, "the last layer is before the first"),

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
-from scoring_laws import build, view
 
+from kvplug.testing.sequence import build, residents
 from kvplug_policies import scores as shared
 from kvplug_policies.scores import ALWAYS
 from kvplug_policies.sequence.morph_kv import MorphKV
@@ -28,7 +28,7 @@ def test_old_tokens_score_what_the_window_pays_them(
     weights = logits.masked_fill(above, -math.inf).softmax(-1)
     fused = weights.amax(2) if fusion == "max" else weights.sum(2)
     expected = fused.unflatten(1, (2, 2)).mean(2)
-    got = build(MorphKV, window=window, fusion=fusion).score(view(keys, queries=queries))
+    got = build(MorphKV, window=window, fusion=fusion).score(residents(keys, queries=queries))
     torch.testing.assert_close(got[..., :-window], expected[..., :-window])
     assert (got[..., -window:] == ALWAYS).all()
 
@@ -37,7 +37,7 @@ def test_one_strong_query_outweighs_two_mild_ones_by_max_and_not_by_sum() -> Non
     keys = torch.zeros(1, 1, 6, 2)
     keys[0, 0, 0, 0] = keys[0, 0, 1, 1] = 1.0
     queries = torch.tensor([[[[5.0, 0.0]], [[-5.0, 1.5]], [[-5.0, 1.5]]]])
-    held = view(keys, queries=queries, scale=1.0)
+    held = residents(keys, queries=queries, scale=1.0)
     by_max, by_sum = (
         build(MorphKV, window=3, fusion=f, budget=4, recent=0).score(held)[0, 0]
         for f in ("max", "sum")

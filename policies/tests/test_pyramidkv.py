@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
-from scoring_laws import build, view
 
 from kvplug.contract import LayerView
+from kvplug.testing.sequence import build, residents
 from kvplug_policies.sequence.pyramidkv import PyramidKV
 from kvplug_policies.sequence.snapkv import SnapKV
 
@@ -52,7 +52,7 @@ def test_a_share_of_ones_own_multiplies() -> None:
 
 def test_tokens_are_scored_as_snapkv_scores_them() -> None:
     random = torch.Generator().manual_seed(0)
-    held = view(
+    held = residents(
         torch.randn(1, 2, 80, 8, generator=random),
         queries=torch.randn(1, 32, 4, 8, generator=random),
     )

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
-from scoring_laws import build, view
 from torch import Tensor
 from torch.nn import functional
 
+from kvplug.testing.sequence import build, residents
 from kvplug_policies.scores import ALWAYS
 from kvplug_policies.sequence import r_kv
 from kvplug_policies.sequence.r_kv import RKV, redundancy
@@ -65,9 +65,20 @@ def test_importance_and_redundancy_are_mixed() -> None:
     important = functional.max_pool1d(important, 7, stride=1, padding=3)
     repeated = torch.stack([plain_redundancy(keys[0, h], 0.5, 1) for h in range(2)])
     expected = 0.1 * important - 0.9 * repeated[None, :, :-window]
-    scores = build(RKV).score(view(keys, queries=queries))
+    scores = build(RKV).score(residents(keys, queries=queries))
     torch.testing.assert_close(scores[..., :-window], expected, rtol=1e-4, atol=1e-6)
     assert (scores[..., -window:] == ALWAYS).all()
+
+
+def test_what_the_latest_tokens_receive_is_not_shared() -> None:
+    window, held = 4, 20
+    keys = torch.zeros(1, 1, held, 8)
+    keys[0, 0, held - window, 0] = 1.0
+    queries = torch.zeros(1, window, 1, 8)
+    queries[..., 0] = 30.0
+    policy = build(RKV, window=window, kernel=5, mix=1.0)
+    scores = policy.score(residents(keys, queries=queries, scale=1.0))[0, 0]
+    assert (scores[:-window] < 1e-6).all() and (scores[-window:] == ALWAYS).all()
 
 
 @pytest.mark.parametrize("options", [{"kernel": 2}, {"mix": 1.5}, {"spare": 0}, {"threshold": 2}])

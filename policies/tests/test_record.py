@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from laws import ENGINE, Blocks, build, life
 from pydantic import ValidationError
 
 from kvplug.contract import BlockFact, Feature, PrefixCachePolicy, RequestView
 from kvplug.registry import plugins
+from kvplug.testing.prefix_cache import ENGINE, Blocks, build, life
 from kvplug_policies.prefix_cache import record as module
 from kvplug_policies.prefix_cache.fifo import Fifo
 from kvplug_policies.prefix_cache.lru import Lru
@@ -24,9 +24,9 @@ from kvplug_policies.prefix_cache.record import Record
 
 @pytest.fixture
 def log() -> Iterator[list[logging.LogRecord]]:
-    """The policy's log, whatever vLLM did to its loggers."""
+    """Problems in the policy's log, whatever level vLLM gave its loggers."""
     found: list[logging.LogRecord] = []
-    handler = logging.Handler()
+    handler = logging.Handler(logging.WARNING)
     handler.emit = found.append  # type: ignore[method-assign]
     module.logger.addHandler(handler)
     yield found

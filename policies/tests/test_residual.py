@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from kvplug.contract import Feature, LayerView, Recent, WriteBatch
+from kvplug_policies.format.fp8 import Fp8
 from kvplug_policies.format.int4 import Int4
 from kvplug_policies.format.int8 import Int8
 from kvplug_policies.format.kivi import Kivi
@@ -76,8 +77,8 @@ def test_integer_products_stay_integer(file: str) -> None:
 
 def test_each_correction_lowers_the_error_at_the_bytes_it_says(file: str) -> None:
     layer = ENGINE.layers[0]
-    bare = build(Int4, ENGINE)
-    off = {"mean": False, "rank1": False}
+    bare = build(Int4, ENGINE, rotate=False)
+    off = {"mean": False, "rank1": False, "options": {"rotate": False}}
     size = bare.layout(layer).bytes_per_token_head
     error = output_error(bare, layer, SEEN[0])
 
@@ -126,10 +127,10 @@ def test_a_biased_format_is_corrected_and_a_sound_one_left_alone(
     sound = build(Residual, ENGINE, calibration=file, format="int8", mean=False)
     bare = output_error(build(Int8, ENGINE), layer, SEEN[0])
     assert output_error(sound, layer, SEEN[0]) < 1.01 * bare
-    back = Int4.value_back
-    monkeypatch.setattr(Int4, "value_back", lambda self, layer, x: back(self, layer, x) - 1)
-    biased = build(Int4, ENGINE)
-    policy = build(Residual, ENGINE, calibration=file, format="int4", mean=False)
+    back = Fp8.value_back
+    monkeypatch.setattr(Fp8, "value_back", lambda self, layer, x: back(self, layer, x) - 1)
+    biased = build(Fp8, ENGINE)
+    policy = build(Residual, ENGINE, calibration=file, format="fp8", mean=False)
     assert policy.corrected[0, "value"] == 2
     assert output_error(policy, layer, SEEN[0]) < 0.7 * output_error(biased, layer, SEEN[0])
     attends_as_it_reads(policy, layer, SEEN[0], 3e-4)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from format_laws import Case, Pool, Shape, relative, vectors, view
 from torch import Tensor
 
 from kvplug.contract import EngineView, LayerView
+from kvplug.testing.format import Case, Pool, Shape, relative, vectors, view
 from kvplug_kernels.coding import quantize_codebook
 from kvplug_policies.format.int4 import Int4
-from kvplug_policies.format.rotated import Rotated, gaussian_levels, hadamard_matrix
+from kvplug_policies.format.rotated import Rotated, gaussian_levels
+from kvplug_policies.rotation import hadamard_matrix
 
 SHAPE = Shape(64, 6, 2, 16)
 

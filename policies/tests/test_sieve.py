@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-from laws import Blocks, build
 from singles import Singles, evictions, skewed
 
+from kvplug.testing.prefix_cache import Blocks, build
 from kvplug_policies.prefix_cache.sieve import Sieve
 
 

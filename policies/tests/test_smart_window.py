@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from pydantic import ValidationError
-from scoring_laws import build, random_case, view
 from torch import Tensor
 
 from kvplug.contract import ResidentView
+from kvplug.testing.sequence import build, random_residents, residents
 from kvplug_policies.scores import ALWAYS
 from kvplug_policies.sequence.smart_window import SmartWindow
 
@@ -25,7 +25,7 @@ def case(
     if attended is not None:
         keys[0, 0, attended, 0] = 1.0
         queries[..., 0] = 30.0
-    held = view(keys, queries=queries, positions=positions, totals=totals[None, None])
+    held = residents(keys, queries=queries, positions=positions, totals=totals[None, None])
     return replace(held, scale=1.0)
 
 
@@ -73,6 +73,18 @@ def test_a_token_needed_now_is_kept_at_once() -> None:
     assert scores[20].item() == pytest.approx(HELD, rel=1e-3)
 
 
+def test_neighbours_in_the_text_share_what_a_token_receives() -> None:
+    scores = smart(kernel=5).score(case(torch.full((HELD,), 0.01), attended=20))[0, 0]
+    around = scores[18:23]
+    torch.testing.assert_close(around, torch.full_like(around, HELD / 5), rtol=1e-3, atol=0.0)
+    assert (scores[[17, 23]] < 1).all()
+
+
+def test_what_the_latest_tokens_receive_is_not_shared() -> None:
+    scores = smart(kernel=5).score(case(torch.full((HELD,), 0.01), attended=HELD - WINDOW))[0, 0]
+    assert (scores[:-WINDOW] < 1).all() and (scores[-WINDOW:] == ALWAYS).all()
+
+
 def test_measure_is_what_a_smaller_window_would_have_lost() -> None:
     """Tokens 0 to 8 looked least worth before. A window of 40 * 0.75 holds none of them, and
     neither the oldest of the others."""
@@ -113,7 +125,7 @@ def test_attention_inside_the_window_is_not_far() -> None:
 
 def test_measuring_without_scoring_first_is_the_same() -> None:
     policy, other = smart(), smart()
-    held = random_case(policy)
+    held = random_residents(policy)
     scores = policy.score(held)
     torch.testing.assert_close(other.measure(held, scores), policy.measure(held, scores))
 

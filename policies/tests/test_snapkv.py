@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
-from scoring_laws import build, permuted, view
 from torch import Tensor
 from torch.nn import functional
 
 from kvplug.errors import DeploymentError
 from kvplug.parser import load_deployment
+from kvplug.testing.sequence import build, permuted, residents
 from kvplug_policies.sequence.snapkv import SnapKV
 
 
@@ -40,7 +40,7 @@ def test_scores_are_the_papers(window: int, kernel: int, pooling: str, value_nor
     queries = torch.randn(2, window, 6, 16, generator=random)
     policy = build(SnapKV, window=window, kernel=kernel, pooling=pooling, value_norm=value_norm)
     assert policy.observation == window
-    held = view(keys, values, queries=queries)
+    held = residents(keys, values, queries=queries)
     norms = values.norm(dim=-1) if value_norm else None
     expected = plain(keys, queries, window, kernel, pooling, norms)
     scores = policy.score(held)
@@ -58,7 +58,7 @@ def test_a_neighbour_that_is_gone_receives_nothing() -> None:
     keys = torch.zeros(1, 1, 5, 4)
     queries = torch.zeros(1, 1, 1, 4)
     positions = torch.tensor([[[9, 1, 0, 2, 20]]])
-    held = view(keys, positions=positions, queries=queries)
+    held = residents(keys, positions=positions, queries=queries)
     scores = build(SnapKV, window=1, kernel=3, pooling="mean").score(held)
     even = 0.2  # every logit is 0
     expected = torch.tensor([even / 3, even, even * 2 / 3, even * 2 / 3])

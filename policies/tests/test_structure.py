@@ -143,3 +143,9 @@ def test_it_is_ok_only_if_all_agrees_and_exact_only_with_the_same_past(
 def test_what_a_segment_says_of_itself_does_not_refuse_it() -> None:
     other = replace(STORED, created=1.0, request_id="elsewhere", measures={"k_drift": 9.0})
     assert CHECK.check(candidate(), replace(request(), fingerprint=other)).exact
+
+
+def test_a_model_that_is_not_known_equals_not_even_itself() -> None:
+    unknown = CHECK.check(candidate(model=""), request(model=""))
+    assert refusal(unknown) == "unknown model" and not unknown.exact
+    assert refusal(CHECK.check(candidate(model=""), request())) == "other model"

@@ -3,8 +3,8 @@ from __future__ import annotations
 import math
 
 import torch
-from scoring_laws import build, permuted, view
 
+from kvplug.testing.sequence import build, permuted, residents
 from kvplug_policies.sequence.tova import Tova
 
 
@@ -14,7 +14,7 @@ def test_scores_are_the_last_querys_attention_over_all_heads() -> None:
     queries = torch.randn(2, 1, 6, 8, generator=random)
     logits = torch.einsum("rhd,rhtd->rht", queries[:, 0], keys.repeat_interleave(3, 1))
     mean = (logits / math.sqrt(8)).softmax(-1).mean(1, keepdim=True)
-    held = view(keys, values, queries=queries)
+    held = residents(keys, values, queries=queries)
     torch.testing.assert_close(build(Tova).score(held), mean.expand(2, 2, 37))
 
     norms = values.norm(dim=-1)
@@ -27,7 +27,7 @@ def test_scores_are_the_last_querys_attention_over_all_heads() -> None:
 def test_heads_keep_the_same_tokens_though_their_slots_differ() -> None:
     random = torch.Generator().manual_seed(1)
     keys = torch.randn(1, 3, 50, 8, generator=random)
-    held = view(keys, queries=torch.randn(1, 1, 3, 8, generator=random))
+    held = residents(keys, queries=torch.randn(1, 1, 3, 8, generator=random))
     order = torch.stack([torch.randperm(50, generator=random) for _ in range(3)])[None]
     moved = permuted(held, order, 16)
     top = build(Tova).score(moved).topk(10, -1).indices

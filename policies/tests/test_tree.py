@@ -3,9 +3,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from laws import Blocks, build
 
 from kvplug.contract import PrefixCachePolicy, Released
+from kvplug.testing.prefix_cache import Blocks, build
 from kvplug_policies.prefix_cache.tree import Tree
 
 

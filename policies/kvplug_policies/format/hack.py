@@ -26,15 +26,14 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from kvplug.contract import LayerView
 from kvplug_kernels.coding import CodedPage, Coding
-from kvplug_policies.coded import FIT, LAYERS, CodedFormat, LayerOptions, check_group, layer_bits
-from kvplug_policies.rotation import Rotation, hadamard_matrix
+from kvplug_policies.coded import FIT, LAYERS, LayerOptions, check_group, layer_bits
+from kvplug_policies.turned import TurnedFormat
 
 
-class Hack(CodedFormat):
+class Hack(TurnedFormat):
     """K and V in integer codes that are multiplied as integers."""
 
     name = "hack"
@@ -58,7 +57,7 @@ class Hack(CodedFormat):
     options: Options
 
     def prepare(self) -> None:
-        self._turn = Rotation().turn if self.options.rotate else None
+        super().prepare()
         self.rotation = "hadamard" if self.options.rotate else None
 
     def coding(self, layer: LayerView) -> CodedPage:
@@ -67,25 +66,9 @@ class Hack(CodedFormat):
             layer_bits(options.layers, layer, options.bits),
             check_group(options.group, width),
         )
-        if options.rotate:
-            hadamard_matrix(width)
+        self.check_width(width)
         fit = 0 if bits == 8 else options.fit
         return CodedPage(
             Coding(width, bits, "int", group, sums=True, fit=fit),
             Coding(width, bits, "int", group, fit=fit),
         )
-
-    def into(self, layer: LayerView, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return (self._turn(key), self._turn(value)) if self._turn else (key, value)
-
-    def query_into(self, layer: LayerView, query: Tensor) -> Tensor:
-        return self._turn(query).to(query.dtype) if self._turn else query
-
-    def key_back(self, layer: LayerView, coded: Tensor) -> Tensor:
-        return self._turn(coded, back=True) if self._turn else coded
-
-    def value_back(self, layer: LayerView, coded: Tensor) -> Tensor:
-        return self.key_back(layer, coded)
-
-    def out_back(self, layer: LayerView, out: Tensor) -> Tensor:
-        return self.key_back(layer, out)

@@ -49,6 +49,7 @@ from kvplug_policies.calibration import (
 )
 from kvplug_policies.coded import CodedFormat, Levels
 from kvplug_policies.inner import build_inner, inner_format
+from kvplug_policies.turned import TurnedFormat
 
 RIDGE = 1e-2
 """Of a regression, as a part of the mean variance: a sample is small."""
@@ -154,7 +155,13 @@ class Residual(CodedFormat):
             """Return the format to correct and its options."""
             if "exact_chunk" in self.options:
                 raise ValueError("exact_chunk is residual's own option, not one of `options`")
-            defaults = {"exact_chunk": self.exact_chunk, "calibration": self.calibration}
+            defaults: dict[str, Any] = {
+                "exact_chunk": self.exact_chunk,
+                "calibration": self.calibration,
+            }
+            if self.outliers:
+                # Behind a rotation no channel is an outlier.
+                defaults["rotate"] = False
             found, options = inner_format(self.format, self.options, defaults)
             if found.name in (Residual.name, "plain") or not issubclass(found, CodedFormat):
                 raise ValueError(
@@ -194,8 +201,10 @@ class Residual(CodedFormat):
     def coding(self, layer: LayerView) -> CodedPage:
         page, n = self.inner.coded(layer), self.options.outliers
         of, heads, width = self.calibration.of, layer.num_kv_heads, layer.head_size
-        if n and type(self.inner).into is not CodedFormat.into:
-            raise ValueError(f"{self.inner.name} mixes channels: outliers must be 0")
+        turned = isinstance(self.inner, TurnedFormat)
+        if n and (self.inner.rotation if turned else type(self.inner).into is not CodedFormat.into):
+            fix = " or options: {rotate: false}" if hasattr(self.inner.options, "rotate") else ""
+            raise ValueError(f"{self.inner.name} mixes channels: set outliers: 0{fix}")
         maps = {}
         for side, coding in (("key", page.key), ("value", page.value)):
             zero = torch.zeros(heads, width)

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from kvplug.contract import LayerView
 from kvplug_kernels.coding import CodedPage, Coding
-from kvplug_policies.coded import FIT, LAYERS, CodedFormat, LayerOptions, Levels, layer_bits
-from kvplug_policies.rotation import Rotation, hadamard_matrix
+from kvplug_policies.coded import FIT, LAYERS, LayerOptions, Levels, layer_bits
+from kvplug_policies.turned import TurnedFormat
 
 Bits = Literal[2, 3, 4]
 
@@ -60,13 +60,12 @@ def gaussian_levels(bits: int) -> tuple[float, ...]:
     return (*(-x for x in reversed(levels)), *levels)
 
 
-class Rotated(CodedFormat):
+class Rotated(TurnedFormat):
     """K and V in codebook codes after a random rotation."""
 
     name = "rotated"
     changes = "stores K and V rotated, in 2- to 4-bit codes"
     paper = "TurboQuant: Online Vector Quantization with Near-optimal Distortion, arXiv 2504.19874"
-    rotation = "hadamard"
 
     class Options(LayerOptions):
         """Options of `Rotated`."""
@@ -85,14 +84,12 @@ class Rotated(CodedFormat):
     options: Options
 
     def prepare(self) -> None:
-        self._rotation = Rotation()
+        super().prepare()
         self._levels: dict[tuple[int, torch.device], Tensor] = {}
 
     def coding(self, layer: LayerView) -> CodedPage:
         options, width = self.options, layer.head_size
-        if width < 16:
-            raise ValueError(f"head size {width} is too small to rotate; it must be at least 16")
-        hadamard_matrix(width)
+        self.check_width(width)
         key = layer_bits(options.layers, layer, options.key_bits or options.bits)
         value = layer_bits(options.layers, layer, options.value_bits or options.bits)
         kind: Literal["codebook", "int"] = "codebook" if options.levels == "gaussian" else "int"
@@ -111,18 +108,3 @@ class Rotated(CodedFormat):
         if at not in self._levels:
             self._levels[at] = torch.tensor(gaussian_levels(bits), device=device)
         return self._levels[at]
-
-    def into(self, layer: LayerView, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self._rotation.turn(key), self._rotation.turn(value)
-
-    def query_into(self, layer: LayerView, query: Tensor) -> Tensor:
-        return self._rotation.turn(query).to(query.dtype)
-
-    def key_back(self, layer: LayerView, coded: Tensor) -> Tensor:
-        return self._rotation.turn(coded, back=True)
-
-    def value_back(self, layer: LayerView, coded: Tensor) -> Tensor:
-        return self._rotation.turn(coded, back=True)
-
-    def out_back(self, layer: LayerView, out: Tensor) -> Tensor:
-        return self._rotation.turn(out, back=True)

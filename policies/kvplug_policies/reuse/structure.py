@@ -67,6 +67,9 @@ class Structure(ReuseCheck):
         for field, cause in SAME:
             if getattr(stored, field) != getattr(wanted, field):
                 return Verdict(False, cause, exact=False)
+            if field == "model" and not stored.model:
+                # What could not be identified equals nothing, itself included.
+                return Verdict(False, "unknown model", exact=False)
         cause = self._unusable(candidate, wanted) or _misfit(stored, wanted, request.num_tokens)
         if cause:
             return Verdict(False, cause, exact=False)

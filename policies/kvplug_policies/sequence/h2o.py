@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from kvplug.contract import (
     ScoringOptions,
     ScoringPolicy,
 )
-from kvplug_policies.scores import latest, raised, value_norms
+from kvplug_policies.scores import ALWAYS, value_norms
 
 
 class H2O(ScoringPolicy):
@@ -59,18 +58,18 @@ class H2O(ScoringPolicy):
     def score(self, resident: ResidentView) -> Tensor:
         if resident.cumulative_attention is None:
             raise ValueError("h2o needs cumulative attention, which its host does not provide")
-        heavy = resident.cumulative_attention.float()
+        heavy, recent = resident.cumulative_attention, self._recent(resident)
         if self.options.per_query:
             seen = resident.num_tokens[:, None, None] - resident.positions
             heavy = heavy / seen.clamp(min=1)
         if self.options.value_norm:
             heavy = heavy * value_norms(resident)
-        return raised(heavy, latest(resident, self._recent(resident)))
+        return resident.pooled_mass(heavy, recent, kept=ALWAYS)
 
-    def _recent(self, resident: ResidentView) -> Tensor:
-        """Latest tokens that are kept whatever their total, ``[rows]``."""
+    def _recent(self, resident: ResidentView) -> int | Tensor:
+        """Latest tokens that are kept whatever their total: a number, or one per row."""
         options = self.options
         part = options.recent_part * self.share(resident.layer)
         if isinstance(options.budget, int):
-            return torch.full_like(resident.num_tokens, math.floor(options.budget * part))
+            return math.floor(options.budget * part)
         return (resident.num_prompt_tokens * (options.budget * part)).int()

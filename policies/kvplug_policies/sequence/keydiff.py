@@ -32,4 +32,4 @@ class KeyDiff(ScoringPolicy):
     )
 
     def score(self, resident: ResidentView) -> Tensor:
-        return -resident.key_scores[KEY_TO_MEAN]
+        return -resident.key_score(KEY_TO_MEAN)

@@ -32,4 +32,4 @@ class Knorm(ScoringPolicy):
     )
 
     def score(self, resident: ResidentView) -> Tensor:
-        return -resident.key_scores[KEY_NORM]
+        return -resident.key_score(KEY_NORM)

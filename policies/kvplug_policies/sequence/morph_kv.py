@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvplug.contract import EngineView, PolicyOptions, ResidentView, ScoringOptions, ScoringPolicy
-from kvplug_policies.scores import latest, per_query_max, raised, value_norms
+from kvplug_policies.scores import ALWAYS, latest, raised, value_norms
 
 
 class MorphKV(ScoringPolicy):
@@ -71,11 +71,8 @@ class MorphKV(ScoringPolicy):
         self.observation = self.options.window
 
     def score(self, resident: ResidentView) -> Tensor:
-        window = self.options.window
-        if self.options.fusion == "max":
-            received = resident.over_groups(per_query_max(resident, window))
-        else:
-            received = resident.over_groups(resident.attention_mass(window))
+        window, how = self.options.window, self.options.fusion
+        received = resident.pooled_mass(resident.attention_mass(window, how), window, kept=ALWAYS)
         if self.options.value_norm:
-            received = received * value_norms(resident)
-        return raised(received, latest(resident, window))
+            return raised(received * value_norms(resident), latest(resident, window))
+        return received

@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from kvplug.contract import EngineView, PolicyOptions, ResidentView, ScoringOptions, ScoringPolicy
-from kvplug_policies.scores import CHUNK_BYTES, latest, pool, query_count, raised
+from kvplug_policies.scores import CHUNK_BYTES, latest, raised
 
 
 def redundancy(keys: Tensor, positions: Tensor, threshold: float, spare: int) -> Tensor:
@@ -103,10 +103,10 @@ class RKV(ScoringPolicy):
         options = self.options
         rows, kv_heads = resident.positions.shape[:2]
         mass = resident.attention_mass(options.window).view(rows, kv_heads, -1, resident.count)
-        importance = mass.amax(2) / query_count(resident, options.window)
-        inside = latest(resident, options.window)
-        importance = pool(
-            importance.masked_fill(inside, 0.0), resident.positions, options.kernel, "max"
+        window = options.window
+        importance = resident.pooled_mass(
+            mass.amax(2), window, window=window, kernel=options.kernel, kept=0.0
         )
         repeated = redundancy(resident.keys, resident.positions, options.threshold, options.spare)
-        return raised(options.mix * importance - (1.0 - options.mix) * repeated, inside)
+        scores = options.mix * importance - (1.0 - options.mix) * repeated
+        return raised(scores, latest(resident, window))

@@ -36,7 +36,7 @@ from kvplug.contract import (
     ScoringOptions,
     ScoringPolicy,
 )
-from kvplug_policies.scores import latest, pool, query_count, raised
+from kvplug_policies.scores import latest, query_count, raised
 
 SMALLER = 0.75
 """Size of the smaller window that a window is judged by."""
@@ -109,7 +109,9 @@ class SmartWindow(ScoringPolicy):
         received = self._received(resident)
         self._observed = resident, received
         inside = latest(resident, options.window)
-        pooled = pool(received.masked_fill(inside, 0.0), resident.positions, options.kernel)
+        pooled = resident.pooled_mass(
+            received, options.window, kernel=options.kernel, how="mean", kept=0.0
+        )
         now = pooled * resident.count
         so_far = self._so_far(resident, self._cumulative(resident))
         return raised(torch.maximum(now, so_far), inside)

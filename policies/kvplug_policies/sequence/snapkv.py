@@ -22,7 +22,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from kvplug.contract import EngineView, PolicyOptions, ResidentView, ScoringOptions, ScoringPolicy
-from kvplug_policies.scores import latest, pool, query_count, raised, value_norms
+from kvplug_policies.scores import ALWAYS, latest, raised, value_norms
 
 
 class SnapKV(ScoringPolicy):
@@ -65,11 +65,14 @@ class SnapKV(ScoringPolicy):
 
     def score(self, resident: ResidentView) -> Tensor:
         options, window = self.options, self.options.window
-        mass = resident.over_groups(resident.attention_mass(window)) / query_count(resident, window)
-        inside = latest(resident, window)
-        pooled = pool(
-            mass.masked_fill(inside, 0.0), resident.positions, options.kernel, options.pooling
+        pooled = resident.pooled_mass(
+            resident.attention_mass(window),
+            window,
+            window=window,
+            kernel=options.kernel,
+            how=options.pooling,
+            kept=ALWAYS,
         )
         if options.value_norm:
-            pooled = pooled * value_norms(resident)
-        return raised(pooled, inside)
+            return raised(pooled * value_norms(resident), latest(resident, window))
+        return pooled

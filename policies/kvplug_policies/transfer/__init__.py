@@ -1,0 +1,1 @@
+"""Transfer codecs, one module per codec."""
