@@ -37,12 +37,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvplug import KVPlugError, UnreadableFile, read_tensors
 from kvplug.contract import Candidate, EngineView, ReuseRequest
 
 Floats = npt.NDArray[np.float32]
 
 MAGIC = "kvplug-reuse-calibration"
-VERSION = 1
+VERSION = 2
+
+MAX_BYTES = 4 << 30
+"""Largest file that is read."""
 
 FEATURES = (
     "log_length",
@@ -110,6 +114,12 @@ def features(candidate: Candidate, request: ReuseRequest) -> npt.NDArray[np.floa
             math.log1p(after),
         ]
     )
+
+
+class BadCalibration(KVPlugError, ValueError):
+    """A file that is no calibration of reuse, or none of the model that is served."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,16 +199,17 @@ class ReuseCalibration:
         return min(found, default=0)
 
     def check_model(self, engine: EngineView) -> None:
-        """Raise ValueError unless this was calibrated on the engine's model."""
-        if engine.model and self.fingerprint and engine.model != self.fingerprint:
-            raise ValueError(
+        """Raise BadCalibration unless this was calibrated on the engine's model."""
+        if not engine.may_run(self.fingerprint):
+            raise BadCalibration(
                 f"reuse calibration {self.path} was made for another model ({self.model}, "
-                f"fingerprint {self.fingerprint[:12]}; the engine runs {engine.model[:12]}); run "
+                f"fingerprint {self.fingerprint[:12] or 'unknown'}; the engine runs "
+                f"{engine.model[:12] or 'one whose weights cannot be read'}); run "
                 "`kvplug calibrate reuse` on the model that is served"
             )
 
     def check_layers(self, engine: EngineView) -> None:
-        """Raise ValueError unless it has a correction for every layer of the engine."""
+        """Raise BadCalibration unless it has a correction for every layer of the engine."""
         for layer in engine.layers:
             found, asked = (
                 self.geometry.get(layer.index),
@@ -206,7 +217,7 @@ class ReuseCalibration:
             )
             if found != asked:
                 has = f"{found[0]} KV heads of {found[1]}" if found else "no such layer"
-                raise ValueError(
+                raise BadCalibration(
                     f"reuse calibration {self.path} (of {self.model}) has {has} where layer "
                     f"{layer.index} of the engine has {asked[0]} KV heads of {asked[1]}; run "
                     "`kvplug calibrate reuse` on the model that is served, without tensor "
@@ -244,14 +255,15 @@ def load(path: str | Path) -> ReuseCalibration:
     """Read a calibration of reuse, and verify its format, version, checksum and tensors.
 
     Raises:
-        ValueError: It is missing, another file, of another version, truncated, edited, or its
+        BadCalibration: It is missing, another file, of another version, truncated, edited, or its
             tensors do not fit each other; the message names the file and what to do.
     """
     try:
         stat = Path(path).stat()
-    except OSError as error:
-        raise ValueError(
-            f"reuse calibration {path} cannot be read ({error.strerror or error}); create it with "
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadCalibration(
+            f"reuse calibration {path} cannot be read ({reason}); create it with "
             f"`kvplug calibrate reuse --output {path}`"
         ) from None
     return _load(str(path), stat.st_size, stat.st_mtime_ns)
@@ -274,30 +286,23 @@ def calibration_for(path: str, engine: EngineView) -> ReuseCalibration | None:
 
 @functools.lru_cache(maxsize=4)
 def _load(path: str, size: int, changed: int) -> ReuseCalibration:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="np") as file:
-            metadata: dict[str, str] = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"reuse calibration {path} is truncated or not a safetensors file "
-            f"({' '.join(str(error).split())}); {_AGAIN}"
-        ) from None
+        metadata, tensors = read_tensors(path, "np", MAX_BYTES)
+    except UnreadableFile as error:
+        raise BadCalibration(f"reuse calibration {path} {error.problem}; {_AGAIN}") from None
     if metadata.get("format") != MAGIC:
-        raise ValueError(
+        raise BadCalibration(
             f"{path} is not a reuse calibration: name a file that `kvplug calibrate reuse` wrote"
         )
     if metadata.get("version") != str(VERSION):
-        raise ValueError(
+        raise BadCalibration(
             f"reuse calibration {path} has version {metadata.get('version')!r}, this release reads "
             f"{VERSION}; {_AGAIN}"
         )
     checksum = metadata.pop("checksum", "")
     absent = [name for name in _REQUIRED if name not in metadata]
     if absent or checksum != _checksum(metadata, tensors):
-        raise ValueError(
+        raise BadCalibration(
             f"reuse calibration {path} was edited or damaged (its checksum does not match); "
             f"{_AGAIN}"
         )
@@ -308,10 +313,12 @@ def _load(path: str, size: int, changed: int) -> ReuseCalibration:
         }
         bounds = _numbers(json.loads(metadata["bounds"]))
         report = _numbers(json.loads(metadata["report"]))
-    except (ValueError, TypeError, AttributeError, IndexError):
-        raise ValueError(f"reuse calibration {path} has unreadable metadata; {_AGAIN}") from None
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError):
+        raise BadCalibration(
+            f"reuse calibration {path} has unreadable metadata; {_AGAIN}"
+        ) from None
     if names != FEATURES:
-        raise ValueError(
+        raise BadCalibration(
             f"reuse calibration {path} has features that this release does not know; {_AGAIN}"
         )
     _check_tensors(path, metadata["kind"], geometry, tensors)
@@ -335,9 +342,9 @@ def _numbers(read: Any) -> dict[str, float]:
 def _check_tensors(
     path: str, kind: str, geometry: Mapping[int, tuple[int, int]], tensors: Mapping[str, Any]
 ) -> None:
-    """Raise ValueError unless every tensor is there, float32, finite and of its shape."""
+    """Raise BadCalibration unless every tensor is there, float32, finite and of its shape."""
     if kind not in KINDS:
-        raise ValueError(
+        raise BadCalibration(
             f"reuse calibration {path} has an unknown kind of estimator {kind!r}; known: "
             f"{', '.join(KINDS)}; {_AGAIN}"
         )
@@ -358,22 +365,24 @@ def _check_tensors(
     for name, shape in shapes.items():
         found = tensors.get(name)
         if found is None or found.dtype != np.float32 or not np.isfinite(found).all():
-            raise ValueError(f"reuse calibration {path} lacks a valid tensor {name}; {_AGAIN}")
+            raise BadCalibration(f"reuse calibration {path} lacks a valid tensor {name}; {_AGAIN}")
         fits = found.ndim == len(shape) and all(
             got == (sizes.setdefault(want, got) if isinstance(want, str) else want)
             and 0 < got <= _LARGEST
             for want, got in zip(shape, found.shape, strict=True)
         )
         if not fits:
-            raise ValueError(
+            raise BadCalibration(
                 f"reuse calibration {path}: {name} has the shape {tuple(found.shape)}; {_AGAIN}"
             )
     if set(tensors) != set(shapes):
         other = sorted(set(tensors) - set(shapes))[0]
-        raise ValueError(f"reuse calibration {path} has an unknown tensor {other}; {_AGAIN}")
+        raise BadCalibration(f"reuse calibration {path} has an unknown tensor {other}; {_AGAIN}")
     mean, deviation, least, largest = tensors["features"]
     if not ((deviation > 0).all() and (least <= mean).all() and (mean <= largest).all()):
-        raise ValueError(f"reuse calibration {path} has inconsistent feature statistics; {_AGAIN}")
+        raise BadCalibration(
+            f"reuse calibration {path} has inconsistent feature statistics; {_AGAIN}"
+        )
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Any]) -> str:

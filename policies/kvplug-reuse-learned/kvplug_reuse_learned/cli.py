@@ -6,14 +6,15 @@ import dataclasses
 import importlib.util
 import json as json_module
 import math
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from kvplug.cli import tables
+from kvplug.cli.tables import print_table
 
 if TYPE_CHECKING:
     from kvplug_reuse_learned.effects import Effect
@@ -26,9 +27,15 @@ WIDTH = 120
 
 def reuse(
     model: Annotated[
-        Path | None,
-        typer.Argument(
-            help="Model directory; SmolLM2-135M-Instruct by default.", show_default=False
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="The same as --model.", show_default=False),
+    ] = None,
+    of: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            help="A directory, ORG/NAME of the Hugging Face hub, or a name such as smollm2.",
+            show_default="smollm2",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "--out", help="The file to write.")] = Path(
@@ -83,7 +90,14 @@ def reuse(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of every choice.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for torch's choice.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    json: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="[FILE]",
+            help="Print the figures as JSON, or write them to FILE.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Learn from real text which reuse of stored KV keeps an answer, and what corrects it.
 
@@ -92,8 +106,7 @@ def reuse(
     """
     from kvplug.errors import KVPlugError
 
-    terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(width=None if terminal else WIDTH)
+    console = tables.console(WIDTH)
     try:
         for option, path in (("--output", output), ("--json", json)):
             if path is not None and (path.is_dir() or not path.parent.is_dir()):
@@ -111,7 +124,9 @@ def reuse(
             Bounds(agreement, divergence),
             kind, rank, ridge, min(rank, 32), threshold, effects,
         )  # fmt: skip
-        _run(console, model, output, text, prefix, settings, threads, json)
+        from kvplug_lab.cli.inputs import one_model
+
+        _run(console, one_model(model, of), output, text, prefix, settings, threads, json)
     except KVPlugError as error:
         typer.echo(" ".join(str(error).splitlines()), err=True)
         raise typer.Exit(2) from None
@@ -119,7 +134,7 @@ def reuse(
 
 def _run(
     console: Console,
-    model: Path | None,
+    model: str,
     output: Path,
     text: Path | None,
     prefix: str | None,
@@ -130,13 +145,15 @@ def _run(
     import torch
     import transformers
 
+    from kvplug.model_source import model_label
     from kvplug_lab import models
-    from kvplug_lab.cli.inputs import encoder_of, first_tokens, model_directory, text_of
+    from kvplug_lab.cli.inputs import model_directory, text_of
     from kvplug_lab.cli.outputs import counted
+    from kvplug_lab.texts import encoder_of, first_tokens
     from kvplug_reuse_learned.learn import learn
     from kvplug_reuse_learned.placements import PREFIX
 
-    directory = model_directory(model, console, "MODEL")
+    directory = model_directory(model)
     words = text_of(text)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     encode = encoder_of(tokenizer)
@@ -156,7 +173,7 @@ def _run(
             output,
             settings,
             models.model_fingerprint(directory),
-            directory.name,
+            model_label(directory),
             progress,
         )
     _print(console, learned, settings)
@@ -185,7 +202,7 @@ def _print(console: Console, learned: Learned, settings: LearnSettings) -> None:
     for source in SOURCES:
         _add_source(grid, source, [t for t in every if t.source == source], learned, settings)
     _add_source(grid, "all", every, learned, settings)
-    console.print(grid)
+    print_table(console, grid)
 
     found = learned.report
     losses = ", ".join(f"{kind} {loss:.3f}" for kind, loss in learned.losses.items())
@@ -202,7 +219,7 @@ def _print(console: Console, learned: Learned, settings: LearnSettings) -> None:
         curve.add_column(head, justify="right")
     for predicted, observed, count in found.bins:
         curve.add_row(f"{predicted:.2f}", f"{observed:.2f}", str(count))
-    console.print(curve)
+    print_table(console, curve)
     logistic = learned.calibration.tensors.get("logistic.weight")
     weights = Table(title="features", title_justify="left")
     weights.add_column("feature")
@@ -212,7 +229,7 @@ def _print(console: Console, learned: Learned, settings: LearnSettings) -> None:
     for i, (name, lost) in enumerate(found.importance.items()):
         weight = [f"{logistic[i]:+.2f}"] if logistic is not None else []
         weights.add_row(name, *weight, f"{lost:+.3f}")
-    console.print(weights)
+    print_table(console, weights)
     if learned.explained:
         mean = sum(learned.explained) / len(learned.explained)
         console.print(
@@ -271,7 +288,7 @@ def _print_effects(console: Console, found: list[Effect], settings: LearnSetting
             f"{row.agreement:.1%}",
             f"{row.perplexity:.2f}",
         )
-    console.print(grid)
+    print_table(console, grid)
 
 
 def _write_json(path: Path, learned: Learned) -> None:

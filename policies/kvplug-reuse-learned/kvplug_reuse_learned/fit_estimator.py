@@ -123,6 +123,8 @@ def choose(
     x: Array, y: Array, groups: Sequence[int], seed: int = 0
 ) -> tuple[str, dict[str, float]]:
     """Choose the kind of estimator by cross-validation; returns it and the losses in nats."""
+    from sklearn.metrics import log_loss
+
     names = sorted(set(groups))
     folds = min(FOLDS, len(names))
     losses = {}
@@ -133,7 +135,7 @@ def choose(
             if out.all() or not out.any():
                 continue
             p = fit(kind, x[~out], y[~out], seed).probability(x[out]).clip(1e-6, 1 - 1e-6)
-            total -= float((y[out] * np.log(p) + (1 - y[out]) * np.log(1 - p)).sum())
+            total += float(log_loss(y[out], p, normalize=False, labels=[0.0, 1.0]))
         losses[kind] = total / len(y)
     return min(losses, key=lambda kind: losses[kind]), losses
 
@@ -163,16 +165,19 @@ class EstimatorReport:
 
 def auc(p: Array, y: Array) -> float:
     """Area under the ROC curve, ties count half; NaN if only one class is present."""
-    good, bad = p[y > 0.5], p[y <= 0.5]
-    if not len(good) or not len(bad):
-        return math.nan
-    wins = (good[:, None] > bad).sum() + 0.5 * (good[:, None] == bad).sum()
-    return float(wins / (len(good) * len(bad)))
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(y, p)) if len(set(y)) == 2 else math.nan
 
 
 def report(estimator: Estimator, x: Array, y: Array, base: float, bins: int = 5) -> EstimatorReport:
     """Judge an estimator on held-out placements; ``base`` is the share kept in training."""
-    p = estimator.probability(x)
+    from sklearn.metrics import brier_score_loss
+
+    def brier(chance: Array) -> float:
+        return float(brier_score_loss(y, chance, pos_label=1.0))
+
+    p = estimator.probability(x).astype(np.float64)
     order = np.argsort(p, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
     shuffle = np.random.default_rng(0)
@@ -188,8 +193,8 @@ def report(estimator: Estimator, x: Array, y: Array, base: float, bins: int = 5)
         len(y),
         float(y.mean()),
         auc(p, y),
-        float(((p - y) ** 2).mean()),
-        float(((base - y) ** 2).mean()),
+        brier(p),
+        brier(np.full(len(y), base)),
         [(float(p[part].mean()), float(y[part].mean()), len(part)) for part in parts],
         importance,
     )

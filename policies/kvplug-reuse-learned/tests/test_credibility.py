@@ -219,7 +219,7 @@ def test_damaged_and_foreign_files_are_refused_by_name(tmp_path: Path) -> None:
         t["logistic.weight"][0] += 1
 
     refused(weight, "edited or damaged")
-    refused(lambda m, t: m.update(version="2"), "version '2'")
+    refused(lambda m, t: m.update(version="1"), "version '1'")
     refused(lambda m, t: m.update(format="kvplug-calibration"), "is not a reuse calibration")
     refused(lambda m, t: m.update(model="other"), "edited or damaged")
     refused(lambda m, t: m.pop("bounds"), "edited or damaged")  # type: ignore[arg-type,return-value]
