@@ -1,19 +1,55 @@
 """Finds the deployments that ship with kvplug, by name.
 
-They are in two sets: ``gpu``, with vLLM's defaults for a GPU, and ``cpu``, sized for a small model
-on a CPU. A name alone is one of the set for this machine; ``cpu/NAME`` and ``gpu/NAME`` are
-looked up as they are.
+They are in three sets: ``gpu``, one policy each with vLLM's defaults for a GPU; ``cpu``, sized for
+a small model on a CPU; and ``presets``, one for each kind of load, with what it costs. A name alone
+is one of the set for this machine, or else a preset; ``cpu/NAME``, ``gpu/NAME`` and
+``presets/NAME`` are looked up as they are.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from kvplug.errors import DeploymentError, Refusal
+from kvplug.near_names import did_you_mean
 
-SETS = ("cpu", "gpu")
+PRESETS = "presets"
+SETS = ("cpu", "gpu", PRESETS)
 NAME = re.compile(r"[a-z0-9_]+(/[a-z0-9_]+)?")
+
+
+COST = "What it costs: "
+"""What begins a preset's price, in the comment that its file begins with."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A preset as its file describes it.
+
+    Attributes:
+        name: Its name.
+        what: What it is for and does, some sentences.
+        cost: What it costs, some sentences.
+    """
+
+    name: str
+    what: str
+    cost: str
+
+
+def presets() -> list[Preset]:
+    """Return the presets, by name."""
+    found = []
+    for name in known(PRESETS):
+        lines = shipped(f"{PRESETS}/{name}").read_text(encoding="utf-8").splitlines()
+        comment = lines[: lines.index("")]
+        said = " ".join(line.removeprefix("#").strip() for line in comment)
+        what, _, cost = said.partition(COST)
+        cost = cost.partition("  kvplug serve ")[0].strip()
+        found.append(Preset(name, what.strip(), cost[:1].upper() + cost[1:]))
+    return found
 
 
 def folder() -> Path:
@@ -56,19 +92,22 @@ def find(file: Path) -> Path:
         DeploymentError: It is a name, and none of the shipped deployments has it on this machine.
     """
     name = str(file)
-    if file.exists() or not NAME.fullmatch(name):
+    if (file.exists() and not file.is_dir()) or not NAME.fullmatch(name):
         return file
     of, _, rest = name.rpartition("/")
+    for one in (of,) if of else (machine_set(), PRESETS):
+        if one in SETS and rest in known(one):
+            return shipped(f"{one}/{rest}")
     of = of or machine_set()
-    if of in SETS and rest in known(of):
-        return shipped(f"{of}/{rest}")
     other = [f"{one}/{rest}" for one in SETS if rest in known(one)]
     if other:
         problem = f"ships as {other[0]} only, and this machine's deployments are in {of}/."
         fix = f"pass {other[0]} to use it here, or choose from {_listed(of)}."
     else:
         problem = "no such file, and kvplug ships no deployment of that name."
-        fix = f"check the path, or choose from {'; '.join(map(_listed, SETS))}."
+        everything = dict.fromkeys(one for kind in (PRESETS, *SETS) for one in known(kind))
+        meant = did_you_mean(rest, everything)
+        fix = f"{meant}check the path, or choose from {'; '.join(map(_listed, SETS))}."
     raise DeploymentError(name, [Refusal("file", problem, fix)])
 
 

@@ -7,19 +7,25 @@ in a separate file whose path is given there instead. It maps each kind to a pol
     prefix_cache: lru                                  # short for {use: lru}
     sequence: {use: sink_window, sink: 64, window: 448}
     reuse: {use: [structure, {position: {max_shift: 4096}}], approximate: true}
+    tiers: [{host: {size: 8GiB}}, {disk: {path: /var/kvplug, size: 200GiB, transfer: lossless}}]
+    transfer: raw                                      # codec of tiers that do not name one
+    lifecycle: watermarks
 
 The keys next to ``reuse.use``, and ``guard``, configure where segments are stored and what may be
-done with them (`kvplug.reuse.settings`).
+done with them (`kvplug.reuse.settings`); ``observe`` what is recorded (`kvplug.observe.settings`).
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from kvplug.containment import STARTING, Contained, PolicyFailure
 from kvplug.contract import EngineView, Feature, Kind, Policy, PolicyOptions
 from kvplug.errors import DeploymentError, Refusal, change_options
+from kvplug.observe.settings import ObserveSettings
 from kvplug.reuse.settings import GuardSettings, ReuseSettings
 
 ALWAYS = ("structure", "position")
@@ -45,6 +51,12 @@ SWITCH_OFF: dict[Feature, str] = {
     Feature.QUANTIZED_KV_CACHE: "--kv-cache-dtype auto",
     Feature.DISAGGREGATED_PREFILL: "kv_role: kv_both",
 }
+OF_THE_MODEL = frozenset({Feature.KV_SHARING, Feature.SLIDING_WINDOW_LAYERS, Feature.MULTIMODAL})
+"""Features that a model has, whatever the flags."""
+LAYER_KINDS = (Kind.SEQUENCE, Kind.FORMAT, Kind.REUSE, Kind.ATTENTION, Kind.TIERS)
+"""Kinds that read or change what attention layers keep."""
+LATENT = "multi-head latent attention (MLA)"
+"""What a model has whose layers keep latents instead of keys and values."""
 SWITCH_ON: dict[Feature, str] = {
     Feature.PREFIX_CACHING: "--enable-prefix-caching",
     Feature.CHUNKED_PREFILL: "--enable-chunked-prefill",
@@ -60,8 +72,41 @@ class Choice:
     key: str
 
     def build(self, engine: EngineView) -> Policy:
-        """Build the policy object for an engine. Raises what the policy raises."""
-        return self.policy(self.options, engine)
+        """Build the policy object for an engine.
+
+        Raises:
+            PolicyFailure: The policy raised, took too long, or is not built as the contract says.
+        """
+        name = f"{self.policy.kind!s} policy {self.policy.name!r}"
+        built: Policy = Contained(self, STARTING, name).run(self._build, engine)
+        return built
+
+    def _build(self, engine: EngineView) -> Policy:
+        own = copy.deepcopy(engine)
+        policy = self.policy(self.options, own)
+        if type(policy) is not self.policy:
+            raise TypeError(f"building it returned {type(policy).__qualname__}")
+        built = getattr(policy, "options", None), getattr(policy, "engine", None)
+        if not isinstance(built[0], PolicyOptions) or built[1] is not own:
+            raise TypeError("its __init__ does not call super().__init__(options, engine)")
+        return policy
+
+
+@dataclass(frozen=True)
+class TierChoice:
+    """One tier of a deployment.
+
+    Attributes:
+        name: Its name: that of its policy, numbered from the second one on.
+        tier: The tier.
+        codec: Codec of what is stored there.
+        order: Prefix-cache policy whose order chunks leave in.
+    """
+
+    name: str
+    tier: Choice
+    codec: Choice
+    order: Choice
 
 
 @dataclass(frozen=True)
@@ -73,8 +118,10 @@ class Deployment:
         choices: The chosen policies, in order, by kind. Kinds not chosen are absent.
         lines: 1-based line of each key path below the section, where the source has lines.
         section: The section as plain data.
+        tiers: The tiers, fastest first.
         reuse: The keys next to ``reuse.use``; defaults where there are none.
         guard: The ``guard`` key, or None.
+        observe: The ``observe`` key; defaults where there is none.
         on_bad_request: ``refuse`` where a request whose options are invalid is answered with an
             error, ``report`` where the invalid ones are ignored and named in its answer.
     """
@@ -83,8 +130,10 @@ class Deployment:
     choices: Mapping[Kind, tuple[Choice, ...]]
     lines: Mapping[str, int] = field(default_factory=dict)
     section: Mapping[str, Any] = field(default_factory=dict)
+    tiers: tuple[TierChoice, ...] = ()
     reuse: ReuseSettings = field(default_factory=ReuseSettings)
     guard: GuardSettings | None = None
+    observe: ObserveSettings = field(default_factory=ObserveSettings)
     on_bad_request: OnBadRequest = "report"
 
     def choice(self, kind: Kind) -> Choice | None:
@@ -137,7 +186,9 @@ class Deployment:
                 how = SWITCH_OFF.get(feature)
                 refuse(
                     choice.key,
-                    f"{name} does not support {feature}, which {_is(feature)} enabled.",
+                    f"{name} cannot run on a model with {feature}."
+                    if feature in OF_THE_MODEL
+                    else f"{name} does not support {feature}, which {_is(feature)} enabled.",
                     (f"disable {_it(feature)} ({how}) or " if how else "")
                     + f"choose another {kind} policy.",
                 )
@@ -163,11 +214,37 @@ class Deployment:
             for choice in self.all():
                 try:
                     choice.build(engine)
-                except Exception as error:
-                    key = choice.key.removesuffix(".use")
-                    fix = change_options(str(error), choice.policy.Options.model_fields)
-                    refuse(key, f"{choice.policy.name}: {error}.", fix)
+                except PolicyFailure as failure:
+                    found.append(self.refusal(choice, failure.problem))
         return found
+
+    def beyond(self, what: str) -> list[Refusal]:
+        """Refuse the policies of `LAYER_KINDS` on a model whose layers none of them can work on.
+
+        Args:
+            what: What the model has, e.g. `LATENT`.
+        """
+        chosen = [choice for kind in LAYER_KINDS if (choice := self.choice(kind)) is not None]
+        return [
+            Refusal(
+                choice.key,
+                f"{choice.policy.name} cannot run on a model with {what}.",
+                f"remove the {choice.policy.kind!s} section for this model.",
+                self.lines.get(choice.key),
+            )
+            for choice in chosen
+        ]
+
+    def refusal(self, choice: Choice, problem: str) -> Refusal:
+        """Refuse a policy for a problem that its options may solve.
+
+        Args:
+            choice: The policy.
+            problem: What is wrong, a sentence without its full stop.
+        """
+        key = choice.key.removesuffix(".use")
+        fix = change_options(problem, choice.policy.Options.model_fields)
+        return Refusal(key, f"{choice.policy.name}: {problem}.", fix, self.lines.get(key))
 
     def require_compatible(self, engine: EngineView, *, runs: frozenset[Kind], host: str) -> None:
         """Raise DeploymentError unless `incompatible` finds nothing."""

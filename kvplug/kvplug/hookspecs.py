@@ -50,7 +50,7 @@ def kvplug_deployment_loaded(deployment: Deployment) -> None:
 def kvplug_engine_started(engine: EngineView) -> None:
     """Called when the policies are bound, before the first request is scheduled.
 
-    ``engine`` is the full view, ``num_blocks`` included. An exception stops the engine.
+    ``engine`` is the full view, ``num_blocks`` included. An exception is logged and stops nothing.
     """
 
 
@@ -58,8 +58,8 @@ def kvplug_engine_started(engine: EngineView) -> None:
 def kvplug_event(event: Event) -> None:
     """Observe an event; see `EventType` for all of them.
 
-    Called in the scheduler after the step, once per event. Evictions of a step are one event. A
-    plugin that raises receives no further events of that engine.
+    Called in the scheduler after the step, once per event. Evictions that made room for one request
+    are one event. A plugin that raises receives no further events of that engine.
     """
 
 

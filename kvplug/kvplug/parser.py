@@ -2,105 +2,43 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
-from kvplug.contract import EngineView, Kind, PolicyOptions
-from kvplug.deployment import ON_BAD_REQUEST_VALUES, Choice, Deployment
+from kvplug.containment import STARTING, Contained, PolicyFailure
+from kvplug.contract import EngineView, Kind, PolicyOptions, TierOptions
+from kvplug.deployment import ON_BAD_REQUEST_VALUES, Choice, Deployment, TierChoice
 from kvplug.errors import DeploymentError, Refusal, change_options
+from kvplug.near_names import nearest
+from kvplug.observe.settings import ObserveSettings
+from kvplug.plain_text import CAUSE, LABEL, one_line, without_logins
 from kvplug.registry import Plugins, plugins
 from kvplug.reuse.settings import GuardSettings, ReuseSettings
+from kvplug.yaml_file import read_yaml
 
 KINDS = [str(k) for k in Kind]
 
 
 MANY = frozenset({Kind.REUSE})
+"""Kinds whose `use` may be a list of policies."""
+DEFAULT_CODEC = "raw"
+DEFAULT_LIFECYCLE = "watermarks"
 
 
 GUARD = "guard"
+SHADOW = "shadow"
+OBSERVE = "observe"
 ON_BAD_REQUEST = "on_bad_request"
-SECTION_KEYS = frozenset({*KINDS, GUARD, ON_BAD_REQUEST})
+MAX_REFUSALS = 64
+"""Refusals after which a section is read no further."""
+SECTION_KEYS = frozenset({*KINDS, GUARD, OBSERVE, ON_BAD_REQUEST})
 """Keys of a section."""
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice instead of keeping the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable):
-                break  # SafeLoader raises its own error
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key!r}", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> tuple[Any, dict[str, int]]:
-    """Parse a YAML file and note the line of every key path.
-
-    Returns:
-        The data, and ``{"a.b.c": line}`` with 1-based lines.
-
-    Raises:
-        DeploymentError: The file cannot be read or is not YAML.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DeploymentError(
-            str(path), [Refusal("file", f"cannot be read: {reason}.", "check the path.")]
-        ) from error
-    try:
-        data = yaml.load(text, _Loader)
-        node = yaml.compose(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise DeploymentError(
-            str(path),
-            [
-                Refusal(
-                    "YAML",
-                    f"{problem}.",
-                    "correct the syntax at that line.",
-                    mark.line + 1 if mark is not None else None,
-                )
-            ],
-        ) from error
-    lines: dict[str, int] = {}
-    above: list[yaml.Node] = []  # an anchor may contain itself
-
-    def walk(node: yaml.Node | None, path: str) -> None:
-        if node is None or any(node is n for n in above):
-            return
-        above.append(node)
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                below = f"{path}.{key.value}" if path else str(key.value)
-                lines[below] = key.start_mark.line + 1
-                walk(value, below)
-        elif isinstance(node, yaml.SequenceNode):
-            for i, item in enumerate(node.value):
-                lines[f"{path}[{i}]"] = item.start_mark.line + 1
-                walk(item, f"{path}[{i}]")
-        above.pop()
-
-    walk(node, "")
-    return data, lines
 
 
 def load_deployment(
@@ -157,6 +95,8 @@ class _Parser:
         above = key
         while above not in self.lines and "." in above:
             above = above.rsplit(".", 1)[0]
+        # A URL may stand under any key by mistake, with the password of a server.
+        key, problem = without_logins(key), without_logins(problem)
         self.refusals.append(Refusal(key, problem, fix, self.lines.get(above)))
 
     def parse(self, section: Any) -> Deployment:
@@ -170,19 +110,24 @@ class _Parser:
             )
         else:
             for name, value in section.items():
+                if len(self.refusals) >= MAX_REFUSALS:
+                    break
                 if name == GUARD:
                     self.settings(GuardSettings, value, GUARD, beside)
+                    continue
+                if name == OBSERVE:
+                    self.settings(ObserveSettings, value, OBSERVE, beside)
                     continue
                 if name == ON_BAD_REQUEST:
                     self.on_bad_request(value, beside)
                     continue
                 if name not in KINDS:
-                    known = [*KINDS, GUARD, ON_BAD_REQUEST]
-                    near = difflib.get_close_matches(str(name), known, n=1)
+                    known = [*KINDS, GUARD, OBSERVE, ON_BAD_REQUEST]
+                    near = nearest(str(name), known)
                     self.refuse(
                         self.path(str(name)),
                         "unknown key.",
-                        f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}.",
+                        f"did you mean {near}?" if near else f"use one of {', '.join(known)}.",
                     )
                     continue
                 if name == Kind.REUSE and isinstance(value, Mapping):
@@ -192,24 +137,25 @@ class _Parser:
                 chosen = self.kind(Kind(name), value)
                 if chosen:
                     choices[Kind(name)] = tuple(chosen)
+            self.tiers(choices, beside)
             self.together(choices, beside)
         if self.refusals:
             raise DeploymentError(self.source, self.refusals)
         deployment = Deployment(self.source, choices, self.lines, section, **beside)
+        loaded = self.plugins.manager.hook.kvplug_deployment_loaded
         try:
-            self.plugins.manager.hook.kvplug_deployment_loaded(deployment=deployment)
-        except Exception as error:
-            text = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+            Contained(loaded, STARTING).run(partial(loaded, deployment=deployment))
+        except PolicyFailure as failure:
             raise DeploymentError(
                 self.source,
                 [
                     Refusal(
                         self.path() or "file",
-                        f"{text}.",
+                        f"{failure.problem}.",
                         "change the section as the message says; a plugin refused it.",
                     )
                 ],
-            ) from error
+            ) from failure
         return deployment
 
     def on_bad_request(self, value: Any, into: dict[str, Any]) -> None:
@@ -243,15 +189,129 @@ class _Parser:
         self, choices: Mapping[Kind, tuple[Choice, ...]], beside: Mapping[str, Any]
     ) -> None:
         """Refuse keys that are valid by themselves but not together."""
-        if GUARD in beside and Kind.REUSE not in choices and not self.refusals:
+        if GUARD not in beside or self.refusals:
+            return
+        guard: GuardSettings = beside[GUARD]
+        if guard.shadow is not None:
+            self.shadow(choices, beside)
+        if Kind.REUSE in choices:
+            return
+        if guard.shadow is None:
             self.refuse(
                 self.path(GUARD),
                 "watches reuse, but nothing is reused.",
-                "add a reuse section, or remove guard.",
+                "add a reuse section, or guard.shadow for other policies, or remove guard.",
             )
+        for name in sorted(guard.model_fields_set - {SHADOW} if guard.shadow else ()):
+            self.refuse(
+                self.path(GUARD, name),
+                "is about reuse, but nothing is reused.",
+                f"add a reuse section, or remove {name}.",
+            )
+
+    def shadow(self, choices: Mapping[Kind, tuple[Choice, ...]], beside: Mapping[str, Any]) -> None:
+        """Refuse a shadow where no request can be exact, or none can be anything else."""
+        key = self.path(GUARD, SHADOW)
+        codecs = [tier.codec for tier in beside.get("tiers", ())]
+        for choice in (*choices.get(Kind.FORMAT, ()), *codecs):
+            if not choice.policy.exact:
+                self.refuse(
+                    key,
+                    f"answers again exactly, but {choice.policy.name} changes the KV of every "
+                    "request.",
+                    f"remove guard.shadow, or choose another {choice.policy.kind!s}.",
+                )
+        sequence = any(not choice.policy.exact for choice in choices.get(Kind.SEQUENCE, ()))
+        reuse = beside.get(str(Kind.REUSE))
+        approximate = Kind.REUSE in choices and reuse is not None and reuse.approximate
+        if not sequence and not approximate and Kind.ATTENTION not in choices:
+            self.refuse(
+                key,
+                "answers approximate answers again, but nothing here approximates.",
+                "add a sequence or attention policy or reuse with approximate: true, or remove "
+                "guard.shadow.",
+            )
+
+    def tiers(self, choices: dict[Kind, tuple[Choice, ...]], into: dict[str, Any]) -> None:
+        """Give each tier its name, its codec and its order, and the tiers a lifecycle policy."""
+        chosen = choices.get(Kind.TIERS, ())
+        if not chosen:
+            for kind in (Kind.TRANSFER, Kind.LIFECYCLE):
+                if kind in choices:
+                    self.refuse(
+                        self.path(str(kind)),
+                        "has no effect without tiers.",
+                        f"add e.g. `tiers: [{{host: {{size: 8GiB}}}}]`, or remove {kind!s}.",
+                    )
+            return
+        for kind, default in (
+            (Kind.TRANSFER, DEFAULT_CODEC),
+            (Kind.LIFECYCLE, DEFAULT_LIFECYCLE),
+        ):
+            if kind not in choices:
+                choices[kind] = tuple(self.one(kind, default, {}, self.path(str(kind))))
+        seen: Counter[str] = Counter()
+        found = []
+        for choice in chosen:
+            assert isinstance(choice.options, TierOptions)
+            seen[choice.policy.name] += 1
+            count = seen[choice.policy.name]
+            name = choice.policy.name + (f"_{count}" if count > 1 else "")
+            codec = choices[Kind.TRANSFER]
+            if choice.options.transfer:
+                codec = self.nested(Kind.TRANSFER, choice.options.transfer, choice, "transfer")
+            order = self.nested(Kind.PREFIX_CACHE, choice.options.order, choice, "order")
+            if codec and order:
+                found.append(TierChoice(name, choice, codec[0], order[0]))
+        self.apart(found)
+        self.saved(choices[Kind.LIFECYCLE], found)
+        into["tiers"] = tuple(found)
+
+    def apart(self, tiers: Sequence[TierChoice]) -> None:
+        """Refuse tiers that store the same in the same place: one would drop the other's."""
+        owners: dict[tuple[str, str, Any], TierChoice] = {}
+        for one in tiers:
+            assert isinstance(one.tier.options, TierOptions)
+            for place in sorted(one.tier.options.places):
+                own = one.tier.policy.name, place, (one.codec.policy, one.codec.options)
+                other = next((o for key, o in owners.items() if key == own), None)
+                if other is not None:
+                    self.refuse(
+                        one.tier.key,
+                        f"stores in the same place as {other.tier.key}.",
+                        "give each tier a place of its own, or remove one of them.",
+                    )
+                    break
+                owners[own] = one
+
+    def saved(self, lifecycle: Sequence[Choice], tiers: Sequence[TierChoice]) -> None:
+        """Refuse checkpoints that nothing would keep."""
+        for choice in lifecycle:
+            seconds = getattr(choice.options, "checkpoint", 0)
+            durable = any(getattr(one.tier.policy, "durable", False) for one in tiers)
+            if seconds and tiers and not durable:
+                self.refuse(
+                    f"{self.path(str(Kind.LIFECYCLE))}.checkpoint",
+                    "saves KV for the engine's next start, but no tier outlives the engine.",
+                    "add e.g. `disk: {path: /var/kvplug, size: 100GiB}` to tiers, or remove "
+                    "checkpoint.",
+                )
+
+    def nested(self, kind: Kind, value: Any, owner: Choice, name: str) -> tuple[Choice, ...]:
+        """Parse a policy that is an option of another one: a name, or ``{use: NAME, ...}``."""
+        key = f"{owner.key}.{name}"
+        if isinstance(value, str):
+            return tuple(self.one(kind, value, {}, key))
+        if not isinstance(value.get("use"), str):
+            self.refuse(key, "does not name a policy.", f"write `{name}: {{use: NAME}}`.")
+            return ()
+        options = {str(k): v for k, v in value.items() if k != "use"}
+        return tuple(self.one(kind, value["use"], options, key))
 
     def kind(self, kind: Kind, value: Any) -> list[Choice]:
         key = self.path(str(kind))
+        if kind is Kind.TIERS:
+            return self.list_of_tiers(value, key)
         if isinstance(value, str):
             return self.one(kind, value, {}, key)
         if not isinstance(value, Mapping):
@@ -283,6 +343,32 @@ class _Parser:
         )
         return []
 
+    def list_of_tiers(self, value: Any, key: str) -> list[Choice]:
+        """Parse the tiers: a list, as their order matters."""
+        if isinstance(value, str | Mapping) or not isinstance(value, Sequence) or not value:
+            self.refuse(
+                key,
+                "must be a list of tiers, fastest first.",
+                f"write `{Kind.TIERS}: [{{host: {{size: 8GiB}}}}, ...]`, or remove it.",
+            )
+            return []
+        found = []
+        for i, item in enumerate(value):
+            where = f"{key}[{i}]"
+            if isinstance(item, str):
+                found += self.one(Kind.TIERS, item, {}, where)
+            elif isinstance(item, Mapping) and len(item) == 1:
+                ((name, options),) = item.items()
+                if options is None or isinstance(options, Mapping):
+                    found += self.one(Kind.TIERS, str(name), dict(options or {}), f"{where}.{name}")
+                    continue
+                self.refuse(
+                    f"{where}.{name}", "has no options.", f"write `{name}: {{option: value}}`."
+                )
+            else:
+                self.refuse(where, "is not a tier.", "write `NAME: {option: value}`.")
+        return found
+
     def item(self, kind: Kind, item: Any, key: str, i: int) -> list[Choice]:
         where = f"{key}.use[{i}]"
         if isinstance(item, str):
@@ -297,14 +383,15 @@ class _Parser:
     def one(self, kind: Kind, name: str, options: dict[str, Any], key: str) -> list[Choice]:
         registry = self.plugins.registry
         if name == "auto":
+            choose = self.plugins.manager.hook.kvplug_choose_policy
             try:
-                chosen = self.plugins.manager.hook.kvplug_choose_policy(
-                    kind=kind, engine=self.engine
+                chosen = Contained(choose, STARTING).run(
+                    lambda: one_line(choose(kind=kind, engine=self.engine) or "", LABEL)
                 )
-            except Exception as error:
+            except PolicyFailure as failure:
                 self.refuse(
                     key,
-                    f"the plugin that chooses for `auto` failed: {type(error).__name__}: {error}.",
+                    f"the plugin that chooses for `auto` failed: {failure.cause}.",
                     "name a policy.",
                 )
                 return []
@@ -331,12 +418,26 @@ class _Parser:
                 f"{fix}Installed: {installed}.{broken}",
             )
             return []
+        owner = key.removesuffix(".use")
+        contained = Contained(policy, STARTING, f"{kind} policy {policy.name!r}")
+
+        def validated() -> PolicyOptions | None:
+            try:
+                return policy.Options.model_validate(options)
+            except ValidationError as error:
+                self.invalid(error, policy.Options, policy.name, owner)
+                return None
+
         try:
-            valid = policy.Options.model_validate(options)
-        except ValidationError as error:
-            self.invalid(error, policy.Options, policy.name, key.removesuffix(".use"))
+            valid: PolicyOptions | None = contained.run(validated)
+        except PolicyFailure as failure:
+            self.refuse(
+                owner,
+                f"{policy.name} failed to validate its options: {failure.cause}.",
+                "change them, or choose another policy.",
+            )
             return []
-        return [Choice(policy, valid, key)]
+        return [Choice(policy, valid, key)] if valid is not None else []
 
     def invalid(
         self, error: ValidationError, model: type[PolicyOptions], owner: str, key: str
@@ -352,20 +453,22 @@ class _Parser:
                 if last in (renamed := getattr(at, "renamed", {})):
                     self.refuse(where, f"`{last}` was renamed.", f"use {renamed[last]}.")
                     continue
-                near = difflib.get_close_matches(last, list(fields), n=1)
+                near = nearest(last, fields)
                 known = ", ".join(fields) or "it has no options"
                 self.refuse(
                     where,
                     f"{owner} has no option {name!r}.",
-                    f"did you mean {near[0]}?" if near else f"options: {known}.",
+                    f"did you mean {near}?" if near else f"options: {known}.",
                 )
                 continue
-            problem = _plain(e["type"], e["msg"])
+            problem = one_line(_plain(e["type"], e["msg"]), CAUSE)
             if not e["loc"]:
                 self.refuse(where, f"{owner}: {problem}.", change_options(problem, fields))
                 continue
             info = fields.get(str(e["loc"][-1]))
-            got = "" if e["type"] == "missing" else f", got {e['input']!r}"
+            got = f", got {e['input']!r}"
+            if e["type"] == "missing" or (info is not None and info.annotation is SecretStr):
+                got = ""
             means = f" ({info.description})" if info is not None and info.description else ""
             self.refuse(where, f"{problem}{got}.", f"{_remedy(e['type'])}{means}.")
 

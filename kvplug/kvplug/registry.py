@@ -8,11 +8,12 @@ import importlib.metadata
 import inspect
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 
 import pluggy
 
 from kvplug import hookspecs
+from kvplug.containment import STARTING, Contained, PolicyFailure
 from kvplug.contract import BASES, Kind, Policy, PolicyOptions
 from kvplug.errors import PluginError
 
@@ -21,6 +22,7 @@ logger = logging.getLogger("kvplug")
 ENTRY_POINT_GROUP = "kvplug"
 EXTRAS: dict[str, frozenset[tuple[Kind, str]]] = {
     "attention-memo": frozenset({(Kind.ATTENTION, "memo")}),
+    "kvpress": frozenset({(Kind.SEQUENCE, "kvpress")}),
     "reuse-learned": frozenset({(Kind.REUSE, "credibility"), (Kind.REUSE, "compensate")}),
 }
 """Policies that come with an extra of kvplug, by extra; not installed with kvplug alone."""
@@ -65,8 +67,17 @@ class PolicyRegistry:
             )
         if abstract := getattr(policy, "__abstractmethods__", None):
             raise PluginError(f"{where} does not implement: {', '.join(sorted(abstract))}")
+        if type(policy.name) is not str or not isinstance(policy.kind, Kind):
+            raise PluginError(f"{where}: kind must be a Kind and name a str, both fixed")
         if not NAME.fullmatch(policy.name) or policy.name == "auto":
             raise PluginError(f"{where}: {policy.name!r} is not a valid policy name (a-z, 0-9, _)")
+        if not isinstance(policy.exact, bool):
+            raise PluginError(f"{where}.exact must be True or False, got {policy.exact!r}")
+        for name, of in (("changes", str), ("supports", Set), ("requires", Set)):
+            if not isinstance(getattr(policy, name), of):
+                raise PluginError(f"{where}.{name} must be a {of.__name__}")
+        if not isinstance(policy.excludes, Mapping):
+            raise PluginError(f"{where}.excludes must be a mapping of policies to reasons")
         if not issubclass(policy.Options, PolicyOptions):
             raise PluginError(f"{where}.Options must subclass kvplug.contract.PolicyOptions")
         taken = self._policies.get((policy.kind, policy.name))
@@ -85,6 +96,17 @@ class PolicyRegistry:
     def names(self, kind: Kind) -> list[str]:
         """List the names registered for a kind, sorted."""
         return sorted(n for k, n in self._policies if k is kind)
+
+    def ready(self, kind: Kind, *given: str) -> list[str]:
+        """List the names of policies that need no options but those ``given``, sorted."""
+        return [
+            name
+            for name in self.names(kind)
+            if not any(
+                info.is_required() and option not in given
+                for option, info in self._policies[kind, name].Options.model_fields.items()
+            )
+        ]
 
     def nearest(self, kind: Kind, name: str) -> list[str]:
         """List registered names similar to ``name``, most similar first."""
@@ -118,11 +140,15 @@ class Plugins:
                 self._load(entry)
 
     def _load(self, entry: importlib.metadata.EntryPoint) -> None:
+        contained = Contained(entry, STARTING, f"kvplug plugin {entry.name!r}")
         try:
-            self.register(entry.load(), entry.name)
-        except Exception as error:
-            self.registry.broken[entry.name] = " ".join(f"{type(error).__name__}: {error}".split())
-            logger.warning("kvplug plugin %r could not be loaded: %s", entry.name, error)
+            contained.run(self._register_entry, entry)
+        except PolicyFailure as failure:
+            self.registry.broken[entry.name] = failure.cause
+            logger.warning("kvplug plugin %r could not be loaded: %s", entry.name, failure.cause)
+
+    def _register_entry(self, entry: importlib.metadata.EntryPoint) -> None:
+        self.register(entry.load(), entry.name)
 
     def register(self, plugin: object, name: str | None = None) -> None:
         """Register a plugin and its policies; a failure leaves nothing registered.
@@ -142,7 +168,7 @@ class Plugins:
             ]
             if impl:
                 impl[0].function(registry=self.registry)
-        except Exception as error:
+        except BaseException as error:
             self.registry._policies = before
             if not known and self.manager.is_registered(plugin):
                 self.manager.unregister(plugin)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,6 +19,8 @@ from pydantic import (
     field_validator,
 )
 
+from kvplug.near_names import nearest
+
 __all__ = ["Cause", "ParsedOptions", "RefusedOption", "RequestOptions"]
 
 SECTION = "kvplug"
@@ -26,6 +28,9 @@ SECTION = "kvplug"
 
 MAX_SESSION_ID = 256
 """Longest session id, in characters."""
+
+MAX_SEGMENTS = 16384
+"""Most lengths in ``segments``."""
 
 _RENAMED = {"session": "session_id"}
 _MAX_NAMED = 8
@@ -41,6 +46,7 @@ class Cause(StrEnum):
     UNKNOWN_OPTION = "unknown option"
     INVALID_VALUE = "invalid value"
     NOT_A_MAPPING = "not a mapping"
+    NOT_MET = "not met by the deployment"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +63,7 @@ class RefusedOption:
 
 
 class RequestOptions(BaseModel):
-    """Options of one request. An option that is left out, or null, has its default."""
+    """Options of one request. An option that is left out has its default; null is no value."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -73,10 +79,20 @@ class RequestOptions(BaseModel):
         default="exact",
         description="'exact' or 'approximate'; approximate needs a deployment that allows it",
     )
+    store: bool = Field(
+        default=True,
+        description="true or false; false stores nothing of the request's prompt and answer in a "
+        "tier",
+    )
+    missed: bool = Field(
+        default=False,
+        description="true or false; true says in the answer why blocks of the prompt were computed",
+    )
     segments: tuple[Annotated[StrictInt, Field(gt=0)], ...] | None = Field(
         default=None,
-        description="a list of positive integers; lengths in tokens of the prompt's first "
-        "segments, in order",
+        max_length=MAX_SEGMENTS,
+        description=f"a list of at most {MAX_SEGMENTS} positive integers; lengths in tokens of the "
+        "prompt's first segments, in order",
     )
     session_id: Annotated[StrictStr, Field(max_length=MAX_SESSION_ID)] | None = Field(
         default=None,
@@ -160,27 +176,24 @@ _OPTIONS = list(RequestOptions.model_fields)
 
 
 def _known(section: Mapping[Any, Any], refused: dict[str, RefusedOption]) -> dict[str, Any]:
-    """Keys that are options and have a value; the others are refused."""
-    known = {key: section[key] for key in _OPTIONS if section.get(key) is not None}
-    others = 0
-    for key in section:
-        if key in _OPTIONS:
-            continue
-        if len(refused) < _MAX_NAMED:
-            name = str(key)[:_MAX_KEY]
-            refused[name] = RefusedOption(Cause.UNKNOWN_OPTION, _unknown(name))
-        else:
-            others += 1
-    if others:
+    """Keys that are options and have a value; the other keys are refused."""
+    known = {key: section[key] for key in _OPTIONS if key in section}
+    unknown = islice((key for key in section if key not in _OPTIONS), _MAX_NAMED)
+    for key in unknown:
+        name = str(key)[:_MAX_KEY]
+        refused[name] = RefusedOption(Cause.UNKNOWN_OPTION, _unknown(name))
+    if (others := len(section) - len(known) - _MAX_NAMED) > 0:
         refused["..."] = RefusedOption(Cause.UNKNOWN_OPTION, f"further unknown options: {others}")
+    for key in [key for key, value in known.items() if value is None]:
+        refused[key] = RefusedOption(Cause.INVALID_VALUE, _invalid(key, known.pop(key)))
     return known
 
 
 def _unknown(key: str) -> str:
     if key in _RENAMED:
         return f"unknown option {key!r}; use {_RENAMED[key]!r}"
-    if near := difflib.get_close_matches(key, _OPTIONS, n=1):
-        return f"unknown option {key!r}; did you mean {near[0]!r}?"
+    if near := nearest(key, _OPTIONS):
+        return f"unknown option {key!r}; did you mean {near!r}?"
     return f"unknown option {key!r}; known options: {', '.join(_OPTIONS)}"
 
 

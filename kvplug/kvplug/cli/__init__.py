@@ -15,10 +15,16 @@ import typer
 from kvplug import __version__
 from kvplug.cli.check import check
 from kvplug.cli.doctor import doctor
-from kvplug.cli.installed import CommandGroup, add_installed
+from kvplug.cli.explain import explain
+from kvplug.cli.installed import CommandGroup, add_installed, panel
+from kvplug.cli.json_output import Command
+from kvplug.cli.new import new
+from kvplug.cli.plan import plan
 from kvplug.cli.policies import policies
+from kvplug.cli.presets import presets
 from kvplug.cli.record import record
 from kvplug.cli.serve import serve
+from kvplug.cli.top import top
 
 logger = logging.getLogger("kvplug")
 
@@ -27,8 +33,9 @@ app = typer.Typer(
     cls=CommandGroup,
     help="KV-cache policies as plugins for stock vLLM.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    # Commands of groups inherit it.
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -49,8 +56,8 @@ def _main(
     logger.addHandler(logging.NullHandler())
 
 
-for _command in (check, serve, record, policies, doctor):
-    app.command()(_command)
+for _command in (serve, record, top, explain, doctor, policies, presets, check, plan, new):
+    app.command(cls=Command, rich_help_panel=panel(_command.__name__))(_command)
 
 
 add_installed(app)

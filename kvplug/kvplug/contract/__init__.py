@@ -11,7 +11,17 @@ from kvplug.contract.format import (
     Recent,
     WriteBatch,
 )
-from kvplug.contract.lifecycle import Action, LifecyclePolicy, Move, Pressure, TierView
+from kvplug.contract.lifecycle import (
+    Action,
+    Due,
+    Found,
+    Leaving,
+    LifecyclePolicy,
+    LinkView,
+    Move,
+    Pressure,
+    TierView,
+)
 from kvplug.contract.policy import (
     ALL_FEATURES,
     EngineView,
@@ -40,7 +50,8 @@ from kvplug.contract.sequence import (
     Window,
     layer_range,
 )
-from kvplug.contract.transfer import CorruptPayload, TransferCodec
+from kvplug.contract.tiers import Size, Tier, TierError, TierOptions, TierPlace, TierUsage
+from kvplug.contract.transfer import CorruptPayload, PlaneShape, TransferCodec
 
 BASES: dict[Kind, type[Policy]] = {
     Kind.PREFIX_CACHE: PrefixCachePolicy,
@@ -48,6 +59,7 @@ BASES: dict[Kind, type[Policy]] = {
     Kind.FORMAT: FormatPolicy,
     Kind.REUSE: ReuseCheck,
     Kind.ATTENTION: AttentionPolicy,
+    Kind.TIERS: Tier,
     Kind.TRANSFER: TransferCodec,
     Kind.LIFECYCLE: LifecyclePolicy,
 }
@@ -62,19 +74,24 @@ __all__ = [
     "Candidate",
     "CorruptPayload",
     "DecodeRows",
+    "Due",
     "EngineView",
     "Feature",
     "Fingerprint",
     "FormatOptions",
     "FormatPolicy",
+    "Found",
     "Gather",
     "Kind",
     "LayerView",
+    "Leaving",
     "LifecyclePolicy",
+    "LinkView",
     "Move",
     "PageField",
     "PageLayout",
     "Placement",
+    "PlaneShape",
     "Policy",
     "PolicyOptions",
     "PolicyReport",
@@ -91,6 +108,12 @@ __all__ = [
     "ScoringOptions",
     "ScoringPolicy",
     "SequencePolicy",
+    "Size",
+    "Tier",
+    "TierError",
+    "TierOptions",
+    "TierPlace",
+    "TierUsage",
     "TierView",
     "TransferCodec",
     "Verdict",

@@ -26,8 +26,9 @@ class Kind(StrEnum):
         FORMAT: How K and V are stored in pages and attended there.
         REUSE: Whether stored KV may be used in place of a computation.
         ATTENTION: How decode steps attend what a request holds.
-        TRANSFER: How KV is encoded on its way out of the accelerator; no host runs it yet.
-        LIFECYCLE: When a block changes tier or precision; no host runs it yet.
+        TIERS: Where KV is stored outside the engine's pool.
+        TRANSFER: How KV is encoded on its way there.
+        LIFECYCLE: What is stored there, when it moves, and when loading pays.
     """
 
     PREFIX_CACHE = "prefix_cache"
@@ -35,6 +36,7 @@ class Kind(StrEnum):
     FORMAT = "format"
     REUSE = "reuse"
     ATTENTION = "attention"
+    TIERS = "tiers"
     TRANSFER = "transfer"
     LIFECYCLE = "lifecycle"
 
@@ -125,7 +127,7 @@ class EngineView:
         host: ``"vllm"``, ``"trace"`` or ``"transformers"``.
         host_version: Version of the host engine.
         model: Fingerprint of the model's config and weights; empty if the host does not know
-            it.
+            it, or it cannot be had.
     """
 
     block_size: int
@@ -137,6 +139,21 @@ class EngineView:
     host: str = "vllm"
     host_version: str = ""
     model: str = ""
+
+    def may_run(self, fingerprint: str) -> bool:
+        """Tell whether what was made for one model may be used on the engine.
+
+        Args:
+            fingerprint: Of that model; empty if it had none.
+
+        Returns:
+            True for the model that the engine runs. A running vLLM whose model has no fingerprint
+            runs none that is known; elsewhere an unknown model may be any.
+        """
+        known = bool(self.model and fingerprint)
+        if self.host == "vllm" and self.host_version:
+            return known and self.model == fingerprint
+        return not known or self.model == fingerprint
 
 
 class Policy(ABC):
@@ -210,6 +227,8 @@ class PolicyReport:
         acted: Number of times it decided something; 0 if it never did anything.
         errors: Exceptions it raised; after the first, the host's default serves in its place.
         counters: Counters by name, the host's and the policy's own.
+        own: Those that the policy counts by itself.
+        retired: True if the host's default has taken over, for good or in part.
     """
 
     kind: str
@@ -218,3 +237,5 @@ class PolicyReport:
     acted: int = 0
     errors: int = 0
     counters: dict[str, float] = field(default_factory=dict)
+    own: dict[str, float] = field(default_factory=dict)
+    retired: bool = False

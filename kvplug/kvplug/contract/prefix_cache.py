@@ -32,10 +32,11 @@ class RequestView:
     """View of a request.
 
     Attributes:
-        request_id: The engine's id.
+        request_id: The engine's id; of a longer one than 128 characters its beginning and a digest.
         num_prompt_tokens: Tokens of its prompt.
         priority: The engine's priority, lower is more urgent.
-        session_id: Conversation the request belongs to, if it names one.
+        session_id: Conversation the request belongs to, if it names one: a digest of the client's
+            name for it and of the tenant, so that two tenants' sessions of one name are two.
         arrival: Arrival time in seconds, on the engine's clock.
     """
 

@@ -18,16 +18,17 @@ class Fingerprint:
     """Everything a stored segment's KV depends on, as recorded when it was computed.
 
     Attributes:
-        model: Fingerprint of the model's config and weights.
-        tokenizer: Tokenizer name and revision.
-        lora: Adapter name, or the empty string.
+        model: Digest of all that KV depends on beside the request: weights, the config as it
+            runs, quantization, types, the engine's version. What is empty equals nothing.
+        tokenizer: Digest of the tokenizer's files, or its name and revision.
+        lora: Digest of the adapter's files, or the empty string without one.
         dtype: Name of the KV dtype.
         format: `FormatPolicy.fingerprint`, or the empty string for the engine's own.
         position: Positional scheme: ``rope/neox/DIGEST`` or ``rope/gptj/DIGEST`` (the digest is of
             the model's own table of frequencies), ``rope-by-length`` where the table depends on
             the length of the text, ``alibi``, ``learned``, ``none`` or ``unknown``.
         geometry: ``(layers, kv_heads, head_size)``, whatever the rank.
-        tenant: Cache salt of the request, or the empty string.
+        tenant: Digest of the request's cache salt, or the empty string.
         mask: Template under which it was computed: ``causal``, ``window:N``, or ``causal`` with
             bidirectional spans ``causal+bidirectional:A-B,C-D`` counted from the segment's start.
         start: Position of its first token.

@@ -7,11 +7,12 @@ best of each KV head, compacts them and frees the blocks behind them.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -95,6 +96,7 @@ class ResidentView:
         cumulative_attention: Mass each resident token received from every query since
             it was written, mean over the query heads of its group, ``[rows, kv_heads, count]``
             float32, or None unless the policy sets `ScoringPolicy.wants_cumulative_attention`.
+        longest: A number that no position reaches; 0 if the host does not know one.
         dense: True if each row has one page that is its ``count`` tokens.
     """
 
@@ -111,6 +113,7 @@ class ResidentView:
     queries: Tensor | None = None
     query_positions: Tensor | None = None
     cumulative_attention: Tensor | None = None
+    longest: int = 0
     dense: bool = False
 
     def _dense(self, pages: Tensor) -> Tensor:
@@ -140,15 +143,18 @@ class ResidentView:
         rows = self.block_table.shape[0]
         return torch.full((rows,), self.count, dtype=torch.int32, device=self.positions.device)
 
-    def attention_mass(self, window: int | None = None) -> Tensor:
+    def attention_mass(
+        self, window: int | None = None, how: Literal["sum", "max"] = "sum"
+    ) -> Tensor:
         """Compute the attention mass that each resident token receives from the latest queries.
 
         Args:
             window: Number of latest queries; all observed ones by default.
+            how: Sum over the queries, or the largest weight that one of them gives.
 
         Returns:
-            ``[rows, num_heads, count]`` float32, summed over the queries; each query's softmax is
-            over the resident tokens it may see.
+            ``[rows, num_heads, count]`` float32; each query's softmax is over the resident tokens
+            it may see.
 
         Raises:
             ValueError: The policy observes no queries.
@@ -171,6 +177,7 @@ class ResidentView:
             key_positions=self.positions,
             query_positions=self.query_positions[:, -window:],
             softcap=self.softcap,
+            how=how,
             out=queries.new_empty((rows, heads, self.count), dtype=torch.float32),
         )
 
@@ -187,6 +194,63 @@ class ResidentView:
         kv_heads = self.positions.shape[1]
         return values.reshape(rows, kv_heads, heads // kv_heads, *values.shape[2:]).mean(2)
 
+    def pooled_mass(
+        self,
+        mass: Tensor,
+        latest: int | Tensor,
+        *,
+        window: int = 0,
+        kernel: int = 1,
+        how: Literal["mean", "max"] = "max",
+        kept: float = math.inf,
+    ) -> Tensor:
+        """Score tokens by a mass they receive: mean over the query heads of each KV head, pooled
+        over neighbours in the text, the latest tokens kept. One launch on an accelerator.
+
+        Args:
+            mass: At least 0, ``[rows, num_heads, count]`` or ``[rows, kv_heads, count]`` float32.
+            latest: Tokens at the end of the text that count as mass 0 and score ``kept``: a number,
+                or one per row, ``[rows]`` int32.
+            window: Divide by how many of that many latest queries there are; 0 divides by nothing.
+            kernel: Tokens pooled, odd: the token and as many to either side. A token that is not
+                resident counts as one of mass 0.
+            how: Mean or largest of them.
+            kept: Score of the latest tokens.
+
+        Returns:
+            ``[rows, kv_heads, count]`` float32.
+
+        Raises:
+            ValueError: ``window`` is given and the policy observes no queries.
+        """
+        from kvplug_kernels.pool_mass import pool_mass
+
+        if window and self.query_positions is None:
+            raise ValueError("window needs queries: set the policy's `observation`")
+        queries = self.query_positions[:, -window:] if self.query_positions is not None else None
+        longest = self.longest
+        if kernel > 1 and not longest:
+            longest = int(self.positions.max()) + 1 if self.positions.numel() else 0
+        return pool_mass(
+            mass,
+            self.positions,
+            self.num_tokens,
+            latest=latest,
+            longest=longest,
+            query_positions=queries if window else None,
+            kernel=kernel,
+            how=how,
+            kept=kept,
+        )
+
+    def key_score(self, which: int) -> Tensor:
+        """One of `key_scores` alone, ``[rows, kv_heads, count]`` float32: it reads what it needs.
+
+        Args:
+            which: A constant of `kvplug_kernels.key_scores`.
+        """
+        return self._key_scores((which,))[0]
+
     @cached_property
     def key_scores(self) -> Tensor:
         """Norms and similarities of the resident keys, ``[4, rows, kv_heads, count]`` float32.
@@ -194,10 +258,22 @@ class ResidentView:
         Indexed by the constants of `kvplug_kernels.key_scores`: ``KEY_NORM``, ``VALUE_NORM``,
         ``KEY_TO_MEAN`` (cosine with the mean of the normalised keys), ``KEY_TO_PREVIOUS``.
         """
+        return self._key_scores((0, 1, 2, 3))
+
+    def _key_scores(self, which: tuple[int, ...]) -> Tensor:
+        import torch
+
         from kvplug_kernels.key_scores import key_scores
 
-        scores = key_scores(self.key_pages, self.value_pages, self.block_table, self.lens)
-        return scores[..., : self.count]
+        shape = (len(which), *self.positions.shape)
+        return key_scores(
+            self.key_pages,
+            self.value_pages,
+            self.block_table,
+            self.lens,
+            which=which,
+            out=torch.empty(shape, dtype=torch.float32, device=self.positions.device),
+        )
 
 
 class ScoringOptions(PolicyOptions):

@@ -13,12 +13,16 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvplug.contract import LayerView, ResidentView, ScoringPolicy
 from kvplug_kernels.select_top import select_top
+
+MAX_SHARE = 16
+"""Largest share of a budget that a layer can have."""
 
 FLUSH = 32
 """Queries collected before cumulative attention is brought up to date."""
@@ -27,6 +31,43 @@ FLUSH = 32
 SETTLED_TOKENS = 16
 """Tokens after which a measurement decides sizes: by then it has reached the scheduler, however
 many steps that runs ahead, so the size of an eviction depends on the text alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What a scoring policy declares, read once: what it declares later changes nothing.
+
+    Attributes:
+        sink: First tokens that are always kept.
+        recent: Latest tokens that are always kept.
+        observation: Latest queries that it is shown.
+        cumulative: Whether it is shown cumulative attention.
+        on_demand: Evicted tokens kept in host memory.
+        resizes: Whether it changes budgets at run time.
+        block_size: Tokens per block.
+    """
+
+    sink: int
+    recent: int
+    observation: int
+    cumulative: bool
+    on_demand: int
+    resizes: bool
+    block_size: int
+
+    @classmethod
+    def of(cls, policy: ScoringPolicy) -> Rules:
+        """Read what a policy declares."""
+        options = policy.options
+        return cls(
+            sink=options.sink,
+            recent=options.recent,
+            observation=int(policy.observation),
+            cumulative=bool(policy.wants_cumulative_attention),
+            on_demand=options.on_demand,
+            resizes=bool(policy.resizes),
+            block_size=policy.engine.block_size,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +107,15 @@ class Limits:
                 where the policy's ``prefill`` is 0; 0 for no limit.
 
         Raises:
-            ValueError: The layer's budget is smaller than what is always kept.
+            ValueError: The layer's share is none, or its budget is smaller than what is always
+                kept.
         """
         options, share = policy.options, policy.share(layer)
+        if type(share) not in (int, float) or not 0 < share <= MAX_SHARE:
+            raise ValueError(
+                f"share of layer {layer.index} must be above 0 and at most {MAX_SHARE}, "
+                f"got {share!r}"
+            )
         interval = -(-options.interval // block_size)
         if isinstance(options.budget, int):
             least = -(-math.ceil(options.budget * share) // block_size) * block_size
@@ -275,6 +322,7 @@ def choose(
     candidates: int,
     count: int,
     unwanted: Tensor | None = None,
+    rules: Rules | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Choose the tokens that survive an eviction.
 
@@ -284,6 +332,7 @@ def choose(
         candidates: Tokens, from the first, that the eviction covers.
         count: How many of them survive per row and KV head.
         unwanted: Tokens that must not survive, broadcast to ``[rows, kv_heads, held]`` bool.
+        rules: What the policy declared; read now if None.
 
     Returns:
         Indices of the survivors, ascending, ``[rows, kv_heads, count]`` int32, and the policy's
@@ -293,19 +342,82 @@ def choose(
     Raises:
         ValueError: The policy did not return one score per token.
     """
-    scores = policy.score(held)
-    if scores.shape != held.positions.shape:
+    rules = rules or Rules.of(policy)
+    scores = scored(policy, held)
+    return keep_best(rules, held, scores, candidates, count, unwanted), scores
+
+
+def scored(policy: ScoringPolicy, held: ResidentView) -> Tensor:
+    """Let a policy score tokens.
+
+    The policy is shown copies of the bookkeeping that decides and follows what survives.
+
+    Args:
+        policy: The policy.
+        held: The tokens of the rows.
+
+    Returns:
+        ``[rows, kv_heads, held]`` float32, without NaN and infinities.
+
+    Raises:
+        ValueError: The policy did not return one score per token.
+        TypeError: It returned something else than a dense tensor of reals.
+    """
+    return finite(given_scores(policy, own_view(held)))
+
+
+def given_scores(policy: ScoringPolicy, shown: ResidentView) -> Tensor:
+    """Let a policy score tokens, and take what it returns as it is.
+
+    Args:
+        policy: The policy.
+        shown: The tokens of the rows, of which nothing is read afterwards.
+
+    Returns:
+        ``[rows, kv_heads, held]`` float32, contiguous along the last dimension; perhaps the
+        policy's own.
+
+    Raises:
+        ValueError: The policy did not return one score per token.
+        TypeError: It returned something else than a dense tensor of reals.
+    """
+    shape, device = shown.positions.shape, shown.positions.device
+    given: Any = policy.score(shown)
+    if type(given) is not Tensor or given.layout is not torch.strided or given.is_complex():
+        raise TypeError(f"score returned {type(given).__name__}, expected a dense tensor of reals")
+    if given.shape != shape:
         raise ValueError(
-            f"{policy.name} returned scores of shape {tuple(scores.shape)} for tokens of "
-            f"shape {tuple(held.positions.shape)}"
+            f"{type(policy).name} returned scores of shape {tuple(given.shape)} for tokens of "
+            f"shape {tuple(shape)}"
         )
+    if given.device != device:
+        raise ValueError(f"score returned a tensor on {given.device}")
+    plain = given.detach().to(torch.float32)
+    return plain if plain.stride(-1) == 1 or plain.shape[-1] < 2 else plain.contiguous()
+
+
+def finite(scores: Tensor) -> Tensor:
+    """Return a copy of scores without NaN, which count as the lowest, and infinities."""
     lowest = torch.finfo(torch.float32).min
-    scores = torch.nan_to_num(scores.float(), nan=lowest, posinf=-lowest, neginf=lowest)
-    return keep_best(policy, held, scores, candidates, count, unwanted), scores
+    # Of their own, too: the policy may hold on to what it returned.
+    return scores.clone().nan_to_num_(nan=lowest, posinf=-lowest, neginf=lowest)
+
+
+def own_view(held: ResidentView) -> ResidentView:
+    """Return a view for a policy whose small tensors, those a host goes on with, are copies."""
+    attention = held.cumulative_attention
+    return replace(
+        held,
+        num_tokens=held.num_tokens.clone(),
+        num_prompt_tokens=held.num_prompt_tokens.clone(),
+        positions=held.positions.clone(),
+        block_table=held.block_table.clone(),
+        cumulative_attention=attention.clone() if attention is not None else None,
+    )
 
 
 def keep_best(
-    policy: ScoringPolicy,
+    rules: Rules | ScoringPolicy,
     held: ResidentView,
     scores: Tensor,
     candidates: int,
@@ -313,9 +425,10 @@ def keep_best(
     unwanted: Tensor | None = None,
 ) -> Tensor:
     """Select the ``count`` best of the first ``candidates`` tokens; see `choose`."""
+    rules = rules if isinstance(rules, Rules) else Rules.of(rules)
     positions = held.positions[..., :candidates]
-    newest = (held.num_tokens - policy.options.recent)[:, None, None]
-    always = (positions < policy.options.sink) | (positions >= newest)
+    newest = (held.num_tokens - rules.recent)[:, None, None]
+    always = (positions < rules.sink) | (positions >= newest)
     ranked = scores[..., :candidates].masked_fill(always, float("inf"))
     if unwanted is not None:
         ranked = ranked.masked_fill(unwanted[..., :candidates], float("-inf"))

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from kvplug.contract.reuse import Fingerprint
-from kvplug.reuse.entry import CatalogEntry, SegmentState, Tokens
-from kvplug.reuse.file import digest, segment_id
+from kvplug.reuse.entry import CatalogEntry, SegmentState, Tokens, text_bytes
+from kvplug.reuse.file import digest, file_bytes, segment_id
 from kvplug.reuse.hashing import Hasher
 from kvplug.reuse.index import Match, SegmentIndex
 from kvplug.reuse.inventory import Inventory, StoreCommands
@@ -39,6 +39,7 @@ EVENTS = (
     "deleted",
     "expired",
     "invalidated",
+    "reset",
     "stale",
 )
 """Counters of what happened to segments since the start."""
@@ -85,7 +86,13 @@ class Catalog:
         self._clock = clock
         self._inventory = Inventory(
             SegmentIndex(min_tokens, near_duplicates=prefetch, hasher=hasher),
-            Quota(settings.memory * MIB, settings.disk * MIB, settings.ttl, writes=self._writes),
+            Quota(
+                settings.memory * MIB,
+                settings.disk * MIB,
+                settings.ttl,
+                writes=self._writes,
+                tenant_share=settings.tenant_share,
+            ),
             Sessions(settings.session_ttl),
             settings.ttl,
             settings.variants,
@@ -203,8 +210,11 @@ class Catalog:
             if replaced is None:
                 self._counts["full_variants"] += 1
                 return None
-        size = fingerprint.length * self._token_bytes
-        victims = inventory.room(size, size if self._writes else 0, now, replaced)
+        ranks = self._world or 1
+        planes = fingerprint.length * self._token_bytes
+        size = planes + text_bytes(fingerprint.start + fingerprint.length, ranks)
+        files = file_bytes(fingerprint, session, planes, ranks) if self._writes else 0
+        victims = inventory.room(fingerprint.tenant, size, files, now, replaced)
         if victims is None:
             self._counts["no_room"] += 1
             return None
@@ -221,6 +231,7 @@ class Catalog:
             SegmentState.SAVING,
             last_used=now,
             session=session,
+            file_bytes=files,
         )
         inventory.add(entry)
         return entry
@@ -305,7 +316,7 @@ class Catalog:
         if entry.state is not SegmentState.DISK:
             return entry.state is not SegmentState.SAVING
         now = self._clock()
-        victims = self._inventory.room(entry.bytes, 0, now)
+        victims = self._inventory.room(entry.fingerprint.tenant, entry.bytes, 0, now)
         if victims is None:
             self._counts["no_room"] += 1
             return False
@@ -362,6 +373,19 @@ class Catalog:
         self._counts["invalidated"] += len(chosen)
         return len(chosen)
 
+    def clear(self) -> list[str]:
+        """Remove every segment and its bytes everywhere, those on their way too.
+
+        Returns:
+            Ids of those that have files, or will have.
+        """
+        filed = [entry.id for entry in self if self._inventory.quota.counts_on_disk(entry)]
+        gone = list(self)
+        for entry in gone:
+            self._inventory.remove(entry)
+        self._counts["reset"] += len(gone)
+        return filed
+
     def expire(self) -> int:
         """Remove what nobody has used for its time to live; returns how many segments."""
         expired = self._inventory.quota.expired(self._clock())
@@ -390,6 +414,10 @@ class Catalog:
             **{f"refused {cause}": n for cause, n in sorted(self._refused.items())},
         }
 
+    def failures(self) -> dict[str, int]:
+        """Return how often segments could not be written or read, by cause."""
+        return dict(self._failures)
+
     # -- Starting ----------------------------------------------------------------------------------
 
     def scan(self, directory: str | Path) -> dict[str, int]:
@@ -409,9 +437,9 @@ class Catalog:
         """
         now = self._clock()
         found, refused = scan_folder(directory, now, self._world)
-        expired, over_quota = self._inventory.restore((one.entry() for one in found), now)
+        expired, unwanted = self._inventory.restore((one.entry() for one in found), now)
         self._counts["expired"] += expired
-        self._counts["deleted"] += over_quota
+        self._counts["deleted"] += unwanted
         self._refused.update(refused)
         return dict(refused)
 

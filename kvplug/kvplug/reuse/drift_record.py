@@ -1,7 +1,7 @@
 """Records of requests whose answers drifted after reuse, with all that a replay needs.
 
-The guard writes one per drift, and ``kvplug explain`` reads it. A record holds the request's text
-and that of the segments, so it is as confidential as they are.
+The guard writes one per drift, and ``kvplug reuse explain`` reads it. A record holds the request's
+text and that of the segments, so it is as confidential as they are.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kvplug.contract.reuse import Placement
 from kvplug.errors import KVPlugError
+from kvplug.regular_file import UnreadableFile, read_regular
 from kvplug.reuse.guard import BreakerState, Drift
 
 __all__ = ["BadRecord", "DriftRecord", "FamilyRecord", "PieceRecord"]
@@ -255,16 +256,10 @@ class DriftRecord(_Part):
         """
         path = Path(path)
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise BadRecord(
-                    f"{path}: is larger than {MAX_BYTES >> 20} MiB, so it is not a record"
-                )
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BadRecord(f"{path}: cannot be read: {error.strerror or error}") from error
+            data = json.loads(read_regular(path, MAX_BYTES))
+        except UnreadableFile as error:
+            raise BadRecord(f"{path}: {error.problem}") from error
         except (ValueError, RecursionError) as error:
-            if isinstance(error, BadRecord):
-                raise
             raise BadRecord(f"{path}: is not valid JSON: {error}") from error
         if not isinstance(data, Mapping) or "version" not in data:
             raise BadRecord(f"{path}: is not a record of reuse: it has no version")

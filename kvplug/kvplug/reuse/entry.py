@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kvplug.contract.reuse import Candidate, Fingerprint
 
-__all__ = ["CatalogEntry", "SegmentState", "Tokens", "variant_key"]
+__all__ = ["CatalogEntry", "SegmentState", "Tokens", "text_bytes", "variant_key"]
 
 Tokens = NDArray[np.int32]
 
@@ -37,7 +37,7 @@ class CatalogEntry:
         fingerprint: What its KV depends on.
         token_ids: Its tokens, ``[length]`` int32.
         context_ids: All tokens before it, ``[start]`` int32.
-        bytes: On all ranks together.
+        bytes: In memory, on all ranks together: its K and V, and its text wherever that is kept.
         state: Where the bytes are.
         on_disk: Its files are written.
         last_used: Seconds since the epoch.
@@ -45,6 +45,7 @@ class CatalogEntry:
         valid: Nobody has invalidated it.
         cause: Why its bytes cannot be used; empty where they can.
         writing: Its files are being written.
+        file_bytes: Of its files, on all ranks together.
     """
 
     id: str
@@ -59,6 +60,7 @@ class CatalogEntry:
     valid: bool = True
     cause: str = ""
     writing: bool = False
+    file_bytes: int = 0
 
     @property
     def usable(self) -> bool:
@@ -89,6 +91,16 @@ class CatalogEntry:
     def session_key(self) -> tuple[str, str]:
         """Tenant and session: sessions of two tenants may have one name."""
         return self.fingerprint.tenant, self.session
+
+
+def text_bytes(num_tokens: int, world: int) -> int:
+    """Bytes that token ids take in memory: of the scheduler, and of each worker.
+
+    Args:
+        num_tokens: Tokens of a segment and of all the text before it.
+        world: Number of workers.
+    """
+    return 4 * num_tokens * (world + 1)
 
 
 def variant_key(fingerprint: Fingerprint) -> tuple[object, ...]:

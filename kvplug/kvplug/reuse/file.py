@@ -48,6 +48,7 @@ __all__ = [
     "Plane",
     "SegmentHeader",
     "digest",
+    "file_bytes",
     "file_name",
     "parse_name",
     "read_header",
@@ -62,6 +63,10 @@ SUFFIX = ".kvseg"
 
 _START = struct.Struct("<8sII")
 _SUM = 16
+_BLOCK = 4096
+"""Bytes in which file systems give out room."""
+_FACTS = 2048
+"""Most bytes of a header beside the fingerprint's texts, the session and the token ids."""
 _MAX_HEADER = 64 << 20
 _MAX_PAYLOAD = 1 << 40
 _MAX_TEXT = 4096
@@ -88,7 +93,9 @@ CAUSES = (
     "bad checksum",
     "bad header",
     "other rank",
+    "other geometry",
     "missing",
+    "no memory",
     "unreadable",
 )
 """Reasons to refuse a file."""
@@ -106,7 +113,9 @@ class BadSegment(KVPlugError):
         self.path = Path(path)
         self.cause = cause
         self.detail = detail
-        super().__init__(f"{path}: {cause}{f': {detail}' if detail else ''}")
+        # A name may hold anything, a line break too.
+        shown = str(path).encode("unicode_escape").decode()
+        super().__init__(f"{shown}: {cause}{f': {detail}' if detail else ''}")
 
     def __reduce__(self) -> tuple[type[BadSegment], tuple[str, str, str]]:
         return type(self), (str(self.path), self.cause, self.detail)
@@ -226,6 +235,26 @@ def file_name(segment: str, rank: int, world: int) -> str:
     if not 0 <= rank < world:
         raise ValueError(f"rank must be below world ({world}), got {rank}")
     return f"{segment}.{rank}-{world}{SUFFIX}"
+
+
+def on_blocks(size: int) -> int:
+    """Round a file's bytes up to what it takes of a file system."""
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def file_bytes(fingerprint: Fingerprint, session: str, planes: int, world: int) -> int:
+    """Bytes of a segment's files on the file system, before they are written; never too few.
+
+    Args:
+        fingerprint: The segment's.
+        session: Session that keeps it, or the empty string.
+        planes: Bytes of its planes, on all ranks together.
+        world: Number of ranks.
+    """
+    facts = {f.name: _plain(getattr(fingerprint, f.name)) for f in fields(fingerprint)}
+    texts = len(json.dumps([facts, session]))
+    ids = sum(4 * -(-4 * n // 3) for n in (fingerprint.length, fingerprint.start))
+    return world * on_blocks(-(-planes // world) + texts + ids + _FACTS)
 
 
 def parse_name(name: str) -> tuple[str, int, int] | None:
@@ -453,6 +482,28 @@ def _plane(value: Any) -> Plane:
     return Plane(name, dtype, tuple(shape))
 
 
+def _need_geometry(header: SegmentHeader) -> None:
+    """The planes must be those of a segment with the fingerprint, on one of its ranks."""
+    fingerprint, planes = header.fingerprint, header.planes
+    layers, heads, head_size = fingerprint.geometry
+    if fingerprint.format:
+        # How wide a cell is, and how many heads share one, only the format knows.
+        _need(
+            [plane.name for plane in planes] == ["cells"]
+            and planes[0].dtype == "uint8"
+            and len(planes[0].shape) == 4
+            and planes[0].shape[:2] == (layers, fingerprint.length),
+            "the planes do not match the geometry",
+        )
+        return
+    shape = (layers, fingerprint.length, max(1, heads // header.world), head_size)
+    _need(
+        [plane.name for plane in planes] == ["key", "value"]
+        and all((p.dtype, p.shape) == (fingerprint.dtype, shape) for p in planes),
+        "the planes do not match the geometry",
+    )
+
+
 def _decode(text: bytes) -> SegmentHeader:
     try:
         facts = json.loads(text)
@@ -535,6 +586,7 @@ def _head(path: Path, file: BufferedReader, length: int) -> tuple[SegmentHeader,
         raise BadSegment(path, "bad checksum", "of the header")
     try:
         header = _decode(text)
+        _need_geometry(header)
     except _Malformed as error:
         raise BadSegment(path, "bad header", str(error)) from None
     whole = len(start) + size + header.size + _SUM
@@ -573,7 +625,10 @@ def read_segment(path: Path | str) -> tuple[SegmentHeader, dict[str, Tensor]]:
         body = xxhash.xxh3_128(head_sum)
         planes = {}
         for plane in header.planes:
-            tensor = torch.empty(plane.shape, dtype=_DTYPES[plane.dtype])
+            try:
+                tensor = torch.empty(plane.shape, dtype=_DTYPES[plane.dtype])
+            except (MemoryError, RuntimeError):
+                raise BadSegment(path, "no memory", f"for {plane.size} bytes") from None
             raw = _bytes(tensor)
             if file.readinto(raw.data) != plane.size:
                 raise BadSegment(path, "truncated", "ends in its planes")

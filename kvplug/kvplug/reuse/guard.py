@@ -211,9 +211,17 @@ class Guard:
     Args:
         settings: The ``guard`` key.
         clock: Seconds; only differences matter.
+        on_compared: Told of every compared answer: its largest distances of entropy and
+            log-probability over its families, as in `FamilyDrift`.
     """
 
-    def __init__(self, settings: GuardSettings, clock: Callable[[], float] = time.time):
+    def __init__(
+        self,
+        settings: GuardSettings,
+        clock: Callable[[], float] = time.time,
+        on_compared: Callable[[float, float], None] | None = None,
+    ):
+        self._on_compared = on_compared
         self.settings = settings
         self._clock = clock
         self._counters = GuardCounters()
@@ -223,6 +231,11 @@ class Guard:
     @property
     def _breaker(self) -> Breaker:
         return self.settings.breaker
+
+    def clear(self) -> None:
+        """Forget all answers: other weights may give others."""
+        self._families.clear()
+        self._running.clear()
 
     def allows(self, family: str) -> bool:
         """Return True if the family may be reused approximately now. Changes nothing.
@@ -333,10 +346,19 @@ class Guard:
 
     def counters(self) -> dict[str, float]:
         """Return the counters, and how many breakers are not closed."""
-        states = [f.state for f in self.families()]
+        states = self.states()
         found: dict[str, float] = {f"guard_{k}": v for k, v in vars(self._counters).items()}
         found["guard_open"] = sum(s is not BreakerState.CLOSED for s in states)
         return found
+
+    def opened_and_closed(self) -> tuple[int, int]:
+        """Return how often a breaker opened, and how often one closed after a trial."""
+        return self._counters.opened, self._counters.closed
+
+    def states(self) -> list[BreakerState]:
+        """Return the state of every family's breaker."""
+        now, cooldown = self._clock(), self._breaker.cooldown
+        return [family.state(now, cooldown) for family in self._families.values()]
 
     def families(self) -> list[FamilyReport]:
         """Return every family remembered, most recently used last."""
@@ -394,6 +416,8 @@ class Guard:
             self._counters.uncompared += 1
             return None
         self._counters.compared += 1
+        if self._on_compared is not None:
+            self._on_compared(max(f.entropy for f in found), max(f.logprob for f in found))
         if not any(f.over for f in found):
             return None
         self._counters.drifted += 1

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from kvplug.contract.reuse import Fingerprint
+from kvplug.fingerprint import ONCE
 from kvplug.reuse.entry import CatalogEntry, SegmentState, variant_key
 from kvplug.reuse.index import SegmentIndex
 from kvplug.reuse.quota import Quota
@@ -23,12 +24,13 @@ class StoreCommands:
 
     Attributes:
         drop: Ids to take out of memory, after the step's own loads.
-        fetch: Ids to bring from their files into memory.
+        fetch: Ids to bring from their files into memory, and how many approximate reuses are behind
+            each.
         delete: Ids whose files to remove, and not to write any more.
     """
 
     drop: list[str] = field(default_factory=list)
-    fetch: list[str] = field(default_factory=list)
+    fetch: dict[str, int] = field(default_factory=dict)
     delete: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -56,7 +58,7 @@ class Inventory:
         self._variants: dict[tuple[object, ...], dict[str, CatalogEntry]] = {}
         # For each id to drop, whether its bytes are whole, so that it can be kept after all.
         self._drop: dict[str, bool] = {}
-        self._fetch: dict[str, None] = {}
+        self._fetch: dict[str, int] = {}
         self._delete: dict[str, None] = {}
 
     def __len__(self) -> int:
@@ -76,7 +78,7 @@ class Inventory:
 
     def take_commands(self) -> StoreCommands:
         """Return the commands since the last call; each is given once."""
-        commands = StoreCommands(list(self._drop), list(self._fetch), list(self._delete))
+        commands = StoreCommands(list(self._drop), dict(self._fetch), list(self._delete))
         self._drop, self._fetch, self._delete = {}, {}, {}
         return commands
 
@@ -122,21 +124,23 @@ class Inventory:
             now: Seconds since the epoch.
 
         Returns:
-            How many had expired, and how many found no room.
+            How many had expired, and how many found no room or cannot equal anything any more.
         """
-        expired = over_quota = 0
+        expired = unwanted = 0
         for entry in entries:
             if entry.id in self:
                 continue
             if entry.last_used < now - self._ttl:
                 expired += 1
-            elif not self.quota.fits_on_disk(entry.bytes):
-                over_quota += 1
+            elif entry.fingerprint.model.startswith(ONCE) or not self.quota.fits_on_disk(
+                entry.fingerprint.tenant, entry.file_bytes
+            ):
+                unwanted += 1
             else:
                 self.add(entry)
                 continue
             self.command_delete(entry.id)
-        return expired, over_quota
+        return expired, unwanted
 
     def remove(self, entry: CatalogEntry) -> None:
         """Remove a segment and its bytes everywhere."""
@@ -154,7 +158,7 @@ class Inventory:
         """Remove the bytes of an invalid segment; it stays known until it expires."""
         self._command_removal(entry)
         self.quota.release(entry)
-        entry.bytes = 0
+        entry.bytes = entry.file_bytes = 0
         entry.state, entry.on_disk, entry.writing = SegmentState.DISK, False, False
         self.quota.charge(entry, self.sessions.spares(entry))
 
@@ -167,6 +171,7 @@ class Inventory:
             self.remove(entry)
 
     def _command_removal(self, entry: CatalogEntry) -> None:
+        self._fetch.pop(entry.id, None)
         if entry.in_memory:
             self.command_drop(entry.id)
         if self.quota.counts_on_disk(entry):
@@ -198,7 +203,7 @@ class Inventory:
             return
         # Where it is still in memory it is overwritten.
         self._drop.pop(entry.id, None)
-        self._fetch[entry.id] = None
+        self._fetch[entry.id] = entry.fingerprint.ancestry
         self.change(entry, SegmentState.FETCHING)
 
     def touch(self, entry: CatalogEntry, now: float) -> None:
@@ -221,11 +226,17 @@ class Inventory:
     # -- Room --------------------------------------------------------------------------------------
 
     def room(
-        self, memory: int, disk: int, now: float, leaving: CatalogEntry | None = None
+        self,
+        tenant: str,
+        memory: int,
+        disk: int,
+        now: float,
+        leaving: CatalogEntry | None = None,
     ) -> tuple[list[CatalogEntry], list[CatalogEntry]] | None:
-        """Choose what to evict for more bytes, as `Quota.room`; idle sessions spare nothing."""
+        """Choose what to evict for more bytes of a tenant, as `Quota.room`; idle sessions spare
+        nothing."""
         self._reorder(self.sessions.end_idle(now))
-        return self.quota.room(memory, disk, now, leaving)
+        return self.quota.room(tenant, memory, disk, now, leaving)
 
     def evict(self, dropped: Iterable[CatalogEntry], deleted: Iterable[CatalogEntry]) -> None:
         """Drop segments from memory, and delete the files of others."""

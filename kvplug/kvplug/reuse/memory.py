@@ -13,29 +13,44 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from kvplug.errors import KVPlugError
 from kvplug.reuse.file import (
     BadSegment,
     SegmentHeader,
     file_name,
-    parse_name,
     read_segment,
+    segment_id,
     write_segment,
 )
+from kvplug.reuse.folder import OwnedFolder
 
-__all__ = ["SegmentMemory", "StoreReport", "StoredSegment"]
+__all__ = ["PagePlane", "SegmentMemory", "StoreReport", "StoredSegment"]
 
 logger = logging.getLogger("kvplug.reuse")
 
 _SOON, _LATER, _LAST = 0, 1, 2
 
 _MARK = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class PagePlane:
+    """A plane as this rank's pages hold it.
+
+    Attributes:
+        dtype: Name of its type.
+        layers: Layers.
+        shape: Of one token in one layer: heads, and values or bytes of a head.
+    """
+
+    dtype: str
+    layers: int
+    shape: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +90,16 @@ class SegmentMemory:
     Args:
         directory: Folder of the files, created if it does not exist; empty for none.
         rank: Rank of this worker among those that share each token's heads.
-        world: Number of those workers.
+        world: Number of those workers. The first one has the folder for its engine.
 
     Raises:
-        KVPlugError: The folder cannot be created.
+        KVPlugError: The folder cannot be created or locked, or belongs to another engine.
     """
 
     def __init__(self, directory: str, rank: int = 0, world: int = 1) -> None:
-        self._folder = Path(directory) if directory else None
+        self._owned = OwnedFolder(directory, owns=rank == 0) if directory else None
+        self._folder = self._owned.path if self._owned is not None else None
+        self._planes: Mapping[str, PagePlane] = {}
         self._rank = rank
         self._world = world
         self._segments: dict[str, StoredSegment] = {}
@@ -104,14 +121,6 @@ class SegmentMemory:
         )
         self._refused: dict[str, int] = {}
         if self._folder is not None:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            except OSError as error:
-                raise KVPlugError(
-                    f"reuse.store.directory: {directory} cannot be created ({error.strerror}). "
-                    "Fix: name a folder that the engine's user can read and write."
-                ) from None
-            self._sweep()
             self._thread = threading.Thread(target=self._work, name="kvplug-segments", daemon=True)
             self._thread.start()
 
@@ -126,6 +135,14 @@ class SegmentMemory:
         """Bytes of the planes in memory."""
         with self._lock:
             return sum(stored.header.size for stored in self._segments.values())
+
+    def expect(self, planes: Mapping[str, PagePlane]) -> None:
+        """Refuse files whose planes are not such as these.
+
+        Args:
+            planes: What this rank's pages hold, by name.
+        """
+        self._planes = planes
 
     def put(self, header: SegmentHeader, planes: dict[str, Tensor]) -> None:
         """Keep a segment, and write its file in the background if there is a folder.
@@ -189,8 +206,16 @@ class SegmentMemory:
                     job = lambda path=path: self._remove(path)  # noqa: E731
                     self._jobs.put((_LATER, number, job))
 
-    def fetch(self, segments: Iterable[str]) -> None:
-        """Read segments from the folder in the background, ahead of pending writes."""
+    def fetch(self, segments: Iterable[str] | Mapping[str, int]) -> None:
+        """Read segments from the folder in the background, ahead of pending writes.
+
+        A file is believed for what it holds as it is read, not for its name: the id follows from
+        the fingerprint in it.
+
+        Args:
+            segments: Their ids; with the approximate reuses that are behind each, to be compared.
+        """
+        behind = segments if isinstance(segments, Mapping) else {}
         for segment in segments:
             path = self._path(segment)
             with self._lock:
@@ -198,8 +223,9 @@ class SegmentMemory:
                     self._report.failed[segment] = "missing"
                     continue
                 number = self._reads[segment] = next(self._numbers)
-                job = lambda path=path, segment=segment, number=number: (  # noqa: E731
-                    self._read(path, segment, number)
+                ancestry = behind.get(segment)
+                job = lambda path=path, segment=segment, number=number, ancestry=ancestry: (  # noqa: E731
+                    self._read(path, segment, number, ancestry)
                 )
                 self._jobs.put((_SOON, number, job))
 
@@ -233,6 +259,8 @@ class SegmentMemory:
         if self._thread is not None and not closed:
             self._jobs.put((_LAST, next(self._numbers), None))
             self._thread.join()
+        if self._owned is not None:
+            self._owned.close()
 
     # -- The thread --------------------------------------------------------------------------------
 
@@ -240,14 +268,6 @@ class SegmentMemory:
         if self._folder is None:
             return None
         return self._folder / file_name(segment, self._rank, self._world)
-
-    def _sweep(self) -> None:
-        """Remove temporary files that an earlier process of this rank left."""
-        assert self._folder is not None
-        for path in self._folder.glob(f".*.{self._rank}-{self._world}.kvseg.*.tmp"):
-            if parse_name(path.name[1:].rsplit(".", 2)[0]) is not None:
-                with contextlib.suppress(OSError):
-                    path.unlink()
 
     def _work(self) -> None:
         while True:
@@ -289,16 +309,13 @@ class SegmentMemory:
                 self._counts["written_bytes"] += size
                 self._report.written.append(header.id)
 
-    def _read(self, path: Path, segment: str, number: int) -> None:
+    def _read(self, path: Path, segment: str, number: int, ancestry: int | None) -> None:
         if self._reads.get(segment) != number:
             return
         stored, cause = None, ""
         try:
             header, planes = read_segment(path)
-            if header.id != segment:
-                raise BadSegment(path, "bad header", f"it is segment {header.id}")
-            if (header.rank, header.world) != (self._rank, self._world):
-                raise BadSegment(path, "other rank", f"{header.rank} of {header.world}")
+            self._require(path, header, segment, ancestry)
             stored = StoredSegment(header, planes)
             _mark_used(path)
         except BadSegment as error:
@@ -323,6 +340,27 @@ class SegmentMemory:
             else:
                 self._refused[cause] = self._refused.get(cause, 0) + 1
                 self._report.failed[segment] = cause
+
+    def _require(
+        self, path: Path, header: SegmentHeader, segment: str, ancestry: int | None
+    ) -> None:
+        """Raise BadSegment unless a file holds the segment that was asked for."""
+        found = segment_id(header.fingerprint)
+        if header.id != segment or found != segment:
+            raise BadSegment(path, "bad header", f"it is segment {found}")
+        if ancestry not in (None, header.fingerprint.ancestry):
+            raise BadSegment(path, "bad header", "other reuses are behind it than were")
+        if (header.rank, header.world) != (self._rank, self._world):
+            raise BadSegment(path, "other rank", f"{header.rank} of {header.world}")
+        length = header.fingerprint.length
+        planes = {plane.name: plane for plane in header.planes}
+        for name, page in self._planes.items():
+            shape = (page.layers, length, *page.shape)
+            if name not in planes or (planes[name].dtype, planes[name].shape) != (
+                page.dtype,
+                shape,
+            ):
+                raise BadSegment(path, "other geometry", f"{name} is not {page.dtype} {shape}")
 
     def _remove(self, path: Path) -> None:
         try:

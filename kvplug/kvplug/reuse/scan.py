@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvplug.errors import KVPlugError
-from kvplug.reuse.entry import CatalogEntry, SegmentState
+from kvplug.reuse.entry import CatalogEntry, SegmentState, text_bytes
 from kvplug.reuse.file import (
     SUFFIX,
     BadSegment,
     SegmentHeader,
+    on_blocks,
     parse_name,
     read_header,
     segment_id,
@@ -30,12 +31,14 @@ class FoundSegment:
 
     Attributes:
         header: Of one of its files.
-        bytes: Of all its files' planes.
+        bytes: In memory, on all ranks together.
+        file_bytes: Of all its files.
         last_used: Seconds since the epoch.
     """
 
     header: SegmentHeader
     bytes: int
+    file_bytes: int
     last_used: float
 
     def entry(self) -> CatalogEntry:
@@ -51,6 +54,7 @@ class FoundSegment:
             on_disk=True,
             last_used=self.last_used,
             session=header.session,
+            file_bytes=self.file_bytes,
         )
 
 
@@ -75,33 +79,39 @@ def scan_folder(
         KVPlugError: It is not a folder, or not readable.
     """
     refused: Counter[str] = Counter()
-    parts: dict[tuple[str, int], dict[int, tuple[SegmentHeader, float]]] = {}
+    parts: dict[tuple[str, int], dict[int, tuple[SegmentHeader, int, float]]] = {}
     for path in _files(Path(directory)):
         try:
-            header, used = _read(path, world)
+            header, size, used = _read(path, world)
         except BadSegment as error:
             refused[error.cause] += 1
             logger.warning("a stored segment is not used: %s", error)
             continue
-        parts.setdefault((header.id, header.world), {})[header.rank] = (header, used)
+        parts.setdefault((header.id, header.world), {})[header.rank] = (header, size, used)
     found: list[FoundSegment] = []
     for (name, ranks_needed), ranks in parts.items():
-        headers = [header for header, _ in ranks.values()]
+        headers = [header for header, *_ in ranks.values()]
         ancestries = {header.fingerprint.ancestry for header in headers}
         if len(ranks) != ranks_needed or len(ancestries) > 1:
             refused["incomplete"] += len(ranks)
             logger.warning("a stored segment is not used: %s lacks some of its files", name)
             continue
-        used = max(max(headers[0].fingerprint.created, used) for _, used in ranks.values())
+        first, num_tokens = headers[0], len(headers[0].token_ids) + len(headers[0].context_ids)
+        used = max(max(first.fingerprint.created, used) for *_, used in ranks.values())
         found.append(
-            FoundSegment(headers[0], sum(header.size for header in headers), min(used, now))
+            FoundSegment(
+                first,
+                sum(header.size for header in headers) + text_bytes(num_tokens, ranks_needed),
+                sum(on_blocks(size) for _, size, _ in ranks.values()),
+                min(used, now),
+            )
         )
     found.sort(key=lambda one: (one.last_used, one.header.id), reverse=True)
     return found, refused
 
 
-def _read(path: Path, world: int | None) -> tuple[SegmentHeader, float]:
-    """A file's header, and the time it was last used."""
+def _read(path: Path, world: int | None) -> tuple[SegmentHeader, int, float]:
+    """A file's header, its bytes, and the time it was last used."""
     named = parse_name(path.name)
     if named is None:
         raise BadSegment(path, "not a segment file", "its name is not one of a segment file")
@@ -113,9 +123,10 @@ def _read(path: Path, world: int | None) -> tuple[SegmentHeader, float]:
     if world not in (None, header.world):
         raise BadSegment(path, "other rank", f"of {header.world}, not {world}")
     try:
-        return header, path.stat().st_mtime
+        facts = path.stat()
     except OSError as error:
         raise BadSegment(path, "unreadable", error.strerror or str(error)) from None
+    return header, facts.st_size, facts.st_mtime
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -54,13 +54,22 @@ class Store(PolicyOptions):
     memory: int = Field(
         default=1024,
         ge=1,
-        description="MiB of host memory for segments, of all ranks together",
+        description="MiB of host memory for segments and their text, of all processes together",
     )
     directory: str = Field(
         default="", description="folder that keeps segments across restarts; empty for none"
     )
     disk: int = Field(
-        default=16384, ge=1, description="MiB of files in the folder, of all ranks together"
+        default=16384,
+        ge=1,
+        description="MiB of files in the folder, of all ranks together, headers included",
+    )
+    tenant_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="largest fraction of `memory` and of `disk` that one tenant takes; under it, "
+        "no tenant loses what is within an even share to another",
     )
     ttl: float = Field(default=86400.0, gt=0, description="seconds that an unused segment is kept")
     session_ttl: float = Field(
@@ -161,6 +170,57 @@ class Breaker(PolicyOptions):
     )
 
 
+class ShadowSettings(PolicyOptions):
+    """Approximate answers that are answered again exactly, and what follows from it."""
+
+    one_in: int = Field(
+        default=100,
+        ge=1,
+        le=1_000_000,
+        description="of so many approximate answers, one, drawn at random, is answered again",
+    )
+    max_divergence: float = Field(
+        default=0.05,
+        gt=0,
+        lt=1,
+        description="largest mean divergence of approximate answers from exact ones, a "
+        "probability (0 to 1)",
+    )
+    alpha: float = Field(
+        default=0.01,
+        gt=0,
+        lt=0.5,
+        description="probability of going back to exact although the mean is within the bound",
+    )
+    beta: float = Field(
+        default=0.05,
+        gt=0,
+        lt=0.5,
+        description="probability that a trial lets all be approximated again although the mean "
+        "is not within the bound",
+    )
+    tokens: int = Field(
+        default=64, ge=2, le=1024, description="first tokens of an answer that are compared"
+    )
+    cooldown: float = Field(
+        default=600.0,
+        gt=0,
+        description="seconds in which nothing is approximated, before a trial; doubled, to at most "
+        "16 times, for each trial that fails",
+    )
+    trial: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="share of the requests that are approximated in a trial, each answered again",
+    )
+    idle: bool = Field(
+        default=True,
+        description="answer again only while no request is waiting or running, and stop when one "
+        "comes; false for beside others, one at a time",
+    )
+
+
 class GuardSettings(PolicyOptions):
     """The ``guard`` key: compares answers after approximate reuse with exact ones."""
 
@@ -185,4 +245,8 @@ class GuardSettings(PolicyOptions):
     )
     records: str = Field(
         default="", description="folder for a JSON record of each drift; empty for none"
+    )
+    shadow: ShadowSettings | None = Field(
+        default=None,
+        description="approximate answers that are answered again exactly; null for none",
     )

@@ -1,32 +1,59 @@
 """Prefix-cache traces: requests reduced to block ids, read with checks and never unpickled.
 
-Two formats. An ``.npz`` holds the arrays of `Trace` under the names ``off``, ``ids``, ``t``,
-``inp``, ``outp``, ``sess``, ``bs``, ``nblk``; what ``kvplug``'s recorder writes is such a file. A
-``.jsonl`` is one request a line as in the release of Mooncake (FAST'25): ``timestamp`` in
-milliseconds, ``input_length``, ``output_length``, ``hash_ids``.
+Three formats, told apart by what a file holds and not by its name. An ``.npz`` holds the arrays of
+`Trace` under the names ``off``, ``ids``, ``t``, ``inp``, ``outp``, ``sess``, ``bs``, ``nblk``; what
+``kvplug``'s recorder writes is such a file. A ``.jsonl`` is one request a line as in the release of
+Mooncake (FAST'25): ``timestamp`` in milliseconds, ``input_length``, ``output_length``,
+``hash_ids`` of 512 tokens each; or, with ``chat_id`` and ``parent_chat_id`` beside them, as in that
+of Bailian: ``timestamp`` in seconds, ``hash_ids`` of 16 tokens each.
+
+A request's blocks have to be as many as its prompt fills, with or without the last, partial one:
+a file read with another block size than it was written with is another workload.
 """
 
 from __future__ import annotations
 
+import array
+import io
 import json
+import math
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from kvplug.errors import KVPlugError
+from kvplug.regular_file import UnreadableFile, open_regular
 
 MOONCAKE_BLOCK = 512
 """Tokens per block in Mooncake's release."""
 
-MAX_BYTES = 8 << 30
+BAILIAN_BLOCK = 16
+"""Tokens per block in Bailian's release."""
+
+MAX_FILE = 1 << 30
+"""Largest file that is read, in bytes."""
+
+MAX_BYTES = 1 << 30
 """The most bytes a trace may unpack to."""
+
+MAX_LINE = 16 << 20
+"""Longest line of a ``.jsonl``, in bytes."""
+
+MAX_REFERENCES = 1 << 27
+"""The most blocks that the requests of a ``.jsonl`` refer to."""
+
+MAX_MEMBERS = 256
+"""The most arrays in an ``.npz``."""
 
 MAX_BLOCKS = 1 << 27
 """The largest cache that is simulated."""
+
+_MASK = (1 << 64) - 1
+_NPY: Any = np.lib.format
 
 Ints = npt.NDArray[np.int64]
 
@@ -114,26 +141,33 @@ class Trace:
         return blocks
 
 
-def read(path: Path, block_size: int = MOONCAKE_BLOCK) -> Trace:
-    """Read a trace file by its ending.
+def read(path: Path, block_size: int | None = None) -> Trace:
+    """Read a trace file as what it holds.
 
     Args:
         path: An ``.npz`` or a ``.jsonl``.
-        block_size: Tokens per block of a ``.jsonl``; an ``.npz`` states its own.
+        block_size: Tokens per block of a ``.jsonl``, by default those of its format; an ``.npz``
+            states its own.
 
     Raises:
-        TraceError: The file does not exist, or is in neither format.
+        TraceError: The file does not exist, is no regular file, is in none of the formats, or
+            contradicts itself.
     """
-    if not path.is_file():
-        raise TraceError(path, "no such file")
     try:
-        if path.suffix == ".npz":
-            return _read_npz(path)
-        if path.suffix == ".jsonl":
-            return _read_jsonl(path, block_size)
+        with open_regular(path, MAX_FILE) as file:
+            start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+            file.seek(0)
+            if start.startswith(b"PK"):
+                return _read_npz(path, file)
+            if start.startswith((b"{", b"[")) or (not start and path.suffix == ".jsonl"):
+                return _read_jsonl(path, file, block_size)
+    except UnreadableFile as error:
+        raise TraceError(path, error.problem) from error
     except OSError as error:
         raise TraceError(path, f"cannot be read: {error.strerror or error}") from error
-    raise TraceError(path, "a trace is an .npz or a .jsonl (Mooncake) file")
+    except MemoryError as error:
+        raise TraceError(path, "takes more memory to read than there is") from error
+    raise TraceError(path, "is no trace: neither an .npz nor a .jsonl of Mooncake's or Bailian's")
 
 
 def write(path: Path, trace: Trace) -> None:
@@ -166,8 +200,8 @@ SHAPES = {
 }
 
 
-def _read_npz(path: Path) -> Trace:
-    arrays = _arrays(path)
+def _read_npz(path: Path, file: BinaryIO) -> Trace:
+    arrays = _arrays(path, file)
     off, ids = arrays["off"], arrays["ids"]
     requests = len(off) - 1
     if requests < 1:
@@ -191,20 +225,22 @@ def _read_npz(path: Path) -> Trace:
     )
 
 
-def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
+def _arrays(path: Path, file: BinaryIO) -> dict[str, npt.NDArray[Any]]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(info.file_size for info in archive.infolist())
-        if size > MAX_BYTES:
-            raise TraceError(path, f"unpacks to {size:,} bytes; at most {MAX_BYTES:,} are read")
-        with np.load(path, allow_pickle=False) as stored:
-            missing = [name for name in SHAPES if name not in stored.files]
+        with zipfile.ZipFile(file) as archive:
+            members = {info.filename: info for info in archive.infolist()}
+            if len(members) > MAX_MEMBERS:
+                raise TraceError(path, f"holds {len(members):,} arrays; at most {MAX_MEMBERS}")
+            size = sum(info.file_size for info in members.values())
+            if size > MAX_BYTES:
+                raise TraceError(path, f"unpacks to {size:,} bytes; at most {MAX_BYTES:,} are read")
+            missing = [name for name in SHAPES if f"{name}.npy" not in members]
             if missing:
                 raise TraceError(path, f"lacks the arrays {', '.join(missing)}")
-            arrays = {name: np.asarray(stored[name]) for name in SHAPES}
+            arrays = {name: _array(archive, members[f"{name}.npy"]) for name in SHAPES}
     except (TraceError, OSError):
         raise
-    except Exception as error:
+    except (Exception, MemoryError) as error:
         raise TraceError(path, f"is not a readable .npz: {error}") from error
     for name, (shape, what) in SHAPES.items():
         array = arrays[name]
@@ -216,34 +252,84 @@ def _arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     return arrays
 
 
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> npt.NDArray[Any]:
+    """An array whose header states no more than its file holds: numpy allocates what it states."""
+    with archive.open(member) as packed:
+        raw = packed.read(member.file_size)
+    data = io.BytesIO(raw)
+    version = _NPY.read_magic(data)
+    header = {
+        (1, 0): _NPY.read_array_header_1_0,
+        (2, 0): _NPY.read_array_header_2_0,
+    }.get(version)
+    if header is None:
+        raise ValueError(f"{member.filename} is in version {version} of the format")
+    shape, _, dtype = header(data)
+    if dtype.hasobject:
+        raise ValueError(f"{member.filename} holds Python objects")
+    if math.prod(shape) * dtype.itemsize != len(raw) - data.tell():
+        raise ValueError(f"{member.filename} states the shape {shape} of other data")
+    data.seek(0)
+    found: npt.NDArray[Any] = _NPY.read_array(data, allow_pickle=False)
+    return found
+
+
 # -- jsonl -----------------------------------------------------------------------------------------
 
 
-def _read_jsonl(path: Path, block_size: int) -> Trace:
+class _Row(NamedTuple):
+    seconds: float
+    prompt: int
+    output: int
+    hashes: list[int]
+    chat: tuple[int, int] | None
+
+
+def _read_jsonl(path: Path, file: BinaryIO, block_size: int | None) -> Trace:
     lengths: list[int] = []
-    ids: list[int] = []
+    ids = array.array("Q")
     rows: list[tuple[float, int, int]] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise TraceError(f"{path}:{number}", f"is not JSON: {error}") from error
-            found = _request(row)
-            if isinstance(found, str):
-                raise TraceError(f"{path}:{number}", found)
-            milliseconds, prompt, output, hashes = found
-            rows.append((milliseconds / 1000, prompt, output))
-            lengths.append(len(hashes))
-            ids += hashes
+    sessions = _Sessions()
+    bailian: bool | None = None
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        where = f"{path}:{number}"
+        if len(line) > MAX_LINE:
+            raise TraceError(where, f"is longer than {MAX_LINE >> 20} MiB")
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise TraceError(where, f"is not JSON: {error}") from error
+        found = _request(row)
+        if isinstance(found, str):
+            raise TraceError(where, found)
+        if bailian is None:
+            bailian = found.chat is not None
+            block_size = block_size or (BAILIAN_BLOCK if bailian else MOONCAKE_BLOCK)
+        if bailian != (found.chat is not None):
+            raise TraceError(where, "chat_id and parent_chat_id stand in some of the lines only")
+        assert block_size is not None
+        if problem := _contradiction(found, block_size):
+            raise TraceError(where, problem)
+        rows.append((found.seconds, found.prompt, found.output))
+        sessions.add(found.chat)
+        lengths.append(len(found.hashes))
+        try:
+            # A hash may be signed or unsigned; as bits, both are the same 64.
+            ids.extend(h & _MASK if -(1 << 63) <= h < 0 else h for h in found.hashes)
+        except OverflowError:
+            raise TraceError(where, "hash_ids must fit in 64 bits") from None
+        if len(ids) > MAX_REFERENCES:
+            raise TraceError(where, f"refers to more than {MAX_REFERENCES:,} blocks so far")
     if not rows:
         raise TraceError(path, "has no requests")
-    try:
-        distinct, dense = np.unique(np.array(ids, dtype=np.int64), return_inverse=True)
-    except OverflowError:
-        raise TraceError(path, "hash_ids must fit in 64 bits") from None
+    assert block_size is not None
+    distinct, dense = np.unique(np.frombuffer(ids, dtype=np.uint64), return_inverse=True)
     return _checked(
         path,
         off=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
@@ -251,27 +337,59 @@ def _read_jsonl(path: Path, block_size: int) -> Trace:
         arrival=np.array([r[0] for r in rows], dtype=np.float64),
         prompt_tokens=np.array([r[1] for r in rows], dtype=np.int64),
         output_tokens=np.array([r[2] for r in rows], dtype=np.int64),
-        session=np.zeros(len(rows), dtype=np.int64),
+        session=np.array(sessions.of_rows, dtype=np.int64),
         block_size=block_size,
         num_distinct=len(distinct),
     )
 
 
-def _request(row: object) -> tuple[float, int, int, list[int]] | str:
+class _Sessions:
+    """Numbers the conversations that chats and their parents make; 0 for requests of none."""
+
+    def __init__(self) -> None:
+        self.of_rows: list[int] = []
+        self._of_chats: dict[int, int] = {}
+
+    def add(self, chat: tuple[int, int] | None) -> None:
+        if chat is None:
+            self.of_rows.append(0)
+            return
+        own, parent = chat
+        session = self._of_chats.get(parent, len(self._of_chats) + 1)
+        self._of_chats[own] = session
+        self.of_rows.append(session)
+
+
+def _request(row: object) -> _Row | str:
     """One line's fields, or what is wrong with it."""
     if not isinstance(row, dict):
         return "is not a JSON object"
     time, prompt, output = (row.get(k) for k in ("timestamp", "input_length", "output_length"))
     hashes = row.get("hash_ids")
+    chat = (row["chat_id"], row.get("parent_chat_id", -1)) if "chat_id" in row else None
+    unit = "milliseconds" if chat is None else "seconds"
     if isinstance(time, bool) or not isinstance(time, int | float) or not abs(time) <= 1e18:
-        return "timestamp is not a number (milliseconds)"
+        return f"timestamp is not a number ({unit})"
     for name, value in (("input_length", prompt), ("output_length", output)):
         if type(value) is not int or not 0 <= value < 1 << 63:
             return f"{name} is not a number of tokens"
     if not isinstance(hashes, list) or not all(type(h) is int for h in hashes):
         return "hash_ids is not a list of integers"
+    if chat is not None and not all(type(c) is int for c in chat):
+        return "chat_id and parent_chat_id are not integers"
     assert isinstance(prompt, int) and isinstance(output, int)
-    return float(time), prompt, output, hashes
+    return _Row(time / 1000 if chat is None else float(time), prompt, output, hashes, chat)
+
+
+def _contradiction(row: _Row, block_size: int) -> str | None:
+    """Why a request's blocks are not those of its prompt, or None."""
+    blocks = len(row.hashes)
+    if row.prompt // block_size <= blocks <= -(-row.prompt // block_size):
+        return None
+    return (
+        f"input_length is {row.prompt} tokens, which do not make {blocks} blocks of {block_size}: "
+        "pass the block size that the trace was written with (--block-size)"
+    )
 
 
 # -- what holds for both ---------------------------------------------------------------------------

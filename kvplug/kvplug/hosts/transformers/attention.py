@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 NAME = "kvplug"
 
 LOGITS_BYTES = 32 << 20
-"""Attention weights computed at a time where they are computed at all."""
+"""Attention weights computed at a time where they are computed at all, on a CPU."""
+
+DEVICE_LOGITS_BYTES = 1 << 30
+"""The same on an accelerator, where many small steps cost more than memory does."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ def _explicit(cache: LayerCache, query: Tensor, seen: Tensor | None, output: boo
     keys, values = cache.keys[0].float(), cache.values[0].float()
     if seen is None and new > 1:
         seen = torch.ones(new, new, dtype=torch.bool, device=query.device).tril_()
-    at_once = max(1, LOGITS_BYTES // (heads * cache.kept * 4))
+    most = LOGITS_BYTES if query.device.type == "cpu" else DEVICE_LOGITS_BYTES
+    at_once = max(1, most // (heads * cache.kept * 4))
     parts = []
     for start in range(0, new, at_once):
         part = query[0, :, start : start + at_once].float()

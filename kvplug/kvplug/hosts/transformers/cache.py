@@ -209,6 +209,7 @@ class LayerCache:
             queries=queries,
             query_positions=query_positions,
             cumulative_attention=self.totals if policy_needs.totals else None,
+            longest=num_tokens,
             dense=pages[0] is self.keys,
         )
 

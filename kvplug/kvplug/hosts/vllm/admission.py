@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from kvplug.contract import Kind, ScoringPolicy
-from kvplug.deployment import Choice, Deployment
-from kvplug.errors import DeploymentError, Refusal, change_options
+from kvplug.contract import (
+    BlockFact,
+    EngineView,
+    Kind,
+    PageLayout,
+    PrefixCachePolicy,
+    ScoringPolicy,
+)
+from kvplug.deployment import LATENT, LAYER_KINDS, Choice, Deployment
+from kvplug.errors import DeploymentError, Refusal
 from kvplug.hosts.vllm import compat
+from kvplug.hosts.vllm.connector_flag import CONNECTOR
 from kvplug.hosts.vllm.engine import (
+    at_start,
     format_policy,
     layer_limits,
     layer_rules,
     plain_defaults,
-    rule_of,
     sequence_policy,
 )
-from kvplug.hosts.vllm.flags import EXTENSION, GUARD, REQUEST_CHECK, REQUEST_CHECK_MIDDLEWARE, RUNS
-from kvplug.hosts.vllm.spec import ShorteningSpec
+from kvplug.hosts.vllm.flags import (
+    GUARD,
+    REQUEST_CHECK,
+    REQUEST_CHECK_MIDDLEWARE,
+    RUNS,
+)
+from kvplug.hosts.vllm.needs import SHADOW_WITH_DRAFTS, Stated, unmet
 from kvplug.hosts.vllm.view import engine_view
 from kvplug.parser import load_deployment
 
 SECTION = "kv_transfer_config.kv_connector_extra_config.kvplug"
+
+
+@plain_defaults()
+def read_deployment(vllm_config: Any, view: EngineView | None = None) -> Deployment:
+    """Read a vLLM config's deployment.
+
+    Args:
+        vllm_config: The config.
+        view: The engine of the config; described here if None.
+
+    Raises:
+        DeploymentError: The section is missing or wrong.
+    """
+    transfer = vllm_config.kv_transfer_config
+    extra = transfer.kv_connector_extra_config
+    if "kvplug" not in extra:
+        raise DeploymentError(
+            "inline",
+            [Refusal(SECTION, "is missing.", "add `kvplug: {}` or a section with policies.")],
+        )
+    section = extra["kvplug"]
+    return load_deployment(
+        {} if section is None else section, key=SECTION, engine=view or engine_view(vllm_config)
+    )
 
 
 @plain_defaults()
@@ -32,89 +69,102 @@ def deployment_of(vllm_config: Any) -> Deployment:
     Raises:
         DeploymentError: The section is missing or wrong, or cannot run on this engine.
     """
-    transfer = vllm_config.kv_transfer_config
-    section = transfer.kv_connector_extra_config.get("kvplug")
-    if section is None:
-        raise DeploymentError(
-            "inline",
-            [Refusal(SECTION, "is missing.", "add `kvplug: {}` or a section with policies.")],
-        )
     view = engine_view(vllm_config)
-    deployment = load_deployment(section, key=SECTION, engine=view)
+    deployment = read_deployment(vllm_config, view)
     installed = compat.version()
-    if not compat.is_tested(installed):
-        raise DeploymentError(
-            deployment.source,
-            [
-                Refusal(
-                    "vllm",
-                    f"version {installed} was never tested with kvplug.",
-                    f"install vLLM {' or '.join(compat.TESTED)}; see `kvplug doctor`.",
-                )
-            ],
-        )
+    if not compat.is_admitted(installed):
+        raise DeploymentError(deployment.source, [Refusal("vllm", *compat.untested(installed))])
     deployment.require_compatible(view, runs=RUNS, host="vllm")
     if refusals := [
+        *unmet(deployment, Stated.of_config(vllm_config)),
         *_request_refusals(deployment, vllm_config),
+        *_guard_refusals(deployment, vllm_config),
         *_layer_refusals(deployment, vllm_config),
     ]:
         raise DeploymentError(deployment.source, refusals)
     return deployment
 
 
-def require_groups(deployment: Deployment, vllm_config: Any, kv_cache_config: Any) -> None:
-    """Check that the engine's KV-cache groups are what the sequence policy needs.
+def refuse_inside(vllm_config: Any) -> None:
+    """Check that kvplug is not one of several connectors inside another one.
 
     Raises:
-        DeploymentError: No group can give blocks back, or some have rules of another deployment.
+        DeploymentError: It is.
     """
-    from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
+    transfer: Any = getattr(vllm_config, "kv_transfer_config", None)
+    extra = getattr(transfer, "kv_connector_extra_config", None)
+    inner = extra.get("connectors") if isinstance(extra, Mapping) else None
+    if inner is None or not any(_names_kvplug(one) for one in inner):
+        return
+    raise DeploymentError(
+        "inline",
+        [
+            Refusal(
+                "kv_transfer_config.kv_connector_extra_config.connectors",
+                f"kvplug is one of several connectors inside {transfer.kv_connector}, where it "
+                "sees no attention layers, and the others would store KV that is not exact.",
+                f"set kv_connector: {CONNECTOR} for the engine itself, or remove kvplug.",
+            )
+        ],
+    )
 
-    choice = deployment.choice(Kind.SEQUENCE)
-    specs = [
-        layer
-        for group in kv_cache_config.kv_cache_groups
-        for layer in (
-            group.kv_cache_spec.kv_cache_specs.values()
-            if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs)
-            else (group.kv_cache_spec,)
-        )
-    ]
-    shortened = [spec for spec in specs if isinstance(spec, ShorteningSpec)]
-    # vLLM caches the choice of attention backend per process, whatever the section says.
-    rules = layer_rules(sequence_policy(deployment, vllm_config))
-    if {rule_of(spec) for spec in shortened} - rules:
-        refusal = Refusal(
-            choice.key if choice is not None else "kvplug.sequence",
-            "an engine with another sequence section ran in this process before, and vLLM still "
-            "uses its budgets.",
-            "start each engine in a process of its own.",
-        )
-        raise DeploymentError(deployment.source, [refusal])
-    if choice is not None and not shortened:
-        names = ", ".join(sorted({type(s).__name__ for s in specs})) or "none"
-        refusal = Refusal(
-            choice.key,
-            f"{choice.policy.name} cannot run on this model: its KV-cache groups are {names}, and "
-            "only full-attention layers on CPU_ATTN, FLASH_ATTN or TRITON_ATTN, in groups of their "
-            "own, can give blocks back.",
-            "remove the sequence section, or set --attention-backend and leave "
-            "--disable-hybrid-kv-cache-manager out.",
-        )
-        raise DeploymentError(deployment.source, [refusal])
+
+def _names_kvplug(connector: Any) -> bool:
+    """True for the config of a connector that is kvplug, or has it among its own."""
+    if not isinstance(connector, Mapping):
+        return False
+    extra = connector.get("kv_connector_extra_config")
+    inner = extra.get("connectors") if isinstance(extra, Mapping) else None
+    return connector.get("kv_connector") == CONNECTOR or any(_names_kvplug(c) for c in inner or ())
 
 
 def _request_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
-    if deployment.on_bad_request != "refuse" or _has_processor(vllm_config, REQUEST_CHECK):
+    if deployment.on_bad_request != "refuse":
+        return []
+    key = f"{SECTION}.on_bad_request" if deployment.source == "inline" else "on_bad_request"
+    if _no_processors(vllm_config):
+        return [Refusal(key, NO_PROCESSORS, WITHOUT_PROCESSORS)]
+    if _has_processor(vllm_config, REQUEST_CHECK):
         return []
     return [
         Refusal(
-            f"{SECTION}.on_bad_request" if deployment.source == "inline" else "on_bad_request",
+            key,
             "nothing checks requests before they enter the engine.",
             f"set --logits-processors {REQUEST_CHECK} and, for HTTP 400 on streamed requests, "
             f"--middleware {REQUEST_CHECK_MIDDLEWARE}; kvplug serve does.",
         )
     ]
+
+
+def _guard_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    guard = deployment.guard
+    if guard is None:
+        return []
+    key = f"{SECTION}.guard" if deployment.source == "inline" else "guard"
+    found = []
+    if not _has_processor(vllm_config, GUARD):
+        found.append(
+            Refusal(
+                key,
+                "needs a logits processor that is not enabled.",
+                f"set --logits-processors {GUARD}.",
+            )
+        )
+    if _no_processors(vllm_config):
+        found.append(Refusal(key, NO_PROCESSORS, WITHOUT_PROCESSORS))
+    elif guard.shadow is not None and vllm_config.speculative_config is not None:
+        found.append(Refusal(f"{key}.shadow", *SHADOW_WITH_DRAFTS))
+    return found
+
+
+NO_PROCESSORS = (
+    "needs a logits processor, and vLLM's first model runner takes none with speculative decoding."
+)
+WITHOUT_PROCESSORS = "remove it or --speculative-config, or set VLLM_USE_V2_MODEL_RUNNER=1."
+
+
+def _no_processors(vllm_config: Any) -> bool:
+    return vllm_config.speculative_config is not None and not vllm_config.use_v2_model_runner
 
 
 def _has_processor(vllm_config: Any, name: str) -> bool:
@@ -126,15 +176,14 @@ def _has_processor(vllm_config: Any, name: str) -> bool:
 
 
 def _layer_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
-    chosen = [kind for kind in REFUSALS if deployment.choice(kind) is not None]
-    found = []
-    for kind in chosen:
-        choice = deployment.choice(kind)
-        assert choice is not None
-        found += _model_refusals(choice, vllm_config) + _batch_refusals(choice, vllm_config)
-    for kind in chosen:
+    chosen = [choice for kind in LAYER_KINDS if (choice := deployment.choice(kind)) is not None]
+    found = _model_refusals(deployment, vllm_config) if chosen else []
+    for choice in chosen:
+        found += _batch_refusals(choice, vllm_config)
+    for choice in chosen:
         if not found:
-            found = REFUSALS[kind](deployment, vllm_config)
+            refusals = REFUSALS[choice.policy.kind]
+            found = at_start(deployment, choice, refusals, deployment, vllm_config)
     return found
 
 
@@ -145,39 +194,11 @@ def _reuse_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
     def refuse(below: str, problem: str, fix: str) -> None:
         found.append(Refusal(f"{key}{below}", problem, fix))
 
-    if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
+    if deployment.reuse.recompute.needed and vllm_config.model_config.uses_mrope:
         refuse(
-            "",
-            "a segment that cannot be loaded would fail its request.",
-            "set kv_load_failure_policy: recompute in kv-transfer-config.",
-        )
-    recompute = deployment.reuse.recompute
-    if recompute.needed:
-        parallel = vllm_config.parallel_config
-        if parallel.worker_extension_cls != EXTENSION:
-            refuse(
-                ".recompute",
-                "recomputing inside a run needs access to the model.",
-                f"set --worker-extension-cls {EXTENSION}, or recompute: {{gaps: 0}}.",
-            )
-        for on, what in (
-            (vllm_config.lora_config is not None, "LoRA"),
-            (vllm_config.model_config.uses_mrope, "multi-axis rotary positions"),
-        ):
-            if on:
-                refuse(
-                    ".recompute",
-                    f"does not support {what}.",
-                    "remove the recompute section.",
-                )
-    if deployment.guard is not None and not _has_processor(vllm_config, GUARD):
-        above = key.rsplit(".", 1)[0] if "." in key else ""
-        found.append(
-            Refusal(
-                f"{above}.guard".lstrip("."),
-                "needs a logits processor that is not enabled.",
-                f"set --logits-processors {GUARD}.",
-            )
+            ".recompute",
+            "does not support multi-axis rotary positions.",
+            "remove the recompute section.",
         )
     policy = format_policy(deployment, vllm_config)
     if policy is not None:
@@ -192,62 +213,82 @@ def _reuse_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
     return found
 
 
-def _model_refusals(choice: Choice, vllm_config: Any) -> list[Refusal]:
-    model = vllm_config.model_config
-    found = []
-    for on, what in (
-        (model.use_mla, "multi-head latent attention (MLA)"),
-        (model.is_attention_free, "no attention layers (Mamba)"),
-        (model.is_hybrid, "state-space layers beside attention (hybrid)"),
-        (model.is_encoder_decoder, "an encoder and a decoder"),
-    ):
-        if on:
-            found.append(
-                Refusal(
-                    choice.key,
-                    f"{choice.policy.name} cannot run on a model with {what}.",
-                    f"remove the {choice.policy.kind!s} section for this model.",
-                )
-            )
-    return found
-
-
-def _batch_refusals(choice: Choice, vllm_config: Any) -> list[Refusal]:
-    if not vllm_config.parallel_config.use_ubatching:
+def _tiers_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    choice = deployment.choice(Kind.TIERS)
+    assert choice is not None
+    key = choice.key.split(".use")[0]
+    policy = format_policy(deployment, vllm_config)
+    if policy is None:
+        return []
+    apart = any(policy.recent(layer) for layer in policy.engine.layers)
+    if not apart and len(policy.assignments()) <= 1:
         return []
     return [
         Refusal(
-            choice.key,
-            f"{choice.policy.name} needs a step's metadata in one piece, and microbatches build it "
-            "in two.",
-            "remove --enable-dbo and --ubatch-size.",
+            key,
+            f"format {policy.name} stores each request in its own way, so one request cannot read "
+            "the bytes of another.",
+            f"choose another format or remove {key}.",
+            deployment.lines.get(key),
         )
     ]
+
+
+def _model_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
+    model = vllm_config.model_config
+    having = (
+        (model.use_mla, LATENT),
+        (model.is_attention_free, "no attention layers (Mamba)"),
+        (model.is_hybrid, "state-space layers beside attention (hybrid)"),
+        (model.is_encoder_decoder, "an encoder and a decoder"),
+    )
+    return [refusal for on, what in having if on for refusal in deployment.beyond(what)]
+
+
+def _batch_refusals(choice: Choice, vllm_config: Any) -> list[Refusal]:
+    drafts = vllm_config.speculative_config is not None and vllm_config.use_v2_model_runner
+    if drafts and compat.reports_before_end():
+        return [
+            Refusal(
+                choice.key,
+                f"{choice.policy.name} needs a worker's report of a whole step, and this vLLM's "
+                "second model runner takes it before the step's drafts are made.",
+                "remove --speculative-config, or set VLLM_USE_V2_MODEL_RUNNER=0.",
+            )
+        ]
+    return []
 
 
 def _format_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal]:
     choice = deployment.choice(Kind.FORMAT)
     policy = format_policy(deployment, vllm_config)
     assert choice is not None and policy is not None
-    key, name = choice.key.removesuffix(".use"), policy.name
+    name = choice.policy.name
     size = policy.engine.block_size
-    try:
-        for layer in policy.engine.layers:
-            layout, recent = policy.layout(layer), policy.recent(layer)
-            if recent and size % recent:
-                return [
-                    Refusal(
-                        choice.key,
-                        f"{name} keeps {recent} recent tokens of layer {layer.index}, which does "
-                        f"not divide the block size of {size} tokens.",
-                        f"set --block-size {-(-size // recent) * recent}.",
-                    )
-                ]
-            if layout.heads is not None and layout.heads > layer.num_kv_heads:
-                raise ValueError(f"layer {layer.index} has more stored heads than KV heads")
-    except Exception as error:
-        fix = change_options(str(error), policy.Options.model_fields)
-        return [Refusal(key, f"{name}: {error}.", fix)]
+    for layer in policy.engine.layers:
+        layout, recent = policy.layout(layer), policy.recent(layer)
+        if type(layout) is not PageLayout or type(recent) is not int or recent < 0:
+            raise ValueError(
+                f"layer {layer.index} has layout {layout!r} and keeps {recent!r} recent tokens; "
+                "they must be a PageLayout and an integer of at least 0"
+            )
+        if recent and size % recent:
+            return [
+                Refusal(
+                    choice.key,
+                    f"{name} keeps {recent} recent tokens of layer {layer.index}, which does "
+                    f"not divide the block size of {size} tokens.",
+                    f"set --block-size {-(-size // recent) * recent}.",
+                )
+            ]
+        if layout.heads is not None and layout.heads > layer.num_kv_heads:
+            raise ValueError(f"layer {layer.index} has more stored heads than KV heads")
+    known = [policy.fingerprint(), *policy.assignments()]
+    if any(type(one) is not str for one in known):
+        raise ValueError(f"fingerprint() and assignments() must be texts, got {known!r}")
+    known = list(policy.assignments())
+    if not known or len(set(known)) < len(known):
+        raise ValueError(f"assignments() must return distinct texts, got {known!r}")
     other = deployment.choice(Kind.SEQUENCE)
     scoring = other is not None and issubclass(other.policy, ScoringPolicy)
     merged = any(policy.layout(layer).heads is not None for layer in policy.engine.layers)
@@ -269,23 +310,44 @@ def _sequence_refusals(deployment: Deployment, vllm_config: Any) -> list[Refusal
     choice = deployment.choice(Kind.SEQUENCE)
     policy = sequence_policy(deployment, vllm_config)
     assert choice is not None and policy is not None
-    key = choice.key.removesuffix(".use")
-    try:
-        rules = layer_rules(policy)
-    except Exception as error:
-        fix = change_options(str(error), policy.Options.model_fields)
-        return [Refusal(key, f"{policy.name}: {error}.", fix)]
+    rules = layer_rules(policy)
     if isinstance(policy, ScoringPolicy):
-        return _scoring_refusals(policy, choice.key, vllm_config)
+        return [
+            *_unshared_refusals(policy, choice.key, deployment.choice(Kind.PREFIX_CACHE)),
+            *_scoring_refusals(policy, choice.key, vllm_config),
+        ]
     if None in rules:
         return [
             Refusal(
                 choice.key,
-                f"{policy.name} gives no window, and is no ScoringPolicy.",
+                f"{choice.policy.name} gives no window, and is no ScoringPolicy.",
                 "return a Window for every layer, or derive it from ScoringPolicy.",
             )
         ]
     return []
+
+
+def _unshared_refusals(policy: ScoringPolicy, key: str, cache: Choice | None) -> list[Refusal]:
+    """What has no effect where no request finds another one's blocks."""
+    if not policy.wants_cumulative_attention:
+        return []
+    why = (
+        f"has no effect beside {policy.name}, whose requests share no blocks: a prefix hit would "
+        "bring tokens without the attention they received."
+    )
+    found = []
+    if policy.options.shared:
+        found.append(Refusal(f"{key.removesuffix('.use')}.shared", why, "remove it."))
+    # One that follows requests acts whatever is found.
+    acts = (
+        cache is None
+        or not issubclass(cache.policy, PrefixCachePolicy)
+        or BlockFact.FINISHED in cache.policy.needs
+    )
+    if cache is not None and not acts:
+        fix = "remove it, or choose a sequence policy without cumulative attention."
+        found.append(Refusal(cache.key, f"{cache.policy.name} {why}", fix))
+    return found
 
 
 def _scoring_refusals(policy: ScoringPolicy, key: str, vllm_config: Any) -> list[Refusal]:
@@ -298,6 +360,8 @@ def _scoring_refusals(policy: ScoringPolicy, key: str, vllm_config: Any) -> list
                 "remove it, or set VLLM_USE_V2_MODEL_RUNNER=0.",
             )
         ]
+    if type(policy.observation) is not int or policy.observation < 0:
+        raise ValueError(f"observation must be a number of queries, got {policy.observation!r}")
     least = min(layer_limits(policy, layer).kept(0) for layer in policy.engine.layers)
     if policy.observation > least * policy.engine.block_size:
         return [
@@ -342,5 +406,6 @@ REFUSALS: dict[Kind, Callable[[Deployment, Any], list[Refusal]]] = {
     Kind.FORMAT: _format_refusals,
     Kind.REUSE: _reuse_refusals,
     Kind.ATTENTION: _attention_refusals,
+    Kind.TIERS: _tiers_refusals,
 }
-"""Refusals by kind, of kinds that touch attention layers; in this order, until one refuses."""
+"""Refusals of each of `LAYER_KINDS`; in their order, until one refuses."""

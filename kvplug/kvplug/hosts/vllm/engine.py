@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from kvplug.containment import STARTING, Contained, PolicyFailure
 from kvplug.contract import (
     AttentionPolicy,
     EngineView,
@@ -19,10 +20,14 @@ from kvplug.contract import (
     SequencePolicy,
     Window,
 )
-from kvplug.deployment import Deployment
+from kvplug.deployment import Choice, Deployment
+from kvplug.errors import DeploymentError
+from kvplug.hosts import torch_state
 from kvplug.hosts.pruning import Limits
-from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
+from kvplug.hosts.vllm.connector_flag import CONNECTOR, MODULE
 from kvplug.hosts.vllm.view import engine_view
+
+Answer = TypeVar("Answer")
 
 
 @contextmanager
@@ -35,6 +40,43 @@ def plain_defaults() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def at_start(
+    deployment: Deployment, choice: Choice, ask: Callable[..., Answer], *arguments: Any
+) -> Answer:
+    """Ask a policy something on which the engine's start depends.
+
+    Args:
+        deployment: The deployment.
+        choice: The policy in it.
+        ask: Calls the policy.
+        arguments: What it is called with.
+
+    Raises:
+        DeploymentError: The policy failed, and the refusal names it; or ``ask`` raised it.
+    """
+    name = f"{choice.policy.kind!s} policy {choice.policy.name!r}"
+    refused: list[DeploymentError] = []
+
+    def asked() -> Answer:
+        try:
+            return ask(*arguments)
+        except DeploymentError as error:
+            refused.append(error)
+            raise
+
+    before = torch_state.state()
+    try:
+        answer: Answer = Contained(choice, STARTING, name).run(asked)
+    except PolicyFailure as failure:
+        if refused:
+            raise refused[0] from None
+        problem = deployment.refusal(choice, failure.problem)
+        raise DeploymentError(deployment.source, [problem]) from failure
+    finally:
+        torch_state.restore(before)
+    return answer
 
 
 def is_kvplug(vllm_config: Any) -> bool:
@@ -50,7 +92,7 @@ def reuse_checks(deployment: Deployment, view: EngineView) -> list[ReuseCheck]:
     """Build the deployment's chain of checks for an engine."""
     found = []
     for choice in deployment.choices.get(Kind.REUSE, ()):
-        check = choice.build(view)
+        check = at_start(deployment, choice, choice.build, view)
         assert isinstance(check, ReuseCheck)
         found.append(check)
     return found
@@ -62,7 +104,7 @@ def sequence_policy(deployment: Deployment, vllm_config: Any) -> SequencePolicy 
     choice = deployment.choice(Kind.SEQUENCE)
     if choice is None:
         return None
-    policy = choice.build(engine_view(vllm_config))
+    policy = at_start(deployment, choice, choice.build, engine_view(vllm_config))
     assert isinstance(policy, SequencePolicy)
     return policy
 
@@ -73,7 +115,7 @@ def attention_policy(deployment: Deployment, vllm_config: Any) -> AttentionPolic
     choice = deployment.choice(Kind.ATTENTION)
     if choice is None:
         return None
-    policy = choice.build(engine_view(vllm_config))
+    policy = at_start(deployment, choice, choice.build, engine_view(vllm_config))
     assert isinstance(policy, AttentionPolicy)
     return policy
 
@@ -84,7 +126,7 @@ def format_policy(deployment: Deployment, vllm_config: Any) -> FormatPolicy | No
     choice = deployment.choice(Kind.FORMAT)
     if choice is None:
         return None
-    policy = choice.build(engine_view(vllm_config))
+    policy = at_start(deployment, choice, choice.build, engine_view(vllm_config))
     assert isinstance(policy, FormatPolicy)
     return policy
 
@@ -110,7 +152,13 @@ def layer_rules(policy: SequencePolicy | None) -> set[Window | Limits | None]:
     layers = policy.engine.layers
     if isinstance(policy, ScoringPolicy):
         return {layer_limits(policy, layer) for layer in layers}
-    return {policy.window(layer) for layer in layers}
+    rules: set[Window | Limits | None] = set()
+    for layer in layers:
+        window = policy.window(layer)
+        if window is not None and type(window) is not Window:
+            raise ValueError(f"window of layer {layer.index} must be a Window, got {window!r}")
+        rules.add(window)
+    return rules
 
 
 def rule_of(spec: Any) -> Window | Limits:

@@ -6,8 +6,9 @@ engine then runs with. Both readings of a feature stand in one row, so that they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from kvplug.contract import Feature
@@ -84,6 +85,34 @@ def _sliding_window(config: Any) -> bool:
     return model.get_sliding_window() is not None or any("sliding" in t for t in layers)
 
 
+def _text_configs(config: Any) -> Iterator[Any]:
+    """A Hugging Face config and those nested in it, each once."""
+    seen: set[int] = set()
+    found = [config]
+    while found:
+        one = found.pop()
+        if one is None or isinstance(one, (str, int, float)) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, Mapping):
+            one = SimpleNamespace(**{str(k): v for k, v in one.items()})
+        yield one
+        own = getattr(one, "__dict__", {})
+        found += [v for k, v in own.items() if k.endswith(("config", "_cfg"))]
+
+
+def _shares_kv(config: Any) -> bool:
+    """True where layers attend over the KV of others, as far as the model's config says; the layers
+    are asked again once they are built."""
+    model = config.model_config
+    return bool(config.cache_config.kv_sharing_fast_prefill) or any(
+        (getattr(one, "num_kv_shared_layers", 0) or 0) > 0
+        or (getattr(one, "use_cla", False) and (getattr(one, "cla_share_factor", 1) or 1) > 1)
+        for root in (model.hf_text_config, getattr(model, "hf_config", None))
+        for one in _text_configs(root)
+    )
+
+
 FULL_PRECISION = frozenset({"auto", "bfloat16", "float16"})
 """Values of ``--kv-cache-dtype`` that do not quantize."""
 
@@ -154,7 +183,7 @@ READINGS: tuple[Reading, ...] = (
     ),
     Reading(Feature.SLIDING_WINDOW_LAYERS, _sliding_window, None),
     Reading(Feature.MULTIMODAL, lambda c: bool(c.model_config.is_multimodal_model), None),
-    Reading(Feature.KV_SHARING, lambda c: bool(c.cache_config.kv_sharing_fast_prefill), None),
+    Reading(Feature.KV_SHARING, _shares_kv, None),
     Reading(
         Feature.DISAGGREGATED_PREFILL,
         lambda c: c.kv_transfer_config.kv_role != "kv_both",

@@ -1,21 +1,24 @@
-"""Reads vLLM's flags from a ``--config`` file, without importing vllm."""
+"""Reads a deployment file, and tells the engine that its flags describe. Imports no vLLM."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvplug.contract import EngineView, Kind
 from kvplug.deployment import Deployment
 from kvplug.errors import DeploymentError, Refusal
+from kvplug.hosts.vllm.connector_flag import connector_refusals, is_connector_flag, missing
+from kvplug.hosts.vllm.distribution import command_of, vllm_distribution
 from kvplug.hosts.vllm.features import features_from_flags, number
-from kvplug.parser import SECTION_KEYS, load_deployment, read_yaml
+from kvplug.hosts.vllm.file_flags import plain_flags, vllm_flags
+from kvplug.near_names import nearest
+from kvplug.parser import SECTION_KEYS, load_deployment
+from kvplug.yaml_file import read_yaml
 
-CONNECTOR = "KVPlugConnector"
-MODULE = "kvplug.hosts.vllm.connector"
 EXTENSION = "kvplug.hosts.vllm.extension.WorkerExtension"
 """Value of ``--worker-extension-cls`` that lets tokens be recomputed inside a reused run."""
 GUARD = "kvplug.hosts.vllm.guard:GuardProcessor"
@@ -24,8 +27,16 @@ REQUEST_CHECK = "kvplug.hosts.vllm.request_check:RequestCheck"
 """Value of ``--logits-processors`` that refuses requests with invalid options."""
 REQUEST_CHECK_MIDDLEWARE = "kvplug.hosts.vllm.request_check.RequestCheckMiddleware"
 """Value of ``--middleware`` that answers HTTP 400 to streamed requests, too."""
-RUNS = frozenset({Kind.PREFIX_CACHE, Kind.SEQUENCE, Kind.FORMAT, Kind.REUSE, Kind.ATTENTION})
+ANSWER_MIDDLEWARE = "kvplug.hosts.vllm.answers.AnswerMiddleware"
+"""Value of ``--middleware`` that lets streamed answers say how exact they are."""
+SHADOW_MIDDLEWARE = "kvplug.hosts.vllm.shadow.ShadowMiddleware"
+"""Value of ``--middleware`` that lets approximate answers be answered again."""
+LIVE_PAGE = "kvplug.hosts.vllm.page.LivePage"
+"""Value of ``--middleware`` that serves the page ``/kvplug``."""
+RUNS = frozenset(Kind)
 """Kinds this host runs."""
+SUFFIXES = (".yaml", ".yml")
+"""What vLLM's ``--config`` accepts."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +45,35 @@ class ConfigFile:
 
     Attributes:
         path: The file.
-        flags: vLLM's flags by name, dashes, the section left out.
+        flags: vLLM's flags by name, dashes, the connector left out.
         deployment: The parsed section.
         standalone: True when the file is a section by itself.
+        transfer: The connector's flag as data, where the file sets it.
+        remarks: What a user should know of how vLLM reads the file, one sentence each.
     """
 
     path: Path
     flags: Mapping[str, Any]
     deployment: Deployment
     standalone: bool
+    transfer: Mapping[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
-def read_config(path: Path) -> ConfigFile:
-    """Read a deployment file.
+def read_config(path: Path, arguments: Sequence[str] = ()) -> ConfigFile:
+    """Read a deployment file as vLLM's server would, together with what its command line adds.
+
+    vLLM's own parser reads a file that describes an engine, where vLLM is installed; elsewhere
+    `plain_flags` does, which refuses what only that parser can tell. A file that is only a
+    section takes neither.
+
+    Args:
+        path: The file.
+        arguments: Arguments of the server that follow the file's and override them.
 
     Raises:
-        DeploymentError: It cannot be read, does not enable kvplug, or the section is invalid.
+        DeploymentError: It cannot be read, does not enable kvplug, vLLM would not start with it,
+            or the section is invalid.
     """
     data, lines = read_yaml(path)
     if data is None:
@@ -59,116 +83,88 @@ def read_config(path: Path) -> ConfigFile:
             str(path),
             [Refusal("file", f"must be a mapping, got {type(data).__name__}.", "see configs/cpu.")],
         )
-    data = {k: _parsed(path, str(k), v, lines) for k, v in data.items()}
-    flags = {str(k).replace("_", "-"): v for k, v in data.items()}
-    if "kv-transfer-config" not in flags:
-        if dotted := [k for k in data if str(k).startswith(("kv-transfer", "kv_transfer"))]:
-            raise DeploymentError(
-                str(path),
-                [
-                    Refusal(
-                        str(k),
-                        "kvplug does not read dotted flags.",
-                        "write kv-transfer-config as a nested mapping.",
-                        lines.get(str(k)),
-                    )
-                    for k in dotted
-                ],
-            )
-        if set(data) <= SECTION_KEYS:
-            return ConfigFile(path, {}, load_deployment(path), True)
+    distribution = vllm_distribution()
+    if _is_section(data):
+        flags: Mapping[str, Any] = {}
+        if arguments and distribution is not None:
+            flags = vllm_flags(path, None, {}, arguments, command_of(distribution)).flags
+        return ConfigFile(path, flags, load_deployment(path), True)
+    if path.suffix not in SUFFIXES:
         raise DeploymentError(
             str(path),
             [
                 Refusal(
-                    "kv-transfer-config",
-                    "is missing, so kvplug is not enabled.",
-                    f"add it with kv_connector: {CONNECTOR}, kv_connector_module_path: {MODULE}, "
-                    "kv_role: kv_both and kv_connector_extra_config: {kvplug: ...}.",
+                    "file",
+                    f"vLLM reads --config files named {' or '.join(SUFFIXES)} only.",
+                    f"rename it to {path.stem}.yaml.",
                 )
             ],
         )
-    written = next(k for k in data if str(k).replace("_", "-") == "kv-transfer-config")
-    transfer = data[written]
-    refusals = _connector_refusals(transfer, str(written), lines)
-    if refusals:
+    if distribution is None:
+        flags, transfer, written, remarks = plain_flags(path, data, lines)
+    else:
+        command = command_of(distribution)
+        flags, transfer, written, remarks = vllm_flags(path, data, lines, arguments, command)
+    if transfer is None:
+        raise DeploymentError(str(path), [missing()])
+    if refusals := connector_refusals(transfer, written, lines):
         raise DeploymentError(str(path), refusals)
-    key = f"{written}.kv_connector_extra_config.kvplug"
     section = transfer["kv_connector_extra_config"]["kvplug"]
     if section is None:
         section = {}
     if isinstance(section, str) and not Path(section).is_absolute():
         beside = path.parent / section
-        section = str(beside) if beside.exists() else section
-    flags.pop("kv-transfer-config")
+        section = str(beside) if os.path.lexists(beside) else section
     deployment = load_deployment(
-        section, source=str(path), key=key, lines=lines, engine=engine_from_flags(flags)
+        section,
+        source=str(path),
+        key=f"{written}.kv_connector_extra_config.kvplug",
+        lines=lines,
+        engine=engine_from_flags(flags),
     )
-    return ConfigFile(path, flags, deployment, False)
+    return ConfigFile(path, flags, deployment, False, transfer, remarks)
 
 
-def _parsed(path: Path, key: str, value: Any, lines: Mapping[str, int]) -> Any:
-    """A flag's value, parsed where it is JSON text: vLLM accepts structured flags as both."""
-    if not (key.endswith("config") and isinstance(value, str) and value.lstrip().startswith("{")):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise DeploymentError(
-            str(path),
-            [
-                Refusal(
-                    key, f"is not valid JSON: {error}.", "write it as nested YAML.", lines.get(key)
-                )
-            ],
-        ) from error
+def _is_section(data: Mapping[Any, Any]) -> bool:
+    """True for a file that is a section by itself, perhaps with keys that are misspelt."""
+    names = [str(key) for key in data]
+    if any(is_connector_flag(name) for name in names):
+        return False
+    known = [name in SECTION_KEYS for name in names]
+    return any(known) or all(nearest(name, SECTION_KEYS, 0.75) for name in names)
 
 
-def _connector_refusals(transfer: Any, key: str, lines: Mapping[str, int]) -> list[Refusal]:
-    def refusal(below: str, problem: str, fix: str) -> Refusal:
-        where = f"{key}.{below}" if below else key
-        return Refusal(where, problem, fix, lines.get(where, lines.get(key)))
-
-    if not isinstance(transfer, Mapping):
-        return [refusal("", "must be a mapping.", "see configs/cpu for examples.")]
-    found = []
-    for name, value in (
-        ("kv_connector", CONNECTOR),
-        ("kv_connector_module_path", MODULE),
-        ("kv_role", "kv_both"),
-    ):
-        if transfer.get(name) != value:
-            found.append(
-                refusal(
-                    name,
-                    f"is {transfer.get(name)!r}, so kvplug is not enabled.",
-                    f"set it to {value}.",
-                )
-            )
-    extra = transfer.get("kv_connector_extra_config")
-    if not isinstance(extra, Mapping) or "kvplug" not in extra:
-        found.append(
-            refusal(
-                "kv_connector_extra_config",
-                "has no kvplug section.",
-                "add `kvplug: {}` or a section with policies.",
-            )
-        )
-    return found
-
-
-def request_check_flags(config: ConfigFile) -> list[str]:
-    """Command-line flags that a deployment needs for ``on_bad_request: refuse``; else none."""
-    if config.deployment.on_bad_request != "refuse":
-        return []
+def request_flags(config: ConfigFile) -> list[str]:
+    """Command-line flags that a deployment needs to check requests, to speak in streamed answers,
+    to answer again and to show the state, and that its file does not set."""
+    deployment = config.deployment
     found: list[str] = []
-    processors = _listed(config.flags.get("logits-processors"))
-    if REQUEST_CHECK not in processors:
+    middleware = []
+    processors = []
+    if deployment.on_bad_request == "refuse":
+        processors.append(REQUEST_CHECK)
+        middleware.append(REQUEST_CHECK_MIDDLEWARE)
+    if deployment.all():
+        middleware.append(ANSWER_MIDDLEWARE)
+    if deployment.guard is not None and deployment.guard.shadow is not None:
+        processors.append(GUARD)
+        middleware.append(SHADOW_MIDDLEWARE)
+    if config.deployment.observe.page:
+        # The last one is asked first, and takes only what is its own.
+        middleware.append(LIVE_PAGE)
+    set_already = _listed(config.flags.get("logits-processors"))
+    if added := [one for one in processors if one not in set_already]:
         # On the command line it replaces what the file lists.
-        found += ["--logits-processors", *processors, REQUEST_CHECK]
-    if REQUEST_CHECK_MIDDLEWARE not in _listed(config.flags.get("middleware")):
-        found += ["--middleware", REQUEST_CHECK_MIDDLEWARE]
+        found += ["--logits-processors", *set_already, *added]
+    for one in middleware:
+        if one not in _listed(config.flags.get("middleware")):
+            found += ["--middleware", one]
     return found
+
+
+def has_processor(config: ConfigFile, name: str) -> bool:
+    """True if a file enables a logits processor, or `request_flags` does."""
+    return name in (*_listed(config.flags.get("logits-processors")), *request_flags(config))
 
 
 def _listed(value: Any) -> list[str]:

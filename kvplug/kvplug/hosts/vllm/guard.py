@@ -1,7 +1,9 @@
 """Watches next-token distributions of marked requests, through vLLM's logits processors.
 
-Turned on by ``--logits-processors kvplug.hosts.vllm.guard:GuardProcessor``. It changes no logits.
-One class serves both of vLLM's model runners, whose processors have different interfaces.
+Turned on by ``--logits-processors kvplug.hosts.vllm.guard:GuardProcessor``. It changes no logits
+but those of shadows: requests of kvplug's own that are to answer given tokens, whose distributions
+are compared with another request's. One class serves both of vLLM's model runners, whose processors
+have different interfaces.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as SlotLogitsProcessor,
 )
 
-from kvplug.hosts.vllm.compat import GUARD_MARK
+from kvplug.hosts.vllm import compat
 from kvplug.hosts.vllm.worker.state import WorkerState, worker_state
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ MAX_REPORTS = 65536
 
 MAX_PENDING = 8
 """Steps whose numbers may still be on their way from a device; then the oldest is waited for."""
+
+
+LIKELIEST = 16
+"""Tokens of each distribution that a shadow compares."""
 
 
 def entropy_and_logprob(logits: Tensor) -> Tensor:
@@ -51,8 +57,23 @@ def entropy_and_logprob(logits: Tensor) -> Tensor:
     return torch.stack([entropy, logprobs.amax(-1)])
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """Log-probabilities, in nats, of each row's `LIKELIEST` tokens, and their ids.
+
+    Args:
+        logits: ``[rows, vocab]``, any float dtype.
+
+    Returns:
+        float32 ``[2 * k, rows]``: log-probabilities, likeliest first, then ids, which float32
+        holds up to 2 ** 24.
+    """
+    logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    values, ids = logprobs.topk(min(LIKELIEST, logits.shape[-1]), dim=-1)
+    return torch.cat([values, ids.to(torch.float32)], dim=-1).T
+
+
 class _Statistics:
-    """Numbers on their way to the host, ``[2, rows]``."""
+    """Numbers on their way to the host, ``[numbers, rows]``."""
 
     def __init__(self, values: Tensor):
         self._event: Any = None
@@ -68,12 +89,24 @@ class _Statistics:
     def ready(self) -> bool:
         return self._event is None or bool(self._event.query())
 
-    def rows(self) -> list[tuple[float, float]]:
-        """Entropy and log-probability of each row; waits for them."""
+    def rows(self) -> list[tuple[float, ...]]:
+        """Numbers of each row: entropy, log-probability and what else there is; waits for them."""
         if self._event is not None:
             self._event.synchronize()
-        entropies, logprobs = self._values.tolist()
-        return list(zip(entropies, logprobs, strict=True))
+        return list(zip(*self._values.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """What is asked about a request.
+
+    Attributes:
+        name: Its name in reports.
+        answers: Tokens it is to answer; None if its likeliest tokens are not compared.
+    """
+
+    name: str
+    answers: tuple[int, ...] | None
 
 
 @dataclass(eq=False)
@@ -81,21 +114,25 @@ class _Row:
     """A watched request of the first model runner.
 
     Attributes:
-        name: Its name in reports.
+        watched: What is asked about it.
         output: Its output tokens, vLLM's own growing list.
     """
 
-    name: str
+    watched: _Watched
     output: Sequence[int]
 
 
 class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
-    """Reports entropy and log-probability of requests marked by `GUARD_MARK`; changes no logits.
+    """Reports entropy and log-probability of requests that kvplug marked, and makes shadows answer.
 
     The report of a step is in `WorkerState.guard_reports` when the next step's forward ends (on a
     device up to `MAX_PENDING` steps later, without waiting for it), as ``(name, entropy,
     log-probability)``, once per output token and in order. So the report of a request's last step
-    comes after it has finished.
+    comes after it has finished. Where likeliest tokens are compared, they are reported with it, in
+    `WorkerState.likeliest`.
+
+    Of a shadow, all logits but that of the token it is to answer become minus infinity, after they
+    were read, and on every rank that samples.
 
     With the first model runner the logits are those after the tokens that may not be sampled, and
     before penalties and temperature; with the second, after penalties.
@@ -105,12 +142,15 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
         """Called by vLLM with device and pinning, or with the runner's request states."""
         self._state: WorkerState | None = None
         self._rows: dict[int, _Row] = {}
-        self._slots: dict[int, str] = {}
+        self._slots: dict[int, _Watched] = {}
         self._pending: tuple[list[tuple[_Row, int]], _Statistics] | None = None
-        self._in_flight: deque[tuple[list[str | None], _Statistics]] = deque()
+        self._in_flight: deque[tuple[list[_Watched | None], _Statistics]] = deque()
         self._prefill = getattr(getattr(where[0], "prefill_len", None), "np", None)
         self._failed = False
-        if getattr(vllm_config, "kv_transfer_config", None) is not None and _first_rank():
+        transfer = getattr(vllm_config, "kv_transfer_config", None)
+        self._engine_id = str(getattr(transfer, "engine_id", ""))
+        self._off = transfer is None
+        if transfer is not None and _first_rank():
             self._state = worker_state(vllm_config)
 
     @classmethod
@@ -126,7 +166,7 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow requests through the batch, and report the step before."""
-        if self._state is None or self._failed:
+        if self._off or self._failed:
             return
         try:
             self._sampled()
@@ -141,11 +181,11 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
         for index in update.removed:
             rows.pop(index, None)
         for index, params, _, output in update.added:
-            name = _mark_of(params)
-            if name is None:
+            watched = self._watched(params)
+            if watched is None:
                 rows.pop(index, None)
             else:
-                rows[index] = _Row(name, output)
+                rows[index] = _Row(watched, output)
         for one, two, how in update.moved:
             moved, replaced = rows.pop(one, None), rows.pop(two, None)
             if moved is not None:
@@ -160,20 +200,20 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
         if pending is None:
             return
         rows, found = pending
-        names = [row.name if len(row.output) > length else None for row, length in rows]
-        self._in_flight.append((names, found))
+        watched = [row.watched if len(row.output) > length else None for row, length in rows]
+        self._in_flight.append((watched, found))
 
     # -- the second model runner ---------------------------------------------------------------
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """Take a slot; returns whether `apply` is to be called for it."""
         self._slots.pop(req_idx, None)
-        if self._state is None or self._failed:
+        if self._off or self._failed:
             return False
-        name = _mark_of(sampling_params)
-        if name is not None:
-            self._slots[req_idx] = name
-        return name is not None
+        watched = self._watched(sampling_params)
+        if watched is not None:
+            self._slots[req_idx] = watched
+        return watched is not None
 
     def apply_staged_writes(self) -> None:
         """Report the step before; called before each forward."""
@@ -184,9 +224,17 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
 
     # -- both ----------------------------------------------------------------------------------
 
+    def _watched(self, params: Any) -> _Watched | None:
+        """What is asked about a request; None for nothing, or nothing on this rank."""
+        name = compat.marked_as(params, self._engine_id)
+        if name is None:
+            return None
+        answers = compat.shadow_answers(params, self._engine_id)
+        return _Watched(name, answers) if self._state is not None or answers else None
+
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
-        """Read the rows of watched requests; returns the logits unchanged."""
-        if self._state is None or self._failed or not (self._rows or self._slots):
+        """Read the rows of watched requests; returns the logits, changed for shadows alone."""
+        if self._off or self._failed or not (self._rows or self._slots):
             return logits
         try:
             if ctx is None:
@@ -202,7 +250,10 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
         if not at:
             return
         rows = [(self._rows[i], len(self._rows[i].output)) for i in at]
-        self._pending = (rows, _Statistics(entropy_and_logprob(_select(logits, at))))
+        if self._state is not None:
+            self._pending = (rows, _statistics(_select(logits, at), [r.watched for r, _ in rows]))
+        for i, (row, length) in zip(at, rows, strict=True):
+            _answer(logits[i], row.watched.answers, length)
 
     def _read_slots(self, logits: Tensor, ctx: Any) -> None:
         slots = ctx.idx_mapping_np.tolist()
@@ -215,21 +266,33 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
             if slot in self._slots
             and (self._prefill is None or seen[i] >= int(self._prefill[slot]))
         ]
-        if at:
-            names: list[str | None] = [self._slots[slots[i]] for i in at]
-            self._in_flight.append((names, _Statistics(entropy_and_logprob(_select(logits, at)))))
+        if not at:
+            return
+        watched = [self._slots[slots[i]] for i in at]
+        if self._state is not None:
+            found = _statistics(_select(logits, at), watched)
+            self._in_flight.append(([*watched], found))
+        for i, one in zip(at, watched, strict=True):
+            # Its prompt alone was filled at first: a shadow that starts over is not judged.
+            begun = seen[i] - (int(self._prefill[slots[i]]) if self._prefill is not None else 0)
+            _answer(logits[i], one.answers, begun)
 
     def _report(self) -> None:
         """Report what has arrived, oldest first."""
         while self._in_flight and (
             self._in_flight[0][1].ready or len(self._in_flight) > MAX_PENDING
         ):
-            names, found = self._in_flight.popleft()
+            watched, found = self._in_flight.popleft()
             assert self._state is not None
-            reports = self._state.guard_reports
-            pairs = zip(names, found.rows(), strict=True)
-            new = [(name, *pair) for name, pair in pairs if name is not None]
-            reports += new[: max(0, MAX_REPORTS - len(reports))]
+            reports, compared = self._state.guard_reports, self._state.likeliest
+            for one, numbers in zip(watched, found.rows(), strict=True):
+                if one is None or len(reports) >= MAX_REPORTS:
+                    continue
+                reports.append((one.name, numbers[0], numbers[1]))
+                if one.answers is not None and len(compared) < MAX_REPORTS:
+                    k = len(numbers) // 2 - 1
+                    ids = tuple(int(i) for i in numbers[2 + k :])
+                    compared.append((one.name, ids, numbers[2 : 2 + k]))
 
     def _fail(self, error: Exception) -> None:
         """Stop watching; the engine goes on."""
@@ -239,13 +302,23 @@ class GuardProcessor(LogitsProcessor, SlotLogitsProcessor):
         logger.error("the guard failed and is switched off: %s", error, exc_info=error)
 
 
+def _statistics(logits: Tensor, watched: Sequence[_Watched]) -> _Statistics:
+    """The numbers of rows that are all watched."""
+    found = entropy_and_logprob(logits)
+    if any(one.answers is not None for one in watched):
+        found = torch.cat([found, likeliest(logits)])
+    return _Statistics(found)
+
+
+def _answer(row: Tensor, answers: tuple[int, ...] | None, at: int) -> None:
+    """Leave the token that is to be answered next as the only one; waits for no device."""
+    if answers and 0 <= at < len(answers):
+        row.fill_(-torch.inf)
+        row[answers[at]] = 0.0
+
+
 def _select(logits: Tensor, rows: list[int]) -> Tensor:
     return logits if len(rows) == len(logits) else logits[rows]
-
-
-def _mark_of(params: Any) -> str | None:
-    name = (getattr(params, "extra_args", None) or {}).get(GUARD_MARK)
-    return name if isinstance(name, str) and name else None
 
 
 def _first_rank() -> bool:

@@ -127,6 +127,9 @@ class LoadOrder:
         tokens: Its token ids up to the end of the run, ``[end]`` int32.
         pieces: Runs to load.
         spans: Spans to recompute.
+        number: Number of the order, by which workers report it.
+        awaited: True if vLLM schedules the request once workers report it as received; False if
+            the same step computes on it.
     """
 
     request: str
@@ -134,6 +137,8 @@ class LoadOrder:
     tokens: npt.NDArray[np.int32]
     pieces: tuple[PieceOrder, ...]
     spans: tuple[tuple[int, int], ...]
+    number: int = 0
+    awaited: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,7 +174,8 @@ class ReuseDirectives:
         saves: Segments that the step completes, to read after the forward.
         drop: Segments to forget; runs that the step loads still find theirs.
         delete: Segments whose files go too.
-        fetch: Segments to bring back from the folder.
+        fetch: Segments to bring back from the folder, and the approximate reuses behind each.
+        generation: Resets of the store so far.
     """
 
     loads: list[LoadOrder] = field(default_factory=list)
@@ -177,10 +183,11 @@ class ReuseDirectives:
     saves: list[SaveOrder] = field(default_factory=list)
     drop: list[str] = field(default_factory=list)
     delete: list[str] = field(default_factory=list)
-    fetch: list[str] = field(default_factory=list)
+    fetch: dict[str, int] = field(default_factory=dict)
+    generation: int = 0
 
     def __bool__(self) -> bool:
-        return any(vars(self).values())
+        return any(value for name, value in vars(self).items() if name != "generation")
 
 
 @dataclass
@@ -195,6 +202,83 @@ class AttentionDirectives:
     requests: npt.NDArray[np.int32]
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkStore:
+    """A chunk to store.
+
+    Attributes:
+        tier: The tier.
+        key: Its key.
+        start: Position of its first token in its text.
+        blocks: Ids of its blocks.
+    """
+
+    tier: str
+    key: bytes
+    start: int
+    blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLoad:
+    """The run of chunks that one request takes.
+
+    Attributes:
+        request: Its id.
+        number: Number of the order, by which workers report it.
+        start: Position of the first token.
+        keys: Keys of the chunks, in text order.
+        tiers: Tier of each.
+        blocks: Ids of the blocks, all chunks' in order, ``[n]`` int64.
+        seconds: Time after which it counts as failed.
+    """
+
+    request: str
+    number: int
+    start: int
+    keys: tuple[bytes, ...]
+    tiers: tuple[str, ...]
+    blocks: npt.NDArray[np.int64]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkMove:
+    """Chunks that are stored in another tier as well, or dropped.
+
+    Attributes:
+        action: What is done, as `Action` names it.
+        source: The tier they are in.
+        target: The tier they are stored in; None for a drop.
+        keys: Their keys.
+    """
+
+    action: str
+    source: str
+    target: str | None
+    keys: tuple[bytes, ...]
+
+
+@dataclass
+class TiersDirectives:
+    """Work of tiers in a step.
+
+    Attributes:
+        stores: Chunks to store, read before anything is written.
+        loads: Runs to load while their requests wait.
+        moves: Chunks to drop, before anything is stored, and to store in other tiers.
+        generation: Resets so far; a load of an earlier one has failed.
+    """
+
+    stores: list[ChunkStore] = field(default_factory=list)
+    loads: list[ChunkLoad] = field(default_factory=list)
+    moves: list[ChunkMove] = field(default_factory=list)
+    generation: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.stores or self.loads or self.moves)
+
+
 @dataclass
 class StepDirectives(KVConnectorMetadata):
     """Directives of one step.
@@ -207,12 +291,13 @@ class StepDirectives(KVConnectorMetadata):
             None where no kind needs slots.
         names: Slot of each request that a part names, for the second model runner, which learns
             the requests of rows, but not the blocks they write.
-        before_forward: True if a part must reach the second runner before its forward, with the
-            requests of rows.
+        before_forward: True if a part must be done before the forward: runs are loaded, or it must
+            reach the second runner with the requests of rows.
         sequence: Part of the sequence kind.
         format: Part of the format kind.
         reuse: Part of the reuse kind.
         attention: Part of the attention kind.
+        tiers: Part of the tiers.
     """
 
     rows: npt.NDArray[np.int32] | None = None
@@ -220,6 +305,7 @@ class StepDirectives(KVConnectorMetadata):
     format: FormatDirectives | None = None
     reuse: ReuseDirectives | None = None
     attention: AttentionDirectives | None = None
+    tiers: TiersDirectives | None = None
     names: dict[str, int] = field(default_factory=dict)
     before_forward: bool = False
 
@@ -277,6 +363,7 @@ class FormatReport:
         failed: Cause of the first of them, or None.
         counters: The policy's own counters since it was built.
         signals: The policy's measurements, added up over ranks, or None.
+        unwritten: Blocks whose tokens could not be stored.
     """
 
     tokens: int = 0
@@ -284,9 +371,11 @@ class FormatReport:
     failed: str | None = None
     counters: dict[str, float] = field(default_factory=dict)
     signals: list[float] | None = None
+    unwritten: set[int] = field(default_factory=set)
 
     def merge(self, other: FormatReport) -> None:
         """Take the larger count of each, and add up signals."""
+        self.unwritten |= other.unwritten
         self.tokens = max(self.tokens, other.tokens)
         self.errors = max(self.errors, other.errors)
         self.failed = self.failed or other.failed
@@ -333,9 +422,13 @@ class ReuseReport:
         loaded: Tokens loaded, and those of them that were corrected on the way.
         guard: ``(request, entropy, log-probability)`` of watched answers.
         unloaded: Requests whose run could not be loaded; vLLM computes it.
+        filled: Ranks that loaded the run of each order, by its number.
+        adapted: Host seconds that its keys were rotated, corrected or computed for, where they
+            were.
         errors: Exceptions on the way.
         error: The first of them.
         counts: Ranks that stored each segment.
+        reloaded: The model's weights were loaded again.
     """
 
     saved: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -346,9 +439,12 @@ class ReuseReport:
     loaded: tuple[int, int] = (0, 0)
     guard: list[tuple[str, float, float]] = field(default_factory=list)
     unloaded: list[str] = field(default_factory=list)
+    filled: dict[int, int] = field(default_factory=dict)
+    adapted: dict[int, float] = field(default_factory=dict)
     errors: int = 0
     error: str = ""
     counts: dict[str, int] = field(default_factory=dict)
+    reloaded: bool = False
 
     def __bool__(self) -> bool:
         return bool(
@@ -359,7 +455,11 @@ class ReuseReport:
             or self.computed
             or self.loaded[0]
             or self.guard
+            or self.unloaded
+            or self.filled
             or self.errors
+            or self.reloaded
+            or self.unloaded
         )
 
     def merge(self, other: ReuseReport) -> None:
@@ -377,8 +477,81 @@ class ReuseReport:
         self.loaded = max(self.loaded, other.loaded)
         self.guard = self.guard or other.guard
         self.unloaded += other.unloaded
+        for number, ranks in other.filled.items():
+            self.filled[number] = self.filled.get(number, 0) + ranks
+        for number, seconds in other.adapted.items():
+            self.adapted[number] = max(self.adapted.get(number, 0.0), seconds)
         self.errors += other.errors
         self.error = self.error or other.error
+        self.reloaded |= other.reloaded
+
+
+@dataclass
+class ShadowReport:
+    """Next-token distributions of watched answers and of shadows, on the first rank.
+
+    Attributes:
+        likeliest: Request, ids of its likeliest tokens, their log-probabilities; one per output
+            token, in order.
+    """
+
+    likeliest: list[tuple[str, tuple[int, ...], tuple[float, ...]]] = field(default_factory=list)
+
+    def merge(self, other: ShadowReport) -> None:
+        """Take what the one rank reports that reports any."""
+        self.likeliest = self.likeliest or other.likeliest
+
+
+@dataclass
+class TiersReport:
+    """Work of tiers on a worker. Something is done with a chunk once all ranks have done it.
+
+    Attributes:
+        stored: Ranks that stored a chunk in a tier, and their bytes.
+        failed: Chunks that were not stored in a tier, with the cause.
+        gone: Chunks that are not in a tier, with the cause.
+        loaded: Ranks that loaded the run of each order, by its number.
+        unloaded: Orders whose run could not be loaded, with the cause.
+        measured: Transfers: tier, ``read`` or ``write``, bytes, seconds.
+        queued: Bytes that wait to be stored, by tier.
+        down: Tiers that failed, with the cause.
+        errors: Exceptions of the worker itself.
+        error: The first of them.
+        reloaded: The model's weights were loaded again.
+    """
+
+    stored: dict[tuple[str, bytes], tuple[int, int]] = field(default_factory=dict)
+    failed: dict[tuple[str, bytes], str] = field(default_factory=dict)
+    gone: dict[tuple[str, bytes], str] = field(default_factory=dict)
+    loaded: dict[int, int] = field(default_factory=dict)
+    unloaded: dict[int, str] = field(default_factory=dict)
+    measured: list[tuple[str, str, int, float]] = field(default_factory=list)
+    queued: dict[str, int] = field(default_factory=dict)
+    down: dict[str, str] = field(default_factory=dict)
+    errors: int = 0
+    error: str = ""
+    reloaded: bool = False
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
+
+    def merge(self, other: TiersReport) -> None:
+        """Add another rank's report of the same step."""
+        for at, (ranks, size) in other.stored.items():
+            before = self.stored.get(at, (0, 0))
+            self.stored[at] = before[0] + ranks, before[1] + size
+        for number, ranks in other.loaded.items():
+            self.loaded[number] = self.loaded.get(number, 0) + ranks
+        self.failed |= other.failed
+        self.gone |= other.gone
+        self.unloaded |= other.unloaded
+        self.measured += other.measured
+        for tier, size in other.queued.items():
+            self.queued[tier] = max(size, self.queued.get(tier, 0))
+        self.down |= other.down
+        self.errors += other.errors
+        self.error = self.error or other.error
+        self.reloaded |= other.reloaded
 
 
 def merge_measured(
@@ -403,12 +576,16 @@ class StepReport(KVConnectorWorkerMetadata):
         format: Part of the format kind.
         reuse: Part of the reuse kind.
         attention: Part of the attention kind.
+        tiers: Part of the tiers.
+        shadow: Part of the guard's shadow.
     """
 
     sequence: SequenceReport | None = None
     format: FormatReport | None = None
     reuse: ReuseReport | None = None
     attention: AttentionReport | None = None
+    tiers: TiersReport | None = None
+    shadow: ShadowReport | None = None
 
     def __bool__(self) -> bool:
         return any(getattr(self, f.name) is not None for f in fields(self))

@@ -21,12 +21,9 @@ def register() -> None:
     from kvplug.hosts.vllm import compat
     from kvplug.hosts.vllm.worker import backend
 
-    if not compat.is_tested(compat.version()):
-        logger.warning(
-            "kvplug was tested on vLLM %s and stays off on %s; see `kvplug doctor`",
-            ", ".join(compat.TESTED),
-            compat.version(),
-        )
+    installed = compat.version()
+    if not compat.is_admitted(installed):
+        logger.warning("kvplug stays off: %s Fix: %s", *compat.untested(installed))
         return
     for name in BACKENDS:
         member = AttentionBackendEnum[name]

@@ -13,6 +13,7 @@ Two flags of vLLM's, both added by ``kvplug serve`` where a deployment says
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.sample.logits_processor import LogitsProcessor
@@ -47,6 +48,8 @@ def refusal_of(params: Any) -> str | None:
     Args:
         params: The request's ``kv_transfer_params``.
     """
+    if params is not None and not isinstance(params, Mapping):
+        return f"{KEY} must be a mapping, got {type(params).__name__}"
     refused = RequestOptions.parse(params).sentences
     return f"{KEY}.kvplug: {'; '.join(refused.values())}" if refused else None
 
@@ -130,7 +133,11 @@ def _refusal_in(body: bytes) -> str | None:
         data = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    return refusal_of(data.get(KEY)) if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        return None
+    extra = data.get("vllm_xargs")  # vLLM's other way to `extra_args`, under which KEY stands there
+    inside = extra.get(KEY) if isinstance(extra, dict) else None
+    return refusal_of(data.get(KEY)) or refusal_of(inside)
 
 
 async def _answer_400(send: Send, message: str) -> None:

@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 
 from kvplug.contract import Kind, Window
 from kvplug.hosts.pruning import Eviction, EvictionPlan, Limits, layout
+from kvplug.hosts.sizes import cap_blocks, in_flight_blocks, pruned_blocks
 
 # vLLM registers its own specs only into an empty registry, so they must go first.
 KVCacheSpecRegistry.check_kv_cache_spec_registry({})
@@ -41,6 +42,8 @@ class ShorteningManager(FullAttentionManager):
         # preempts where that was too optimistic.
         self.max_admission_blocks_per_request = kv_cache_spec.cap_blocks
         self.exempt: set[str] = set()
+        # Somebody writes stored tokens into all of their blocks, whatever queries will see.
+        self.loading: set[str] = set()
         self.on_freed: Callable[[int, str, int], None] | None = None
 
     def release(self, request_id: str, blocks: list[Any], indices: Iterable[int]) -> None:
@@ -102,7 +105,7 @@ class WindowedManager(ShorteningManager):
         # Called for every running request in every step; nearly always there is nothing to free.
         end = processed_computed_tokens // self.block_size - self.window.window_blocks
         start = self._freed_to.get(request_id, self.window.sink_blocks)
-        if end <= start or request_id in self.exempt:
+        if end <= start or request_id in self.exempt or request_id in self.loading:
             return
         blocks = self.req_to_blocks.get(request_id)
         if not blocks:
@@ -139,10 +142,12 @@ class PrunedManager(ShorteningManager):
         """Limit the blocks of a prompt before its first eviction where the options set none."""
         spec = self.kv_cache_spec
         self.limits = spec.limits.with_prefill_limit(spec.limits.prefill_limit or blocks)
-        least = self.limits.most(spec.max_tokens)
-        whole = -(-spec.max_tokens // self.block_size)
-        resident = min(max(self.limits.prefill_limit + 1, least), whole)
-        self.max_admission_blocks_per_request = min(resident + spec.in_flight_blocks, whole)
+        self.max_admission_blocks_per_request = cap_blocks(
+            pruned_blocks(self.limits, spec.max_tokens),
+            spec.in_flight_tokens,
+            spec.max_tokens,
+            self.block_size,
+        )
 
     def plan(self, request_id: str) -> EvictionPlan | None:
         """Evictions of a request, or None for one that keeps every token."""
@@ -167,7 +172,7 @@ class PrunedManager(ShorteningManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         plan = self._plans.get(request_id)
-        if plan is None:
+        if plan is None or request_id in self.loading:
             return
         made = self._made.get(request_id, 0)
         # Acknowledged tokens were scheduled, so their evictions have been found.
@@ -206,7 +211,7 @@ class ShorteningSpec(FullAttentionSpec):
     @property
     def in_flight_blocks(self) -> int:
         """Most blocks of tokens that are not yet computed and acknowledged."""
-        return -(-self.in_flight_tokens // self.block_size) + 1
+        return in_flight_blocks(self.in_flight_tokens, self.block_size)
 
     @property
     def resident_blocks(self) -> int:
@@ -216,8 +221,8 @@ class ShorteningSpec(FullAttentionSpec):
     @property
     def cap_blocks(self) -> int:
         """Most blocks of a request at once."""
-        return min(
-            self.resident_blocks + self.in_flight_blocks, -(-self.max_tokens // self.block_size)
+        return cap_blocks(
+            self.resident_blocks, self.in_flight_tokens, self.max_tokens, self.block_size
         )
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
@@ -286,15 +291,27 @@ class PrunedSpec(ShorteningSpec):
 
     @property
     def resident_blocks(self) -> int:
-        return max(self.limits.prefill_limit + 1, self.limits.most(self.max_tokens))
+        return pruned_blocks(self.limits, self.max_tokens)
 
 
 class ApproximateManager(FullAttentionManager):
-    """Full attention whose requests may hold approximate KV, from a token on that kinds state."""
+    """Full attention whose requests may hold KV that other requests must not be given: from a
+    token on that kinds state, it is approximate, or not known to be there yet."""
 
     def __init__(self, kv_cache_spec: ApproximateSpec, **kwargs: Any):
         super().__init__(kv_cache_spec, **kwargs)
         self._from: dict[str, dict[Kind, int]] = {}
+        self._held: dict[str, int] = {}
+
+    def hold(self, request_id: str, first: int | None) -> None:
+        """Keep a request's tokens out of the prefix cache from one on; None to let them in.
+
+        vLLM hashes the blocks of a run when it allocates them, before a worker has filled them.
+        """
+        if first is None:
+            self._held.pop(request_id, None)
+        else:
+            self._held[request_id] = first
 
     def set_approximate(self, kind: Kind, request_id: str, first: int | None) -> None:
         """State the first token of a request whose KV a kind approximates; None for no token."""
@@ -319,10 +336,14 @@ class ApproximateManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Hash only blocks before the first approximate token: what follows saw it."""
-        limit = self.approximate_from(request.request_id)
+        """Hash only blocks before the first token that is approximate or held: what follows saw
+        it."""
+        request_id = request.request_id
+        limit, held = self.approximate_from(request_id), self._held.get(request_id)
+        if held is not None:
+            limit = held if limit is None else min(limit, held)
         if limit is not None:
-            cached = self.num_cached_block.get(request.request_id, 0)
+            cached = self.num_cached_block.get(request_id, 0)
             num_tokens = min(num_tokens, limit)
             if cached * self.block_size >= num_tokens:
                 return
@@ -335,3 +356,13 @@ class ApproximateManager(FullAttentionManager):
 @dataclass(frozen=True, kw_only=True)
 class ApproximateSpec(FullAttentionSpec):
     """A full-attention layer whose requests may hold approximate KV."""
+
+
+def manager_of(spec: Any) -> type[FullAttentionManager] | None:
+    """The manager that blocks of one of kvplug's specs need; None for another spec."""
+    by_spec: dict[type[KVCacheSpec], type[FullAttentionManager]] = {
+        WindowedSpec: WindowedManager,
+        PrunedSpec: PrunedManager,
+        ApproximateSpec: ApproximateManager,
+    }
+    return by_spec.get(type(spec))

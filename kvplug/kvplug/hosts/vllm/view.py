@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 from typing import Any
@@ -15,9 +16,9 @@ from kvplug.contract import (
     LayerView,
     Rope,
 )
-from kvplug.fingerprint import model_fingerprint
 from kvplug.hosts.vllm import compat
 from kvplug.hosts.vllm.features import features_of
+from kvplug.hosts.vllm.weights import model_of
 
 
 def engine_view(vllm_config: Any, num_blocks: int = 0) -> EngineView:
@@ -38,7 +39,7 @@ def engine_view(vllm_config: Any, num_blocks: int = 0) -> EngineView:
         )
         for i in range(total)
     )
-    return EngineView(
+    found = _EngineOfConfig(
         block_size=int(vllm_config.cache_config.block_size),
         num_blocks=num_blocks,
         max_model_len=int(model.max_model_len),
@@ -47,11 +48,30 @@ def engine_view(vllm_config: Any, num_blocks: int = 0) -> EngineView:
         layers=layers,
         host="vllm",
         host_version=compat.version(),
-        model=_fingerprint(str(model.model)),
     )
+    return found.identified_by(vllm_config)
 
 
-_fingerprint = functools.cache(model_fingerprint)
+class _EngineOfConfig(EngineView):
+    """An engine whose model is identified when somebody asks: that may read all of its weights."""
+
+    def identified_by(self, vllm_config: Any) -> EngineView:
+        """Return this view, with the model of a config."""
+        found = vars(self)
+        found.pop("model")
+        found["_config"] = vllm_config
+        return self
+
+    @functools.cached_property
+    def model(self) -> str:
+        return model_of(vars(self)["_config"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineView:
+        """Copy the view, and not vLLM's config: with it go the layers and their weights."""
+        found = object.__new__(type(self))
+        for name, value in vars(self).items():
+            vars(found)[name] = value if name == "_config" else copy.deepcopy(value, memo)
+        return found
 
 
 INTERLEAVED = frozenset({"cohere", "cohere2", "glm", "glm4", "gptj", "ernie4_5", "helium"})
@@ -102,28 +122,19 @@ def position_scheme(config: Any) -> str:
     return "learned" if kind in LEARNED else "unknown"
 
 
-def identity(vllm_config: Any, view: EngineView, stored: FormatPolicy | None) -> dict[str, Any]:
-    """Fields of `Fingerprint` that all segments computed on an engine have in common."""
-    model = vllm_config.model_config
-    return {
-        "model": view.model,
-        "tokenizer": f"{model.tokenizer}@{model.tokenizer_revision or ''}",
-        "dtype": view.layers[0].dtype,
-        "format": stored.fingerprint() if stored is not None else "",
-        "position": position_scheme(model.hf_text_config),
-        "geometry": (
-            len(view.layers),
-            int(model.get_total_num_kv_heads()),
-            int(model.get_head_size()),
-        ),
-    }
+def kv_dtype(vllm_config: Any) -> str:
+    """Type in which an engine's pages hold K and V."""
+    asked = str(vllm_config.cache_config.cache_dtype)
+    model = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    return model if asked == "auto" else asked
 
 
-def token_bytes(view: EngineView, stored: FormatPolicy | None) -> int:
-    """Bytes of one token's KV in all layers, on one rank."""
+def token_bytes(view: EngineView, stored: FormatPolicy | None, dtype: str = "") -> int:
+    """Bytes of one token's KV in all layers, on one rank; in the model's type where no other is
+    given."""
     if stored is not None:
         return sum(stored.layout(layer).token_bytes(layer) for layer in view.layers)
-    element = getattr(torch, view.layers[0].dtype).itemsize
+    element = getattr(torch, dtype or view.layers[0].dtype).itemsize
     return sum(2 * layer.num_kv_heads * layer.head_size * element for layer in view.layers)
 
 

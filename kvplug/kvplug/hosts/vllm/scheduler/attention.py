@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
 
+from kvplug.containment import ContainedPolicy
 from kvplug.contract import Kind, PolicyReport
 from kvplug.hosts.vllm import engine
 from kvplug.hosts.vllm.messages import AttentionDirectives, StepDirectives, StepReport
@@ -18,7 +20,8 @@ from kvplug.hosts.vllm.scheduler.kind import (
     SchedulerStep,
 )
 from kvplug.hosts.vllm.spec import ApproximateManager
-from kvplug.observe.events import EventType
+from kvplug.observe.catalogue import ATTENTION_REQUESTS, ATTENTION_ROWS
+from kvplug.observe.metric import Sample
 from kvplug.request_options import RequestOptions
 
 
@@ -53,12 +56,12 @@ class AttentionScheduler(KindScheduler):
         policy = engine.attention_policy(context.deployment, context.vllm_config)
         assert policy is not None
         self.policy = policy
+        self.contained = ContainedPolicy(policy)
         self.requests = 0
         self.rows = 0
         self._managers: list[ApproximateManager] = []
         self._served: dict[str, ServedRequest] = {}
         self._numbers = count()
-        self._failed: str | None = None
         self._worker_counters: dict[str, float] = {}
 
     def bind(self, manager: Any) -> None:
@@ -106,9 +109,8 @@ class AttentionScheduler(KindScheduler):
             return
         self.rows += part.rows
         self._worker_counters = part.counters or self._worker_counters
-        if part.failed is not None and self._failed is None:
-            self._failed = part.failed
-            self.context.events.add(EventType.FALLEN_BACK, self.kind, detail=part.failed)
+        if part.failed is not None:
+            self._fall_back(part.failed)
 
     def finished(self, request: Any, blocks: list[int], answer: Answer) -> None:
         """State that the request was served approximately."""
@@ -116,7 +118,7 @@ class AttentionScheduler(KindScheduler):
             manager.set_approximate(self.kind, request.request_id, None)
         if self._served.pop(request.request_id, None) is not None:
             answer.exact = False
-            answer.fields["attention"] = self.policy.name
+            answer.fields["attention"] = self.contained.policy_name
 
     def reports(self) -> list[PolicyReport]:
         """The policy's report; rows attended count as decisions."""
@@ -124,14 +126,17 @@ class AttentionScheduler(KindScheduler):
         return [
             PolicyReport(
                 str(self.kind),
-                self.policy.name,
-                self.policy.exact,
+                self.contained.policy_name,
+                self.contained.exact,
                 acted=self.rows,
                 errors=int(self._failed is not None),
                 counters=counters,
+                own=dict(self._worker_counters),
+                retired=self._failed is not None,
             )
         ]
 
-    def mark(self) -> object:
+    def samples(self) -> Iterator[Sample]:
         """Requests and rows."""
-        return (self.requests, self.rows, self._failed)
+        yield ATTENTION_REQUESTS.of(self.requests, self.contained.policy_name)
+        yield ATTENTION_ROWS.of(self.rows, self.contained.policy_name)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from kvplug.client_names import request_name, session_of, tenant_of
 from kvplug.contract import RequestView
+from kvplug.request_options import ParsedOptions, RequestOptions
 
 
 class BlockTracker:
@@ -55,7 +58,7 @@ class BlockTracker:
         for request_id in output.finished_req_ids:
             self._lengths.pop(request_id, None)
             self._last.pop(request_id, None)
-            self._requests.pop(request_id, None)
+            self._requests.pop(request_name(request_id), None)
 
     def _start(self, request_id: str, groups: int) -> None:
         self._lengths[request_id] = [0] * groups
@@ -65,7 +68,7 @@ class BlockTracker:
         lengths = self._lengths.get(request_id)
         if lengths is None:
             return
-        request = self._requests.get(request_id)
+        request = self._requests.get(request_name(request_id))
         last = self._last[request_id]
         for group, ids in enumerate(groups):
             if not ids:
@@ -79,18 +82,37 @@ class BlockTracker:
             last[group] = ids[-1]
 
 
-def request_view(request: Any, session_id: str | None) -> RequestView:
+def parse_options(request: Any) -> ParsedOptions:
+    """Parse what a new vLLM ``Request`` asks of kvplug; its session goes by its digest.
+
+    Args:
+        request: The request; its cache salt is still the user's own.
+    """
+    parsed = RequestOptions.parse(
+        request.kv_transfer_params,
+        num_prompt_tokens=request.num_prompt_tokens,
+        session_id=request.session_id,
+    )
+    if parsed.options.session_id is None:
+        return parsed
+    session = session_of(tenant_of(getattr(request, "cache_salt", None)), parsed.options.session_id)
+    return replace(parsed, options=parsed.options.model_copy(update={"session_id": session}))
+
+
+def request_view(request: Any, options: RequestOptions | None = None) -> RequestView:
     """Describe a vLLM ``Request`` for policies.
 
     Args:
         request: The request.
-        session_id: Conversation it belongs to, or None.
+        options: Its options, from `parse_options`; parsed here if None.
     """
+    if options is None:
+        options = parse_options(request).options
     return RequestView(
-        request_id=request.request_id,
+        request_id=request_name(request.request_id),
         num_prompt_tokens=request.num_prompt_tokens,
         priority=request.priority,
-        session_id=session_id,
+        session_id=options.session_id,
         arrival=request.arrival_time,
     )
 

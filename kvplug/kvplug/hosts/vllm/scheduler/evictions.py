@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from vllm.logger import init_logger
 
+from kvplug.containment import ContainedPolicy, PolicyFailure
 from kvplug.contract import ScoringPolicy
 from kvplug.hosts.pruning import FLUSH, SETTLED_TOKENS
 from kvplug.hosts.vllm.messages import Plans, RowPlan
 from kvplug.hosts.vllm.scheduler.kind import SchedulerStep
 from kvplug.hosts.vllm.scheduler.slots import Slots
 from kvplug.hosts.vllm.spec import PrunedManager
-
-logger = init_logger("vllm.kvplug")
 
 MEASUREMENTS_KEPT = 4
 """Latest measurements of a request and group: the last may be too young to decide a size."""
@@ -51,23 +50,29 @@ class EvictionPlanner:
     """Plans evictions of running requests and follows what workers measured.
 
     Args:
-        policy: The scoring policy.
+        policy: The scoring policy, contained by the caller or here.
         managers: The KV-cache groups it applies to.
         groups: Group number of each manager: the index of its share among the policy's.
         slots: Slots of requests.
 
     Attributes:
+        policy: The policy.
+        contained: The same, as it is called.
+        cumulative: Whether it wants cumulative attention.
         resize_error: Cause the policy's ``resize`` is not called any more for, or None.
     """
 
     def __init__(
         self,
-        policy: ScoringPolicy,
+        policy: ScoringPolicy | ContainedPolicy,
         managers: list[PrunedManager],
         groups: list[int],
         slots: Slots,
     ):
-        self.policy = policy
+        contained = policy if isinstance(policy, ContainedPolicy) else ContainedPolicy(policy)
+        self.policy: ScoringPolicy = cast(ScoringPolicy, contained.target)
+        self.contained = contained
+        self.cumulative = bool(self.policy.wants_cumulative_attention)
         self.managers = managers
         self.groups = groups
         self.resize_error: str | None = None
@@ -76,7 +81,7 @@ class EvictionPlanner:
         self._requests: dict[str, PlannedRequest] = {}
         for manager, group in zip(managers, groups, strict=True):
             manager.prompt_tokens = self._prompts
-            if policy.resizes:
+            if self.policy.resizes:
                 manager.resize = self._resizer(manager.block_size, manager.limits.share, group)
 
     def add(self, request_id: str, num_prompt_tokens: int) -> None:
@@ -105,7 +110,7 @@ class EvictionPlanner:
             all requests, and True where something falls inside the step.
         """
         plans: Plans = {}
-        cumulative = self.policy.wants_cumulative_attention
+        cumulative = self.cumulative
         for request_id, start in step.starts.items():
             request = self._requests.get(request_id)
             if request is None:
@@ -153,7 +158,7 @@ class EvictionPlanner:
                 # A request that starts over after a preemption comes to old ones again.
                 sizes = request.sizes | {e.at: e.blocks * size for e in evictions}
                 request.sizes = dict(sorted(sizes.items())[-SIZES_REPORTED:])
-        if self.policy.wants_cumulative_attention:
+        if self.cumulative:
             due.append((end // FLUSH + 1) * FLUSH)
         request.due = min(due, default=0)
         return plans
@@ -189,15 +194,18 @@ class EvictionPlanner:
         if not settled or self.resize_error is not None:
             return blocks
         budget = round(blocks * block_size / share)
+        own = list(measured[max(settled)])
         try:
-            tokens = self.policy.resize(measured[max(settled)], budget, request.num_tokens)
-            return -(-round(tokens * share) // block_size)
-        except Exception as error:
-            self.resize_error = f"{type(error).__name__}: {error}"
-            logger.error(
-                "sequence policy %r failed in resize(); budgets stay as they are: %s",
-                self.policy.name,
-                self.resize_error,
-                exc_info=error,
-            )
+            tokens: int = self.contained.run(self._resize, own, budget, request.num_tokens)
+        except PolicyFailure as failure:
+            self.resize_error = failure.cause
+            self.contained.log("failed in resize(); budgets stay as they are", failure)
             return blocks
+        return -(-round(tokens * share) // block_size)
+
+    def _resize(self, measured: list[float], budget: int, num_tokens: int) -> int:
+        tokens = self.policy.resize(measured, budget, num_tokens)
+        if isinstance(tokens, bool | str | bytes):
+            raise TypeError(f"resize returned {type(tokens).__name__}, expected a number")
+        # What is possible lies between; it is clipped further on.
+        return max(0, min(int(tokens), 2 * num_tokens + budget))

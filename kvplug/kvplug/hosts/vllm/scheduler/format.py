@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from vllm.logger import init_logger
 
-from kvplug.contract import Kind, PolicyReport
+from kvplug.containment import ContainedPolicy, PolicyFailure
+from kvplug.contract import EngineView, FormatPolicy, Kind, PolicyReport
 from kvplug.hosts.vllm import compat, engine
 from kvplug.hosts.vllm.messages import FormatDirectives, StepDirectives, StepReport
 from kvplug.hosts.vllm.scheduler.kind import (
@@ -18,7 +20,11 @@ from kvplug.hosts.vllm.scheduler.kind import (
     SchedulerContext,
     SchedulerStep,
 )
+from kvplug.observe.catalogue import COMPRESSION, FORMAT_TOKENS, SAVED_READS, TOKEN_BYTES
 from kvplug.observe.events import EventType
+from kvplug.observe.live import Facts
+from kvplug.observe.metric import Sample
+from kvplug.plain_text import CAUSE, one_line
 from kvplug.request_options import RequestOptions
 
 logger = init_logger("vllm.kvplug")
@@ -32,13 +38,38 @@ class FormatCounters:
         tokens: Tokens written, once per layer.
         bytes_per_token: Bytes of one token in all layers.
         stock_bytes_per_token: The same in the model's own dtype.
-        errors: Failures of the policy to write, attend, read, assign or observe.
     """
 
     tokens: int = 0
     bytes_per_token: int = 0
     stock_bytes_per_token: int = 0
-    errors: int = 0
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a format declares, read once.
+
+    Attributes:
+        token_bytes: Bytes of one token, by layer.
+        fingerprint: Its fingerprint.
+        identities: Fingerprint of each assignment.
+        keeps_recent: Whether a layer keeps recent tokens.
+    """
+
+    token_bytes: list[int]
+    fingerprint: str
+    identities: list[str]
+    keeps_recent: bool
+
+    @classmethod
+    def of(cls, policy: FormatPolicy, view: EngineView) -> Declared:
+        """Ask the policy."""
+        return cls(
+            [policy.layout(layer).token_bytes(layer) for layer in view.layers],
+            policy.fingerprint(),
+            list(policy.assignments()),
+            any(policy.recent(layer) for layer in view.layers),
+        )
 
 
 class FormatScheduler(KindScheduler):
@@ -58,21 +89,36 @@ class FormatScheduler(KindScheduler):
         policy = engine.format_policy(context.deployment, context.vllm_config)
         assert policy is not None
         self.policy = policy
+        self.contained = ContainedPolicy(policy, log=logger)
         self.counters = FormatCounters()
+        choice = context.deployment.choice(Kind.FORMAT)
+        assert choice is not None
+        declared = engine.at_start(context.deployment, choice, Declared.of, policy, context.engine)
+        self.counters.bytes_per_token = sum(declared.token_bytes)
         for layer in context.engine.layers:
-            self.counters.bytes_per_token += policy.layout(layer).token_bytes(layer)
             element = 4 if layer.dtype == "float32" else 2
             self.counters.stock_bytes_per_token += (
                 2 * layer.num_kv_heads * layer.head_size * element
             )
-        self._identities = list(policy.assignments())
-        self.by_request = len(self._identities) > 1 or any(
-            policy.recent(layer) for layer in context.engine.layers
-        )
+        self._saved = max(0, self.counters.stock_bytes_per_token - self.counters.bytes_per_token)
+        self._unread = 0
+        self._token_bytes = declared.token_bytes
+        self._fingerprint = declared.fingerprint
+        self._identities = declared.identities
+        self.by_request = len(self._identities) > 1 or declared.keeps_recent
         self._second_runner = bool(context.vllm_config.use_v2_model_runner)
         self._assigned: dict[str, int] = {}
-        self._failed: str | None = None
+        self._pages: Any = None
+        # vLLM computes what could not be stored again, but a step it has scheduled ahead goes on
+        # without; with several groups nobody tells vLLM whose blocks they are.
+        self._may_miss = int(context.vllm_config.max_concurrent_batches) > 1
+        self._missed: dict[str, int] = {}
         self._worker_counters: dict[str, float] = {}
+
+    def bind(self, manager: Any) -> None:
+        """Bind to the manager whose prefix cache must not have what could not be stored."""
+        self._pages = manager
+        self._may_miss |= len(manager.coordinator.single_type_managers) > 1
 
     def started(self) -> list[str]:
         """Bytes per token."""
@@ -97,6 +143,7 @@ class FormatScheduler(KindScheduler):
         The second runner's workers keep it by the slot that a request is given when it starts, or
         starts over after a preemption; they must have it before its first tokens are stored.
         """
+        self._unread += self._saved * sum(step.output.scheduled_cached_reqs.num_computed_tokens)
         names: Iterable[str] = step.starts
         if self._second_runner:
             several = len(self._identities) > 1
@@ -117,8 +164,13 @@ class FormatScheduler(KindScheduler):
         if part is None:
             return
         self.counters.tokens += part.tokens
-        self.counters.errors += part.errors
+        self.errors += part.errors
         self._worker_counters = part.counters or self._worker_counters
+        if part.unwritten:
+            # vLLM let them into the prefix cache when it allocated them.
+            self._pages.evict_blocks(part.unwritten)
+            if self._may_miss:
+                self._note_missed(part.unwritten)
         if part.signals is not None:
             self._observe(part.signals)
         if part.failed is not None:
@@ -127,62 +179,85 @@ class FormatScheduler(KindScheduler):
     def finished(self, request: Any, blocks: list[int], answer: Answer) -> None:
         """State the format that the request was stored in."""
         assigned = self._assigned.pop(request.request_id, None)
-        identity = self.policy.fingerprint() if assigned is None else self._identities[assigned]
-        answer.exact &= self.policy.exact
+        identity = self._fingerprint if assigned is None else self._identities[assigned]
+        answer.exact &= self.contained.exact
         answer.fields["format"] = identity
+        if missed := self._missed.pop(request.request_id, 0):
+            answer.exact = False
+            answer.fields["blocks_not_stored"] = missed
 
     def reports(self) -> list[PolicyReport]:
         """The policy's report; tokens written count as decisions."""
         counters = asdict(self.counters)
-        errors = int(counters.pop("errors"))
-        own = self.own_counters(self.policy)
+        own = self.contained.counters()
         # Both processes count under the same names; what one does not do stays 0 there.
         merged = {n: max(v, own.get(n, v)) for n, v in self._worker_counters.items()}
         return [
             PolicyReport(
                 str(self.kind),
-                self.policy.name,
-                self.policy.exact,
+                self.contained.policy_name,
+                self.contained.exact,
                 acted=self.counters.tokens,
-                errors=errors,
+                errors=self.errors,
                 counters=counters | own | merged,
+                own=own | merged,
+                retired=self._failed is not None,
             )
         ]
 
-    def mark(self) -> object:
-        """Tokens written."""
-        return self.counters.tokens
+    def samples(self) -> Iterator[Sample]:
+        """What was written, and what that takes."""
+        policy, kind = self.contained.policy_name, str(self.kind)
+        own, stock = self.counters.bytes_per_token, self.counters.stock_bytes_per_token
+        yield FORMAT_TOKENS.of(self.counters.tokens, policy)
+        yield TOKEN_BYTES.of(own, policy, "format")
+        yield TOKEN_BYTES.of(stock, policy, "stock")
+        yield SAVED_READS.of(self._unread, kind, policy)
+        yield COMPRESSION.of(stock / own if own else 1.0, kind, policy)
+
+    def show(self, facts: Facts) -> None:
+        """Bytes of a token by layer."""
+        facts.token_bytes = self._token_bytes
+
+    def _note_missed(self, unwritten: set[int]) -> None:
+        """Take note of the requests that hold blocks whose tokens could not be stored."""
+        for manager in self._pages.coordinator.single_type_managers:
+            for request_id, blocks in manager.req_to_blocks.items():
+                if count := sum(block.block_id in unwritten for block in blocks):
+                    self._missed[request_id] = self._missed.get(request_id, 0) + count
 
     def _assign(self) -> int:
         if len(self._identities) == 1:
             return 0
         try:
-            assigned = self.policy.assign()
-            if 0 <= assigned < len(self._identities):
-                return assigned
-            raise ValueError(f"assignment {assigned} is not below {len(self._identities)}")
-        except Exception as error:
-            self._failure("assign", error)
+            assigned: int = self.contained.run(self._asked_for_an_assignment)
+        except PolicyFailure as failure:
+            self._failure("assign", failure)
             return 0
+        return assigned
+
+    def _asked_for_an_assignment(self) -> int:
+        assigned = self.policy.assign()
+        number = int.__add__(operator.index(assigned), 0)
+        if not 0 <= number < len(self._identities):
+            raise ValueError(f"assignment {number} is not below {len(self._identities)}")
+        return number
 
     def _observe(self, signals: list[float]) -> None:
         try:
-            adjusted = self.policy.observe(signals)
-        except Exception as error:
-            self._failure("observe", error)
+            adjusted: str = self.contained.run(self._observed, list(signals))
+        except PolicyFailure as failure:
+            self._failure("observe", failure)
             return
         if adjusted:
             logger.info("kvplug: %s", adjusted)
             self.context.events.add(EventType.ADJUSTED, self.kind, detail=adjusted)
 
-    def _failure(self, method: str, error: Exception) -> None:
-        self.counters.errors += 1
-        cause = f"{method}: {type(error).__name__}: {error}"
-        if self._failed is None:
-            logger.error("format policy failed in %s", cause, exc_info=error)
-        self._fall_back(cause)
+    def _observed(self, signals: list[float]) -> str:
+        return one_line(self.policy.observe(signals) or "", CAUSE)
 
-    def _fall_back(self, cause: str) -> None:
+    def _failure(self, method: str, failure: PolicyFailure) -> None:
+        self.errors += 1
         if self._failed is None:
-            self._failed = cause
-            self.context.events.add(EventType.FALLEN_BACK, self.kind, detail=cause)
+            self.contained.log(f"failed in {method}", failure)
+        self._fall_back(f"{method}: {failure.cause}")

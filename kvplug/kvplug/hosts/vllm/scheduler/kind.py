@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
 from vllm.logger import init_logger
 
-from kvplug.contract import EngineView, Kind, Policy, PolicyReport
+from kvplug.contract import EngineView, Kind, PolicyReport
 from kvplug.deployment import Deployment
 from kvplug.hosts.vllm.messages import StepDirectives, StepReport
 from kvplug.hosts.vllm.scheduler.events import Events
+from kvplug.hosts.vllm.scheduler.misses import MissObserver
 from kvplug.hosts.vllm.scheduler.slots import Slots
+from kvplug.observe.events import EventType
+from kvplug.observe.live import Facts
+from kvplug.observe.metric import Sample
+from kvplug.observe.request_spans import RequestSpans
 from kvplug.request_options import RequestOptions
 
 logger = init_logger("vllm.kvplug")
@@ -29,6 +35,8 @@ class SchedulerContext:
         events: Takes the kind's events.
         slots: Slots of requests.
         block_bytes: Bytes of one block in all layers.
+        spans: Takes what is done for requests; None where nobody traces.
+        misses: Follows why prompts miss, and tells of evictions; None where that is off.
     """
 
     deployment: Deployment
@@ -37,6 +45,8 @@ class SchedulerContext:
     events: Events
     slots: Slots
     block_bytes: int = 0
+    spans: RequestSpans | None = None
+    misses: MissObserver | None = None
 
 
 class SchedulerStep:
@@ -106,6 +116,12 @@ class Answer:
         refused = {"refused": self.refused} if self.refused else {}
         return {"kvplug": {"exact": self.exact, **self.fields, **refused}}
 
+    def as_attributes(self) -> dict[str, str | int | float | bool]:
+        """The answer as attributes of a span: its plain fields."""
+        plain = {k: v for k, v in self.fields.items() if isinstance(v, str | int | float)}
+        found: dict[str, str | int | float | bool] = {f"kvplug.{k}": v for k, v in plain.items()}
+        return found | {"kvplug.exact": self.exact, "kvplug.refused_options": len(self.refused)}
+
 
 class KindScheduler:
     """One kind's part of the scheduler process. Every method but `reports` does nothing by default.
@@ -118,13 +134,18 @@ class KindScheduler:
 
     Attributes:
         kind: The kind.
+        errors: Failures of the kind and of its policy, those that workers report among them.
+        awaits_loads: True if requests wait until the tokens that `matched` promised are there;
+            False if they are there in the step that computes on them.
     """
 
     kind: ClassVar[Kind]
+    awaits_loads: bool = False
 
     def __init__(self, context: SchedulerContext):
         self.context = context
-        self._without_counters: set[str] = set()
+        self.errors = 0
+        self._failed: str | None = None
 
     def bind(self, manager: Any) -> None:
         """Bind to vLLM's KV-cache manager, before its first allocation."""
@@ -164,24 +185,48 @@ class KindScheduler:
             answer: The answer.
         """
 
+    def reset(self) -> bool:
+        """Drop whatever the kind keeps of KV that requests computed, and what is on its way.
+
+        Returns:
+            False if something of it may still be used.
+        """
+        return True
+
+    def take_events(self) -> Sequence[Any]:
+        """vLLM's KV events of KV that the kind stored or gave up outside the pool, since the last
+        call; asked where ``--kv-events-config`` is on."""
+        return ()
+
     def reports(self) -> list[PolicyReport]:
         """Reports of the kind's policies, in the deployment's order."""
         raise NotImplementedError
 
-    def mark(self) -> object:
-        """A value that differs whenever `reports` may have changed; cheap, read every step."""
-        return None
+    def samples(self) -> Iterable[Sample]:
+        """What the kind measures (`kvplug.observe.catalogue`), beside what its reports say."""
+        return ()
+
+    def show(self, facts: Facts) -> None:
+        """Add what the live page shows of the kind; called while somebody watches, once a second
+        at most, in the scheduler's thread."""
 
     def stop(self) -> None:
         """Release what the kind holds, at the engine's end."""
 
-    def own_counters(self, policy: Policy) -> dict[str, float]:
-        """Counters of the policy itself; none any more once it failed to give them."""
-        if policy.name in self._without_counters:
-            return {}
+    def _guarded(self, hook: str, instead: Any, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a part of the kind; if it fails, the engine goes on without, and ``instead``."""
         try:
-            return {str(name): float(value) for name, value in policy.counters().items()}
-        except Exception:
-            self._without_counters.add(policy.name)
-            logger.exception("policy %r failed in counters(); they are left out", policy.name)
-            return {}
+            return call(*arguments)
+        except Exception as error:
+            self.errors += 1
+            cause = f"{hook}: {type(error).__name__}: {error}"
+            if self._failed is None:
+                logger.error("%s failed in %s", self.kind, cause, exc_info=error)
+            self._fall_back(cause)
+            return instead
+
+    def _fall_back(self, cause: str) -> None:
+        """Tell observers, once, that vLLM's own way is taken from now on."""
+        if self._failed is None:
+            self._failed = cause
+            self.context.events.add(EventType.FALLEN_BACK, self.kind, detail=cause)

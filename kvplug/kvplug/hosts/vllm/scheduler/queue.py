@@ -7,14 +7,17 @@ names the victims instead. If the policy fails, the list is used as it is from t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 
+from kvplug.containment import STARTING, ContainedPolicy, PolicyFailure
 from kvplug.contract import BlockFact, PrefixCachePolicy, Released, RequestView
 from kvplug.hosts.vllm.scheduler.blocks import BlockTracker
 
@@ -46,8 +49,11 @@ class PolicyQueue(FreeKVCacheBlockQueue):
         policy: The policy.
         tracker: Owners and positions of blocks; needed if the policy asks for them.
         on_failure: Called once with the cause when the policy is retired.
+        facts: What the policy asks for; its ``needs`` if None.
 
     Attributes:
+        policy: The policy; None once it is retired.
+        contained: The policy, retired or not, as it is called.
         counters: Counters of its decisions.
         finishes: Ended requests reported to the policy.
     """
@@ -57,14 +63,15 @@ class PolicyQueue(FreeKVCacheBlockQueue):
         stock: FreeKVCacheBlockQueue,
         policy: PrefixCachePolicy,
         tracker: BlockTracker | None = None,
-        on_failure: Callable[[BaseException], None] | None = None,
+        on_failure: Callable[[PolicyFailure], None] | None = None,
+        facts: frozenset[BlockFact] | None = None,
     ):
         super().__init__(stock.get_all_free_blocks())
         self.policy: PrefixCachePolicy | None = policy
-        self._built = policy
+        self.contained = ContainedPolicy(policy, log=logger)
         self.counters = QueueCounters()
         self.finishes = 0
-        self._facts = policy.needs
+        self._facts = facts if facts is not None else policy.needs
         self._tracker = tracker
         self._on_failure = on_failure
         self._candidates: dict[int, KVCacheBlock] = {}
@@ -123,7 +130,7 @@ class PolicyQueue(FreeKVCacheBlockQueue):
             self.prepend_n([block])
         if self.policy is not None:
             self._flush_hits()
-            self._report(self.policy.on_remove, [block.block_id])
+            self._report("on_remove", [block.block_id])
 
     def all_content_gone(self) -> None:
         """Take note that the prefix cache was reset."""
@@ -131,30 +138,49 @@ class PolicyQueue(FreeKVCacheBlockQueue):
         self._candidates.clear()
         self._hits.clear()
         if self.policy is not None and gone:
-            self._report(self.policy.on_remove, gone)
+            self._report("on_remove", gone)
 
     # -- called by the scheduler half ----------------------------------------------------------
+
+    def cached_first(self, n: int) -> list[KVCacheBlock]:
+        """Name the blocks with content among the next ``n`` to be taken, in order. Changes
+        nothing."""
+        if self.policy is None or not self._candidates:
+            return _cached_first(self, n)
+        plain = self.num_free_blocks - len(self._candidates)
+        wanted = min(n - plain, len(self._candidates))
+        if wanted <= 0:
+            return []
+        self._flush_hits()
+        if self.policy is None:
+            return _cached_first(self, n)
+        try:
+            ids: list[int] = self.contained.run(self._victims, wanted)
+        except PolicyFailure as failure:
+            self._retire(failure)
+            return _cached_first(self, n)
+        return [self._candidates[i] for i in ids]
 
     def finished(self, request: RequestView, keys: list[bytes], num_output_tokens: int) -> None:
         """Report a request that ended; its blocks are released next."""
         if self.policy is not None:
             self.finishes += 1
-            self._report(self.policy.on_finished, request, keys, num_output_tokens)
+            self._report("on_finished", request, keys, num_output_tokens)
 
     def stop(self) -> None:
         """Report the engine's end to the policy."""
+        self.contained.deadline = STARTING
         try:
-            self._built.on_stop()
-        except Exception:
+            self.contained.call("on_stop")
+        except PolicyFailure as failure:
             self.counters.errors += 1
-            logger.exception("prefix_cache policy %r failed in on_stop()", self._built.name)
+            self.contained.log("failed in on_stop()", failure)
 
     # -- the policy ----------------------------------------------------------------------------
 
     def _release(self, blocks: list[KVCacheBlock]) -> None:
         self._flush_hits()
-        policy = self.policy
-        if policy is None:
+        if self.policy is None:
             return
         ids = [b.block_id for b in blocks]
         if not self._facts:
@@ -169,14 +195,14 @@ class PolicyQueue(FreeKVCacheBlockQueue):
                 tracker.parents(ids) if tracker and BlockFact.PARENT in facts else None,
             )
         self._candidates.update(zip(ids, blocks, strict=True))
-        self._report(policy.on_release, released)
+        self._report("on_release", released)
 
     def _flush_hits(self) -> None:
         if self._hits:
             hits, self._hits = self._hits, []
             self.counters.hits += len(hits)
             if self.policy is not None:
-                self._report(self.policy.on_hit, hits)
+                self._report("on_hit", hits)
 
     def _pop_plain(self, n: int) -> list[KVCacheBlock]:
         """Take ``n`` blocks without content; they are at the front, with rare exceptions."""
@@ -193,17 +219,14 @@ class PolicyQueue(FreeKVCacheBlockQueue):
 
     def _ask(self, n: int) -> list[KVCacheBlock] | None:
         self._flush_hits()
-        policy = self.policy
-        if policy is None:
+        if self.policy is None:
             return None
         try:
-            ids = list(policy.victims(n))
-            if len(ids) != n or len(set(ids)) != n:
-                raise ValueError(f"victims({n}) returned {len(ids)} ids, {len(set(ids))} distinct")
-            blocks = [self._candidates[i] for i in ids]
-        except Exception as error:
-            self._retire(error)
+            ids: list[int] = self.contained.run(self._victims, n)
+        except PolicyFailure as failure:
+            self._retire(failure)
             return None
+        blocks = [self._candidates[i] for i in ids]
         front = set()
         block = self.fake_free_list_head.next_free_block
         for _ in range(n):
@@ -215,30 +238,64 @@ class PolicyQueue(FreeKVCacheBlockQueue):
             del self._candidates[victim.block_id]
         self.counters.evicted += n
         self.counters.reordered += sum(i not in front for i in ids)
-        self._report(policy.on_remove, ids)
+        self._report("on_remove", ids)
         return blocks
 
-    def _report(self, verb: Callable[..., None], *what: Any) -> None:
-        try:
-            verb(*what)
-        except Exception as error:
-            self._retire(error)
+    def _victims(self, n: int) -> list[int]:
+        """Ask the policy, and check its answer: distinct candidates, as plain integers."""
+        policy = self.policy
+        assert policy is not None
+        # One more than wanted shows that there are too many, however many there are.
+        ids = [i if type(i) is int else _block_id(i) for i in islice(policy.victims(n), n + 1)]
+        if len(ids) != n or len(set(ids)) != n:
+            more = "more than " if len(ids) > n else ""
+            count = f"{more}{min(len(ids), n)} ids, {len(set(ids))} distinct"
+            raise ValueError(f"victims({n}) returned {count}")
+        for i in ids:
+            if i not in self._candidates:
+                raise KeyError(i)
+        return ids
 
-    def _retire(self, error: Exception) -> None:
+    def _report(self, verb: str, *what: Any) -> None:
+        try:
+            self.contained.call(verb, *what)
+        except PolicyFailure as failure:
+            self._retire(failure)
+
+    def _retire(self, failure: PolicyFailure) -> None:
         self.counters.errors += 1
         policy, self.policy = self.policy, None
         self._candidates.clear()
         self._hits.clear()
         if policy is not None:
-            logger.error(
-                "prefix_cache policy %r failed and is retired; vLLM's own order takes over: %s: %s",
-                policy.name,
-                type(error).__name__,
-                error,
-                exc_info=error,
-            )
+            self.contained.log("failed and is retired; vLLM's own order takes over", failure)
             if self._on_failure is not None:
-                self._on_failure(error)
+                self._on_failure(failure)
+
+
+def next_cached(queue: Any, n: int) -> list[KVCacheBlock]:
+    """Name the blocks with content among the next ``n`` that a pool's queue gives out, in order.
+    Changes nothing."""
+    return queue.cached_first(n) if isinstance(queue, PolicyQueue) else _cached_first(queue, n)
+
+
+def _cached_first(queue: FreeKVCacheBlockQueue, n: int) -> list[KVCacheBlock]:
+    found: list[KVCacheBlock] = []
+    block = queue.fake_free_list_head.next_free_block
+    for _ in range(min(n, queue.num_free_blocks)):
+        assert block is not None
+        if block.block_hash is not None:
+            found.append(block)
+        block = block.next_free_block
+    return found
+
+
+def _block_id(given: Any) -> int:
+    """A block id of another integer type, as a plain one."""
+    if isinstance(given, bool):
+        raise TypeError(f"{given} is no block id")
+    # A subclass of int is its own index.
+    return int.__add__(operator.index(given), 0)
 
 
 class HitCollector(KVCacheMetricsCollector):

@@ -27,7 +27,6 @@ class ReuseCounters:
         plans: Plans made.
         plan_us: Microseconds spent planning, matching and checks included.
         check_us: Those of them in checks.
-        errors: Exceptions on the way.
     """
 
     segments: int = 0
@@ -44,7 +43,6 @@ class ReuseCounters:
     plans: int = 0
     plan_us: float = 0.0
     check_us: float = 0.0
-    errors: int = 0
 
     def count_run(self, plan: ReusePlan) -> None:
         """Count a run that a request takes."""
@@ -59,8 +57,7 @@ class ReuseCounters:
         self.loaded += report.loaded[0]
         self.corrected += report.loaded[1]
         self.computed += report.computed
-        self.errors += report.errors
 
     def table(self) -> dict[str, float]:
-        """Counters by name, rounded; errors are reported apart."""
-        return {name: round(value) for name, value in asdict(self).items() if name != "errors"}
+        """Counters by name, rounded."""
+        return {name: round(value) for name, value in asdict(self).items()}

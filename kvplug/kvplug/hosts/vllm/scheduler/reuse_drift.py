@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from kvplug.contract import Placement
 from kvplug.hosts.vllm import compat
 from kvplug.hosts.vllm.scheduler.kind import SchedulerContext
 from kvplug.hosts.vllm.scheduler.reuse_requests import ReusingRequest
+from kvplug.observe.catalogue import DRIFT_ENTROPY, DRIFT_LOGPROB
+from kvplug.observe.metric import Sample
 from kvplug.reuse.drift_record import DriftRecord, FamilyRecord, PieceRecord
 from kvplug.reuse.file import digest
 from kvplug.reuse.guard import Drift, Guard
@@ -35,9 +37,11 @@ class DriftWatch:
     """
 
     def __init__(self, settings: GuardSettings, context: SchedulerContext):
-        self.guard = Guard(settings)
+        self._distances = DRIFT_ENTROPY.distribution(), DRIFT_LOGPROB.distribution()
+        self.guard = Guard(settings, on_compared=self._count)
         self._records = settings.records
         self._model = str(context.vllm_config.model_config.model)
+        self._engine_id = str(context.vllm_config.kv_transfer_config.engine_id)
         self._context = context
 
     def on_new_request(self, reusing: ReusingRequest) -> None:
@@ -47,13 +51,14 @@ class DriftWatch:
             f"{reusing.tenant}\0{digest(tokens[a:b]).hex()}" for a, b in reusing.spans[1:]
         )[:MAX_FAMILIES]
         if reusing.families:
-            compat.mark_request(reusing.request, reusing.request.request_id)
+            compat.mark_request(reusing.request, self._engine_id)
 
     def started(self, reusing: ReusingRequest) -> None:
         """Start watching an allocated request."""
         if reusing.families:
             request_id = reusing.request.request_id
-            self.guard.started(request_id, reusing.families, reusing.approximate_from is not None)
+            approximate = reusing.approximate_from is not None or reusing.answered_approximately
+            self.guard.started(request_id, reusing.families, approximate)
 
     def on_report(self, watched: Iterable[tuple[str, float, float]]) -> None:
         """Take in ``(request, entropy, log-probability)`` of watched tokens."""
@@ -73,8 +78,17 @@ class DriftWatch:
             self._record(reusing, drift)
         return drift
 
+    def samples(self) -> Iterator[Sample]:
+        """Distances of compared answers."""
+        yield DRIFT_ENTROPY.of(self._distances[0])
+        yield DRIFT_LOGPROB.of(self._distances[1])
+
+    def _count(self, entropy: float, logprob: float) -> None:
+        self._distances[0].add(entropy)
+        self._distances[1].add(logprob)
+
     def _record(self, reusing: ReusingRequest, drift: Drift) -> None:
-        """Write what happened, for ``kvplug explain``."""
+        """Write what happened, for ``kvplug reuse explain``."""
         request, plan, view = reusing.request, reusing.taken, self._context.engine
         assert plan is not None
         text: Any = request.all_token_ids
@@ -103,6 +117,6 @@ class DriftWatch:
         )
         try:
             path = record.write(self._records)
-            logger.warning("kvplug: an answer drifted after reuse: kvplug explain %s", path)
+            logger.warning("kvplug: an answer drifted after reuse: kvplug reuse explain %s", path)
         except OSError as error:
             logger.error("kvplug: the record of a drift could not be written: %s", error)

@@ -11,15 +11,19 @@ from kvplug.hosts.vllm.scheduler.reuse_requests import ReusingRequest
 from kvplug.reuse.plan import ReusePlan
 
 
-def take_run(reusing: ReusingRequest, plan: ReusePlan, blocks: Any) -> LoadOrder:
+def take_run(
+    reusing: ReusingRequest, plan: ReusePlan, blocks: Any, number: int, awaited: bool
+) -> LoadOrder:
     """Give a request its run; returns the order that writes it into the request's blocks.
 
     Args:
         reusing: The request.
         plan: Its run.
         blocks: vLLM's ``KVCacheBlocks`` of the request.
+        number: Number of the order.
+        awaited: True if vLLM waits for the run before it schedules the request.
     """
-    reusing.taken = plan
+    reusing.taken, reusing.loading = plan, number
     approximate = [p for p in plan.pieces if not p.verdict.exact]
     if approximate:
         reusing.ancestry = 1 + max(p.segment.fingerprint.ancestry for p in approximate)
@@ -40,4 +44,6 @@ def take_run(reusing: ReusingRequest, plan: ReusePlan, blocks: Any) -> LoadOrder
             for p in plan.pieces
         ),
         tuple(plan.spans),
+        number,
+        awaited,
     )

@@ -8,13 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from vllm.logger import init_logger
+
+from kvplug.containment import ContainedPolicy
 from kvplug.contract import ReuseCheck, ReuseRequest
+from kvplug.counts import Causes
 from kvplug.hosts.vllm.scheduler.reuse_requests import ReusingRequest
+from kvplug.observe.catalogue import CHECK_SECONDS
+from kvplug.observe.request_spans import RequestSpans
 from kvplug.reuse.catalog import Catalog, CatalogEntry
 from kvplug.reuse.chain import ChainResult, run_chain
 from kvplug.reuse.guard import Guard
 from kvplug.reuse.index import Match
 from kvplug.reuse.plan import Planner, ReusePlan
+
+logger = init_logger("vllm.kvplug")
 
 MAX_WAIT = 5.0
 """Seconds a request waits for a segment to come back from the folder."""
@@ -29,10 +37,13 @@ class RunMatcher:
         checks: The chain of checks.
         guard: Stops approximate reuse of families whose answers drift, or None.
         identity: Fingerprint fields that all segments of the engine have in common.
+        spans: Takes the checks' verdicts and times, or None.
 
     Attributes:
+        checks: The checks, contained.
         asked: Candidates judged, by check.
         refusals: Candidates refused, by check.
+        seconds: Times of each check.
     """
 
     def __init__(
@@ -42,14 +53,19 @@ class RunMatcher:
         checks: Sequence[ReuseCheck],
         guard: Guard | None,
         identity: Mapping[str, Any],
+        spans: RequestSpans | None = None,
     ):
         self.asked: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
         self._catalog = catalog
         self._planner = planner
-        self._checks = checks
+        self.checks = [ContainedPolicy(check, log=logger) for check in checks]
+        names = dict.fromkeys(check.policy_name for check in self.checks)
+        self.seconds = {name: CHECK_SECONDS.distribution() for name in names}
+        self._causes = Causes()
         self._guard = guard
         self._identity = identity
+        self._spans = spans
 
     def plan(self, reusing: ReusingRequest, num_local: int) -> ReusePlan:
         """Plan the run that follows the engine's own hit of ``num_local`` tokens."""
@@ -65,13 +81,19 @@ class RunMatcher:
             asked = ReuseRequest(
                 would, request.request_id, num_local, request.num_tokens, approximate
             )
-            result = run_chain(self._checks, segment.candidate, asked)
+            result = run_chain(self.checks, segment.candidate, asked)
             self.asked.update(result.costs_us.keys())
+            for run in result.runs:
+                self.seconds[run.stage].add((run.end - run.begin) / 1e9)
+            if self._spans is not None:
+                self._spans.checked(request.request_id, segment.id, match.length, result.runs)
             if result.refused_by:
                 self.refusals[result.refused_by] += 1
+                cause = self._causes.add(result.verdict.reason)
+                result = replace(result, verdict=replace(result.verdict, reason=cause))
             if not result.verdict.ok and allowed and not approximate:
                 again = run_chain(
-                    self._checks, segment.candidate, replace(asked, approximate_allowed=True)
+                    self.checks, segment.candidate, replace(asked, approximate_allowed=True)
                 )
                 if again.verdict.ok:
                     return replace(result, verdict=replace(result.verdict, reason="breaker open"))

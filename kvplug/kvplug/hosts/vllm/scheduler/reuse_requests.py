@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvplug.client_names import request_name, tenant_of
 from kvplug.contract import Fingerprint
 from kvplug.hosts.vllm.scheduler.kind import Answer
 from kvplug.request_options import RequestOptions
@@ -50,17 +51,22 @@ class ReusingRequest:
         request: vLLM's ``Request``.
         options: Its options.
         approximate: True if the deployment and the request allow approximate reuse.
-        tenant: Its cache salt; segments are never shared between tenants.
-        lora: Name of its LoRA adapter, or the empty string.
+        tenant: Digest of its cache salt; segments are never shared between tenants.
+        lora: Identity of its LoRA adapter, or the empty string.
         spans: Segments of its prompt, ``(start, end)``.
         plan: Run it may take once it is allocated.
         taken: Run it took.
+        loading: Number of the order that loads its run, until workers have reported it; or None.
+        barred: True once a run of it could not be loaded: it takes no other.
+        answered_approximately: True once it has generated tokens after an approximate run and was
+            preempted: whatever it takes then, its answer is not exact.
         approximate_from: First token whose KV is not exactly what its text gives, or None.
         ancestry: Approximate reuses behind its KV.
         next_span: Index of the first span that is not stored yet.
         waiting_since: Monotonic time it was first asked to wait, or None.
         families: Families of segments the guard watches it for.
         refused: Candidates that were not taken, by cause.
+        keeps: False once its KV may not be what its fingerprint says: it takes and leaves nothing.
     """
 
     request: Any
@@ -71,17 +77,26 @@ class ReusingRequest:
     spans: list[tuple[int, int]]
     plan: ReusePlan | None = None
     taken: ReusePlan | None = None
+    loading: int | None = None
+    barred: bool = False
+    answered_approximately: bool = False
     approximate_from: int | None = None
     ancestry: int = 0
     next_span: int = 0
     waiting_since: float | None = None
     families: tuple[str, ...] = ()
     refused: Counter[str] = field(default_factory=Counter)
+    keeps: bool = True
     prefixes: PrefixDigests = field(default_factory=PrefixDigests)
 
     @classmethod
     def of(
-        cls, request: Any, options: RequestOptions, splitter: Splitter, approximate: bool
+        cls,
+        request: Any,
+        options: RequestOptions,
+        splitter: Splitter,
+        approximate: bool,
+        lora: str = "",
     ) -> ReusingRequest | None:
         """Take in a new vLLM ``Request``; None for one that is not plain text.
 
@@ -90,23 +105,32 @@ class ReusingRequest:
             options: Its options.
             splitter: Splits its prompt into segments.
             approximate: True if the deployment allows approximate reuse.
+            lora: Identity of its LoRA adapter, or the empty string.
         """
-        if request.prompt_token_ids is None or request.mm_features or request.pooling_params:
+        # Token ids of a prompt mixed with embeddings say nothing about its KV. A session that
+        # gets its text in parts takes back the last token of each answer.
+        if (
+            request.prompt_token_ids is None
+            or request.prompt_embeds is not None
+            or request.mm_features
+            or request.pooling_params
+            or request.resumable
+        ):
             return None
-        lora = request.lora_request
         lengths = list(options.segments) if options.segments is not None else None
         return cls(
             request,
             options,
             approximate=approximate and options.reuse == "approximate",
-            tenant=request.cache_salt or "",
-            lora=lora.lora_name if lora is not None else "",
+            tenant=tenant_of(request.cache_salt),
+            lora=lora,
             spans=splitter.split(_tokens(request), lengths),
         )
 
     def describe(self, answer: Answer) -> None:
         """Add what the request reused, and what it could not, to its answer."""
         run = self.taken
+        answer.exact &= not self.answered_approximately
         if run is not None:
             answer.exact &= run.approximate_from is None
             answer.fields["reused"] = run.length - run.recomputed
@@ -146,7 +170,7 @@ class ReusingRequest:
             context=self.prefixes.at(tokens, start),
             tokens=digest(tokens[start:end]),
             created=time.time(),
-            request_id=self.request.request_id,
+            request_id=request_name(self.request.request_id),
             ancestry=self.ancestry,
         )
 

@@ -89,6 +89,10 @@ class SegmentSaver:
             start = end
         return found
 
+    def forget(self) -> None:
+        """Forget the orders that are under way."""
+        self._ranks.clear()
+
     def saved(self, report: ReuseReport) -> int:
         """Take in what workers stored, wrote and fetched; returns how many segments were stored.
 
@@ -125,7 +129,11 @@ class SegmentSaver:
     ) -> SaveOrder | None:
         start, end = span
         taken = reusing.taken
-        if reusing.options.reuse == "off" or end - start < self._settings.segments.min_tokens:
+        if (
+            not reusing.keeps
+            or reusing.options.reuse == "off"
+            or end - start < self._settings.segments.min_tokens
+        ):
             return None
         if taken is not None and any(
             p.start <= start and end <= p.end and p.offset + start - p.start == 0

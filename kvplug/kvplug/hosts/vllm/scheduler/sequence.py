@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from vllm.logger import init_logger
 
+from kvplug.containment import ContainedPolicy
 from kvplug.contract import Kind, PolicyReport, ScoringPolicy
+from kvplug.hosts.sizes import default_prefill_limit
 from kvplug.hosts.vllm import engine
 from kvplug.hosts.vllm.messages import SequenceDirectives, StepDirectives, StepReport
+from kvplug.hosts.vllm.scheduler.block_pool import held_blocks
 from kvplug.hosts.vllm.scheduler.evictions import EvictionPlanner
 from kvplug.hosts.vllm.scheduler.kind import (
     Answer,
@@ -18,8 +23,22 @@ from kvplug.hosts.vllm.scheduler.kind import (
     SchedulerStep,
 )
 from kvplug.hosts.vllm.spec import PrunedManager, ShorteningManager
+from kvplug.observe.catalogue import (
+    COMPRESSION,
+    FREED_BLOCKS,
+    FREED_BYTES,
+    RECALL_SECONDS,
+    RECALLED_TOKENS,
+    SAVED_READS,
+    SCORED_EVICTIONS,
+    SEQUENCE_REQUESTS,
+    SEQUENCE_ROWS,
+)
 from kvplug.observe.events import EventType
+from kvplug.observe.metric import Sample
 from kvplug.request_options import RequestOptions
+
+logger = init_logger("vllm.kvplug")
 
 
 @dataclass
@@ -80,17 +99,23 @@ class SequenceScheduler(KindScheduler):
         policy = engine.sequence_policy(context.deployment, context.vllm_config)
         assert policy is not None
         self.policy = policy
+        self.contained = ContainedPolicy(policy, log=logger)
         self.managers: list[ShorteningManager] = []
         self.planner: EvictionPlanner | None = None
         self.counters = SequenceCounters()
         self.eviction_counters = EvictionCounters()
         self._freed: dict[str, int] = {}
+        self._pool: Any = None
+        # Blocks that requests under way hold no more, and bytes that were not read for that.
+        self._held_no_more: dict[str, int] = {}
+        self._missing = 0
+        self._unread = 0
         self._exempt: set[str] = set()
         self._refused: dict[str, str] = {}
-        self._failed: str | None = None
 
     def bind(self, manager: Any) -> None:
         """Bind to the managers of shortened groups."""
+        self._pool = manager.block_pool
         self.managers = [
             m for m in manager.coordinator.single_type_managers if isinstance(m, ShorteningManager)
         ]
@@ -99,11 +124,16 @@ class SequenceScheduler(KindScheduler):
             shortening.on_freed = self._on_freed
         pruned = [m for m in self.managers if isinstance(m, PrunedManager)]
         if pruned and isinstance(self.policy, ScoringPolicy):
-            shares = engine.share_groups(self.policy)
+            choice = self.context.deployment.choice(Kind.SEQUENCE)
+            assert choice is not None
+            shares = engine.at_start(
+                self.context.deployment, choice, engine.share_groups, self.policy
+            )
+            limit = default_prefill_limit(self.context.engine.num_blocks, len(pruned))
             for one in pruned:
-                one.limit_prefill(self.context.engine.num_blocks // (2 * len(pruned)))
+                one.limit_prefill(limit)
             groups = [shares.index(m.limits.share) for m in pruned]
-            self.planner = EvictionPlanner(self.policy, pruned, groups, self.context.slots)
+            self.planner = EvictionPlanner(self.contained, pruned, groups, self.context.slots)
 
     def started(self) -> list[str]:
         """Most blocks of a request, per group."""
@@ -136,6 +166,9 @@ class SequenceScheduler(KindScheduler):
 
     def step(self, step: SchedulerStep, into: StepDirectives) -> None:
         """Send the plans of a scoring policy, or which requests are exempt from a window."""
+        for request_id in step.output.preempted_req_ids or ():
+            self._missing -= self._held_no_more.pop(request_id, 0)
+        self._unread += self._missing * self.context.block_bytes
         if self.planner is not None:
             self._plan(self.planner, step, into)
         elif self._exempt:
@@ -175,14 +208,14 @@ class SequenceScheduler(KindScheduler):
         counters.recall_us += part.recall_us
         if part.measured is not None and self.planner is not None:
             self.planner.take(part.measured)
-        if part.failed is not None and self._failed is None:
-            self._failed = part.failed
-            self.context.events.add(EventType.FALLEN_BACK, self.kind, detail=part.failed)
+        if part.failed is not None:
+            self._fall_back(part.failed)
 
     def finished(self, request: Any, blocks: list[int], answer: Answer) -> None:
         """State what the request gave back and lost, if anything, or if it asked to keep all."""
         request_id = request.request_id
         freed = self._freed.pop(request_id, 0)
+        self._missing -= self._held_no_more.pop(request_id, 0)
         cause = self._refused.pop(request_id, None)
         asked = request_id in self._exempt or cause is not None
         self._exempt.discard(request_id)
@@ -203,20 +236,39 @@ class SequenceScheduler(KindScheduler):
         planner = self.planner
         scored = asdict(self.eviction_counters) if planner is not None else {}
         resize_failed = planner is not None and planner.resize_error is not None
+        errors = int(self._failed is not None) + int(resize_failed)
+        own = self.contained.counters()
         return [
             PolicyReport(
                 str(self.kind),
-                self.policy.name,
-                self.policy.exact,
+                self.contained.policy_name,
+                self.contained.exact,
                 acted=self.counters.freed,
-                errors=int(self._failed is not None) + int(resize_failed),
-                counters=asdict(self.counters) | scored | self.own_counters(self.policy),
+                errors=errors,
+                counters=asdict(self.counters) | scored | own,
+                own=own,
+                retired=errors > 0,
             )
         ]
 
-    def mark(self) -> object:
-        """Blocks given back and exemptions refused."""
-        return self.counters.freed, self.counters.exempt_refused
+    def samples(self) -> Iterator[Sample]:
+        """What was given back, and by whom; what is not read and not held because of that."""
+        policy, kind = self.contained.policy_name, str(self.kind)
+        counters, scored = self.counters, self.eviction_counters
+        yield FREED_BLOCKS.of(counters.freed, policy)
+        yield FREED_BYTES.of(counters.freed_bytes, policy)
+        yield SEQUENCE_REQUESTS.of(counters.requests, policy, "shortened")
+        yield SEQUENCE_REQUESTS.of(counters.exempt, policy, "exempt")
+        yield SEQUENCE_REQUESTS.of(counters.exempt_refused, policy, "exempt_refused")
+        yield SEQUENCE_ROWS.of(counters.rows, policy, "compacted")
+        yield SEQUENCE_ROWS.of(counters.split_rows, policy, "split")
+        yield SCORED_EVICTIONS.of(scored.evictions, policy, "score")
+        yield SCORED_EVICTIONS.of(scored.fallbacks, policy, "position")
+        yield RECALLED_TOKENS.of(scored.recalled_tokens, policy)
+        yield RECALL_SECONDS.of(scored.recall_us / 1e6, policy)
+        yield SAVED_READS.of(self._unread, kind, policy)
+        held = held_blocks(self._pool)
+        yield COMPRESSION.of((held + self._missing) / held if held else 1.0, kind, policy)
 
     def _cannot_exempt(self, request: Any) -> str | None:
         view = self.context.engine
@@ -232,6 +284,10 @@ class SequenceScheduler(KindScheduler):
             counters.requests += 1
             self._freed[request_id] = 0
         self._freed[request_id] += count
+        self._held_no_more[request_id] = self._held_no_more.get(request_id, 0) + count
+        self._missing += count
         counters.freed += count
         counters.freed_bytes += count * self.context.block_bytes
         self.context.events.add(EventType.FREED, self.kind, count)
+        if self.context.spans is not None:
+            self.context.spans.freed(request_id, count)

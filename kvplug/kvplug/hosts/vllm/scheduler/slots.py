@@ -13,8 +13,8 @@ import numpy.typing as npt
 class Slots:
     """Assigns slots; the smallest free one goes first.
 
-    Workers keep per-request state by slot, so numbers stay as small as the number of requests. A
-    preempted request keeps its slot.
+    Workers keep per-request state by slot, so numbers stay below the number of requests that run. A
+    preempted request gives its slot back, and takes one when it starts over.
     """
 
     def __init__(self) -> None:

@@ -12,14 +12,14 @@ from torch import Tensor
 from kvplug.contract import LayerView, ScoringPolicy
 from kvplug.hosts.pruning import FLUSH, Eviction, EvictionPlan, Limits, layout
 from kvplug.hosts.vllm.worker.evictions import EvictionLog, LayerEvictions
-from kvplug.hosts.vllm.worker.folded import Fold, chunks, layer_indices
+from kvplug.hosts.vllm.worker.folded import Fold, chunks
 from kvplug.hosts.vllm.worker.layers import softcap_of
 from kvplug.hosts.vllm.worker.metadata import to_device
 from kvplug.hosts.vllm.worker.phases import AttentionFlush, EvictionDecision, ResidentBlocks
 from kvplug.hosts.vllm.worker.query_rings import QueryRings
 from kvplug.hosts.vllm.worker.residents import LayerResidents
 
-MOST_TOKENS = 1 << 16
+MOST_TOKENS = 1 << 17
 """Resident tokens of rows and layers that a policy is shown at once: it bounds the memory that
 decisions take beside the cache."""
 
@@ -78,19 +78,19 @@ class LayerGroup:
         self.evictions = evictions
         device = fold.cache.device
         firsts = [rings.first(name) if rings is not None else 0 for name in names]
-        self._rings = to_device(firsts, device, torch.int64)
+        self._starts = to_device(firsts, device, torch.int64)
         if rings is not None:
             residents.queries = rings.all_like(names[0])
 
     def flush(self, flush: AttentionFlush) -> None:
         """Bring cumulative attention up to date from remembered queries, in every layer."""
-        for layers, rings in self._parts(flush.resident.tokens * len(flush.resident.blocks)):
-            self.residents.flush(None, self.fold.flush(flush, layers, rings))
+        for layers in self._parts(flush.resident.tokens * flush.resident.rows):
+            self.residents.flush(None, self.fold.flush(flush, layers, self._starts))
 
     def decide(self, decision: EvictionDecision) -> None:
         """Make one eviction in every layer."""
-        for layers, rings in self._parts(decision.resident.tokens * len(decision.slots)):
-            self.evictions.decide(self.fold.decision(decision, layers, rings))
+        for layers in self._parts(decision.resident.tokens * len(decision.slots)):
+            self.evictions.decide(self.fold.decision(decision, layers, self._starts))
 
     def rehearse(self, limits: Limits, num_tokens: int) -> None:
         """Compile what evictions run, on the null block: for generating requests and for prompts.
@@ -103,37 +103,40 @@ class LayerGroup:
         size = limits.block_size
         for last, eviction in rehearsed(limits, min(num_tokens, REHEARSED_TOKENS)):
             found = layout(last, eviction, limits.protected, size)
-            numbers = to_device([list(found.blocks)], device, torch.int64)
-            mixed = to_device([last.end if last is not None else 0], device, torch.int64)
-            resident = ResidentBlocks(torch.zeros_like(numbers), numbers, mixed, found.tokens)
+            row = [0, last.end if last is not None else 0, eviction.at, 0, *found.blocks]
+            numbers = to_device([row], device, torch.int32)
+            resident = ResidentBlocks(
+                torch.zeros((1, max(found.blocks) + 1), dtype=torch.int32, device=device),
+                numbers[:, 0],
+                numbers[:, 4:],
+                numbers[:, 1],
+                found.tokens,
+            )
+            shown = to_device([eviction.at] * self.fold.num_layers, device, torch.int32)
             decision = EvictionDecision(
                 resident,
                 found.candidates * size,
                 found.survivors * size,
                 [0],
                 [eviction.at],
-                to_device([eviction.at], device, torch.int32),
-                to_device([eviction.at], device, torch.int32),
-                to_device([0], device, torch.int64),
+                numbers[:, 2],
+                shown,
+                shown,
+                numbers[:, 3],
             )
-            for layers, rings in self._parts(found.tokens):
-                if self.evictions.policy.wants_cumulative_attention:
-                    latest = torch.arange(FLUSH, device=device)[None]
-                    flush = AttentionFlush(resident, latest, None, latest.to(torch.int32))
-                    self.residents.flush(None, self.fold.flush(flush, layers, rings))
-                self.evictions.rehearse(self.fold.decision(decision, layers, rings))
-                break  # the rest of the layers run the same
+            layers = next(iter(self._parts(found.tokens)))  # the rest of the layers run the same
+            if self.evictions.rules.cumulative:
+                queries = to_device([[eviction.at - FLUSH, eviction.at, 0]], device, torch.int32)
+                flush = AttentionFlush(resident, None, None, None, FLUSH, queries)
+                self.residents.flush(None, self.fold.flush(flush, layers, self._starts))
+            self.evictions.rehearse(self.fold.decision(decision, layers, self._starts))
 
     def layer(self, index: int) -> FoldedLayer:
         """Return one of the layers, for evictions inside its own attention."""
-        device = self.fold.cache.device
-        layers = layer_indices(range(index, index + 1), device)
-        return FoldedLayer(self, layers, self._rings[index : index + 1])
+        return FoldedLayer(self, range(index, index + 1), self._starts)
 
-    def _parts(self, tokens: int) -> Iterable[tuple[Tensor, Tensor]]:
-        device = self.fold.cache.device
-        for part in chunks(self.fold.num_layers, tokens, MOST_TOKENS):
-            yield layer_indices(part, device), self._rings[part.start : part.stop]
+    def _parts(self, tokens: int) -> Iterable[range]:
+        return chunks(self.fold.num_layers, tokens, MOST_TOKENS)
 
 
 class FoldedLayer:
@@ -141,14 +144,14 @@ class FoldedLayer:
 
     Args:
         folded: The layers.
-        layers: Index of the layer, ``[1]`` int64.
-        rings: Where its queries start, ``[1]`` int64.
+        layers: The layer.
+        starts: Where each layer's queries start, ``[num_layers]`` int64.
     """
 
-    def __init__(self, folded: LayerGroup, layers: Tensor, rings: Tensor):
+    def __init__(self, folded: LayerGroup, layers: range, starts: Tensor):
         self._folded = folded
         self._layers = layers
-        self._rings = rings
+        self._starts = starts
 
     def open(self, impl: Any, layer: Any, cache: Tensor) -> None:
         """Do nothing: the fold is open since the caches were allocated."""
@@ -157,16 +160,16 @@ class FoldedLayer:
         """Keep the queries of some tokens for later evictions."""
         queries = self._folded.residents.queries
         assert queries is not None, "allocated for every slot while the model was loaded"
-        queries[places + self._rings] = query[tokens]
+        queries[places + self._starts[self._layers.start]] = query[tokens]
 
     def flush(self, query: Tensor, flush: AttentionFlush) -> None:
         """Bring the cumulative attention of some rows up to date."""
-        folded = self._folded.fold.flush(flush, self._layers, self._rings)
+        folded = self._folded.fold.flush(flush, self._layers, self._starts)
         self._folded.residents.flush(query, folded)
 
     def decide(self, decision: EvictionDecision) -> None:
         """Make one eviction."""
-        folded = self._folded.fold.decision(decision, self._layers, self._rings)
+        folded = self._folded.fold.decision(decision, self._layers, self._starts)
         self._folded.evictions.decide(folded)
 
 
@@ -177,6 +180,7 @@ def fold_layers(
     layers: dict[str, tuple[Any, LayerView, Tensor]],
     ring: int,
     rings: QueryRings | None,
+    tails: bool = False,
 ) -> list[LayerGroup]:
     """Fold the layers of one KV-cache group where their caches allow it, and open their pages.
 
@@ -187,6 +191,7 @@ def fold_layers(
         layers: vLLM's layer, its view and its cache, by name.
         ring: Queries remembered per slot.
         rings: The remembered queries, or None for none.
+        tails: Whether pages have tails; see `page_tails`.
     """
     alike: dict[tuple[Any, ...], list[str]] = {}
     for name, (layer, view, cache) in layers.items():
@@ -207,7 +212,7 @@ def fold_layers(
             layer, view, cache = layers[some[0]]
             fold = whole or Fold.of([cache])
             assert fold is not None, "one cache folds"
-            residents = LayerResidents(policy, view, ring, scale, softcap)
+            residents = LayerResidents(policy, view, ring, scale, softcap, tails)
             residents.open(layer.impl, layer, fold.cache)
             evictions = LayerEvictions(residents, group, log)
             made.append(LayerGroup(fold, some, residents, evictions, rings))

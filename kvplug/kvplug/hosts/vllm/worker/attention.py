@@ -20,7 +20,10 @@ from torch import Tensor
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from kvplug.contract import AttentionPolicy, DecodeRows, Kind
+from kvplug.containment import ON_WORKER, PolicyFailure
+from kvplug.contract import AttentionPolicy, DecodeRows, Kind, LayerView
+from kvplug.hosts.policy_tensors import plain_tensor
+from kvplug.hosts.torch_state import TorchPolicy
 from kvplug.hosts.vllm.messages import AttentionReport, StepDirectives, StepReport
 from kvplug.hosts.vllm.worker import metadata
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
@@ -72,6 +75,7 @@ class AttentionWorker(KindWorker):
         rows: Slots of the engine's rows.
 
     Attributes:
+        contained: The policy, as it is called.
         owners: Owner of each slot that the policy serves in the step.
         failed: Cause the policy was retired for, or None.
     """
@@ -89,7 +93,7 @@ class AttentionWorker(KindWorker):
         self.failed: str | None = None
         self._rows = 0
         self._reported = False
-        self._has_counters = True
+        self.contained = TorchPolicy(policy, ON_WORKER, logger)
         self._pages: dict[str, tuple[int, TokenPages]] = {}
 
     # -- layers --------------------------------------------------------------------------------
@@ -140,42 +144,37 @@ class AttentionWorker(KindWorker):
             return
         self._reported = self.failed is not None
         rows, self._rows = self._rows, 0
-        into.attention = AttentionReport(rows, self.failed, self._counters())
+        into.attention = AttentionReport(rows, self.failed, self.contained.counters())
 
-    def _counters(self) -> dict[str, float]:
-        if not self._has_counters:
-            return {}
-        try:
-            return {str(k): float(v) for k, v in self.policy.counters().items()}
-        except Exception:
-            self._has_counters = False
-            logger.exception("policy %r failed in counters(); they are left out", self.policy.name)
-            return {}
-
-    def fail(self, method: str, error: Exception) -> None:
+    def fail(self, method: str, failure: PolicyFailure) -> None:
         """Retire the policy: the backend attends from now on."""
         if self.failed is None:
-            self.failed = f"{method}: {type(error).__name__}: {error}"
-            logger.error(
-                "attention policy %r failed in %s and is retired; the backend attends instead",
-                self.policy.name,
-                self.failed,
-                exc_info=error,
+            self.failed = f"{method}: {failure.cause}"
+            self.contained.log(
+                f"failed in {method} and is retired; the backend attends instead", failure
             )
 
     def serves(self, num_tokens: int) -> bool:
         """Return True if the policy attends rows of that many tokens."""
-        try:
-            return self.failed is None and bool(self.policy.serves(num_tokens))
-        except Exception as error:
-            self.fail("serves", error)
+        if self.failed is not None:
             return False
+        try:
+            return bool(self.contained.run(self._serves, num_tokens))
+        except PolicyFailure as failure:
+            self.fail("serves", failure)
+            return False
+
+    def _serves(self, num_tokens: int) -> bool:
+        return bool(self.policy.serves(num_tokens))
 
     def attend(self, call: AttendCall, rows: ServedRows) -> Tensor | None:
         """Let the policy attend rows of one layer; None where it leaves them.
 
         Returns:
-            float32 ``[rows, num_heads, head_size]``.
+            ``[rows, num_heads, head_size]``, in the dtype of the call's output.
+
+        Raises:
+            PolicyFailure: The policy failed.
         """
         view = layer_view(self.policy, call.layer.layer_name)
         pages, size = self._open(call), int(call.cache.shape[2])
@@ -200,13 +199,27 @@ class AttentionWorker(KindWorker):
 
         query = call.query[rows.tokens].view(len(rows.lens), view.num_heads, view.head_size)
         scale, softcap = float(call.impl.scale), softcap_of(call.impl)
-        batch = DecodeRows(query, rows.slots, rows.owners, rows.lens, scale, softcap, gather)
-        out = self.policy.attend(view, batch)
+        batch = DecodeRows(
+            query,
+            tuple(rows.slots),
+            tuple(rows.owners),
+            tuple(rows.lens),
+            scale,
+            softcap,
+            gather,
+        )
+        like = call.output
+        out: Tensor | None = self.contained.run(self._attended, view, batch, query.shape, like)
         if out is not None:
-            if out.shape != query.shape:
-                raise ValueError(f"attend returned {tuple(out.shape)}, not {tuple(query.shape)}")
             self._rows += len(rows.lens)
         return out
+
+    def _attended(
+        self, view: LayerView, batch: DecodeRows, shape: torch.Size, like: Tensor
+    ) -> Tensor | None:
+        """What the policy attends, checked, in the dtype of ``like``."""
+        out = self.policy.attend(view, batch)
+        return None if out is None else plain_tensor("attend", out, shape, like)
 
     def _open(self, call: AttendCall) -> TokenPages:
         name, at = call.layer.layer_name, call.cache.data_ptr()
@@ -307,8 +320,8 @@ class ServedAttention(AttentionStep):
             return inner(call)
         try:
             made = self._kind.attend(call, rows)
-        except Exception as error:
-            self._kind.fail("attend", error)
+        except PolicyFailure as failure:
+            self._kind.fail("attend", failure)
             made = None
         if made is None:
             return inner(call)
@@ -317,7 +330,7 @@ class ServedAttention(AttentionStep):
             inner(part)
             call.output[rows.rest_tokens] = part.output
         shape = call.output.shape[1:]
-        call.output[rows.tokens] = made.view(-1, *shape).to(call.output.dtype)
+        call.output[rows.tokens] = made.reshape(-1, *shape)
         return call.output
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -33,19 +33,18 @@ from kvplug.hosts.vllm.worker.steps import (
 
 Kinds = Sequence[KindWorker]
 
-OfConfig = Callable[[Any], tuple[Kinds, StepRows]]
-"""``of_config(vllm_config)``: the kinds and rows of the engine a config belongs to. vLLM chooses a
-backend class once per process, so the objects it makes must find those of their own engine."""
+Check = Callable[[str, Any], None]
+"""``check(name, layer)``: raises DeploymentError for a layer that the kinds cannot shape."""
 
 
 def plugged_backend(
     stock: type[Any],
     kinds: Kinds,
     rows: StepRows,
-    of_config: OfConfig | None = None,
-    name: tuple[str, str] | None = None,
+    built: set[str] | None = None,
+    check: Check | None = None,
 ) -> type[Any]:
-    """Make a subclass of a stock backend that runs the steps of some kinds.
+    """Make a subclass of a stock backend that runs the steps of an engine's kinds.
 
     Each full-attention layer gets a backend class with the KV-cache spec of its own rules; layers
     of equal rules share one. All of them go by one full name, so that layers with equal specs share
@@ -55,13 +54,11 @@ def plugged_backend(
         stock: The backend class vLLM would use.
         kinds: The kinds, in the order of `kinds.KINDS`.
         rows: Slots of the engine's rows.
-        of_config: Finds both for another engine of the process; None to use these in all.
-        name: Module and qualified name by which vLLM resolves the class again.
+        built: Where the layers are noted that a builder was made for; None for nowhere.
+        check: Checks each layer once it is loaded.
     """
-    builder = plugged_builder(stock.get_builder_cls(), kinds, rows, of_config)
-    impl = plugged_impl(
-        stock.get_impl_cls(), kinds, lambda name, own: for_layer(name, own), of_config
-    )
+    builder = plugged_builder(stock.get_builder_cls(), kinds, rows, built)
+    impl = plugged_impl(stock.get_impl_cls(), kinds, lambda name, own: for_layer(name, own), check)
 
     @functools.cache
     def for_rules(rules: tuple[Hashable, ...]) -> type[Any]:
@@ -69,6 +66,9 @@ def plugged_backend(
             kvplug_rules: ClassVar[dict[Kind, Hashable]] = dict(
                 zip((kind.kind for kind in kinds), rules, strict=True)
             )
+
+            # A model would write keys and values by itself, past the kinds.
+            supports_kv_cache_update_bypass = False
 
             @staticmethod
             def get_impl_cls() -> type[Any]:
@@ -96,9 +96,8 @@ def plugged_backend(
                     layouts = kind.layouts(layouts)
                 return layouts
 
-        if name is not None:
-            Backend.__module__, Backend.__qualname__ = name
-            Backend.__name__ = name[1]
+        # vLLM gathers layers for builders by this name, and not by the class.
+        Backend.__module__, Backend.__qualname__ = __name__, f"{stock.__qualname__}.Backend"
         return Backend
 
     def for_layer(name: str, own: Any) -> type[Any]:
@@ -112,34 +111,8 @@ def plugged_backend(
     return for_rules(tuple(kind.rule(0) for kind in kinds))
 
 
-def require_plugged(kinds: Kinds, layers: Mapping[str, Any]) -> None:
-    """Check that every full-attention layer runs the steps of some kinds.
-
-    vLLM chooses a backend by itself where ``--attention-backend`` is left out.
-
-    Args:
-        kinds: The kinds.
-        layers: vLLM's layers, by name.
-
-    Raises:
-        DeploymentError: One has a backend that kvplug does not extend.
-    """
-    for name, layer in layers.items():
-        backend = getattr(layer, "attn_backend", None)
-        if backend is None or hasattr(backend, "kvplug_rules"):
-            continue
-        if getattr(layer, "sliding_window", None) is not None:
-            continue
-        for kind in kinds:
-            kind.refuse(
-                f"attention layer {name} runs on {backend.get_name()}, where the {kind.kind!s} "
-                "section would do nothing.",
-                "set --attention-backend FLASH_ATTN or TRITON_ATTN.",
-            )
-
-
 def plugged_builder(
-    stock: type[Any], kinds: Kinds, rows: StepRows, of_config: OfConfig | None = None
+    stock: type[Any], kinds: Kinds, rows: StepRows, built: set[str] | None = None
 ) -> type[Any]:
     """Make a subclass of a stock metadata builder that runs the kinds' metadata steps.
 
@@ -147,7 +120,7 @@ def plugged_builder(
         stock: The builder class.
         kinds: The kinds.
         rows: Slots of the engine's rows.
-        of_config: Finds both for another engine of the process; None to use these in all.
+        built: Where the builder's layers are noted; None for nowhere.
     """
 
     class Builder(stock):
@@ -166,11 +139,12 @@ def plugged_builder(
             super().__init__(kv_cache_spec, layer_names, vllm_config, device, *args, **kwargs)
             self._kvplug_block_size = kv_cache_spec.block_size
             self._kvplug_layers = tuple(layer_names)
-            own, self._kvplug_rows = of_config(vllm_config) if of_config else (kinds, rows)
-            made = [s for k in own for s in k.metadata_steps(kv_cache_spec, vllm_config, device)]
+            made = [s for k in kinds for s in k.metadata_steps(kv_cache_spec, vllm_config, device)]
             self._kvplug_build = build_chain(
                 sorted(made, key=lambda step: METADATA_STEPS.index(type(step))), self._stock_build
             )
+            if built is not None:
+                built.update(layer_names)
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> Any:
@@ -183,8 +157,8 @@ def plugged_builder(
             self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
         ) -> Any:
             if common_attn_metadata.req_idx is not None:
-                self._kvplug_rows.see(common_attn_metadata.req_idx)
-            slots = RowSlots(self._kvplug_rows, common_attn_metadata, self._kvplug_block_size)
+                rows.see(common_attn_metadata.req_idx)
+            slots = RowSlots(rows, common_attn_metadata, self._kvplug_block_size)
             call = BuildCall(
                 common_attn_metadata, common_prefix_len, fast_build, slots, self._kvplug_layers
             )
@@ -196,10 +170,25 @@ def plugged_builder(
     return Builder
 
 
-class _Chains(NamedTuple):
-    """Some kinds, and their attention steps, alone and composed."""
+def _given(vllm_config: Any) -> bool:
+    """True where the size of the KV cache is given, so that vLLM measures no memory."""
+    return getattr(vllm_config.cache_config, "kv_cache_memory_bytes", None) is not None
 
-    kinds: Kinds
+
+def is_door(backend: type[Any]) -> bool:
+    """True for the class that vLLM resolved, and not for those that vLLM derives from it for layers
+    that attend in a way of their own."""
+    return "kvplug_door" in vars(backend)
+
+
+def takes_steps(backend: type[Any]) -> bool:
+    """True for the backend of a layer that runs kinds' steps, or will once it is loaded."""
+    return is_door(backend) or "kvplug_rules" in vars(backend)
+
+
+class _Chains(NamedTuple):
+    """Attention steps, alone and composed."""
+
     steps: Sequence[AttentionStep]
     write: Write
     attend: Attend
@@ -209,15 +198,18 @@ def plugged_impl(
     stock: type[Any],
     kinds: Kinds,
     backend_of: Callable[[str, Any], type[Any]],
-    of_config: OfConfig | None = None,
+    check: Check | None = None,
 ) -> type[Any]:
     """Make a subclass of a stock attention implementation that runs the kinds' attention steps.
+
+    Layers whose backend vLLM derived for a way of attending of their own (in chunks, of an encoder,
+    across) run none of them.
 
     Args:
         stock: The implementation class.
         kinds: The kinds, outermost first.
         backend_of: ``backend_of(layer_name, impl)``: the backend class of a layer.
-        of_config: Finds the kinds of another engine of the process; None to use these in all.
+        check: Checks each layer once it is loaded.
     """
 
     def stock_write(call: WriteCall) -> None:
@@ -241,11 +233,10 @@ def plugged_impl(
 
     def chains(own: Kinds) -> _Chains:
         steps = [step for kind in own if (step := kind.attention_step()) is not None]
-        return _Chains(
-            own, steps, write_chain(steps, stock_write), attend_chain(steps, stock_attend)
-        )
+        return _Chains(steps, write_chain(steps, stock_write), attend_chain(steps, stock_attend))
 
     class Impl(stock):
+        kvplug_kinds: ClassVar[Kinds] = kinds
         _kvplug = chains(kinds)
 
         def __init__(self, *args: Any, **kwargs: Any):
@@ -254,18 +245,22 @@ def plugged_impl(
             super().__init__(*args, **kwargs)
             config = get_current_vllm_config()
             self._kvplug_layers = config.compilation_config.static_forward_context
-            if of_config is not None:
-                own, _ = of_config(config)
-                if own is not kinds:
-                    self._kvplug = chains(own)
+            self._kvplug_config = config
 
         def process_weights_after_loading(self, act_dtype: Any) -> None:
             super().process_weights_after_loading(act_dtype)
             for name, layer in self._kvplug_layers.items():
-                if getattr(layer, "impl", None) is self:
-                    compat.set_layer_backend(layer, backend_of(name, self))
-                    for kind in self._kvplug.kinds:
-                        kind.loaded(name, layer, act_dtype)
+                if getattr(layer, "impl", None) is not self:
+                    continue
+                if check is not None:
+                    check(name, layer)
+                if not takes_steps(layer.attn_backend):
+                    self._kvplug = chains(())
+                    continue
+                compat.set_layer_backend(layer, backend_of(name, self))
+                for kind in kinds:
+                    kind.held.measured = not _given(self._kvplug_config)
+                    kind.loaded(name, layer, act_dtype, self._kvplug_config)
 
         def do_kv_cache_update(
             self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
@@ -289,6 +284,20 @@ def plugged_impl(
                     self, layer, query, key, value, kv_cache, attn_metadata, output, args, kwargs
                 )
             )
+
+        # Compiled graphs would write keys and values, or quantize the output, past the kinds.
+
+        def fused_output_quant_supported(self, quant_key: Any) -> bool:
+            return False
+
+        def fused_qk_norm_rope_kvcache_supported(self) -> bool:
+            return False
+
+        def fused_qk_norm_mrope_kvcache_supported(self) -> bool:
+            return False
+
+        def fused_rope_kvcache_supported(self) -> bool:
+            return False
 
         def kvplug_pages(self, layer: Any, cache: Tensor) -> TokenPages | None:
             """Open the layer's pages if they are in bytes of a kind's own, else return None."""

@@ -13,19 +13,23 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from kvplug.containment import ON_WORKER, PolicyFailure
 from kvplug.contract import ResidentView, ScoringPolicy
-from kvplug.hosts.pruning import choose, keep_best
+from kvplug.hosts.pruning import finite, given_scores, keep_best, own_view
+from kvplug.hosts.sizes import RECALL_QUERIES
 from kvplug.hosts.spans import SpanStore, Tokens
+from kvplug.hosts.torch_state import TorchPolicy
 from kvplug.hosts.vllm.messages import SequenceReport
 from kvplug.hosts.vllm.worker.phases import AttentionFlush, EvictionDecision
-from kvplug.hosts.vllm.worker.residents import LayerResidents
+from kvplug.hosts.vllm.worker.residents import LayerResidents, Residents
 from kvplug_kernels.compact_kv import plan_moves
+from kvplug_kernels.move_tokens.vectorized import put_beside
+from kvplug_kernels.plan_survivors import plan_survivors
 
 logger = init_logger("vllm.kvplug")
 
-RECALL_QUERIES = 8
-"""Latest queries that decide which evicted tokens are recalled from host memory."""
-
+MAX_MEASURED = 1024
+"""Numbers that a policy may measure of a row."""
 
 SETTLED_AFTER = 2
 """Reports after which the host reads what a step measured without waiting for the device."""
@@ -66,7 +70,7 @@ class EvictionLog:
     """
 
     def __init__(self, policy: ScoringPolicy, settled_after: int = 0):
-        self._policy = policy
+        self.contained = TorchPolicy(policy, ON_WORKER, logger)
         self._settled_after = settled_after
         self._reports = 0
         self._pending: deque[Measurement] = deque()
@@ -74,15 +78,11 @@ class EvictionLog:
         self.failed: str | None = None
         self._measured: dict[tuple[int, int, int], tuple[npt.NDArray[np.float64], int]] = {}
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, failure: PolicyFailure) -> None:
         """Retire the policy: from now on the latest tokens are kept."""
-        self.failed = f"{type(error).__name__}: {error}"
-        logger.error(
-            "sequence policy %r failed and is retired; from now on the latest tokens are kept "
-            "instead: %s",
-            self._policy.name,
-            self.failed,
-            exc_info=error,
+        self.failed = failure.cause
+        self.contained.log(
+            "failed and is retired; from now on the latest tokens are kept instead", failure
         )
 
     def measure(self, decision: EvictionDecision, group: int, values: Tensor) -> None:
@@ -137,6 +137,7 @@ class LayerEvictions:
     def __init__(self, residents: LayerResidents, group: int, log: EvictionLog):
         self.residents = residents
         self.policy = residents.policy
+        self.rules = residents.rules
         self._group = group
         self._log = log
         self._stores: dict[int, SpanStore] = {}
@@ -155,7 +156,7 @@ class LayerEvictions:
 
     def decide(self, decision: EvictionDecision) -> None:
         """Make one eviction, row by row where evicted tokens can be recalled."""
-        if not self.policy.options.on_demand:
+        if not self.rules.on_demand:
             self.evict(decision)
             return
         for row in decision.rows():
@@ -163,15 +164,22 @@ class LayerEvictions:
 
     def evict(self, decision: EvictionDecision) -> None:
         """Decide what survives, and move it together."""
-        resident, count = decision.resident, decision.count
-        view = self.residents.view(resident, decision)
-        keep = self._choose(view, decision, decision.candidates, count)
-        self._move_together(decision, view, keep)
+        found = self.residents.look(decision.resident, decision)
+        scores = self._scores(found.view, decision)
+        self._move_together(decision, found, found.positions.float() if scores is None else scores)
 
-    def _move_together(self, decision: EvictionDecision, view: ResidentView, keep: Tensor) -> None:
-        source = plan_moves(keep, decision.count)
-        self.residents.pages.relocate(decision.resident.blocks, source)
-        self.residents.put(decision.resident, source.long(), view)
+    def _move_together(self, decision: EvictionDecision, found: Residents, scores: Tensor) -> None:
+        source = plan_survivors(
+            scores,
+            found.positions,
+            decision.num_tokens,
+            candidates=decision.candidates,
+            count=decision.count,
+            sink=self.rules.sink,
+            recent=self.rules.recent,
+        )
+        beside = self.residents.beside(found.positions, found.totals)
+        self.residents.pages.relocate(found.table, source, beside)
 
     def rehearse(self, decision: EvictionDecision) -> None:
         """Run what an eviction runs, so that its kernels are compiled before a request needs them.
@@ -179,22 +187,24 @@ class LayerEvictions:
         Writes to the decision's blocks, which must be nobody's. A policy that fails is left to fail
         on real tokens, where its failure is counted.
         """
-        view = self.residents.view(decision.resident, decision)
+        found = self.residents.look(decision.resident, decision)
+        contained = TorchPolicy(self.policy, ON_WORKER, logger)
         try:
-            keep, _ = choose(self.policy, view, decision.candidates, decision.count)
-        except Exception:
+            scores = contained.run(given_scores, self.policy, found.view)
+        except PolicyFailure:
             return
-        self._move_together(decision, view, keep)
+        self._move_together(decision, found, scores)
 
     def evict_with_recall(self, decision: EvictionDecision) -> None:
         """Evict from one row whose evicted tokens stay in host memory and may be recalled."""
         (slot,) = decision.slots
         resident, candidates, count = decision.resident, decision.candidates, decision.count
         began = time.perf_counter()
-        view = self.residents.view(resident, decision)
+        looked = self.residents.look(resident, decision)
+        view, table, blocks = looked.view, looked.table, looked.table.long()
         if not bool(resident.mixed[0]):
             self._stores.pop(slot, None)
-        store = self._stores.setdefault(slot, SpanStore(self.policy.options.on_demand))
+        store = self._stores.setdefault(slot, SpanStore(self.rules.on_demand))
         mine = Tokens(
             view.keys[0],
             view.values[0],
@@ -212,15 +222,25 @@ class LayerEvictions:
             unwanted[:, candidates : candidates + needed.shape[1]] = ~needed
             candidates += needed.shape[1]
             self._log.counts.recalled_tokens += int(needed.sum())
-        keep = self._choose(view, decision, candidates, count, unwanted)
-        source = plan_moves(keep, count).long()
-        size = self.policy.engine.block_size
+        shown = own_view(view)
+        scores = self._scores(shown, decision)
+        if scores is None:
+            scores = view.positions.float()
+        ranked = replace(view, num_tokens=decision.num_tokens)
+        keep = keep_best(self.rules, ranked, finite(scores), candidates, count, unwanted)
+        plan = plan_moves(keep, count)
+        source = plan.long()
+        size = self.rules.block_size
         row, head, place, origin = self._moved(source)
         self.residents.pages.write(
-            head, resident.blocks[row, place // size], place % size,
+            head, blocks[row, place // size], place % size,
             mine.keys[head, origin], mine.values[head, origin],
         )  # fmt: skip
-        self.residents.put(resident, source, view)
+        put_beside(
+            table,
+            plan[None],
+            self.residents.beside(view.positions, view.cumulative_attention),
+        )
         heads = keep.shape[1]
         gone = torch.ones(heads, candidates, dtype=torch.bool, device=keep.device)
         gone.scatter_(1, keep[0].long(), False)
@@ -252,27 +272,35 @@ class LayerEvictions:
         row, head, place = torch.nonzero(source != places, as_tuple=True)
         return row, head, place, source[row, head, place]
 
-    def _choose(
-        self,
-        view: ResidentView,
-        decision: EvictionDecision,
-        candidates: int,
-        count: int,
-        unwanted: Tensor | None = None,
-    ) -> Tensor:
+    def _scores(self, view: ResidentView, decision: EvictionDecision) -> Tensor | None:
+        """What the policy scores; None where it failed, now or before."""
         if self._log.failed is None:
             try:
-                keep, scores = choose(self.policy, view, candidates, count, unwanted)
-                if self.policy.resizes:
-                    self._measure(view, scores, decision)
-                return keep
-            except Exception as error:
-                self._log.fail(error)
+                scores, measured = self._log.contained.run(self._asked, view)
+            except PolicyFailure as failure:
+                self._log.fail(failure)
+            else:
+                if measured is not None:
+                    self._log.measure(decision, self._group, measured)
+                found: Tensor = scores
+                return found
         self._log.counts.fallbacks += len(decision.slots)
-        newest = view.positions.float()
-        return keep_best(self.policy, view, newest, candidates, count, unwanted)
+        return None
 
-    def _measure(self, view: ResidentView, scores: Tensor, decision: EvictionDecision) -> None:
-        measured = self.policy.measure(view, scores)
-        if measured is not None:
-            self._log.measure(decision, self._group, measured)
+    def _asked(self, view: ResidentView) -> tuple[Tensor, Tensor | None]:
+        """The policy's scores, and what it measures, as ``[rows, n]`` float64."""
+        scores = given_scores(self.policy, view)
+        if not self.rules.resizes:
+            return scores, None
+        scores = finite(scores)
+        measured: Any = self.policy.measure(view, scores.clone())
+        if measured is None:
+            return scores, None
+        rows, device = len(view.positions), view.positions.device
+        if type(measured) is not Tensor or measured.dim() != 2 or measured.shape[0] != rows:
+            raise ValueError(f"measure must return a tensor of {rows} rows, got {measured!r}")
+        if measured.shape[1] > MAX_MEASURED or measured.device != device:
+            raise ValueError(
+                f"measure must return at most {MAX_MEASURED} numbers a row, on {device}"
+            )
+        return scores, measured.detach().double()

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from kvplug.hosts.vllm.worker.phases import AttentionFlush, EvictionDecision, ResidentBlocks
 from kvplug_kernels.paging import FoldedLayers
+from kvplug_kernels.resident_tokens import LayerSlice
 
 
 class Fold:
@@ -40,57 +40,44 @@ class Fold:
         layers = FoldedLayers.of(caches)
         return None if layers is None else cls(layers)
 
-    def blocks(self, blocks: Tensor, layers: Tensor) -> Tensor:
-        """Number blocks of some layers, ``[layers * rows, n]`` int64.
-
-        Args:
-            blocks: Block ids of each row, ``[rows, n]`` int64.
-            layers: Layers, ``[layers]`` int64.
-        """
-        return (
-            blocks * self._layers.block_step + layers[:, None, None] * self._layers.layer_step
-        ).flatten(0, 1)
-
-    def resident(self, resident: ResidentBlocks, layers: Tensor) -> ResidentBlocks:
+    def resident(self, resident: ResidentBlocks, layers: range) -> ResidentBlocks:
         """Return resident blocks of some rows in some layers, layer by layer."""
-        n = layers.shape[0]
-        return ResidentBlocks(
-            self.blocks(resident.blocks, layers),
-            resident.logical.repeat(n, 1),
-            resident.mixed.repeat(n),
-            resident.tokens,
-        )
+        step, layer_step = self._layers.block_step, self._layers.layer_step
+        own = LayerSlice(layers.start, len(layers), step, layer_step)
+        return replace(resident, layers=own)
 
     def decision(
-        self, decision: EvictionDecision, layers: Tensor, rings: Tensor
+        self, decision: EvictionDecision, layers: range, starts: Tensor
     ) -> EvictionDecision:
         """Return a decision in some layers.
 
         Args:
             decision: The decision in one layer.
-            layers: Layers, ``[layers]`` int64.
-            rings: Where each layer's queries start, ``[layers]`` int64.
+            layers: The layers.
+            starts: Where each layer's queries start, ``[num_layers]`` int64.
         """
-        n = layers.shape[0]
+        n = len(layers)
+        rows = n * len(decision.slots)
         return replace(
             decision,
             resident=self.resident(decision.resident, layers),
             slots=decision.slots * n,
             at=decision.at * n,
-            num_tokens=decision.num_tokens.repeat(n),
-            num_prompt_tokens=decision.num_prompt_tokens.repeat(n),
-            rings=(decision.rings + rings[:, None]).flatten(),
+            shown_num_tokens=decision.shown_num_tokens[:rows],
+            num_prompt_tokens=decision.num_prompt_tokens[:rows],
+            starts=starts,
         )
 
-    def flush(self, flush: AttentionFlush, layers: Tensor, rings: Tensor) -> AttentionFlush:
+    def flush(self, flush: AttentionFlush, layers: range, starts: Tensor) -> AttentionFlush:
         """Return a flush in some layers, in one where queries are fresh; see `decision`."""
-        n = layers.shape[0]
-        old = flush.remembered
-        return AttentionFlush(
-            self.resident(flush.resident, layers),
-            None if old is None else (old + rings[:, None, None]).flatten(0, 1),
-            flush.fresh,
-            flush.positions.repeat(n, 1),
+        n, old, positions = len(layers), flush.remembered, flush.positions
+        own = starts[layers.start : layers.stop, None, None]
+        return replace(
+            flush,
+            resident=self.resident(flush.resident, layers),
+            remembered=None if old is None else (old + own).flatten(0, 1),
+            positions=None if positions is None else positions.repeat(n, 1),
+            starts=starts,
         )
 
 
@@ -98,8 +85,3 @@ def chunks(num_layers: int, tokens: int, most: int) -> list[range]:
     """Split layers so that no part has more than ``most`` resident tokens, or is one layer."""
     size = max(1, most // max(tokens, 1))
     return [range(i, min(i + size, num_layers)) for i in range(0, num_layers, size)]
-
-
-def layer_indices(layers: range, device: torch.device) -> Tensor:
-    """Layers as an index, ``[n]`` int64, without a copy from the host."""
-    return torch.arange(layers.start, layers.stop, device=device)

@@ -12,8 +12,11 @@ addresses. So nothing that a step needs is computed, counted or looked up in `Fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport
 
+from kvplug.containment import ON_WORKER, PolicyFailure
 from kvplug.contract import (
     AttendBatch,
     FormatPolicy,
@@ -33,6 +37,9 @@ from kvplug.contract import (
     WriteBatch,
 )
 from kvplug.hosts.dense import attend, attend_dense
+from kvplug.hosts.sizes import recent_places
+from kvplug.hosts.torch_state import TorchPolicy
+from kvplug.hosts.vllm.engine import plain_defaults
 from kvplug.hosts.vllm.messages import FormatReport, StepDirectives, StepReport
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
 from kvplug.hosts.vllm.worker.layers import layer_view, softcap_of
@@ -49,8 +56,13 @@ from kvplug.hosts.vllm.worker.steps import (
     Write,
     WriteCall,
 )
+from kvplug.hosts.vllm.worker.stored_format import StoredFormat
+from kvplug_kernels.cpu import prepare
 
 logger = init_logger("vllm.kvplug")
+
+MAX_SIGNALS = 4096
+"""Numbers that a worker may measure at once."""
 
 COUNTERS_EVERY = 64
 """Reports between two reads of counters that the host would have to wait for."""
@@ -74,6 +86,7 @@ class FormatWorker(KindWorker):
         assignments: Assignment of each slot's request; None where there is one for all.
         layers: State of each layer, by layer name.
         log: What the policy did, and how it failed.
+        first_slots: Slots that rings have at first.
     """
 
     kind = Kind.FORMAT
@@ -97,14 +110,16 @@ class FormatWorker(KindWorker):
         self.layers: dict[str, FormatLayer] = {}
         self.log = FormatLog(policy)
         self.rows = rows
-        self._layouts = [policy.layout(layer) for layer in layers]
+        self.page_layouts = [policy.layout(layer) for layer in layers]
+        self.recent_of = [policy.recent(layer) for layer in layers]
         self._num_groups = 1
         self._softcap = False
+        self.first_slots = 16
 
     # -- layers --------------------------------------------------------------------------------
 
     def rule(self, index: int) -> PageLayout:
-        return self._layouts[index]
+        return self.page_layouts[index]
 
     def customize_spec(self, spec: Any, rule: Any, stock: type[Any]) -> Any:
         self.check_block_size(spec, stock, self.policy.name)
@@ -134,6 +149,40 @@ class FormatWorker(KindWorker):
             self.refuse(f"{name} does not support models with learned attention sinks.", fix)
         # Some formats leave capped logits to the host, which reads pages back.
         self._softcap |= softcap_of(impl) > 0
+
+    def loaded(self, name: str, layer: Any, dtype: torch.dtype, vllm_config: Any) -> None:
+        """Take memory for a layer's recent tokens and for a builder, and place the policy's."""
+        device = torch.device(vllm_config.device_config.device)
+        if device.type == "cpu":
+            # Here, and neither within a policy's deadline nor within a request.
+            prepare()
+        slots = self.max_requests or int(vllm_config.scheduler_config.max_num_seqs)
+        self.first_slots = slots
+        own = self.layer(layer.impl, layer)
+        if own.recent_size:
+            places = recent_places(own.recent_size, slots)
+            count = places * layer.num_kv_heads * layer.head_size
+            for what in ("key", "value"):
+                self.held.reserve((own.layer.index, what), count, dtype, device)
+        if self.apart:
+            most = int(vllm_config.scheduler_config.max_num_batched_tokens)
+            for size in (0, *self.recent_sizes):
+                self.held.reserve(("tokens", size), most, torch.int64, device)
+        with plain_defaults():
+            self._place(own, layer, dtype, device)
+
+    def _place(
+        self, own: FormatLayer, layer: Any, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Let the policy copy to the device what it reads there, by a token that is padding."""
+        size = self.policy.engine.block_size
+        token = torch.zeros((1, layer.num_kv_heads, layer.head_size), dtype=dtype, device=device)
+        nowhere = torch.full((1,), -1, dtype=torch.int64, device=device)
+        batch = WriteBatch(token, token, nowhere)
+        pages = own.layout.pages(own.layer, 1, size, device=device)
+        # It may need more than this; what fails on real tokens is counted there.
+        with suppress(PolicyFailure):
+            self.log.contained.call("write", own.layer, batch, pages)
 
     def metadata_steps(
         self, spec: Any, vllm_config: Any, device: torch.device
@@ -214,28 +263,29 @@ class FormatLog:
 
     def __init__(self, policy: FormatPolicy):
         self._policy = policy
+        self.contained = TorchPolicy(policy, ON_WORKER, logger)
         self.counts = FormatReport()
         self.tokens = 0
         self.failed: str | None = None
         self.unwritten: set[int] = set()
         self.waits = False
         self._reports = 0
-        self._has_counters = True
 
-    def fail(self, method: str, error: Exception) -> None:
+    def fail(self, method: str, failure: PolicyFailure) -> None:
         """Count a failure; the first is logged."""
         self.counts.errors += 1
         if self.failed is None:
-            self.failed = f"{method}: {type(error).__name__}: {error}"
-            logger.error(
-                "format policy %r failed in %s; layers it cannot attend are attended by reading "
-                "pages back, and requests whose tokens it cannot store fail: %s: %s",
-                self._policy.name,
-                method,
-                type(error).__name__,
-                error,
-                exc_info=error,
+            self.failed = f"{method}: {failure.cause}"
+            self.contained.log(
+                f"failed in {method}; layers it cannot attend are attended by reading pages back, "
+                "and requests whose tokens it cannot store fail",
+                failure,
             )
+
+    def lose(self, blocks: list[int]) -> None:
+        """Take note that the tokens of some blocks are not there."""
+        self.unwritten.update(blocks)
+        self.counts.unwritten.update(blocks)
 
     def stored(self, layers: int) -> None:
         """Count the tokens of a step that ended, once per layer."""
@@ -258,26 +308,28 @@ class FormatLog:
 
     def _signals(self) -> list[float] | None:
         try:
-            found = self._policy.signals()
-            return None if found is None else [float(x) for x in found]
-        except Exception as error:
-            self.fail("signals", error)
+            found: list[float] | None = self.contained.run(self._measured)
+        except PolicyFailure as failure:
+            self.fail("signals", failure)
             return None
+        return found
+
+    def _measured(self) -> list[float] | None:
+        given = self._policy.signals()
+        if given is None:
+            return None
+        found = [float(x) for x in islice(given, MAX_SIGNALS + 1)]
+        if len(found) > MAX_SIGNALS or not all(map(math.isfinite, found)):
+            raise ValueError(f"signals must be at most {MAX_SIGNALS} finite numbers")
+        return found
 
     def _counters(self) -> dict[str, float]:
         """The policy's own counters; none once it failed to give them, and on a device only every
         `COUNTERS_EVERY` reports."""
-        if not self._has_counters:
-            return {}
         self._reports += 1
         if self.waits and self._reports % COUNTERS_EVERY != 1:
             return {}
-        try:
-            return {str(k): float(v) for k, v in self._policy.counters().items()}
-        except Exception:
-            logger.exception("policy %r failed in counters(); they are left out", self._policy.name)
-            self._has_counters = False
-            return {}
+        return self.contained.counters()
 
 
 class Assignments:
@@ -400,12 +452,12 @@ class FormatTokens(MetadataStep):
         self.current: TokenSlots | None = None
         self._buffers: TokenSlots | None = None
         if kind.apart:
+            slots, *places = (
+                kind.held.take(("tokens", name), (max_tokens,), torch.int64, device)
+                for name in (0, *kind.recent_sizes)
+            )
             self._buffers = TokenSlots(
-                torch.full((max_tokens,), -1, dtype=torch.int64, device=device),
-                {
-                    size: torch.zeros(max_tokens, dtype=torch.int64, device=device)
-                    for size in kind.recent_sizes
-                },
+                slots.fill_(-1), dict(zip(kind.recent_sizes, places, strict=True))
             )
 
     def build(self, inner: Build, call: BuildCall) -> Any:
@@ -494,9 +546,6 @@ class FormatAttention(AttentionStep):
             return inner(call)
         layer = self._kind.layer(call.impl, call.layer)
         if step is None:
-            if call.metadata is None and layer.recent_size and call.key is not None:
-                # The engine measures in this run how much memory it has left for pages.
-                layer.ring(call.key)
             return inner(call)
         layer.attend(step, call.query, call.key, call.value, call.cache, call.output)
         if layer.recent_size and step.tokens is not None:
@@ -507,7 +556,7 @@ class FormatAttention(AttentionStep):
         if not _coded(layer):
             return None
         own = self._kind.layer(impl, layer)
-        return CodedPages(own.policy, own.layer, own.layout, cache)
+        return CodedPages(own.stored, own.layer, own.layout, cache)
 
 
 class Ring:
@@ -516,19 +565,19 @@ class Ring:
     Args:
         slots: Slots.
         size: Tokens kept of each.
-        like: K or V of some tokens, ``[num_tokens, num_kv_heads, head_size]``.
+        key: Memory for the keys, ``[1 + slots * size, num_kv_heads, head_size]``.
+        value: Memory for the values, the same shape.
 
     Attributes:
         slots: As given.
         recent: The tokens as policies see them.
     """
 
-    def __init__(self, slots: int, size: int, like: Tensor):
+    def __init__(self, slots: int, size: int, key: Tensor, value: Tensor):
         self.slots = slots
         # Place 0 takes tokens that are not kept.
-        shape = (1 + slots * size, *like.shape[1:])
-        self._key, self._value = like.new_zeros(shape), like.new_zeros(shape)
-        by_slot = (slots, size, *like.shape[1:])
+        self._key, self._value = key, value
+        by_slot = (slots, size, *key.shape[1:])
         self.recent = Recent(self._key[1:].view(by_slot), self._value[1:].view(by_slot))
 
     def put(self, places: Tensor, key: Tensor, value: Tensor) -> None:
@@ -557,12 +606,16 @@ class FormatLayer:
         self.layer = layer
         self.scale = scale
         self.softcap = softcap
-        self.layout = kind.policy.layout(layer)
-        self.recent_size = kind.policy.recent(layer)
+        self.layout = kind.page_layouts[layer.index]
+        self.recent_size = kind.recent_of[layer.index]
         self.exact_chunk = bool(getattr(kind.policy.options, "exact_chunk", True))
         self._kind = kind
         self._log = kind.log
+        self.stored = StoredFormat(
+            kind.policy, kind.log.contained, kind.log.fail, kind.log.unwritten
+        )
         self._ring: Ring | None = None
+        self._torn = False
 
     def ring(self, like: Tensor) -> Ring:
         """Return the layer's ring, made on first use.
@@ -576,9 +629,14 @@ class FormatLayer:
         if slots is None:
             slots = max(self._kind.rows.num_slots, 1)
             if ring is None or ring.slots < slots:
-                slots = max(slots, 16 if ring is None else 2 * ring.slots)
+                slots = max(slots, self._kind.first_slots if ring is None else 2 * ring.slots)
         if ring is None or ring.slots < slots:
-            self._ring = Ring(slots, self.recent_size, like)
+            shape = (recent_places(self.recent_size, slots), *like.shape[1:])
+            key, value = (
+                self._kind.held.take((self.layer.index, what), shape, like.dtype, like.device)
+                for what in ("key", "value")
+            )
+            self._ring = Ring(slots, self.recent_size, key, value)
             if ring is not None:
                 self._ring.take(ring)
         assert self._ring is not None
@@ -609,15 +667,16 @@ class FormatLayer:
             else None,
         )
         try:
-            self.policy.write(self.layer, batch, cache)
-        except Exception as error:
+            self._log.contained.call("write", self.layer, batch, cache)
+        except PolicyFailure as failure:
             if _captures():
                 raise
-            self._log.fail("write", error)
+            self._log.fail("write", failure)
             written = slots[slots >= 0]
             blocks = torch.unique(written // cache.shape[2])
             cache[blocks] = 0
-            self._log.unwritten.update(blocks.tolist())
+            self._log.lose(blocks.tolist())
+            self._torn = True
         self._log.waits = cache.device.type != "cpu"
 
     def attend(
@@ -631,7 +690,9 @@ class FormatLayer:
     ) -> None:
         """Attend a step's queries; by reading pages back where the policy fails."""
         n = step.num_tokens
-        exact = self.exact_chunk and key is not None and value is not None
+        # What could not be stored is not in the pages; its step has it all the same.
+        exact = (self.exact_chunk or self._torn) and key is not None and value is not None
+        self._torn = False
         recent = self.recent(step.tokens, key) if exact else None
         kept = step.recent_lens(self.recent_size) if recent is not None else None
         batch = AttendBatch(
@@ -650,18 +711,19 @@ class FormatLayer:
             past_lens=step.past_lens(),
             recent_lens=kept,
         )
+        run = self._log.contained.run
         try:
-            attend(self.policy, self.layer, batch, cache, out[:n])
-        except Exception as error:
+            run(attend, self.policy, self.layer, batch, cache, out[:n])
+        except PolicyFailure as failure:
             if _captures():
                 raise
-            self._log.fail("attend", error)
+            self._log.fail("attend", failure)
             try:
-                attend_dense(self.policy, self.layer, batch, cache, out[:n])
-            except Exception as second:
+                run(attend_dense, self.policy, self.layer, batch, cache, out[:n])
+            except PolicyFailure as second:
                 self._log.fail("read", second)
                 out[:n].zero_()
-                self._log.unwritten.update(step.block_table[:, :1].flatten().tolist())
+                self._log.lose(step.block_table[:, :1].flatten().tolist())
 
     def remember(self, tokens: TokenSlots, n: int, key: Tensor, value: Tensor) -> None:
         """Keep the latest of a step's ``n`` tokens of each request, once they were attended."""

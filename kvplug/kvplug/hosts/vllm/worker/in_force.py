@@ -20,11 +20,14 @@ from torch import Tensor
 
 from kvplug.hosts.pruning import Eviction
 from kvplug.hosts.vllm.worker import metadata
+from kvplug.hosts.vllm.worker.held import HeldMemory
 from kvplug.hosts.vllm.worker.phases import Phase, StepPlanner
 from kvplug.hosts.vllm.worker.steps import Build, BuildCall, Built, MetadataStep
 from kvplug_kernels.compact_rows import compact_rows
 
 NEVER = np.iinfo(np.int32).max
+WIDTHS = 32
+"""Widths of block tables are at most rounded up to multiples of it."""
 
 
 class EvictionsInForce:
@@ -33,11 +36,15 @@ class EvictionsInForce:
     Args:
         num_slots: Slots of the runner.
         device: Device of the attention layers.
+        held: The memory of their kind.
+        group: Number of the group.
     """
 
-    def __init__(self, num_slots: int, device: torch.device):
+    def __init__(self, num_slots: int, device: torch.device, held: HeldMemory, group: int):
         self._host = np.tile(np.array([NEVER, 0, 0, 0], dtype=np.int32), (num_slots, 1))
-        self._device = metadata.to_device(self._host.copy(), device)
+        shape = (num_slots, self._host.shape[1])
+        self._device = held.take(("evictions", group), shape, torch.int32, device)
+        self._device.copy_(metadata.to_device(self._host.copy(), device))
         self._requests: list[str | None] = [None] * num_slots
         self._changed = False
 
@@ -69,6 +76,35 @@ class EvictionsInForce:
             now = metadata.to_device(self._host.copy(), self._device.device)
             self._device.copy_(now, non_blocking=True)
         return self._device
+
+
+def reserve_in_force(
+    held: HeldMemory,
+    group: int,
+    *,
+    num_slots: int,
+    max_rows: int,
+    max_tokens: int,
+    width: int,
+    device: torch.device,
+) -> None:
+    """Reserve what `EvictionsInForce` and one `InForce` of a KV-cache group take.
+
+    Args:
+        held: Where.
+        group: Number of the group.
+        num_slots: Slots of the runner.
+        max_rows: Most rows of a step.
+        max_tokens: Most tokens of a step; 0 where no queries are remembered.
+        width: Most blocks of a row. vLLM rounds a block table's width up.
+        device: Device of the attention layers.
+    """
+    held.reserve(("evictions", group), 4 * num_slots, torch.int32, device)
+    held.reserve(("lens", group), max_rows, torch.int32, device)
+    wide = -(-width // WIDTHS) * WIDTHS
+    held.reserve(("table", group), max_rows * wide, torch.int32, device)
+    if max_tokens:
+        held.reserve(("places", group), max_tokens, torch.int64, device)
 
 
 @dataclass(frozen=True)
@@ -107,6 +143,8 @@ class InForce(MetadataStep):
         max_rows: Most rows of a step, padding included.
         max_tokens: Most tokens of a step, padding included.
         num_slots: Slots of the runner.
+        held: The memory of their kind.
+        name: Number of the KV-cache group.
     """
 
     def __init__(
@@ -118,6 +156,8 @@ class InForce(MetadataStep):
         max_rows: int,
         max_tokens: int,
         num_slots: int,
+        held: HeldMemory,
+        name: int,
     ):
         device = planner.device
         self._planner = planner
@@ -125,11 +165,13 @@ class InForce(MetadataStep):
         self._built = built
         self._max_rows = max_rows
         self._table = torch.zeros((0, 0), dtype=torch.int32, device=device)
-        self._lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._held, self._name = held, name
+        self._lens = held.take(("lens", name), (max_rows,), torch.int32, device)
         self._places: Tensor | None = None
         if planner.ring:
             nowhere = num_slots * planner.ring
-            self._places = torch.full((max_tokens,), nowhere, device=device)
+            self._places = held.take(("places", name), (max_tokens,), torch.int64, device)
+            self._places.fill_(nowhere)
 
     def build(self, inner: Build, call: BuildCall) -> Any:
         common = call.common
@@ -148,7 +190,8 @@ class InForce(MetadataStep):
         width = source.shape[1]
         # By the first build, which comes before any capture; all have the width of the longest.
         if self._table.shape[1] < width:
-            self._table = source.new_zeros((self._max_rows, width), dtype=torch.int32)
+            shape = (self._max_rows, width)
+            self._table = self._held.take(("table", self._name), shape, torch.int32, source.device)
         table, lens = compact_rows(
             source,
             common.seq_lens,

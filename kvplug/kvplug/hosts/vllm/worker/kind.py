@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from kvplug.contract import Kind
 from kvplug.errors import DeploymentError, Refusal
 from kvplug.hosts.vllm.messages import StepDirectives, StepReport
+from kvplug.hosts.vllm.worker.held import HeldMemory
 from kvplug.hosts.vllm.worker.steps import AttentionStep, MetadataStep
 
 Origin = tuple[str, str]
@@ -29,6 +30,7 @@ class KindWorker:
 
     Attributes:
         kind: The kind.
+        held: Memory that it holds for the life of the engine.
         supports_update_block_table: Whether vLLM may take the metadata of one KV-cache group for
             another group with the block table swapped, where the backend can.
     """
@@ -38,6 +40,7 @@ class KindWorker:
 
     def __init__(self, origin: Origin):
         self.origin = origin
+        self.held = HeldMemory()
 
     # -- layers --------------------------------------------------------------------------------
 
@@ -73,13 +76,14 @@ class KindWorker:
             DeploymentError: It is not.
         """
 
-    def loaded(self, name: str, layer: Any, dtype: torch.dtype) -> None:
+    def loaded(self, name: str, layer: Any, dtype: torch.dtype, vllm_config: Any) -> None:
         """Take a layer whose weights were loaded. Memory taken here counts in vLLM's profile.
 
         Args:
             name: Its name.
             layer: vLLM's attention layer.
             dtype: Type of the model's activations.
+            vllm_config: The engine's config.
         """
 
     def metadata_steps(
@@ -158,6 +162,11 @@ class KindWorker:
     def unfilled(self) -> set[int]:
         """Return ids of blocks whose tokens are not there."""
         return set()
+
+    def received(self) -> tuple[set[str], set[str]]:
+        """Return requests that vLLM keeps waiting and whose run was dealt with since last asked,
+        and those of them whose run is not there."""
+        return set(), set()
 
     def stop(self) -> None:
         """Stop, at the engine's shutdown."""

@@ -19,6 +19,7 @@ from kvplug.hosts.vllm.worker.reuse import ReuseWorker, WatchedRows
 from kvplug.hosts.vllm.worker.sequence import Phases, ScoringWorker, SecondRunner
 from kvplug.hosts.vllm.worker.state import WorkerState, worker_state
 from kvplug.hosts.vllm.worker.steps import MetadataStep
+from kvplug.hosts.vllm.worker.tiers import TiersWorker
 from kvplug.hosts.vllm.worker.window import Compaction, WindowWorker
 
 Make = Callable[[Deployment, Any, WorkerState], KindWorker | None]
@@ -32,14 +33,20 @@ def _sequence(deployment: Deployment, config: Any, state: WorkerState) -> KindWo
     origin = _origin(deployment, Kind.SEQUENCE)
     if isinstance(policy, ScoringPolicy):
         second = SecondRunner(config, state.rows) if config.use_v2_model_runner else None
-        return ScoringWorker(policy, origin, second)
-    return WindowWorker(policy, origin, state.rows)
+        return _built(deployment, Kind.SEQUENCE, ScoringWorker, policy, origin, second)
+    return _built(deployment, Kind.SEQUENCE, WindowWorker, policy, origin, state.rows)
 
 
 def _reuse(deployment: Deployment, config: Any, state: WorkerState) -> KindWorker | None:
     if deployment.choice(Kind.REUSE) is None:
         return None
     return ReuseWorker(deployment, config, state, _origin(deployment, Kind.REUSE))
+
+
+def _tiers(deployment: Deployment, config: Any, state: WorkerState) -> KindWorker | None:
+    if not deployment.tiers:
+        return None
+    return TiersWorker(deployment, config, _origin(deployment, Kind.TIERS))
 
 
 def _attention(deployment: Deployment, config: Any, state: WorkerState) -> KindWorker | None:
@@ -55,7 +62,17 @@ def _format(deployment: Deployment, config: Any, state: WorkerState) -> KindWork
         return None
     second = bool(config.use_v2_model_runner)
     most = int(config.scheduler_config.max_num_seqs) if second else None
-    return FormatWorker(policy, _origin(deployment, Kind.FORMAT), state.rows, most)
+    origin = _origin(deployment, Kind.FORMAT)
+    return _built(deployment, Kind.FORMAT, FormatWorker, policy, origin, state.rows, most)
+
+
+def _built(
+    deployment: Deployment, kind: Kind, make: Callable[..., KindWorker], *arguments: Any
+) -> KindWorker:
+    """Make a kind that asks its policy about layers."""
+    choice = deployment.choice(kind)
+    assert choice is not None
+    return engine.at_start(deployment, choice, make, *arguments)
 
 
 def _origin(deployment: Deployment, kind: Kind) -> Origin:
@@ -69,6 +86,8 @@ KINDS: tuple[Make, ...] = (
     _sequence,
     # Only watches queries, keys and values, as the model computed them.
     _reuse,
+    # Has no step in a layer.
+    _tiers,
     # Takes some rows away from the attention below, and reads pages in whatever bytes.
     _attention,
     # Replaces the backend's own pages and attention, so nothing of ours is below it.

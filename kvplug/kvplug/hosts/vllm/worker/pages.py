@@ -8,16 +8,22 @@ plain permutation of the elements is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from kvplug.contract import FormatPolicy, LayerView, PageLayout, WriteBatch
+from kvplug.containment import PolicyFailure
+from kvplug.contract import LayerView, PageLayout, WriteBatch
 from kvplug.errors import KVPlugError
+from kvplug.hosts.vllm.worker.stored_format import StoredFormat
 from kvplug_kernels.move_tokens import LayerCaches, move_tokens
+from kvplug_kernels.move_tokens.vectorized import put_beside
+
+Beside = Sequence[tuple[Tensor, Tensor]]
+"""Pairs of what is kept beside pages and its values; see `move_tokens`."""
 
 Write = Callable[[Tensor, Tensor, Tensor, Tensor], None]
 """``write(key, value, cache, slots)``: store tokens ``[n, kv_heads, head_size]`` in a cache."""
@@ -60,13 +66,14 @@ class TokenPages(Protocol):
             to_slots: Slot in that block.
         """
 
-    def relocate(self, blocks: Tensor, source: Tensor) -> None:
+    def relocate(self, blocks: Tensor, source: Tensor, beside: Beside = ()) -> None:
         """Move survivors together, K and V. Does not wait for an accelerator.
 
         Args:
-            blocks: Blocks of each row in resident order, ``[rows, n]`` int64.
+            blocks: Blocks of each row in resident order, ``[rows, n]`` int32.
             source: Resident index that each place takes its token from, its own where nothing
                 moves, ``[rows, kv_heads, count]`` int32; no place is both read and written.
+            beside: What is kept beside the pages, and its values; see `move_tokens`.
         """
 
     def write(
@@ -238,12 +245,12 @@ class Pages:
                     from_blocks[..., None], heads[..., None], order[from_slots]
                 ]
 
-    def relocate(self, blocks: Tensor, source: Tensor) -> None:
+    def relocate(self, blocks: Tensor, source: Tensor, beside: Beside = ()) -> None:
         """Move survivors together; see `TokenPages.relocate`."""
         if self._caches is not None:
-            move_tokens(self._caches, blocks, source[None])
+            move_tokens(self._caches, blocks, source[None], beside)
         else:
-            relocate(self, blocks, source, self._orders[0].shape[0])
+            relocate(self, blocks, source, self._orders[0].shape[0], beside)
 
     def write(
         self, heads: Tensor, blocks: Tensor, slots: Tensor, key: Tensor, value: Tensor
@@ -261,7 +268,7 @@ class CodedPages:
     """Pages in the bytes of a format.
 
     Args:
-        policy: The format.
+        stored: The format.
         layer: The layer.
         layout: Its layout.
         cache: Its cache.
@@ -269,8 +276,8 @@ class CodedPages:
 
     views = None
 
-    def __init__(self, policy: FormatPolicy, layer: LayerView, layout: PageLayout, cache: Tensor):
-        self._policy = policy
+    def __init__(self, stored: StoredFormat, layer: LayerView, layout: PageLayout, cache: Tensor):
+        self._format = stored
         self._layer = layer
         self._layout = layout
         self._cache = cache
@@ -282,7 +289,7 @@ class CodedPages:
         """Read keys (0) or values (1) of whole blocks; see `TokenPages.gather`."""
         # Values are always asked for right after the keys of the same blocks.
         if which == 0 or self._read is None or self._read[0] is not blocks:
-            self._read = (blocks, self._policy.read(self._layer, self._cache, blocks.flatten()))
+            self._read = (blocks, self._format.read(self._layer, self._cache, blocks.flatten()))
         found = self._read[1][which].to(self._dtype)
         rows, n = blocks.shape
         _, heads, size, width = found.shape
@@ -303,9 +310,9 @@ class CodedPages:
         for plane in self._planes:
             plane[to_blocks, heads, to_slots] = plane[from_blocks, heads, from_slots]
 
-    def relocate(self, blocks: Tensor, source: Tensor) -> None:
+    def relocate(self, blocks: Tensor, source: Tensor, beside: Beside = ()) -> None:
         """Move survivors together; see `TokenPages.relocate`."""
-        relocate(self, blocks, source, self._cache.shape[2])
+        relocate(self, blocks, source, self._cache.shape[2], beside)
 
     def write(
         self, heads: Tensor, blocks: Tensor, slots: Tensor, key: Tensor, value: Tensor
@@ -318,16 +325,23 @@ class CodedPages:
             key[:, None].expand(-1, count, -1).contiguous(),
             value[:, None].expand(-1, count, -1).contiguous(),
         )
-        self._policy.write(self._layer, WriteBatch(*wide, place), scratch)
+        try:
+            self._format.write(self._layer, WriteBatch(*wide, place), scratch)
+        except PolicyFailure:
+            scratch.zero_()
+            self._format.lose(blocks)
         made = self._layout.planes(scratch)
         for plane, own in zip(self._planes, made, strict=True):
             plane[blocks, heads, slots] = own[place // size, heads, place % size]
 
 
-def relocate(pages: TokenPages, blocks: Tensor, source: Tensor, block_size: int) -> None:
+def relocate(
+    pages: TokenPages, blocks: Tensor, source: Tensor, block_size: int, beside: Beside = ()
+) -> None:
     """Move survivors together through `TokenPages.move`; see `TokenPages.relocate`."""
+    put_beside(blocks, source[None], beside)
     rows, heads, count = source.shape
-    source = source.long()
+    source, blocks = source.long(), blocks.long()
     place = torch.arange(count, device=source.device)
     if source.device.type == "cpu":
         row, head, place = torch.nonzero(source != place, as_tuple=True)

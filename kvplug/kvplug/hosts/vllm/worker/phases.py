@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from kvplug.hosts.vllm.messages import Plans, RowPlan
 from kvplug.hosts.vllm.spec import PrunedSpec
 from kvplug.hosts.vllm.worker import metadata
 from kvplug.hosts.vllm.worker.metadata import to_device
+from kvplug_kernels.resident_tokens import LatestQueries, LayerSlice
+
+ONE_LAYER = LayerSlice(0, 1, 1, 0)
 
 
 @dataclass
@@ -21,16 +25,34 @@ class ResidentBlocks:
     """Resident blocks of some rows at one moment, the same number of tokens each.
 
     Attributes:
-        blocks: Block ids in the order of resident indices, ``[rows, n]`` int64.
-        logical: Their numbers in the text, ``[rows, n]`` int64.
-        mixed: Blocks before this logical number carry survivors, ``[rows]`` int64.
+        table: The runner's block table, ``[requests, width]`` int32.
+        requests: Row of it, ``[rows]`` int32.
+        logical: Numbers in the text of each row's blocks, in the order of resident indices,
+            ``[rows, n]`` int32.
+        mixed: Blocks before this logical number carry survivors, ``[rows]`` int32.
         tokens: Resident tokens of each row.
+        layers: Layers whose blocks are numbered as one; rows are those of each of them in turn.
     """
 
-    blocks: Tensor
+    table: Tensor
+    requests: Tensor
     logical: Tensor
     mixed: Tensor
     tokens: int
+    layers: LayerSlice = ONE_LAYER
+
+    @property
+    def blocks(self) -> Tensor:
+        """Block ids, ``[layers * rows, n]`` int64: several operations on the device."""
+        own = self.table[self.requests.long()].gather(1, self.logical.long()).long()
+        first, number = self.layers.first, self.layers.num_layers
+        layer = torch.arange(first, first + number, device=own.device)[:, None, None]
+        return (own * self.layers.block_step + layer * self.layers.layer_step).flatten(0, 1)
+
+    @property
+    def rows(self) -> int:
+        """Rows, of all layers."""
+        return len(self.logical) * self.layers.num_layers
 
 
 @dataclass
@@ -43,9 +65,13 @@ class EvictionDecision:
         count: Resident tokens that survive.
         slots: The scheduler's slot of each row's request.
         at: Tokens of its text computed.
-        num_tokens: The same, ``[rows]`` int32.
-        num_prompt_tokens: Tokens of its prompt, ``[rows]`` int32.
-        rings: Index of its first place among the remembered queries, ``[rows]`` int64.
+        num_tokens: The same, ``[texts]`` int32: a text's rows, one a layer, share its entry.
+        shown_num_tokens: The same by row, ``[rows]`` int32, to be shown to a policy.
+        num_prompt_tokens: Tokens of its prompt, ``[rows]`` int32, likewise.
+        rings: Index of its first place among the remembered queries of a layer, ``[texts]``
+            int32.
+        starts: Where a layer's remembered queries start, by layer, ``[>= layers]`` int64; None
+            where there is one layer, at 0.
     """
 
     resident: ResidentBlocks
@@ -54,30 +80,58 @@ class EvictionDecision:
     slots: list[int]
     at: list[int]
     num_tokens: Tensor
+    shown_num_tokens: Tensor
     num_prompt_tokens: Tensor
     rings: Tensor
+    starts: Tensor | None = None
 
     def rows(self) -> list[EvictionDecision]:
-        """Split into one decision per row."""
-        resident = self.resident
-        return [
-            EvictionDecision(
-                ResidentBlocks(
-                    resident.blocks[i : i + 1],
-                    resident.logical[i : i + 1],
-                    resident.mixed[i : i + 1],
-                    resident.tokens,
-                ),
-                self.candidates,
-                self.count,
-                [slot],
-                self.at[i : i + 1],
-                self.num_tokens[i : i + 1],
-                self.num_prompt_tokens[i : i + 1],
-                self.rings[i : i + 1],
+        """Split into one decision per row, of one layer."""
+        resident, texts = self.resident, len(self.num_tokens)
+        layers = resident.layers
+        made = []
+        for i, slot in enumerate(self.slots):
+            text = slice(i % texts, i % texts + 1)
+            made.append(
+                EvictionDecision(
+                    ResidentBlocks(
+                        resident.table,
+                        resident.requests[text],
+                        resident.logical[text],
+                        resident.mixed[text],
+                        resident.tokens,
+                        replace(layers, first=layers.first + i // texts, num_layers=1),
+                    ),
+                    self.candidates,
+                    self.count,
+                    [slot],
+                    self.at[i : i + 1],
+                    self.num_tokens[text],
+                    self.shown_num_tokens[i : i + 1],
+                    self.num_prompt_tokens[i : i + 1],
+                    self.rings[text],
+                    self.starts,
+                )
             )
-            for i, slot in enumerate(self.slots)
-        ]
+        return made
+
+    def latest(self, queries: Tensor, ring: int, window: int) -> LatestQueries:
+        """Name the latest queries of each row.
+
+        Args:
+            queries: Remembered queries, ``[n, num_heads, head_size]``.
+            ring: Queries remembered of a row in a layer.
+            window: How many of them.
+        """
+        return LatestQueries(
+            queries, _starts(self.starts, queries), self.rings, self.num_tokens, ring, window
+        )
+
+
+def _starts(starts: Tensor | None, queries: Tensor) -> Tensor:
+    if starts is not None:
+        return starts
+    return torch.zeros(1, dtype=torch.int64, device=queries.device)
 
 
 @dataclass
@@ -87,17 +141,32 @@ class AttentionFlush:
     Attributes:
         resident: Their resident blocks.
         remembered: Index into the layer's remembered queries of each query, ``[rows, n]``, or -1;
-            None where all are fresh.
+            None where all are fresh, or `settled`.
         fresh: Index into this step's tokens of each query, ``[rows, n]``, or -1; None where all are
             remembered.
-        positions: Position of each query, ``[rows, n]`` int32. The resident tokens at the same
-            positions, the last ones, received nothing before.
+        positions: Position of each query, ``[rows, n]`` int32; None where `settled`. The resident
+            tokens at the same positions, the last ones, received nothing before.
+        new: Queries of each row.
+        settled: The queries, all of them remembered, by position: the first and the one after the
+            last, and the index of the row's first place among those of a layer, ``[texts, 3]``
+            int32; None where they are named one by one.
+        starts: As those of a decision.
     """
 
     resident: ResidentBlocks
     remembered: Tensor | None
     fresh: Tensor | None
-    positions: Tensor
+    positions: Tensor | None
+    new: int
+    settled: Tensor | None = None
+    starts: Tensor | None = None
+
+    def latest(self, queries: Tensor, ring: int) -> LatestQueries:
+        """Name the queries of a settled flush; see `EvictionDecision.latest`."""
+        assert self.settled is not None
+        begins, ends, places = self.settled.unbind(1)
+        starts = _starts(self.starts, queries)
+        return LatestQueries(queries, starts, places, ends, ring, FLUSH, begins)
 
 
 @dataclass
@@ -158,9 +227,13 @@ class StepPlanner:
         group: Group number of the policy: the index of the spec's share.
         ring: Queries remembered per request.
         device: Device of the tensors.
+
+    Attributes:
+        layers: Most layers that are decided together.
     """
 
     def __init__(self, spec: PrunedSpec, group: int, ring: int, device: torch.device):
+        self.layers = 1
         self.ring = ring
         self.block_size = int(spec.block_size)
         self.protected = spec.limits.protected
@@ -259,14 +332,44 @@ class StepPlanner:
             seq_lens_cpu=lens_cpu,
         )
 
-    def _resident(
-        self, common: Any, parts: list[RowPart], logical: list[list[int]]
-    ) -> ResidentBlocks:
-        rows = to_device([s.row for s in parts], self.device)
-        numbers = to_device(logical, self.device)
-        table = common.block_table_tensor[rows].long()
-        mixed = to_device([s.state.end if s.state else 0 for s in parts], self.device)
-        return ResidentBlocks(table.gather(1, numbers), numbers, mixed, 0)
+    def _packed(
+        self,
+        common: Any,
+        parts: list[RowPart],
+        logical: list[list[int]],
+        tokens: int,
+        more: list[list[int]],
+        by_row: list[list[int]],
+    ) -> tuple[ResidentBlocks, Tensor, list[Tensor]]:
+        """Copy what is to be known of some rows to the device, all at once.
+
+        Args:
+            common: vLLM's common metadata.
+            parts: The rows.
+            logical: Logical blocks of each, in resident order.
+            tokens: Resident tokens of each.
+            more: Further numbers of each.
+            by_row: Numbers of each that are repeated for every layer, layer by layer.
+
+        Returns:
+            Their blocks; the further numbers, ``[rows, n]`` int32; the repeated ones, ``[layers *
+            rows]`` int32 each.
+        """
+        mixed = [s.state.end if s.state else 0 for s in parts]
+        own = [
+            [s.row, m, *numbers, *blocks]
+            for s, m, numbers, blocks in zip(parts, mixed, more, logical, strict=True)
+        ]
+        head = np.array(own, dtype=np.int32)
+        tail = [np.tile(np.array(numbers, dtype=np.int32), self.layers) for numbers in by_row]
+        flat = to_device(np.concatenate([head.ravel(), *tail]), self.device)
+        columns = flat[: head.size].view(head.shape)
+        repeated = list(flat[head.size :].view(len(by_row), -1)) if by_row else []
+        first = 2 + (len(more[0]) if more else 0)
+        resident = ResidentBlocks(
+            common.block_table_tensor, columns[:, 0], columns[:, first:], columns[:, 1], tokens
+        )
+        return resident, columns[:, 2:first], repeated
 
     def decisions(self, common: Any, parts: list[RowPart]) -> list[EvictionDecision]:
         """Return the evictions at the end of a phase, rows of one shape together."""
@@ -279,19 +382,27 @@ class StepPlanner:
         made = []
         for (tokens, candidates, survivors), members in shapes.items():
             own = [s for s, _ in members]
-            resident = self._resident(common, own, [list(blocks) for _, blocks in members])
-            resident.tokens = tokens
-            plans = [s.plan for s in own if s.plan is not None]
+            prompts = [s.plan.prompt for s in own if s.plan is not None]
+            ends = [s.end for s in own]
+            resident, numbers, (shown, shown_prompts) = self._packed(
+                common,
+                own,
+                [list(blocks) for _, blocks in members],
+                tokens,
+                [[s.end, s.ring * self.ring] for s in own],
+                [ends, prompts],
+            )
             made.append(
                 EvictionDecision(
                     resident,
                     candidates * self.block_size,
                     survivors * self.block_size,
                     [s.slot for s in own],
-                    [s.end for s in own],
-                    to_device([s.end for s in own], self.device, torch.int32),
-                    to_device([p.prompt for p in plans], self.device, torch.int32),
-                    to_device([s.ring * self.ring for s in own], self.device),
+                    ends,
+                    numbers[:, 0],
+                    shown,
+                    shown_prompts,
+                    numbers[:, 1],
                 )
             )
         return made
@@ -343,8 +454,11 @@ class StepPlanner:
                         *range(resume, resume + filled - kept),
                     ]
                 )
-            resident = self._resident(common, own, logical)
-            resident.tokens = tokens
+            numbers = [[begin, begin + n, s.ring * ring] for s, begin in members]
+            resident, queries, _ = self._packed(common, own, logical, tokens, numbers, [])
+            if settled and n <= min(FLUSH, ring):
+                made.append(AttentionFlush(resident, None, None, None, n, queries))
+                continue
             positions = [list(range(begin, begin + n)) for _, begin in members]
             fresh = [
                 [s.first_token + p - s.start if p >= s.start else -1 for p in row]
@@ -362,6 +476,7 @@ class StepPlanner:
                     else None,
                     None if settled else to_device(fresh, self.device),
                     to_device(positions, self.device, torch.int32),
+                    n,
                 )
             )
         return made

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kvplug.hosts.sizes import query_places
+from kvplug.hosts.vllm.worker.held import HeldMemory
 
 
 class Geometry(NamedTuple):
@@ -24,11 +28,13 @@ class QueryRings:
     Args:
         ring: Queries per slot.
         num_slots: Slots.
+        held: The memory of their kind.
     """
 
-    def __init__(self, ring: int, num_slots: int):
+    def __init__(self, ring: int, num_slots: int, held: HeldMemory):
+        self._held = held
         self.ring = ring
-        self.per_layer = num_slots * ring + 1
+        self.per_layer = query_places(ring, num_slots)
         self._layers: dict[str, tuple[Geometry, int]] = {}
         self._queries: dict[Geometry, Tensor] = {}
 
@@ -46,7 +52,8 @@ class QueryRings:
         same = sum(own is geometry or own == geometry for own, _ in self._layers.values())
         if geometry not in self._queries:
             shape = (num_layers, self.per_layer, geometry.num_heads, geometry.head_size)
-            self._queries[geometry] = torch.zeros(shape, dtype=geometry.dtype, device=device)
+            self._held.reserve(geometry, prod(shape), geometry.dtype, device)
+            self._queries[geometry] = self._held.take(geometry, shape, geometry.dtype, device)
         self._layers[name] = (geometry, same)
 
     def write(self, name: str, query: Tensor, places: Tensor) -> None:
@@ -73,8 +80,3 @@ class QueryRings:
     def first(self, name: str) -> int:
         """Index of a layer's first place in `all_like`."""
         return self._layers[name][1] * self.per_layer
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of them."""
-        return sum(queries.nbytes for queries in self._queries.values())

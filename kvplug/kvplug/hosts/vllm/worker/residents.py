@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvplug.containment import PolicyFailure
 from kvplug.contract import LayerView, ResidentView, ScoringPolicy
-from kvplug.hosts.pruning import FLUSH
+from kvplug.hosts.pruning import FLUSH, Rules
+from kvplug.hosts.vllm.worker.page_tails import tail_of
 from kvplug.hosts.vllm.worker.pages import TokenPages, open_pages
 from kvplug.hosts.vllm.worker.phases import AttentionFlush, EvictionDecision, ResidentBlocks
+from kvplug_kernels.add_mass import add_mass
 from kvplug_kernels.attention_mass import attention_mass
+from kvplug_kernels.resident_tokens import LatestQueries, resident_tokens
 
 MASS_ELEMENTS = 1 << 24
 """Attention masses computed at once: it bounds the memory of a long chunk."""
@@ -21,6 +26,23 @@ def _repeat(rows: Tensor, times: int) -> Tensor:
     """Each row ``times`` times, one after the other."""
     shape = (rows.shape[0], times, *rows.shape[1:])
     return rows[:, None].expand(shape).reshape(-1, *rows.shape[1:]).contiguous()
+
+
+@dataclass(frozen=True)
+class Residents:
+    """The resident tokens of some rows at one moment.
+
+    Attributes:
+        view: What a policy sees. It may write where it should not: nothing is read from it.
+        table: Blocks of each row, ``[rows, n]`` int32.
+        positions: Position in the text of each token, ``[rows, kv_heads, tokens]`` int32.
+        totals: Cumulative attention of each, likewise, float32; None for none.
+    """
+
+    view: ResidentView
+    table: Tensor
+    positions: Tensor
+    totals: Tensor | None
 
 
 class LayerResidents:
@@ -35,21 +57,31 @@ class LayerResidents:
         ring: Queries remembered per request.
         scale: Softmax scale.
         softcap: Soft cap of logits; 0 for none.
+        tails: Whether the pages have tails for what is kept beside slots; see `page_tails`.
 
     Attributes:
+        rules: What the policy declared.
         queries: Remembered queries, ``[n, num_heads, head_size]``: a ring per slot.
         positions: Position of each survivor, ``[num_blocks, kv_heads, block_size]`` int32.
         cumulative: Cumulative attention of each token, the same shape, float32.
     """
 
     def __init__(
-        self, policy: ScoringPolicy, layer: LayerView, ring: int, scale: float, softcap: float
+        self,
+        policy: ScoringPolicy,
+        layer: LayerView,
+        ring: int,
+        scale: float,
+        softcap: float,
+        tails: bool = False,
     ):
         self.policy = policy
+        self.rules = Rules.of(policy)
         self.layer = layer
         self.ring = ring
         self.scale = scale
         self.softcap = softcap
+        self._tails = tails
         self._pages: TokenPages | None = None
         self._cache_at = -1
         self.queries: Tensor | None = None
@@ -67,12 +99,14 @@ class LayerResidents:
         if self._pages is None or self._cache_at != cache.data_ptr():
             self._pages = open_pages(impl, layer, cache)
             self._cache_at = cache.data_ptr()
-            blocks, heads, size = cache.shape[:3]
-            self.positions = torch.zeros(
-                (blocks, heads, size), dtype=torch.int32, device=cache.device
-            )
-            if self.policy.wants_cumulative_attention:
-                self.cumulative = torch.zeros((blocks, heads, size), device=cache.device)
+            self.positions = self._beside(cache, 0, torch.int32)
+            if self.rules.cumulative:
+                self.cumulative = self._beside(cache, 1, torch.float32)
+
+    def _beside(self, cache: Tensor, field: int, dtype: torch.dtype) -> Tensor:
+        if self._tails:
+            return tail_of(cache, field, dtype)
+        return torch.zeros(cache.shape[:3], dtype=dtype, device=cache.device)
 
     def remember(self, query: Tensor, tokens: Tensor, places: Tensor) -> None:
         """Keep the queries of some tokens for later evictions."""
@@ -93,9 +127,18 @@ class LayerResidents:
             flush: Which queries, and what they saw.
         """
         resident = flush.resident
-        view = self.view(resident)
-        mass = self._mass(view, self._queries_of(query, flush), flush.positions)
-        self._add_attention(resident, view.over_groups(mass), flush.positions.shape[1])
+        assert self.cumulative is not None
+        if flush.settled is not None:
+            assert self.queries is not None
+            found = self.look(resident, latest=flush.latest(self.queries, self.ring))
+            queries, positions = found.view.queries, found.view.query_positions
+            assert queries is not None and positions is not None
+        else:
+            found = self.look(resident)
+            assert flush.positions is not None
+            queries, positions = self._queries_of(query, flush), flush.positions
+        mass = self._mass(found.view, queries, positions)
+        add_mass(self.cumulative, found.table, mass, new=flush.new)
 
     def _mass(self, view: ResidentView, queries: Tensor, positions: Tensor) -> Tensor:
         """Attention mass of the resident tokens, ``[rows, num_heads, count]``.
@@ -109,6 +152,8 @@ class LayerResidents:
             positions: ``[rows, n]`` int32.
         """
         rows, n, heads, size = queries.shape
+        if n == FLUSH and rows * heads * view.count <= MASS_ELEMENTS:
+            return self._mass_of(view, queries, positions, 1)
         parts = -(-n // FLUSH)
         lack = parts * FLUSH - n
         if lack:
@@ -121,22 +166,32 @@ class LayerResidents:
         for first in range(0, parts, at_once):
             some = slice(first, min(first + at_once, parts))
             k = some.stop - some.start
-            mass = attention_mass(
-                queries[:, some].flatten(0, 1),
-                view.key_pages,
-                _repeat(view.block_table, k),
-                _repeat(view.lens, k),
-                self.scale,
-                key_positions=_repeat(view.positions, k),
-                query_positions=positions[:, some].flatten(0, 1),
-                softcap=self.softcap,
-                # Pages may end behind the resident tokens.
-                out=queries.new_empty((rows * k, heads, view.count), dtype=torch.float32),
+            mass = self._mass_of(
+                view, queries[:, some].flatten(0, 1), positions[:, some].flatten(0, 1), k
             )
             mass = mass.view(rows, k, heads, view.count).sum(1)
             total = mass if total is None else total + mass
         assert total is not None, "a flush has queries"
         return total
+
+    def _mass_of(self, view: ResidentView, queries: Tensor, positions: Tensor, k: int) -> Tensor:
+        """Attention mass of ``k`` parts of each row's queries, each part a row."""
+        rows, _, heads, _ = queries.shape
+        table, lens, key_positions = view.block_table, view.lens, view.positions
+        if k > 1:
+            table, lens, key_positions = (_repeat(x, k) for x in (table, lens, key_positions))
+        return attention_mass(
+            queries,
+            view.key_pages,
+            table,
+            lens,
+            self.scale,
+            key_positions=key_positions,
+            query_positions=positions,
+            softcap=self.softcap,
+            # Pages may end behind the resident tokens.
+            out=queries.new_empty((rows, heads, view.count), dtype=torch.float32),
+        )
 
     def _queries_of(self, query: Tensor | None, flush: AttentionFlush) -> Tensor:
         if flush.fresh is None:
@@ -149,77 +204,84 @@ class LayerResidents:
         old = self.queries[flush.remembered.clamp_min(0)]
         return torch.where((flush.fresh >= 0)[..., None, None], fresh, old)
 
-    def _add_attention(self, resident: ResidentBlocks, add: Tensor, new: int) -> None:
-        """Add to the cumulative attention, ``[rows, kv_heads, n]`` in resident order; the last
-        ``new`` tokens had received nothing."""
-        assert self.cumulative is not None
-        rows, (_, heads, size) = len(resident.blocks), self.cumulative.shape
-        before = self._attention_of(resident)
-        before[..., resident.tokens - new :] = 0
-        whole = resident.blocks.shape[1] * size
-        sums = torch.nn.functional.pad(before + add, (0, whole - add.shape[2]))
-        self.cumulative[resident.blocks] = sums.view(rows, heads, -1, size).transpose(1, 2)
-
-    def _attention_of(self, resident: ResidentBlocks) -> Tensor:
-        """Cumulative attention in resident order, ``[rows, kv_heads, n]``, a copy."""
-        assert self.cumulative is not None
-        rows, (_, heads, _size) = len(resident.blocks), self.cumulative.shape
-        taken = self.cumulative[resident.blocks].transpose(1, 2)
-        return taken.reshape(rows, heads, -1)[..., : resident.tokens]
-
-    def _positions_of(self, resident: ResidentBlocks) -> Tensor:
-        assert self.positions is not None
-        rows, (_, heads, size) = len(resident.blocks), self.positions.shape
-        offsets = torch.arange(size, dtype=torch.int32, device=resident.blocks.device)
-        plain = (resident.logical[..., None] * size + offsets).to(torch.int32)
-        mixed = (resident.logical < resident.mixed[:, None])[:, None, :, None]
-        found = torch.where(
-            mixed, self.positions[resident.blocks].transpose(1, 2), plain[:, None]
-        ).reshape(rows, heads, -1)
-        return found[..., : resident.tokens].contiguous()
-
     def view(
         self, resident: ResidentBlocks, decision: EvictionDecision | None = None
     ) -> ResidentView:
-        """Return what a policy sees of some rows, with their observed queries at a decision."""
+        """Return what a policy sees of some rows; see `look`."""
+        return self.look(resident, decision).view
+
+    def look(
+        self,
+        resident: ResidentBlocks,
+        decision: EvictionDecision | None = None,
+        latest: LatestQueries | None = None,
+    ) -> Residents:
+        """Lay out the resident tokens of some rows: one launch on an accelerator.
+
+        Args:
+            resident: Their blocks.
+            decision: The decision they are laid out for, with the queries that the policy observes;
+                None for none.
+            latest: Queries wanted where there is no decision.
+        """
+        assert self.positions is not None
         pages = self.pages
-        queries = None
-        if decision is not None and self.policy.observation:
-            queries = self.latest_queries(decision, self.policy.observation)
-        rows = resident.blocks.shape[0]
-        device = resident.blocks.device
+        if decision is not None and self.rules.observation:
+            assert self.queries is not None
+            latest = decision.latest(self.queries, self.ring, self.rules.observation)
+        found = resident_tokens(
+            resident.table,
+            resident.requests,
+            resident.logical,
+            resident.mixed,
+            self.positions,
+            resident.layers,
+            count=resident.tokens,
+            totals=self.cumulative,
+            latest=latest,
+        )
+        shown, own = found.table
         plain = pages.views
-        paged = plain is not None and self.paged(device)
+        paged = plain is not None and self.paged(shown.device)
         if plain is not None and paged:
-            key, value, table = *plain, resident.blocks.to(torch.int32)
+            key, value, table = *plain, shown
         else:
-            key = pages.gather(0, resident.blocks)[:, :, : resident.tokens]
-            value = pages.gather(1, resident.blocks)[:, :, : resident.tokens]
-            table = torch.arange(rows, dtype=torch.int32, device=device)[:, None]
-        none = torch.zeros(rows, dtype=torch.int32, device=device)
-        num_tokens = decision.num_tokens if decision is not None else none
-        positions = None
-        if queries is not None:
-            window = torch.arange(-self.policy.observation, 0, device=device, dtype=torch.int32)
-            positions = (num_tokens[:, None] + window).clamp_min(-1)
-        return ResidentView(
+            key, value = self._gathered(pages, own.long(), resident.tokens)
+            table = torch.arange(len(own), dtype=torch.int32, device=own.device)[:, None]
+        none = found.lens
+        view = ResidentView(
             layer=self.layer,
             scale=self.scale,
             softcap=self.softcap,
-            num_tokens=num_tokens,
+            num_tokens=decision.shown_num_tokens if decision is not None else none,
             num_prompt_tokens=decision.num_prompt_tokens if decision is not None else none,
             count=resident.tokens,
-            positions=self._positions_of(resident),
+            positions=found.positions[0],
             key_pages=key,
             value_pages=value,
             block_table=table,
-            queries=queries,
-            query_positions=positions,
-            cumulative_attention=self._attention_of(resident)
-            if self.cumulative is not None
-            else None,
+            queries=found.queries,
+            query_positions=found.query_positions,
+            cumulative_attention=found.totals[0] if found.totals is not None else None,
+            longest=max(decision.at) if decision is not None else 0,
             dense=not paged,
         )
+        # As the property would make it, without another launch.
+        vars(view)["lens"] = found.lens
+        totals = found.totals[1] if found.totals is not None else None
+        return Residents(view, own, found.positions[1], totals)
+
+    def _gathered(self, pages: TokenPages, blocks: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        """K and V of some rows; zeros where a format cannot read its pages back."""
+        try:
+            key, value = pages.gather(0, blocks), pages.gather(1, blocks)
+        except PolicyFailure:
+            layer = self.layer
+            shape = (len(blocks), layer.num_kv_heads, tokens, layer.head_size)
+            dtype: torch.dtype = getattr(torch, layer.dtype)
+            zeros = torch.zeros(shape, dtype=dtype, device=blocks.device)
+            return zeros, zeros
+        return key[:, :, :tokens], value[:, :, :tokens]
 
     def paged(self, device: torch.device) -> bool:
         """Return True if a policy's kernels read the pages, rather than a copy of them."""
@@ -230,25 +292,17 @@ class LayerResidents:
         assert self.queries is not None
         device = decision.num_tokens.device
         positions = decision.num_tokens[:, None].long() + torch.arange(-window, 0, device=device)
-        return self.queries[decision.rings[:, None] + positions % self.ring]
+        places = decision.rings[:, None].long() + positions % self.ring
+        if decision.starts is not None:
+            layers = decision.resident.layers
+            own = decision.starts[layers.first : layers.first + layers.num_layers]
+            places = (places + own[:, None, None]).flatten(0, 1)
+        return self.queries[places]
 
-    def put(self, resident: ResidentBlocks, source: Tensor, view: ResidentView) -> None:
-        """Let positions and cumulative attention follow the tokens that moved.
-
-        Args:
-            resident: Resident blocks before the move.
-            source: Resident index each survivor comes from, ``[rows, kv_heads, n]`` int64.
-            view: What the decision saw.
-        """
-        rows, heads, count = source.shape
-        size = self.policy.engine.block_size
-        survivors = resident.blocks[:, : count // size]
-
-        def store(side: Tensor, values: Tensor) -> None:
-            moved = values.gather(2, source).view(rows, heads, -1, size)
-            side[survivors] = moved.transpose(1, 2)
-
+    def beside(self, positions: Tensor, totals: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Pair what is kept beside the pages with its values, in resident order."""
         assert self.positions is not None
-        store(self.positions, view.positions)
-        if self.cumulative is not None and view.cumulative_attention is not None:
-            store(self.cumulative, view.cumulative_attention)
+        pairs = [(self.positions, positions)]
+        if self.cumulative is not None and totals is not None:
+            pairs.append((self.cumulative, totals))
+        return pairs

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from kvplug.client_names import request_name
+from kvplug.containment import ON_WORKER, PolicyFailure
 from kvplug.contract import Kind
 from kvplug.deployment import Deployment
 from kvplug.errors import KVPlugError
+from kvplug.hosts.torch_state import TorchPolicy
 from kvplug.hosts.vllm import engine
 from kvplug.hosts.vllm.messages import (
+    LoadOrder,
     ReuseDirectives,
     ReuseReport,
     SaveOrder,
@@ -27,11 +31,12 @@ from kvplug.hosts.vllm.messages import (
     StepReport,
 )
 from kvplug.hosts.vllm.view import engine_view
+from kvplug.hosts.vllm.weights import Weights
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
 from kvplug.hosts.vllm.worker.recompute import Recomputer
 from kvplug.hosts.vllm.worker.reuse_loading import RunLoader
 from kvplug.hosts.vllm.worker.reuse_saving import ObservedQueries, SegmentSaver
-from kvplug.hosts.vllm.worker.segments import LayerPages
+from kvplug.hosts.vllm.worker.segments import LayerPages, stored_planes
 from kvplug.hosts.vllm.worker.state import WorkerState
 from kvplug.hosts.vllm.worker.steps import (
     Attend,
@@ -43,6 +48,7 @@ from kvplug.hosts.vllm.worker.steps import (
     Write,
     WriteCall,
 )
+from kvplug.reuse.folder import engine_folder
 from kvplug.reuse.memory import SegmentMemory, StoredSegment
 
 logger = init_logger("vllm.kvplug")
@@ -77,8 +83,16 @@ class ReuseWorker(KindWorker):
         self.saver = SegmentSaver()
         self._report = ReuseReport()
         self._unfilled: set[int] = set()
+        self._received: set[str] = set()
+        self._missing: set[str] = set()
         self._wanted: dict[str, StoredSegment] = {}
         self._logged: set[str] = set()
+        self._folder = self.settings.store.directory
+        # Before the weights are loaded, to see whether they change meanwhile.
+        self._seen = Weights.of(vllm_config).signature() if self._folder else ()
+        self._started = False
+        self._generation = 0
+        self._reloaded_in: int | None = None
 
     # -- layers --------------------------------------------------------------------------------
 
@@ -88,6 +102,12 @@ class ReuseWorker(KindWorker):
         from kvplug.hosts.vllm.spec import ApproximateSpec
 
         return replace_as(spec, ApproximateSpec)
+
+    def loaded(self, name: str, layer: Any, dtype: torch.dtype, vllm_config: Any) -> None:
+        if self._started:
+            # What is stored is of other weights, until the scheduler has reset it.
+            self._reloaded_in = self._generation
+            self._report.reloaded = True
 
     def metadata_steps(
         self, spec: Any, vllm_config: Any, device: torch.device
@@ -104,10 +124,21 @@ class ReuseWorker(KindWorker):
 
         rank = get_tensor_model_parallel_rank()
         world = int(self._config.parallel_config.tensor_parallel_size)
-        self.loader.checks = engine.reuse_checks(self._deployment, engine_view(self._config))
+        checks = engine.reuse_checks(self._deployment, engine_view(self._config))
+        self.loader.checks = [TorchPolicy(check, ON_WORKER, logger) for check in checks]
         self.loader.world = world
         self.saver.rank, self.saver.world = rank, world
-        self._memory = SegmentMemory(self.settings.store.directory, rank, world)
+        weights = Weights.of(self._config)
+        if self._seen and weights.signature() != self._seen:
+            self.refuse(
+                f"the files of {weights.name} changed while they were loaded, so nothing "
+                "says which weights the engine has.",
+                "start it again.",
+            )
+        data_parallel = int(self._config.parallel_config.data_parallel_index)
+        folder = engine_folder(self._folder, data_parallel)
+        self._memory = SegmentMemory(folder, rank, world)
+        self._started = True
 
     def register(self, caches: dict[str, Tensor]) -> None:
         if self.settings.recompute.needed and not self._recomputer.ready:
@@ -118,19 +149,25 @@ class ReuseWorker(KindWorker):
         from vllm.model_executor.models.utils import extract_layer_index
 
         context = self._config.compilation_config.static_forward_context
-        views = self.loader.checks[0].engine.layers
+        views = engine_view(self._config).layers
         stored = engine.format_policy(self._deployment, self._config)
         self.loader.layers = self.saver.layers = {
             name: LayerPages(context[name], caches[name], views[extract_layer_index(name)], stored)
             for name in sorted(caches, key=extract_layer_index)
             if name in context
         }
+        pages = list(self.loader.layers.values())
+        if pages:
+            self._memory.expect(stored_planes(pages))
 
     def begin(self, directives: StepDirectives) -> None:
         self.saver.begin()
         own = directives.reuse
         if own is None:
             return
+        self._generation = own.generation
+        if self._reloaded_in is not None and own.generation > self._reloaded_in:
+            self._reloaded_in = None
         for save in own.saves:
             self.saver.watched.setdefault(save.slot, []).append(save)
         # A segment may be loaded, dropped and stored again in one step.
@@ -145,19 +182,32 @@ class ReuseWorker(KindWorker):
     def load(self, directives: StepDirectives) -> None:
         own = directives.reuse or ReuseDirectives()
         for order in own.loads:
+            if self._reloaded_in is not None:
+                self._leave_unfilled(order)
+                continue
             try:
                 self.loader.load(order, self._wanted, self._report)
             except Exception as error:
                 self._failed("load", error)
-                self._report.unloaded.append(order.request)
-                starts = [a for a, _ in order.spans] + [p.start for p in order.pieces]
-                first = min(starts, default=0) // self._recomputer.block_size
-                self._unfilled.update(order.blocks[first:].tolist())
+                self._leave_unfilled(order)
+            else:
+                self._report.filled[order.number] = 1
+        self._received |= {order.request for order in own.loads if order.awaited}
         self._wanted = {}
+
+    def _leave_unfilled(self, order: LoadOrder) -> None:
+        """Have vLLM compute a run."""
+        self._report.unloaded.append(order.request)
+        if order.awaited:
+            self._missing.add(order.request)
+            return
+        starts = [a for a, _ in order.spans] + [p.start for p in order.pieces]
+        first = min(starts, default=0) // self._recomputer.block_size
+        self._unfilled.update(order.blocks[first:].tolist())
 
     def end(self, directives: StepDirectives) -> None:
         own = directives.reuse or ReuseDirectives()
-        unloaded = set(self._report.unloaded)
+        unloaded = {request_name(name) for name in self._report.unloaded}
         for save in own.saves:
             if save.fingerprint.request_id in unloaded:
                 # What the step computed for it saw pages that were never filled.
@@ -184,11 +234,21 @@ class ReuseWorker(KindWorker):
         found, self._unfilled = self._unfilled, set()
         return found
 
+    def received(self) -> tuple[set[str], set[str]]:
+        """Return requests whose awaited run was loaded or failed to be since last asked, and the
+        latter."""
+        found = self._received, self._missing
+        self._received, self._missing = set(), set()
+        return found
+
     def stop(self) -> None:
         """Finish writing files."""
         self._memory.close()
 
     def _save(self, order: SaveOrder) -> None:
+        if self._reloaded_in is not None:
+            self._report.failed[order.segment] = "weights changed"
+            return
         self.saver.save(order, self._memory, self._report)
 
     def _guarded(self, what: str, call: Any, argument: Any) -> None:
@@ -202,7 +262,12 @@ class ReuseWorker(KindWorker):
     def _failed(self, what: str, error: Exception) -> None:
         self._report.errors += 1
         if not self._report.error:
-            self._report.error = f"{what}: {type(error).__name__}: {error}"
+            cause = (
+                error.cause
+                if isinstance(error, PolicyFailure)
+                else f"{type(error).__name__}: {error}"
+            )
+            self._report.error = f"{what}: {cause}"
         if what not in self._logged:
             self._logged.add(what)
             logger.error("reuse failed in %s; the engine computes instead", what, exc_info=error)

@@ -11,6 +11,8 @@ from torch import Tensor
 from kvplug.contract import FormatPolicy, LayerView, WriteBatch
 from kvplug.hosts.vllm.worker.metadata import to_device
 from kvplug.hosts.vllm.worker.pages import Pages, order_of
+from kvplug.hosts.vllm.worker.stored_format import StoredFormat
+from kvplug.reuse.memory import PagePlane
 
 
 class LayerPages:
@@ -28,13 +30,63 @@ class LayerPages:
         self.scale = float(layer.impl.scale)
         self._layer = layer
         self._cache = cache
-        self._format = stored
+        self._format = StoredFormat(stored) if stored is not None else None
         self._size = int(cache.shape[2])
         self._dtype = getattr(torch, view.dtype)
         self._pages: Pages | None = None
         if stored is not None:
             self._layout = stored.layout(view)
             self._planes = self._layout.planes(cache)
+
+    @property
+    def head(self) -> tuple[int, int]:
+        """KV heads, and values of a head, of a token that no format stores."""
+        return int(self._cache.shape[1]), int(self._cache.shape[3]) // 2
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Heads and bytes of a token as a format stores it."""
+        return int(self._cache.shape[1]), int(self._layout.bytes_per_token_head)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self._size
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the pages."""
+        return self._cache.device
+
+    @property
+    def formatted(self) -> bool:
+        """True if a format stores the layer."""
+        return self._format is not None
+
+    @property
+    def dtype(self) -> str:
+        """Name of the type in which the pages hold K and V."""
+        return str(self._cache.dtype).removeprefix("torch.")
+
+    def parts(self) -> list[tuple[str, int, Tensor]] | None:
+        """Return views of the pages that hold `stored`'s planes between them.
+
+        Returns:
+            Plane, first element of a head there, and view ``[num_blocks, heads, block_size, n]``;
+            None where the backend's pages have no such views.
+        """
+        if self._format is not None:
+            fields = zip(self._layout.fields, self._planes, strict=True)
+            return [("cells", field.offset, plane) for field, plane in fields]
+        views = self._own_pages().views
+        if views is None:
+            return None
+        return [("key", 0, views[0]), ("value", 0, views[1])]
+
+    def _own_pages(self) -> Pages:
+        if self._pages is None:
+            self._pages = Pages(self._cache, order_of(self._layer.impl, self._layer, self._cache))
+        return self._pages
 
     def read(self, blocks: Tensor, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Read K and V at positions ``[start, end)``, each ``[n, kv_heads, head_size]``.
@@ -64,9 +116,7 @@ class LayerPages:
         if self._format is not None:
             found = self._format.read(self.view, self._cache, own)
             return tuple(found[i].transpose(1, 2).flatten(0, 1).to(self._dtype)[run] for i in which)
-        if self._pages is None:
-            self._pages = Pages(self._cache, order_of(self._layer.impl, self._layer, self._cache))
-        pages = self._pages
+        pages = self._own_pages()
         return tuple(pages.gather(i, own[None])[0].transpose(0, 1)[run] for i in which)
 
     def stored(
@@ -150,6 +200,16 @@ class LayerPages:
     def _on_device(self, *tensors: Tensor) -> list[Tensor]:
         device = self._cache.device
         return [t if t.device == device else to_device(t, device) for t in tensors]
+
+
+def stored_planes(layers: Sequence[LayerPages]) -> dict[str, PagePlane]:
+    """Describe what `LayerPages.stored` gives for a token, over all layers stacked."""
+    if layers[0].formatted:
+        heads, width = (max(sizes) for sizes in zip(*(p.cell for p in layers), strict=True))
+        return {"cells": PagePlane("uint8", len(layers), (heads, width))}
+    view = layers[0].view
+    plane = PagePlane(layers[0].dtype, len(layers), (view.num_kv_heads, view.head_size))
+    return {"key": plane, "value": plane}
 
 
 def stacked(layers: Sequence[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -24,24 +25,35 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from kvplug.contract import Kind, LayerView, ScoringPolicy
-from kvplug.hosts.pruning import FLUSH, Limits
-from kvplug.hosts.vllm.engine import layer_limits, share_groups
+from kvplug.hosts.pruning import Limits, Rules
+from kvplug.hosts.sizes import query_ring, tail_fields
+from kvplug.hosts.vllm.engine import layer_limits
 from kvplug.hosts.vllm.messages import Plans, StepDirectives, StepReport
 from kvplug.hosts.vllm.spec import PrunedSpec
-from kvplug.hosts.vllm.worker.after_step import FoldedLayer, LayerGroup, fold_layers
+from kvplug.hosts.vllm.worker.after_step import (
+    MOST_TOKENS,
+    FoldedLayer,
+    LayerGroup,
+    fold_layers,
+)
 from kvplug.hosts.vllm.worker.evictions import (
-    RECALL_QUERIES,
     SETTLED_AFTER,
     EvictionLog,
     LayerEvictions,
 )
-from kvplug.hosts.vllm.worker.in_force import BuiltStep, EvictionsInForce, InForce
+from kvplug.hosts.vllm.worker.in_force import (
+    BuiltStep,
+    EvictionsInForce,
+    InForce,
+    reserve_in_force,
+)
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
 from kvplug.hosts.vllm.worker.layers import layer_view, softcap_of
 from kvplug.hosts.vllm.worker.metadata import to_device
+from kvplug.hosts.vllm.worker.page_tails import with_tail
 from kvplug.hosts.vllm.worker.phases import Phase, RowPart, StepPlanner
 from kvplug.hosts.vllm.worker.query_rings import Geometry, QueryRings
-from kvplug.hosts.vllm.worker.residents import LayerResidents
+from kvplug.hosts.vllm.worker.residents import MASS_ELEMENTS, LayerResidents
 from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.steps import (
     Attend,
@@ -53,6 +65,9 @@ from kvplug.hosts.vllm.worker.steps import (
 )
 
 logger = init_logger("vllm.kvplug")
+
+WORK_BYTES = 48
+"""Bytes that a decision takes for a token of a head: position, score, order, and where it goes."""
 
 
 class SecondRunner:
@@ -89,6 +104,7 @@ class ScoringWorker(KindWorker):
         second: The second model runner, or None on the first.
 
     Attributes:
+        rules: What the policy declared.
         block_size: Tokens per block.
         ring: Queries remembered per request and layer.
         groups: Shares of the policy's layers; a group's number is its index.
@@ -96,6 +112,7 @@ class ScoringWorker(KindWorker):
         plans: Plans of the step.
         log: What the policy did since the last report.
         rings: Latest queries by slot, on the second runner; None where none are remembered.
+        tails: Whether the engine's pages have tails; see `page_tails`.
     """
 
     kind = Kind.SEQUENCE
@@ -104,21 +121,24 @@ class ScoringWorker(KindWorker):
     def __init__(self, policy: ScoringPolicy, origin: Origin, second: SecondRunner | None = None):
         super().__init__(origin)
         self.policy = policy
+        self.rules = Rules.of(policy)
         self.second = second
         self.block_size = policy.engine.block_size
-        self.ring = ring_size(policy)
-        self.groups = share_groups(policy)
+        self.ring = query_ring(policy)
+        self._limits = [layer_limits(policy, layer) for layer in policy.engine.layers]
+        self.groups = sorted({limits.share for limits in self._limits})
         self.layers: dict[str, LayerEvictions | FoldedLayer] = {}
         self.plans: Plans = {}
         self.log = EvictionLog(policy, SETTLED_AFTER if second is not None else 0)
+        self.tails = False
         self.rings: QueryRings | None = None
         if second is not None and self.ring:
-            self.rings = QueryRings(self.ring, second.num_slots)
+            self.rings = QueryRings(self.ring, second.num_slots, self.held)
+        self._queries: dict[str, Tensor] = {}
         self._folded: dict[int, list[LayerGroup]] = {}
         self._in_force: dict[int, EvictionsInForce] = {}
         self._built: dict[tuple[str, ...], BuiltStep] = {}
         self._phased = False
-        self._limits = [layer_limits(policy, layer) for layer in policy.engine.layers]
 
     # -- layers --------------------------------------------------------------------------------
 
@@ -131,10 +151,8 @@ class ScoringWorker(KindWorker):
         policy = self.policy
         self.check_block_size(spec, stock, policy.name)
         # A prefix-cache hit would bring tokens without the attention they received so far.
-        shared = (
-            0 if policy.wants_cumulative_attention else min(own.protected for own in self._limits)
-        )
-        return replace_as(
+        shared = 0 if self.rules.cumulative else min(own.protected for own in self._limits)
+        own = replace_as(
             spec,
             PrunedSpec,
             limits=rule,
@@ -142,6 +160,19 @@ class ScoringWorker(KindWorker):
             in_flight_tokens=policy.engine.max_in_flight_tokens,
             max_tokens=policy.engine.max_model_len,
         )
+        return with_tail(own, tail_fields(self.rules.cumulative))
+
+    def layouts(self, inner: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+
+        # A page's tail lies behind all of its content; vLLM's own preference comes first.
+        own = (
+            KVCacheLayout.LBNHC,
+            KVCacheLayout.LBHNC,
+            KVCacheLayout.BLNHC,
+            KVCacheLayout.BLHNC,
+        )
+        return own if inner is None else tuple(x for x in inner if x in own)
 
     def check_impl(self, impl: Any) -> None:
         self.check_distances(impl, self.policy.name)
@@ -151,13 +182,14 @@ class ScoringWorker(KindWorker):
     ) -> Sequence[MetadataStep]:
         if not isinstance(spec, PrunedSpec):
             return ()
+        self.tails = spec.page_size_padded is not None
         group = self.groups.index(spec.limits.share)
         planner = StepPlanner(spec, group, self.ring, device)
         second = self.second
         if second is None:
             return (Phases(self, planner),)
         if group not in self._in_force:
-            self._in_force[group] = EvictionsInForce(second.num_slots, device)
+            self._in_force[group] = EvictionsInForce(second.num_slots, device, self.held, group)
         step = InForce(
             planner,
             self._in_force[group],
@@ -165,6 +197,8 @@ class ScoringWorker(KindWorker):
             max_rows=second.max_rows,
             max_tokens=second.max_tokens,
             num_slots=second.num_slots,
+            held=self.held,
+            name=group,
         )
         return (step,)
 
@@ -176,15 +210,33 @@ class ScoringWorker(KindWorker):
         uniform = AttentionCGSupport.UNIFORM_BATCH
         return uniform if inner is AttentionCGSupport.ALWAYS else inner
 
-    def loaded(self, name: str, layer: Any, dtype: torch.dtype) -> None:
-        """Take memory for the queries of a full-attention layer."""
-        if self.rings is None or self.second is None or layer.sliding_window is not None:
+    def loaded(self, name: str, layer: Any, dtype: torch.dtype, vllm_config: Any) -> None:
+        """Take memory for the queries of a full-attention layer, and for its group's tables."""
+        if layer.sliding_window is not None:
             return
-        context = self.second.config.compilation_config.static_forward_context
-        full = [x for x in context.values() if getattr(x, "sliding_window", 0) is None]
+        device = torch.device(vllm_config.device_config.device)
         geometry = Geometry(int(layer.num_heads), int(layer.head_size), dtype)
-        device = self.second.config.device_config.device
-        self.rings.add(name, geometry, len(full), torch.device(device))
+        slots = int(vllm_config.scheduler_config.max_num_seqs)
+        if self.second is None:
+            if self.ring and name not in self._queries:
+                shape = (slots * self.ring, geometry.num_heads, geometry.head_size)
+                self.held.reserve(name, prod(shape), dtype, device)
+                self._queries[name] = self.held.take(name, shape, dtype, device)
+            return
+        if self.rings is not None:
+            context = vllm_config.compilation_config.static_forward_context
+            full = [x for x in context.values() if getattr(x, "sliding_window", 0) is None]
+            self.rings.add(name, geometry, len(full), device)
+        group = self.groups.index(self._limits[layer_view(self.policy, name).index].share)
+        reserve_in_force(
+            self.held,
+            group,
+            num_slots=slots,
+            max_rows=self.second.max_rows,
+            max_tokens=self.second.max_tokens if self.ring else 0,
+            width=-(-self.policy.engine.max_model_len // self.block_size),
+            device=device,
+        )
 
     def attention_step(self) -> AttentionStep:
         return PhasedAttention(self)
@@ -208,16 +260,10 @@ class ScoringWorker(KindWorker):
                 own = members.setdefault(group, {})
                 own[name] = (layer, layer_view(self.policy, name), cache)
         self.layers.clear()
-        if self.rings is not None:
-            logger.info(
-                "kvplug: the latest %d queries of each of %d requests take %.2f GiB; fewer with "
-                "--max-num-seqs",
-                self.ring,
-                self.second.num_slots,
-                self.rings.nbytes / (1 << 30),
-            )
         for group, layers in members.items():
-            folded = fold_layers(self.policy, self.log, group, layers, self.ring, self.rings)
+            folded = fold_layers(
+                self.policy, self.log, group, layers, self.ring, self.rings, self.tails
+            )
             self._folded[group] = folded
             for some in folded:
                 for index, name in enumerate(some.names):
@@ -231,9 +277,10 @@ class ScoringWorker(KindWorker):
         if found is None:
             view = layer_view(self.policy, layer.layer_name)
             residents = LayerResidents(
-                self.policy, view, self.ring, float(impl.scale), softcap_of(impl)
+                self.policy, view, self.ring, float(impl.scale), softcap_of(impl), self.tails
             )
-            group = self.groups.index(self.policy.share(view))
+            residents.queries = self._queries.get(layer.layer_name)
+            group = self.groups.index(self._limits[view.index].share)
             found = LayerEvictions(residents, group, self.log)
             self.layers[layer.layer_name] = found
         return found
@@ -292,7 +339,7 @@ class ScoringWorker(KindWorker):
                 remembered = planner.remembered(own)
                 if remembered is not None:
                     phase.remember_from, phase.remember_at = remembered
-            if self.policy.wants_cumulative_attention:
+            if self.rules.cumulative:
                 phase.flushes = planner.flushes(common, own)
             phase.decisions = planner.decisions(common, own)
             phase.rows = len(own)
@@ -323,7 +370,8 @@ class ScoringWorker(KindWorker):
         (rows,) = phases
         parts = [part for part in rows if part.plan is not None]
         folded = self._folded[planner.group]
-        if self.policy.wants_cumulative_attention:
+        planner.layers = max(layers.fold.num_layers for layers in folded)
+        if self.rules.cumulative:
             for flush in planner.flushes(common, parts, settled=True):
                 for layers in folded:
                     layers.flush(flush)
@@ -337,14 +385,13 @@ class ScoringWorker(KindWorker):
     def report(self, into: StepReport) -> None:
         into.sequence = self.log.take()
 
-
-def ring_size(policy: ScoringPolicy) -> int:
-    """Queries remembered per request and layer."""
-    return max(
-        policy.observation,
-        FLUSH if policy.wants_cumulative_attention else 0,
-        RECALL_QUERIES if policy.options.on_demand else 0,
-    )
+    @property
+    def workspace(self) -> int:
+        """Bytes that a decision takes for a moment, about: see `MOST_TOKENS`, `MASS_ELEMENTS`."""
+        heads = max((layer.num_kv_heads for layer in self.policy.engine.layers), default=1)
+        tokens = max(MOST_TOKENS, self.policy.engine.max_model_len)
+        masses = 2 * 4 * MASS_ELEMENTS if self.ring else 0
+        return tokens * heads * WORK_BYTES + masses
 
 
 class Phases(MetadataStep):
@@ -383,6 +430,9 @@ class PhasedAttention(AttentionStep):
         phases = getattr(call.metadata, "kvplug_phases", None)
         if not phases:
             out = inner(call)
+            if call.metadata is None:
+                # vLLM measures in this run what it has left for pages.
+                torch.empty(self._kind.workspace, dtype=torch.uint8, device=call.query.device)
             places = getattr(call.metadata, "kvplug_places", None)
             if places is not None and self._kind.rings is not None:
                 self._kind.rings.write(call.layer.layer_name, call.query, places)

@@ -26,6 +26,7 @@ from kvplug.contract import Kind, LayerView, SequencePolicy, Window
 from kvplug.hosts.vllm.messages import SequenceReport, StepDirectives, StepReport
 from kvplug.hosts.vllm.spec import WindowedSpec
 from kvplug.hosts.vllm.worker import metadata
+from kvplug.hosts.vllm.worker.held import HeldMemory
 from kvplug.hosts.vllm.worker.kind import KindWorker, Origin
 from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.steps import Build, BuildCall, Built, MetadataStep
@@ -74,6 +75,16 @@ class WindowWorker(KindWorker):
 
     def check_impl(self, impl: Any) -> None:
         self.check_distances(impl, self.policy.name)
+
+    def loaded(self, name: str, layer: Any, dtype: torch.dtype, vllm_config: Any) -> None:
+        """Take memory for the tables of a full-attention layer's group."""
+        if layer.sliding_window is not None:
+            return
+        spec = layer.attn_backend.customize_spec(layer.get_kv_cache_spec(vllm_config))
+        device = torch.device(vllm_config.device_config.device)
+        rows, width = compacted_shape(spec.max_tokens, spec.block_size, vllm_config)
+        self.held.reserve(("table", spec.rule()), rows * width, torch.int32, device)
+        self.held.reserve(("lens", spec.rule()), rows, torch.int32, device)
 
     def metadata_steps(
         self, spec: Any, vllm_config: Any, device: torch.device
@@ -142,7 +153,7 @@ class Compaction(MetadataStep):
         self, kind: WindowWorker, spec: WindowedSpec, vllm_config: Any, device: torch.device
     ):
         self._kind = kind
-        self._compact = Compactor(spec, vllm_config, device)
+        self._compact = Compactor(spec, vllm_config, device, kind.held)
         self._built: Built | None = None
 
     def build(self, inner: Build, call: BuildCall) -> Any:
@@ -180,6 +191,18 @@ class Compaction(MetadataStep):
         self._built = None
 
 
+def compacted_shape(max_tokens: int, block_size: int, vllm_config: Any) -> tuple[int, int]:
+    """Most rows of a step, and most blocks of one.
+
+    Args:
+        max_tokens: Longest sequence.
+        block_size: Tokens per block.
+        vllm_config: The engine's config.
+    """
+    longest = max_tokens + 1 + int(vllm_config.num_speculative_tokens)
+    return int(vllm_config.scheduler_config.max_num_seqs), -(-longest // block_size)
+
+
 class Compactor:
     """Applies one `WindowedSpec` to a step's common attention metadata.
 
@@ -187,9 +210,12 @@ class Compactor:
         spec: The spec.
         vllm_config: The engine's config.
         device: Device of the tensors.
+        held: The memory of the kind.
     """
 
-    def __init__(self, spec: WindowedSpec, vllm_config: Any, device: torch.device):
+    def __init__(
+        self, spec: WindowedSpec, vllm_config: Any, device: torch.device, held: HeldMemory
+    ):
         self.block_size = int(spec.block_size)
         self.window = spec.window
         self.exact_tokens = self.window.exact_blocks * self.block_size
@@ -199,10 +225,9 @@ class Compactor:
         self.decode_width = 1 + int(vllm_config.num_speculative_tokens)
         self._max_tokens = int(spec.max_tokens)
         # Made before any CUDA graph is captured, and as large as the engine will ever need.
-        rows = int(vllm_config.scheduler_config.max_num_seqs)
-        width = -(-(self._max_tokens + self.decode_width) // self.block_size)
-        self._table = torch.zeros((rows, width), dtype=torch.int32, device=device)
-        self._lens = torch.zeros(rows, dtype=torch.int32, device=device)
+        rows, width = compacted_shape(self._max_tokens, self.block_size, vllm_config)
+        self._table = held.take(("table", spec.rule()), (rows, width), torch.int32, device)
+        self._lens = held.take(("lens", spec.rule()), (rows,), torch.int32, device)
 
     def shortens(self, common: Any) -> bool:
         """Return False where every row is so short that it sees everything."""

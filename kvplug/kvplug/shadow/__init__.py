@@ -1,0 +1,1 @@
+"""The shadow: approximate answers are answered again exactly, and a test decides what follows."""
