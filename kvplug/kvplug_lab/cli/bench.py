@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from kvplug.cli.refusals import refusing
-from kvplug_lab.cli.inputs import check_outputs, smollm2
-from kvplug_lab.cli.options import Json, Model
+from kvplug.cli.tables import print_table
+from kvplug_lab.cli.inputs import check_outputs, model_directory
+from kvplug_lab.cli.options import MODEL, Json, Model
 from kvplug_lab.cli.outputs import print_written
 
 
 def bench(
     json: Json = None,
-    model: Model = None,
+    model: Model = MODEL,
     rounds: Annotated[int, typer.Option(min=2, help="Turns each engine takes.")] = 12,
     steps: Annotated[int, typer.Option(min=2, help="Scheduler steps measured per row.")] = 200,
     engines: Annotated[bool, typer.Option(help="Measure engine steps as well.")] = True,
@@ -39,14 +40,14 @@ def bench(
     with refusing(1):
         check_outputs(json=json)
         if engines:
-            directory = model or smollm2(console)
+            directory = model_directory(model)
             found["engine_steps"] = host.engine_steps(directory, rounds, _say)
             table = Table(title="decode step of 16 requests, engines taking turns")
             for column in ("engine", "ms", "ratio to stock"):
                 table.add_column(column)
             for name, row in found["engine_steps"].items():
                 table.add_row(name, row["ms"].text(".2f"), row["ratio"].text(".3f"))
-            console.print(table)
+            print_table(console, table)
         with tempfile.TemporaryDirectory(prefix="kvplug-bench-") as scratch:
             tiny = models.tiny_llama(Path(scratch) / "tiny")
             table = Table(title="scheduler step, paired with stock on the same load, microseconds")
@@ -64,7 +65,7 @@ def bench(
                         name,
                         *(row[k].text(",.1f") for k in ("stock_us", "added_us", "connector_us")),
                     )
-            console.print(table)
+            print_table(console, table)
         table = Table(title="compacting one decode step's metadata on the worker, microseconds")
         for column in ("rows", "microseconds"):
             table.add_column(column)
@@ -73,7 +74,7 @@ def bench(
             spread = host.worker_steps(rows_, steps)
             found["worker_steps"][rows_] = spread
             table.add_row(str(rows_), spread.text(",.0f"))
-        console.print(table)
+        print_table(console, table)
     if json is not None:
         text = json_module.dumps(found, indent=1, default=_plain)
         json.write_text(text, encoding="utf-8")

@@ -18,15 +18,18 @@ from rich.table import Table
 
 from kvplug.cli.installed import CommandGroup
 from kvplug.cli.refusals import refusing
+from kvplug.cli.tables import print_table
+from kvplug.model_source import model_label
 from kvplug_lab.cli.inputs import (
     check_outputs,
-    first_tokens,
     model_directory,
     need_transformers,
+    one_model,
     text_of,
 )
-from kvplug_lab.cli.options import Json, ModelArgument, Text, Threads
+from kvplug_lab.cli.options import Json, ModelArgument, ModelOption, Text, Threads
 from kvplug_lab.cli.outputs import counted, print_written, wide_console
+from kvplug_lab.texts import first_tokens
 
 if TYPE_CHECKING:
     from kvplug.contract import EngineView
@@ -46,7 +49,9 @@ class _Commands(CommandGroup):
     prefix = "calibrate."
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if not args or not (args[0] in self.commands or self.absent(args[0])):
+        named = args and (args[0] in self.commands or self.absent(args[0]))
+        # A shell completes names of commands.
+        if not named and not ctx.resilient_parsing:
             args = ["formats", *args]
         return super().parse_args(ctx, args)
 
@@ -61,6 +66,7 @@ app = typer.Typer(
 @app.command("formats")
 def calibrate(
     model: ModelArgument = None,
+    of: ModelOption = None,
     output: Annotated[Path, typer.Option(help="The calibration file to write.")] = Path(
         "calibration.safetensors"
     ),
@@ -78,7 +84,7 @@ def calibrate(
     candidates: Annotated[
         str,
         typer.Option(metavar="NAME[:OPTION=VALUE...],...", help="Formats to choose from."),
-    ] = "plain,int8,int4,kivi:bits=4,kivi:bits=2",
+    ] = "plain,int8,int4,kivi,kivi:key_bits=3:value_bits=2",
     by: Annotated[
         str,
         typer.Option(
@@ -108,9 +114,87 @@ def calibrate(
     with refusing():
         _check(output, section, json, by)
         _run(
-            console, model, output, text, tokens, window, bytes_per_token, candidates, by, held_out,
+            console, one_model(model, of), output, text, tokens, window, bytes_per_token,
+            candidates, by, held_out,
             section, block_size, threads, json,
         )  # fmt: skip
+
+
+@app.command("transfer")
+def transfer(
+    model: ModelArgument = None,
+    of: ModelOption = None,
+    output: Annotated[Path, typer.Option(help="The file to write.")] = Path(
+        "transform.safetensors"
+    ),
+    text: Text = None,
+    tokens: Annotated[int, typer.Option(min=256, help="Tokens to learn from.")] = 32768,
+    held_out: Annotated[
+        int, typer.Option(min=256, help="Tokens to measure rates and losses on.")
+    ] = 4096,
+    window: Annotated[int, typer.Option(min=64, help="Tokens read per pass.")] = 2048,
+    components: Annotated[
+        int, typer.Option(min=16, help="Most components kept, of keys and of values.")
+    ] = 4096,
+    threads: Threads = 0,
+) -> None:
+    """Learn the bases of K and V that the transfer codec kvtc stores them in."""
+    console = wide_console(WIDTH)
+    with refusing():
+        check_outputs(output=output)
+        need_transformers("calibrate transfer")
+        chosen = one_model(model, of)
+        _transfer(console, chosen, output, text, tokens, held_out, window, components, threads)
+
+
+def _transfer(
+    console: Console,
+    model: str,
+    output: Path,
+    text: Path | None,
+    tokens: int,
+    held_out: int,
+    window: int,
+    components: int,
+    threads: int,
+) -> None:
+    import hashlib
+
+    import torch
+    import transformers
+
+    from kvplug.errors import KVPlugError
+    from kvplug.hosts.transformers import Host
+    from kvplug_lab import models
+    from kvplug_lab.calibrate.run import windows
+    from kvplug_lab.calibrate.statistics import Source
+    from kvplug_lab.calibrate.transform import collect, fit
+
+    directory = model_directory(model)
+    words = text_of(text)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
+    begins = first_tokens(directory, tokenizer)
+    learn, measure = windows(ids, begins, tokens, held_out, window)
+    if threads:
+        torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    loaded = loaded.eval()
+    layers = Host(loaded, 16).layers
+    if len({(v.num_kv_heads, v.head_size, v.rope) for v in layers}) != 1:
+        raise KVPlugError(
+            f"{model_label(directory)} has layers of different heads or rotations, which one "
+            "basis cannot hold; use another transfer codec"
+        )
+    with counted(len(learn) + len(measure)) as progress:
+        found = collect(loaded, layers, learn, measure, progress)
+    digest = hashlib.sha256(words.encode()).hexdigest()
+    source = Source(models.model_fingerprint(directory), model_label(directory), digest)
+    made = fit(found, components, source, str(output))
+    made.save(output)
+    line = f"transform: {output} ({output.stat().st_size / 1e6:.1f} MB)"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check(output: Path, section: Path | None, json: Path | None, by: str) -> None:
@@ -126,7 +210,7 @@ def _check(output: Path, section: Path | None, json: Path | None, by: str) -> No
 
 def _run(
     console: Console,
-    model: Path | None,
+    model: str,
     output: Path,
     text: Path | None,
     tokens: int,
@@ -152,7 +236,7 @@ def _run(
     from kvplug_lab.calibrate.statistics import Source, calibration
 
     wanted = known.candidates(asked, str(output)) if budget else []
-    directory = model_directory(model, console, "MODEL")
+    directory = model_directory(model)
     words = text_of(text)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     ids: list[int] = tokenizer(words, add_special_tokens=False, verbose=False).input_ids
@@ -167,7 +251,7 @@ def _run(
     fingerprint = models.model_fingerprint(directory)
     with counted(len(learn)) as progress:
         seen = collect(loaded, learn, progress)
-    source = Source(fingerprint, directory.name, hashlib.sha256(words.encode()).hexdigest())
+    source = Source(fingerprint, model_label(directory), hashlib.sha256(words.encode()).hexdigest())
     made = calibration(seen, source, str(output))
     made.save(output)
     _print_calibration(console, made)
@@ -184,7 +268,7 @@ def _run(
         found = search_assignments(loaded, engine, measure, wanted, budget, by, progress)
     _print_search(console, found)
     about = [
-        f"Written by kvplug calibrate {directory.name} --bytes-per-token {budget}",
+        f"Written by kvplug calibrate {model_label(directory)} --bytes-per-token {budget}",
         f"{found.choices[0].bytes_per_token} bytes per token, all layers; chosen by {by}",
     ]
     yaml = known.section([wanted[c] for c in found.chosen], about)
@@ -244,7 +328,7 @@ def _print_calibration(console: Console, made: Calibration) -> None:
                 for fit in ("linear", "gain")
             ]
         table.add_row(str(index), *ranks, *merges)
-    console.print(table)
+    print_table(console, table)
 
 
 def _print_search(console: Console, found: AssignmentSearch) -> None:
@@ -265,7 +349,7 @@ def _print_search(console: Console, found: AssignmentSearch) -> None:
             mark = " *" if found.chosen[row] == c else "  "
             cells.append(f"{loss.error:.1%}{kl}{mark}")
         table.add_row(str(row), *cells)
-    console.print(table)
+    print_table(console, table)
     base = math.exp(found.nll)
     table = Table(
         title=f"all layers together; perplexity of the full cache: {base:.3f}",
@@ -281,7 +365,7 @@ def _print_search(console: Console, found: AssignmentSearch) -> None:
         table.add_row(
             f"{name}{' (best of these)' if choice is best else ''}", *_cells(choice, found)
         )
-    console.print(table)
+    print_table(console, table)
 
 
 def _cells(choice: Assignment, found: AssignmentSearch) -> Sequence[str]:

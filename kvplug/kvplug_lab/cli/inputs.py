@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
+import typer
 
 from kvplug.errors import KVPlugError
+from kvplug.regular_file import UnreadableFile, read_regular
+from kvplug_lab.cli.options import MODEL
+
+MAX_TEXT = 256 << 20
+"""Largest text that is read, in bytes."""
 
 
 class InvalidInput(KVPlugError):
@@ -62,34 +64,32 @@ def need_transformers(command: str) -> None:
         raise InvalidInput(f"kvplug {command} needs transformers: pip install 'kvplug[lab]'")
 
 
-def model_directory(model: Path | None, console: Console, name: str = "--model") -> Path:
-    """The directory of the model to run.
+def model_directory(model: str, option: str = "--model") -> Path:
+    """The directory of the model to run, downloaded or made where it is not here yet.
 
     Args:
-        model: The directory asked for, or None for SmolLM2-135M-Instruct, made on first use.
-        console: Where to print progress.
-        name: The option or argument, for messages.
+        model: A directory, a name on the Hugging Face hub, or the name of a model that is made on
+            this machine.
+        option: Where it was given, for messages.
 
     Raises:
-        InvalidInput: The directory holds no model.
-        ModelUnavailable: SmolLM2 cannot be made.
+        ModelNotFound: It is not there.
+        KVPlugError: It cannot be made.
     """
-    if model is None:
-        return smollm2(console)
-    if not (model / "config.json").is_file():
-        raise InvalidInput(f"{name}: {model} is not a model directory: it has no config.json")
-    return model
+    from kvplug.model_source import resolve
+
+    return resolve(model, option=option, progress=lambda line: typer.echo(line, err=True)).folder
 
 
-def smollm2(console: Console) -> Path:
-    """The directory of SmolLM2-135M-Instruct, made on first use with progress on the console.
+def one_model(argument: str | None, option: str | None) -> str:
+    """The model of a command that takes it as an argument, too.
 
     Raises:
-        ModelUnavailable: It cannot be made.
+        InvalidInput: It is given twice.
     """
-    from kvplug_lab import models
-
-    return models.smollm2(progress=lambda line: console.print(line, markup=False))
+    if argument is not None and option is not None:
+        raise InvalidInput("MODEL and --model are the same; pass one of them")
+    return argument or option or MODEL
 
 
 def text_of(file: Path | None) -> str:
@@ -104,26 +104,8 @@ def text_of(file: Path | None) -> str:
     if file is None:
         return texts.shakespeare()
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise InvalidInput(f"--text: cannot read {file}: {reason}") from error
-
-
-def encoder_of(tokenizer: Any) -> Callable[[str], list[int]]:
-    """A function that encodes text without special tokens."""
-
-    def encode(part: str) -> list[int]:
-        ids: list[int] = tokenizer(part, add_special_tokens=False, verbose=False).input_ids
-        return ids
-
-    return encode
-
-
-def first_tokens(directory: Path, tokenizer: Any) -> list[int]:
-    """Tokens that a text begins with: what the tokenizer adds, and for Gemma what it should."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if str(config.get("model_type", "")).startswith("gemma"):
-        return [tokenizer.bos_token_id]
-    added: list[int] = tokenizer("").input_ids
-    return added[:1]
+        return read_regular(file, MAX_TEXT).decode("utf-8")
+    except UnreadableFile as error:
+        raise InvalidInput(f"--text: cannot read {file}: {error.problem}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"--text: cannot read {file}: it is not UTF-8 text") from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,21 +17,19 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from kvplug.cli.json_output import is_printed
+from kvplug.cli.tables import console
+
 
 def wide_console(width: int) -> Console:
-    """A console on stdout: at least ``width`` columns where it is not a terminal.
-
-    COLUMNS can widen it but not narrow it: a parent that uses readline exports its own.
-    """
-    if sys.stdout.isatty():
-        return Console()
-    columns = os.environ.get("COLUMNS", "")
-    return Console(width=max(width, int(columns) if columns.isdigit() else 0))
+    """A console on stdout: ``width`` columns in a pipe where COLUMNS says nothing."""
+    return console(width)
 
 
 def print_written(console: Console, what: str, file: Path) -> None:
-    """Print where something was written."""
-    console.print(f"{what}: {file}", markup=False, highlight=False, soft_wrap=True)
+    """Print where something was written; nothing of what ``--json`` prints."""
+    if not is_printed(file):
+        console.print(f"{what}: {file}", markup=False, highlight=False, soft_wrap=True)
 
 
 def bar(

@@ -14,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kvplug.cli.refusals import refusing
-from kvplug_lab.cli.inputs import check_outputs, smollm2
-from kvplug_lab.cli.options import Json, Model
+from kvplug.cli.tables import print_table
+from kvplug_lab.cli.inputs import check_outputs, model_directory
+from kvplug_lab.cli.options import MODEL, Json, Model
 from kvplug_lab.cli.outputs import bar, print_written
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def replay(
     requests: Annotated[int, typer.Option(min=1, help="Requests taken from TRACE.")] = 200,
     output_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the conversations.")] = 0,
-    model: Model = None,
+    model: Model = MODEL,
     json: Json = None,
 ) -> None:
     """Serve a workload under each policy at one cache size, and compare with the simulator.
@@ -66,7 +67,7 @@ def replay(
         for name in names:
             host.choice_of(name)
         loaded = traces.read(trace) if trace is not None else None
-        directory = model or smollm2(console)
+        directory = model_directory(model)
         if loaded is not None:
             workload = host.from_trace(
                 loaded,
@@ -96,7 +97,7 @@ def replay(
                         directory, workload, name, blocks, block_size=BLOCK, progress=update
                     )
                 )
-    console.print(table(rows))
+    print_table(console, table(rows))
     if json is not None:
         figures = {"workload": workload.says, "rows": [figures_of(r, rows[0]) for r in rows]}
         json.write_text(json_module.dumps(figures, indent=1) + "\n", encoding="utf-8")

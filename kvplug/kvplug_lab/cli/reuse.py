@@ -18,8 +18,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvplug.cli.refusals import refusing
-from kvplug_lab.cli.inputs import check_outputs, smollm2
-from kvplug_lab.cli.options import Json, Model
+from kvplug.cli.tables import print_table
+from kvplug.model_source import model_label
+from kvplug.regular_file import read_regular
+from kvplug_lab.cli.explain_record import explain
+from kvplug_lab.cli.inputs import check_outputs, model_directory
+from kvplug_lab.cli.options import MODEL, Json, Model
 from kvplug_lab.cli.outputs import print_written, wide_console
 
 if TYPE_CHECKING:
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
 
 WIDTH = 180
 """Columns where the output is not a terminal."""
+
+MAX_FIGURES = 64 << 20
+"""Largest file of figures that is read, in bytes."""
 
 GOAL = 3.0
 """Speedup of the time to first token that is the goal where documents are retrieved."""
@@ -67,6 +74,9 @@ def _reuse() -> None:
     """Measure the gains and costs of reuse beyond the exact prefix, against stock vLLM."""
 
 
+app.command()(explain)
+
+
 @app.command()
 def rag(
     variants: Annotated[
@@ -86,7 +96,7 @@ def rag(
     dtype: Dtype = "bfloat16",
     seed: Seed = 0,
     quick: Quick = False,
-    model: Model = None,
+    model: Model = MODEL,
     json: Json = None,
 ) -> None:
     """Measure time to first token and answers with documents in random order before a question.
@@ -125,7 +135,7 @@ def chat(
     dtype: Dtype = "bfloat16",
     seed: Seed = 0,
     quick: Quick = False,
-    model: Model = None,
+    model: Model = MODEL,
     json: Json = None,
 ) -> None:
     """Measure a chat whose client drops the oldest turns: the others are re-rotated, not reread."""
@@ -162,7 +172,7 @@ def mixed(
     ] = False,
     seed: Seed = 0,
     quick: Quick = False,
-    model: Model = None,
+    model: Model = MODEL,
     json: Json = None,
 ) -> None:
     """Check that, after many mixed requests, exact ones are answered as by a fresh engine.
@@ -218,7 +228,7 @@ def checks(
     rounds: Annotated[int, typer.Option(min=4, help="Requests measured per size.")] = 64,
     seed: Seed = 0,
     quick: Quick = False,
-    model: Model = None,
+    model: Model = MODEL,
     json: Json = None,
 ) -> None:
     """Measure lookups and checks in the scheduler, in microseconds and as a share of TTFT."""
@@ -276,10 +286,10 @@ class _Run:
     ) -> None:
         """Print tables, and write the figures if a file was asked for."""
         for table in tables:
-            self.console.print(table)
+            print_table(self.console, table)
         if self.json is not None:
             sections = {v.name: v.section for v in variants}
-            plain = {**data, "model": self.model.name, "sections": sections}
+            plain = {**data, "model": model_label(self.model), "sections": sections}
             self.json.write_text(json_module.dumps(_finite(plain), indent=1), encoding="utf-8")
             print_written(self.console, "figures", self.json)
 
@@ -294,14 +304,14 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def _running(model: Path | None, json: Path | None) -> Iterator[_Run]:
+def _running(model: str, json: Path | None) -> Iterator[_Run]:
     """Model, text and a folder for logs; errors become messages and exit codes."""
     from kvplug_lab import texts
 
     console = wide_console(WIDTH)
     with refusing(1):
         check_outputs(json=json)
-        directory = model or smollm2(console)
+        directory = model_directory(model)
         with _quiet(), tempfile.TemporaryDirectory(prefix="kvplug-reuse-") as logs:
             yield _Run(console, directory, texts.shakespeare(), Path(logs), json)
 
@@ -383,8 +393,8 @@ def _variant(
 
 def _ttft(file: Path) -> dict[str, float]:
     try:
-        return _ttft_of(json_module.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return _ttft_of(json_module.loads(read_regular(file, MAX_FIGURES)))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         typer.echo(f"--rag: {file} does not hold figures of `kvplug reuse rag --json`.", err=True)
         raise typer.Exit(2) from None
 

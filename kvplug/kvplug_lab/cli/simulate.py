@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kvplug.cli.refusals import refusing
-from kvplug_lab.cli.inputs import PLOTS, check_outputs, check_plot
-from kvplug_lab.cli.outputs import bar, print_written
+from kvplug.cli.tables import print_table
+from kvplug_lab.cli.inputs import PLOTS, InvalidInput, check_outputs, check_plot
+from kvplug_lab.cli.options import Json
+from kvplug_lab.cli.outputs import bar, print_written, wide_console
 
 if TYPE_CHECKING:
     from kvplug.contract import EngineView, PrefixCachePolicy
@@ -51,21 +53,69 @@ def simulate(
             help="Cache sizes, in blocks or as a share of the trace's distinct blocks.",
         ),
     ] = "1%,2%,5%,10%",
-    json: Annotated[
-        Path | None, typer.Option(help="Write rows {trace, policy, capacity, hit_rate} as JSON.")
-    ] = None,
+    json: Json = None,
     plot: Annotated[
         Path | None,
         typer.Option(help=f"Draw hit rate against capacity ({', '.join(PLOTS)})."),
     ] = None,
     block_size: Annotated[
-        int, typer.Option(min=1, help="Tokens per block of a .jsonl; an .npz states its own.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens per block of a .jsonl; an .npz states its own.",
+            show_default="512 of Mooncake's, 16 of Bailian's",
+        ),
+    ] = None,
+    tiers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME:size=SIZE[:gbit=N][:latency=SECONDS][:coded=RATIO],...",
+            help="Tiers below the pool, fastest first, e.g. host:size=5%:gbit=100; may be "
+            "repeated. Policies are then the pool's order, LRU by default.",
+            show_default=False,
+        ),
+    ] = None,
+    lifecycle: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[:OPTION=VALUE...],...",
+            help="With --tiers: lifecycle policies; `eager` stores all as soon as it is computed.",
+        ),
+    ] = "eager,everything,watermarks,ladder",
+    order: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME[:OPTION=VALUE...],...",
+            help="With --tiers: orders that chunks leave the tiers in.",
+        ),
+    ] = "lru",
+    gbit: Annotated[
+        str,
+        typer.Option(
+            metavar="N,...", help="With --tiers: Gbit/s of every line, in place of their own."
+        ),
+    ] = "",
+    bytes_per_token: Annotated[
+        int, typer.Option(min=1, help="With --tiers: bytes of a token's KV in all layers.")
+    ] = 131_072,
+    prefill: Annotated[
+        float, typer.Option(min=1, help="With --tiers: tokens a second of a short prefill.")
+    ] = 10_000,
+    quadratic: Annotated[
+        float,
+        typer.Option(
+            min=1, help="With --tiers: tokens of context at which attending doubles that time."
+        ),
+    ] = 24_576,
 ) -> None:
     """Replay traces through the policy objects an engine would run, and print their hit rates.
 
     LRU (the order of stock vLLM) and MIN (the offline optimum) are in every table. An invalid
     trace, policy, capacity or file is reported in one message, with exit code 2.
+
+    With --tiers, the pool stands above tiers with lines of the given speed, and the table shows
+    what is loaded, computed, stored and stored in vain, and the time to the first token that this
+    makes by a model of costs.
     """
     from kvplug.hosts.trace import traces as reader
     from kvplug.hosts.trace.simulator import Replay
@@ -73,8 +123,30 @@ def simulate(
     with refusing():
         check_outputs(json=json, plot=plot)
         check_plot(plot)
-        asked = _asked(policy)
         loaded = [reader.read(path, block_size) for path in traces]
+        if tiers is not None:
+            from kvplug.hosts.trace.tiers import SimulatedModel
+            from kvplug_lab.cli.simulate_tiers import TierOptions, run_tiers
+
+            if plot is not None:
+                raise InvalidInput("--plot: draws prefix-cache orders; leave it out with --tiers")
+            run_tiers(
+                loaded,
+                [(one.label, one.build) for one in _pools(policy)],
+                lambda trace: _capacities(trace, capacity),
+                TierOptions(
+                    tiers,
+                    _names(lifecycle, "--lifecycle"),
+                    _names(order, "--order"),
+                    _numbers(gbit, "--gbit"),
+                    SimulatedModel(bytes_per_token, prefill, quadratic),
+                ),
+                json,
+                _shown,
+                wide_console(150),
+            )
+            return
+        asked = _asked(policy)
         runs = [(t, _capacities(t, capacity)) for t in loaded]
         results = {}
         total = sum(t.num_requests * len(sizes) * len(asked) for t, sizes in runs)
@@ -90,7 +162,7 @@ def simulate(
     console = Console(soft_wrap=True)
     for trace, sizes in runs:
         rows = {a.label: [results[id(trace), size, a.label] for size in sizes] for a in asked}
-        console.print(_table(trace, sizes, rows))
+        print_table(console, _table(trace, sizes, rows))
     if json is not None:
         json.write_text(_json(list(results.values())), encoding="utf-8")
         print_written(console, "rows", json)
@@ -115,11 +187,10 @@ class _Asked:
 
 def _asked(texts: Sequence[str] | None) -> list[_Asked]:
     """The policies to run: those named or all installed ones, and always LRU and MIN."""
-    from kvplug.contract import Kind
-    from kvplug.registry import plugins
+    from kvplug_lab.prefix_orders import ready_orders
 
     if texts is None:
-        named = [n for n in plugins().registry.names(Kind.PREFIX_CACHE) if _runs_unasked(n)]
+        named = ready_orders()
     else:
         named = [name.strip() for text in texts for name in text.split(",") if name.strip()]
     labels = dict.fromkeys(named)
@@ -128,21 +199,26 @@ def _asked(texts: Sequence[str] | None) -> list[_Asked]:
     return [_one(label) for label in [*first, *labels, *last]]
 
 
-def _runs_unasked(name: str) -> bool:
-    """True for a policy that orders blocks itself and has no required options."""
-    from pydantic import ValidationError
+def _pools(texts: Sequence[str] | None) -> list[_Asked]:
+    """The pool's orders beside tiers: those named, or LRU."""
+    return [_one(name) for name in dict.fromkeys(_names(",".join(texts or LINES[:1]), "--policy"))]
 
-    from kvplug.contract import Kind
-    from kvplug.registry import plugins
 
-    policy = plugins().registry.get(Kind.PREFIX_CACHE, name)
-    assert policy is not None
+def _names(text: str, option: str) -> list[str]:
+    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not found:
+        raise InvalidInput(f"{option}: must not be empty")
+    return found
+
+
+def _numbers(text: str, option: str) -> list[float]:
     try:
-        policy.Options()
-    except ValidationError:
-        return False
-    # What wraps another policy orders nothing itself.
-    return "of" not in policy.Options.model_fields
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = [0.0]
+    if not all(0 < number < 1e6 for number in found):
+        raise InvalidInput(f"{option}: {text!r} must be numbers of Gbit/s, e.g. 1,10,100")
+    return found
 
 
 def _one(label: str) -> _Asked:

@@ -32,12 +32,11 @@ class LoneScheduler:
         from vllm.engine.arg_utils import EngineArgs
 
         from kvplug.hosts.vllm.admission import deployment_of
-        from kvplug.hosts.vllm.engine import format_policy
         from kvplug.hosts.vllm.scheduler.events import Events
         from kvplug.hosts.vllm.scheduler.kind import SchedulerContext
         from kvplug.hosts.vllm.scheduler.reuse import ReuseScheduler
         from kvplug.hosts.vllm.scheduler.slots import Slots
-        from kvplug.hosts.vllm.view import engine_view, identity
+        from kvplug.hosts.vllm.view import engine_view
 
         config = EngineArgs(
             str(model),
@@ -53,7 +52,7 @@ class LoneScheduler:
         self.reuse: ReuseScheduler = ReuseScheduler(
             SchedulerContext(deployment, config, view, Events(deployment), Slots())
         )
-        self._identity = identity(config, view, format_policy(deployment, config))
+        self._identity = self.reuse.identity
         self._count = 0
 
     @property

@@ -257,6 +257,7 @@ class _Pool:
             ),
             num_scheduled_tokens={},
             finished_req_ids=set(),
+            preempted_req_ids=None,
         )
         came = SimpleNamespace(kv_connector_worker_meta=None)
         leaving = self.requests.pop(0)
@@ -323,6 +324,7 @@ def worker_steps(rows: int, steps: int, max_model_len: int = 4096) -> Spread:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from kvplug.hosts.vllm.spec import WindowedSpec
+    from kvplug.hosts.vllm.worker.held import HeldMemory
     from kvplug.hosts.vllm.worker.window import Compactor, WindowCounts
 
     spec = WindowedSpec(
@@ -340,7 +342,7 @@ def worker_steps(rows: int, steps: int, max_model_len: int = 4096) -> Spread:
         num_speculative_tokens=0,
         scheduler_config=SimpleNamespace(max_num_seqs=rows),
     )
-    compact = Compactor(spec, config, torch.device("cpu"))
+    compact = Compactor(spec, config, torch.device("cpu"), HeldMemory())
     lens = torch.randint(600, max_model_len, (rows,), dtype=torch.int32)
     starts = torch.arange(rows + 1, dtype=torch.int32)
     common = CommonAttentionMetadata(

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kvplug_lab.engine.detached import detach
+from kvplug_lab.engine.detached import detach, take_environment
 from kvplug_lab.engine.trial import connector_flags
 
 LEAST_STEPS = 15
@@ -31,13 +31,13 @@ def serve(pipe: Any, spec: Mapping[str, Any]) -> None:
             facts about the engine, or ``error``; each later one is what `run` returns, or has
             ``error``.
         spec: ``model``; ``engine``, arguments of ``vllm.LLM``; ``section`` or None for stock
-            vLLM; ``env``, environment variables; ``log``, a file for the engine's output; and
+            vLLM; ``env``, its environment variables; ``log``, a file for the engine's output; and
             ``warm``, a workload served before it is ready, or None.
     """
     code = 0
     try:
         detach(Path(spec["log"]))
-        os.environ.update(spec["env"])
+        take_environment(spec["env"])
         start = time.perf_counter()
         llm = _build(spec)
         if spec.get("warm"):

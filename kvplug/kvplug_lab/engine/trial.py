@@ -18,13 +18,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvplug.errors import KVPlugError
-from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
+from kvplug.hosts.vllm.connector_flag import CONNECTOR, MODULE
+from kvplug_lab.engine.leftovers import leftovers
 
 FORCED = "kvplug_force"
 FORCING = "kvplug_lab.engine.force:ForceTokens"
@@ -47,6 +48,9 @@ class TrialRequest:
         salt: Its cache salt: requests with different ones share nothing.
         force: Tokens the answer is made to have, ``max_tokens`` of them; their log-probabilities
             are reported.
+        weights: Model directory whose weights the engine loads before the request's wave.
+        reset: Reset vLLM's caches and the connector's before its wave, after that.
+        image: File of an image that the prompt, a text, has a place for; empty for none.
     """
 
     prompt: str | list[int]
@@ -56,6 +60,9 @@ class TrialRequest:
     after: int | None = None
     salt: str | None = None
     force: list[int] | None = None
+    weights: str = ""
+    reset: bool = False
+    image: str = ""
 
 
 @dataclass
@@ -150,6 +157,11 @@ class TrialResult:
         reports: What kvplug's policies reported; empty for stock.
         cap_blocks: Per KV-cache group, the cap kvplug states; empty without a sequence policy.
         classes: Names of the backend, manager and queue classes in use.
+        leftovers: Where kvplug still knows of requests of waves before the last one.
+        held_bytes: Bytes that kvplug holds on the worker beside pages: recent tokens, tables.
+        cpu_seconds: CPU time of all steps, all threads of the engine's process.
+        metrics: vLLM's own counters by name, all labels together, and those of its offloaded
+            chunks, ``offload_stored`` and others, where they are counted.
     """
 
     answers: list[Answer]
@@ -163,6 +175,10 @@ class TrialResult:
     reports: list[dict[str, Any]]
     cap_blocks: list[int]
     classes: dict[str, list[str]]
+    leftovers: list[str] = field(default_factory=list)
+    held_bytes: int = 0
+    cpu_seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, text: str) -> TrialResult:
@@ -218,15 +234,15 @@ def pool_tokens(log: str) -> int:
 
 
 def connector_flags(section: Any) -> dict[str, Any]:
-    """The ``kv_transfer_config`` that turns kvplug on with a section; a segment that cannot be
-    loaded is computed."""
-    reuses = isinstance(section, Mapping) and "reuse" in section
+    """The ``kv_transfer_config`` that turns kvplug on with a section; KV that cannot be loaded is
+    computed."""
+    loads = isinstance(section, Mapping) and ("reuse" in section or "tiers" in section)
     return {
         "kv_connector": CONNECTOR,
         "kv_connector_module_path": MODULE,
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"kvplug": section},
-    } | ({"kv_load_failure_policy": "recompute"} if reuses else {})
+    } | ({"kv_load_failure_policy": "recompute"} if loads else {})
 
 
 class _Watch:
@@ -242,6 +258,19 @@ class _Watch:
         self.handed_over = 0
         self._held_before: dict[str, set[int]] = {}
         self._given_back: dict[int, str] = {}
+
+    def kvplug(self) -> dict[str, Any]:
+        """kvplug's own objects in this process, by what they are."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+        if self.scheduler.connector is None:
+            return {}
+        found: dict[str, Any] = {"scheduler": self.scheduler.connector}
+        found |= {f"manager {i}": m for i, m in enumerate(self.managers)}
+        found["queue"] = self.pool.free_block_queue
+        if has_kv_transfer_group():
+            found["worker"] = get_kv_transfer_group()
+        return found
 
     def look(self, seconds: float) -> Step:
         held: dict[str, set[int]] = {}
@@ -315,6 +344,10 @@ def _prompt(request: TrialRequest, texts: dict[int, list[int]]) -> Any:
     if isinstance(request.prompt, list):
         before = texts[request.after] if request.after is not None else []
         prompt = {"prompt_token_ids": before + request.prompt}
+    if request.image:
+        from PIL import Image
+
+        prompt["multi_modal_data"] = {"image": Image.open(request.image).convert("RGB")}
     return prompt | ({"cache_salt": request.salt} if request.salt is not None else {})
 
 
@@ -363,6 +396,7 @@ def _unwatched(llm: Any, spec: TrialSpec) -> TrialResult:
     texts: dict[int, list[int]] = {}
     before = time.perf_counter()
     for wave in _waves(spec):
+        _between(llm, [spec.requests[i] for i in wave])
         outputs = llm.generate(
             [_prompt(spec.requests[i], texts) for i in wave],
             [_sampling(spec.requests[i]) for i in wave],
@@ -385,6 +419,14 @@ def _unwatched(llm: Any, spec: TrialSpec) -> TrialResult:
     )
 
 
+def _between(llm: Any, wave: Sequence[TrialRequest]) -> None:
+    """Do to an idle engine what the requests of a wave say."""
+    for weights in filter(None, (request.weights for request in wave)):
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": weights})
+    if any(request.reset for request in wave) and not llm.reset_prefix_cache(reset_connector=True):
+        raise RuntimeError("the engine's caches could not be reset")
+
+
 def _watched(llm: Any, spec: TrialSpec, progress: Callable[[dict[str, Any]], None]) -> TrialResult:
     engine = llm.llm_engine
     watch = _Watch(llm)
@@ -393,16 +435,18 @@ def _watched(llm: Any, spec: TrialSpec, progress: Callable[[dict[str, Any]], Non
     texts: dict[int, list[int]] = {}
     added: dict[int, float] = {}
     first: dict[int, float] = {}
-    elapsed = 0.0
+    elapsed = cpu = 0.0
     for wave in _waves(spec):
+        _between(llm, [spec.requests[i] for i in wave])
         for i in wave:
             prompt = _prompt(spec.requests[i], texts)
             added[i] = time.perf_counter()
             engine.add_request(str(i), prompt, _sampling(spec.requests[i]))
         while engine.has_unfinished_requests():
-            before = time.perf_counter()
+            before, cpu_before = time.perf_counter(), time.process_time()
             outputs = engine.step()
             elapsed += time.perf_counter() - before
+            cpu += time.process_time() - cpu_before
             for output in outputs:
                 index = int(output.request_id.split("-")[0])
                 if output.outputs[0].token_ids and index not in first:
@@ -423,9 +467,14 @@ def _watched(llm: Any, spec: TrialSpec, progress: Callable[[dict[str, Any]], Non
                     **asdict(steps[-1]),
                 }
             )
-    half = getattr(watch.scheduler.connector, "scheduler", None)
+    connector = watch.scheduler.connector
+    # Another connector may have a scheduler of its own.
+    half = connector.scheduler if type(connector).__name__ == CONNECTOR else None
+    worker = getattr(watch.kvplug().get("worker"), "worker", None)
     config = watch.manager.kv_cache_config
     layers = engine.vllm_config.compilation_config.static_forward_context.values()
+    last = max((r.wave for r in spec.requests), default=0)
+    ended = {str(i) for i, r in enumerate(spec.requests) if r.wave < last}
     return TrialResult(
         answers=[answers[i] for i in range(len(spec.requests))],
         steps=steps,
@@ -440,21 +489,50 @@ def _watched(llm: Any, spec: TrialSpec, progress: Callable[[dict[str, Any]], Non
             m.max_admission_blocks_per_request for m in watch.managers if hasattr(m, "on_freed")
         ],
         classes={
-            "backends": sorted(
+            "attention": sorted(
                 {
-                    f"{layer.attn_backend.__module__}.{layer.attn_backend.__qualname__}"
+                    f"{type(layer.impl).__module__}.{type(layer.impl).__qualname__}"
                     for layer in layers
-                    if hasattr(layer, "attn_backend")
+                    if hasattr(layer, "impl")
                 }
             ),
             "managers": [type(m).__name__ for m in watch.managers],
             "queue": [type(watch.pool.free_block_queue).__name__],
         },
+        leftovers=leftovers(
+            watch.kvplug(), (name for name in watch.tokens if name.split("-")[0] in ended)
+        ),
+        held_bytes=worker.held_bytes if worker is not None else 0,
+        cpu_seconds=cpu,
+        metrics=_counters(llm),
     )
+
+
+def _counters(llm: Any) -> dict[str, float]:
+    """vLLM's counters, and those of offloaded chunks where this process counts them."""
+    found: dict[str, float] = {}
+    for metric in llm.get_metrics():
+        if type(metric).__name__ == "Counter":
+            found[metric.name] = found.get(metric.name, 0.0) + float(metric.value)
+    counted = sys.modules.get("kvplug_lab.engine.counted_offload")
+    if counted is not None:
+        found |= {f"offload_{name}": float(n) for name, n in counted.COUNTS.items()}
+    return found
 
 
 class TrialFailed(KVPlugError):
     """An engine run ended without a result; the message holds the end of its log."""
+
+
+def environment_of(spec: TrialSpec, more: dict[str, str]) -> dict[str, str]:
+    """Environment of a trial's process."""
+    found = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | more
+    if "kv_cache_memory_bytes" in spec.engine:
+        # vLLM takes the variable's GiB where both are given.
+        found.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    # Kernel tests set this for their own process; an engine must not inherit it.
+    found.pop("TRITON_INTERPRET", None)
+    return found
 
 
 def run_fresh(
@@ -479,9 +557,7 @@ def run_fresh(
         folder = Path(scratch)
         (folder / "spec.json").write_text(spec.to_json(), encoding="utf-8")
         log = log or folder / "engine.log"
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"} | (env or {})
-        # Kernel tests set this for their own process; an engine must not inherit it.
-        environment.pop("TRITON_INTERPRET", None)
+        environment = environment_of(spec, env or {})
         with (
             log.open("w", encoding="utf-8") as errors,
             subprocess.Popen(

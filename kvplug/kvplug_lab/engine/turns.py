@@ -9,7 +9,6 @@ slower now than a minute ago is slower for both. Each engine lives in a process 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -18,7 +17,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
-from kvplug_lab.engine.trial import FORCING, Answer, TrialFailed, TrialRequest, TrialSpec, run_trial
+from kvplug_lab.engine.trial import (
+    FORCING,
+    Answer,
+    TrialFailed,
+    TrialRequest,
+    TrialSpec,
+    environment_of,
+    run_trial,
+)
 
 READY, ANSWERED, DONE = "kvplug ready", "kvplug answers ", "kvplug result "
 
@@ -44,14 +51,12 @@ class Engine:
         engine = spec.engine | {"logits_processors": [FORCING]}
         description = log.with_suffix(".json")
         description.write_text(replace(spec, requests=[], engine=engine).to_json(), "utf-8")
-        environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}
-        environment.pop("TRITON_INTERPRET", None)
         self._child = subprocess.Popen(
             [sys.executable, "-m", "kvplug_lab.engine.turns", str(description)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._file,
-            env=environment,
+            env=environment_of(spec, {}),
             text=True,
         )
 
@@ -69,10 +74,23 @@ class Engine:
         Raises:
             TrialFailed: The engine ended.
         """
-        self._write(json.dumps([asdict(request) for request in requests]))
+        self.send(requests)
         answered = json.loads(self._read(ANSWERED))
         self.processor = [seconds for _, seconds in answered]
         return [Answer(**answer) for answer, _ in answered]
+
+    def send(self, requests: Sequence[TrialRequest]) -> None:
+        """Have requests served without waiting for them.
+
+        Raises:
+            TrialFailed: The engine ended.
+        """
+        self._write(json.dumps([asdict(request) for request in requests]))
+
+    def kill(self) -> None:
+        """End the engine's process at once, as a crash does."""
+        self._child.kill()
+        self._child.wait()
 
     def finish(self) -> None:
         """Stop the engine in good order; `counters` are then those of kvplug's reuse.

@@ -235,7 +235,7 @@ def build(use: str, options: dict[str, Any], layers: Sequence[Read]) -> FormatPo
 def _options(use: str, given: str) -> dict[str, Any]:
     try:
         options = json.loads(given)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise KVPlugError(f"options of {use} are not JSON: {error}") from None
     if not isinstance(options, dict):
         raise KVPlugError(f"options of {use} must be a JSON object, not {given}")

@@ -6,24 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvplug_lab.fidelity.records import FULL
-from kvplug_lab.fidelity.report import METRICS, SHOWN, Row
+from kvplug_lab.fidelity.report import Metric, Row
 
 MARKS = "os^vD<>pPX*h"
 
 
-def draw(path: Path, rows: Sequence[Row]) -> None:
+def draw(path: Path, rows: Sequence[Row], metrics: Sequence[Metric]) -> None:
     """Draw with matplotlib; bars are 95 % intervals, the dashed line is the full cache.
 
     Args:
         path: Image to write; its ending says the format.
         rows: What `kvplug_lab.fidelity.report.summarise` gave.
+        metrics: What to draw; log-perplexity is left out beside what is added to it.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     # Passages differ more from each other than policies do: what a policy adds is drawn instead.
-    names = [name for name in SHOWN if name != "nll"]
-    shown = [m for m in METRICS if m.name in names and any(r.metric == m.name for r in rows)]
+    shown = [m for m in metrics if m.name != "nll"]
     variants = list(dict.fromkeys(r.variant for r in rows if r.variant != FULL))
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     across = min(2, len(shown))

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from kvplug.errors import KVPlugError
+from kvplug.regular_file import UnreadableFile, read_regular
 
 FORMAT = "kvplug eval 1"
+
+MAX_BYTES = 1 << 30
+"""Largest file that is read."""
 
 FULL = "full cache"
 """Label of the variant that evicts nothing."""
@@ -42,6 +46,9 @@ class Record:
         ids: Tokens generated, from the first that the eviction could change.
         bytes: Bytes of K and V per token, all heads and all full-attention layers together; None
             where tokens are evicted and not encoded.
+        group: Tasks that the score is averaged with, e.g. ``ruler``; empty without a score.
+        score: Score of the answer, 0 to 1; None where tokens were scored or compared.
+        answer: The answer's text.
     """
 
     variant: str
@@ -55,6 +62,9 @@ class Record:
     kl: float | None = None
     ids: Sequence[int] = field(default_factory=list)
     bytes: int | None = None
+    group: str = ""
+    score: float | None = None
+    answer: str = ""
 
 
 @dataclass
@@ -87,13 +97,13 @@ class Run:
             BadRecords: The file cannot be read or is of another format.
         """
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = json.loads(read_regular(path, MAX_BYTES))
             if data["format"] != FORMAT:
                 raise BadRecords(f"{path} is of format {data['format']!r}, not {FORMAT!r}")
             return cls(dict(data["about"]), [Record(**record) for record in data["records"]])
-        except OSError as error:
-            raise BadRecords(f"{path} cannot be read: {error.strerror}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except UnreadableFile as error:
+            raise BadRecords(f"{path} {error.problem}") from error
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             if isinstance(error, BadRecords):
                 raise
             cause = f"{type(error).__name__}: {error}"

@@ -1,27 +1,27 @@
-"""Records to figures: each metric with the interval that its few samples allow."""
+"""Records to figures: each metric with the interval that its few samples allow, and each variant's
+difference from the full cache on the same prompts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from kvplug_lab.fidelity.records import FULL, Record
 
-RESAMPLES = 2000
+RESAMPLES = 9999
+
+LEAST_STRATUM = 8
+"""Fewest prompts of a task that are resampled by themselves."""
+
 LEVEL = 0.95
 
 ROUNDING = 1e-4
 """Two programs that do the same differ by less: sums are in another order."""
-
-T_975: tuple[float, ...] = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179),
-    *(2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064),
-)
-"""Student's t at 97.5 % for 1 degree of freedom and up; the last serves beyond."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Metric:
         form: Format of its value.
         value: A record's own value and, where given, the full cache's record of the same prompt.
         part: Whether the value is 0 or 1, so that the interval is of a proportion.
+        group: The group that it is a mean of; empty for a metric of one task.
+        against: Whether the value is a comparison with the full cache already.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Metric:
     form: str
     value: Callable[[Record, Record], float]
     part: bool = False
+    group: str = ""
+    against: bool = False
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -81,11 +85,27 @@ def _retrieval(task: str) -> tuple[Metric, Metric]:
 
 METRICS: tuple[Metric, ...] = (
     Metric("nll", "log-perplexity", "perplexity", False, ".3f", lambda r, _: _mean(r.nll)),
-    Metric("added", "added", "perplexity", False, ".3f", lambda r, f: _mean(r.nll) - _mean(f.nll)),
-    Metric("kl", "divergence", "perplexity", False, ".3f", lambda r, _: r.kl or 0.0),
-    Metric("top1", "same likeliest token", "perplexity", True, ".1%", _same_top),
-    Metric("prefix", "greedy prefix", "greedy", True, ".0%", _until_it_differs),
-    Metric("agreement", "greedy same", "greedy", True, ".0%", lambda r, f: _mean(_same(r, f))),
+    Metric(
+        "added",
+        "added",
+        "perplexity",
+        False,
+        ".3f",
+        lambda r, f: _mean(r.nll) - _mean(f.nll),
+        against=True,
+    ),
+    Metric("kl", "divergence", "perplexity", False, ".3f", lambda r, _: r.kl or 0.0, against=True),
+    Metric("top1", "same likeliest token", "perplexity", True, ".1%", _same_top, against=True),
+    Metric("prefix", "greedy prefix", "greedy", True, ".0%", _until_it_differs, against=True),
+    Metric(
+        "agreement",
+        "greedy same",
+        "greedy",
+        True,
+        ".0%",
+        lambda r, f: _mean(_same(r, f)),
+        against=True,
+    ),
     *(
         metric
         for task in ("passkey", "passkey_later", "multikey", "multikey_later")
@@ -121,6 +141,12 @@ class Row:
         prompts: Prompts it is over.
         held: Tokens kept after the eviction, mean over them.
         bytes: Bytes of K and V per token under a format; None for a sequence policy.
+        difference: Mean difference from the full cache on the same prompts; None for the full cache
+            and for what is a comparison with it already.
+        difference_low: Lower end of its 95 % interval, a paired BCa bootstrap over the prompts.
+        difference_high: Upper end.
+        p: Two-sided p-value of no difference, Holm-corrected over all rows that have one.
+        verdict: ``better`` or ``worse`` where the interval leaves 0 out, ``within noise`` else.
     """
 
     variant: str
@@ -132,10 +158,40 @@ class Row:
     prompts: int
     held: float
     bytes: int | None = None
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    p: float | None = None
+    verdict: str = ""
 
     def plain(self) -> dict[str, Any]:
-        """Convert to JSON types."""
-        return asdict(self)
+        """Convert to JSON types; what is unbounded is null."""
+        found = asdict(self)
+        for key in ("difference_low", "difference_high"):
+            if found[key] is not None and not math.isfinite(found[key]):
+                found[key] = None
+        return found
+
+
+def metrics_of(records: Sequence[Record]) -> list[Metric]:
+    """The metrics that records have: those of `METRICS`, a score for each task whose answers are
+    scored, and each group's mean over its tasks."""
+    tasks = list(dict.fromkeys(record.task for record in records))
+    scored: dict[str, dict[str, None]] = {}
+    for record in records:
+        if record.score is not None:
+            scored.setdefault(record.group, {})[record.task] = None
+    found = [metric for metric in METRICS if metric.task in tasks]
+    for group, own in scored.items():
+        label = f"{group}, {len(own)} task{'s' if len(own) > 1 else ''}"
+        found.append(Metric(group, label, "", True, ".1%", _own_score, group=group))
+        for task in own:
+            found.append(Metric(task, task.replace("_", " "), task, True, ".1%", _own_score))
+    return found
+
+
+def _own_score(record: Record, _: Record) -> float:
+    return record.score or 0.0
 
 
 def values(records: Iterable[Record]) -> dict[tuple[str, float, str], dict[str, float]]:
@@ -146,14 +202,21 @@ def values(records: Iterable[Record]) -> dict[tuple[str, float, str], dict[str, 
     """
     listed = list(records)
     full = {r.prompt: r for r in listed if r.variant == FULL}
+    by_task: dict[str, list[Metric]] = {}
+    by_group: dict[str, Metric] = {}
+    for metric in metrics_of(listed):
+        if metric.group:
+            by_group[metric.group] = metric
+        else:
+            by_task.setdefault(metric.task, []).append(metric)
     found: dict[tuple[str, float, str], dict[str, float]] = {}
     for record in listed:
         if record.prompt not in full:
             raise ValueError(f"no record of the full cache for {record.prompt}")
-        for metric in METRICS:
-            if metric.task == record.task:
-                key = (record.variant, record.budget, metric.name)
-                found.setdefault(key, {})[record.prompt] = metric.value(record, full[record.prompt])
+        own = by_task.get(record.task, [])
+        for metric in (by_group[record.group], *own) if record.group else own:
+            key = (record.variant, record.budget, metric.name)
+            found.setdefault(key, {})[record.prompt] = metric.value(record, full[record.prompt])
     return found
 
 
@@ -162,33 +225,145 @@ def summarise(records: Sequence[Record]) -> list[Row]:
     held: dict[tuple[str, float, str], list[float]] = {}
     size = {(record.variant, record.budget): record.bytes for record in records}
     for record in records:
-        held.setdefault((record.variant, record.budget, record.task), []).append(record.held)
-    metrics = {metric.name: metric for metric in METRICS}
-    rows = []
-    for (variant, budget, name), by_prompt in values(records).items():
-        metric, each = metrics[name], list(by_prompt.values())
-        low, high = wilson(each) if metric.part else bootstrap(each)
-        tokens = held[variant, budget, metric.task]
-        about = (len(each), _mean(tokens), size[variant, budget])
-        rows.append(Row(variant, budget, name, _mean(each), low, high, *about))
+        for task in {record.task, record.group}:
+            held.setdefault((record.variant, record.budget, task), []).append(record.held)
+    metrics = {metric.name: metric for metric in metrics_of(records)}
+    task_of = {record.prompt: record.task for record in records}
+    found = values(records)
+    rows, tested = [], []
+    for (variant, budget, name), by_prompt in found.items():
+        metric = metrics[name]
+        strata = _strata(by_prompt, task_of)
+        scored = metric.part or metric.value is _own_score
+        low, high = interval(*strata) if scored else bootstrap(*strata)
+        tokens = held[variant, budget, metric.group or metric.task]
+        row = Row(
+            variant,
+            budget,
+            name,
+            _mean([_mean(each) for each in strata]),
+            low,
+            high,
+            len(by_prompt),
+            _mean(tokens),
+            size[variant, budget],
+        )
+        full = found.get((FULL, 1.0, name))
+        if variant != FULL and full is not None and not metric.against:
+            differences = {prompt: value - full[prompt] for prompt, value in by_prompt.items()}
+            rows.append(_against(row, _strata(differences, task_of), metric))
+            tested.append((len(rows) - 1, p_value(list(differences.values()))))
+        else:
+            rows.append(row)
+    for (at, _), p in zip(tested, holm([p for _, p in tested]), strict=True):
+        rows[at] = replace(rows[at], p=p)
     return rows
+
+
+def _strata(by_prompt: dict[str, float], task_of: dict[str, str]) -> list[list[float]]:
+    """Values by task: prompts of a task are drawn among themselves."""
+    found: dict[str, list[float]] = {}
+    for prompt, value in by_prompt.items():
+        found.setdefault(task_of[prompt], []).append(value)
+    return list(found.values())
+
+
+def _against(row: Row, differences: Sequence[Sequence[float]], metric: Metric) -> Row:
+    """A row with its difference from the full cache."""
+    mean = _mean([_mean(each) for each in differences])
+    low, high = paired(*differences)
+    verdict = _verdict(mean, low, high, metric.higher)
+    return replace(row, difference=mean, difference_low=low, difference_high=high, verdict=verdict)
+
+
+def _verdict(mean: float, low: float, high: float, higher: bool) -> str:
+    if low <= 0 <= high or abs(mean) < ROUNDING:
+        return "within noise"
+    return "better" if (mean > 0) is higher else "worse"
 
 
 def wilson(hits: Sequence[float]) -> tuple[float, float]:
     """Wilson's 95 % interval of a proportion, of values 0 and 1."""
-    n, z = len(hits), 1.959964
-    p = _mean(hits)
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    found = stats.binomtest(round(sum(hits)), len(hits)).proportion_ci(LEVEL, "wilson")
+    return float(found.low), float(found.high)
 
 
-def bootstrap(each: Sequence[float]) -> tuple[float, float]:
-    """Percentile-bootstrap 95 % interval of a mean; resamples are the same on every call."""
-    data = np.asarray(each, dtype=float)
-    picks = np.random.default_rng(0).integers(0, len(data), (RESAMPLES, len(data)))
-    low, high = np.quantile(data[picks].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+def bootstrap(*strata: Sequence[float]) -> tuple[float, float]:
+    """BCa-bootstrap 95 % interval of a mean, or of the mean of several samples' means.
+
+    Each sample is resampled by itself where all have `LEAST_STRATUM` values; else they are drawn
+    from together, which is wider: two or three values show too little of their spread. Resamples
+    are the same on every call. Where nothing varies the interval is the mean alone.
+    """
+    data = [np.asarray(each, dtype=float) for each in strata]
+    if min(len(each) for each in data) < LEAST_STRATUM:
+        whole = sum(len(each) for each in data)
+        data = [np.concatenate([each * whole / (len(data) * len(each)) for each in data])]
+    if all(np.ptp(each) == 0 for each in data):
+        mean = float(np.mean([each[0] for each in data]))
+        return mean, mean
+
+    def mean_of_means(*samples: Any, axis: int) -> Any:
+        return sum(np.mean(each, axis=axis) for each in samples) / len(samples)
+
+    found = stats.bootstrap(
+        data,
+        mean_of_means,
+        n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
+        method="BCa",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def interval(*strata: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean score: `bootstrap`, but Wilson's of one sample of 0 and 1, and where
+    all are 0 or all are 1."""
+    values = [value for each in strata for value in each]
+    yes_or_no = all(value in (0, 1) for value in values)
+    if yes_or_no and (len(strata) == 1 or np.ptp(values) == 0):
+        return wilson(values)
+    return bootstrap(*strata)
+
+
+def paired(*differences: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean difference: `bootstrap`; of one prompt alone it is unbounded.
+
+    Where every prompt of yes or no has the same difference, which a bootstrap takes for certain,
+    it is Agresti and Min's for matched pairs.
+    """
+    values = [value for each in differences for value in each]
+    if len(values) == 1:
+        return -math.inf, math.inf
+    if np.ptp(values) == 0 and abs(values[0]) in (0, 1):
+        low, high = _sign_flips(values)
+        return max(-1.0, low), min(1.0, high)
+    return bootstrap(*differences)
+
+
+def p_value(differences: Sequence[float]) -> float:
+    """Two-sided p-value of differences that are symmetric around 0.
+
+    Of differences -1, 0 and 1 the exact sign test, which is McNemar's; else Wilcoxon's signed-rank
+    test, in which no difference is split between both sides.
+    """
+    moved = [d for d in differences if d]
+    if not moved:
+        return 1.0
+    if all(abs(d) == 1 for d in moved):
+        return float(stats.binomtest(sum(d > 0 for d in moved), len(moved)).pvalue)
+    return float(stats.wilcoxon(differences, zero_method="zsplit").pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction: each value as it is rejected at a family-wise level."""
+    order = np.argsort(p_values, kind="stable")
+    found, highest = [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(order):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[at]))
+        found[at] = highest
+    return found
 
 
 @dataclass(frozen=True)
@@ -226,11 +401,8 @@ def compare(
     if not common:
         raise ValueError(f"{metric.name}: no prompt in common")
     differences = [ours[name] - theirs[name] for name in common]
-    low, high = _sign_flips(differences) if metric.part else _student(differences)
-    gain = (low, high) if metric.higher else (-high, -low)
-    verdict = "better" if gain[0] > 0 else "worse" if gain[1] < 0 else "within noise"
-    if abs(_mean(differences)) < ROUNDING:
-        verdict = "within noise"
+    low, high = _sign_flips(differences) if metric.part else student(differences)
+    verdict = _verdict(_mean(differences), low, high, metric.higher)
     return Difference(
         metric.name,
         budget,
@@ -257,18 +429,18 @@ def ratio(ours: dict[str, float], theirs: dict[str, float]) -> tuple[float, floa
     if any(ours[name] <= 0 or theirs[name] <= 0 for name in common):
         raise ValueError("ratios are of positive values")
     logs = [math.log(ours[name] / theirs[name]) for name in common]
-    low, high = _student(logs)
+    low, high = student(logs)
     return math.exp(_mean(logs)), math.exp(low), math.exp(high)
 
 
-def _student(differences: Sequence[float]) -> tuple[float, float]:
-    """Student's 95 % interval of a mean difference; of one prompt alone it is unbounded."""
-    n, mean = len(differences), _mean(differences)
-    if n == 1:
+def student(values: Sequence[float]) -> tuple[float, float]:
+    """Student's 95 % interval of a mean; of one value alone it is unbounded."""
+    if len(values) == 1:
         return -math.inf, math.inf
-    spread = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
-    half = T_975[min(n - 2, len(T_975) - 1)] * spread
-    return mean - half, mean + half
+    if np.ptp(values) == 0:
+        return values[0], values[0]
+    low, high = stats.t.interval(LEVEL, len(values) - 1, np.mean(values), stats.sem(values))
+    return float(low), float(high)
 
 
 def _sign_flips(differences: Sequence[float]) -> tuple[float, float]:
@@ -277,5 +449,7 @@ def _sign_flips(differences: Sequence[float]) -> tuple[float, float]:
     up, down = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     n = len(differences) + 2
     mean = (up - down) / n
-    spread = math.sqrt(max(0.0, (up + down + 1) / n - mean * mean) / n) * 1.959964
+    spread = math.sqrt(max(0.0, (up + down + 1) / n - mean * mean) / n) * stats.norm.ppf(
+        0.5 + LEVEL / 2
+    )
     return mean - spread, mean + spread

@@ -8,7 +8,7 @@ chunks, through its own ``write`` and ``attend``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +17,11 @@ from torch import Tensor
 from kvplug.contract import FormatPolicy, LayerView, SequencePolicy
 from kvplug.errors import KVPlugError
 from kvplug.hosts.transformers import Host, Text, Watched, watched_by
+from kvplug_lab.fidelity.asked import Reader
 from kvplug_lab.fidelity.peer_formats import PeerFormat
 from kvplug_lab.fidelity.records import FULL, Record
-from kvplug_lab.fidelity.tasks import Prompt
+from kvplug_lab.fidelity.scores import MATCHES, score
+from kvplug_lab.fidelity.tasks import Prompt, Wanted
 
 if TYPE_CHECKING:
     from kvplug.contract import Policy
@@ -29,7 +31,13 @@ PIECE = 1
 and taking more of them as computed makes every format look several times better than it is."""
 
 AT_ONCE = 48
-"""Texts that generate together: a pass over the weights serves them all."""
+"""Most texts that generate together: a pass over the weights serves them all."""
+
+CPU_BYTES = 4 << 30
+"""Bytes of K and V of texts that generate together on a CPU."""
+
+READ = 8192
+"""Tokens of a context read in one pass: what a pass needs beside K and V grows with them."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,7 @@ def run(
     prompts: Sequence[Prompt],
     variants: Sequence[Variant],
     progress: Callable[[str], None] = lambda line: None,
+    reader: Reader | None = None,
 ) -> Iterator[Record]:
     """Run every prompt under the full cache and every variant.
 
@@ -143,12 +152,13 @@ def run(
         prompts: The prompts; those of one context are adjacent.
         variants: The policies and budgets.
         progress: Called before each prompt and variant, as many times as `steps` counts.
+        reader: Reads answers; needed where prompts want one.
 
     Raises:
         KVPlugError: A variant cannot be built.
     """
     for batch in _by_context(prompts):
-        yield from _context(host, batch, variants, progress)
+        yield from _context(host, batch, variants, progress, reader)
 
 
 def run_formats(
@@ -157,6 +167,7 @@ def run_formats(
     variants: Sequence[FormatVariant],
     progress: Callable[[str], None] = lambda line: None,
     piece: int = PIECE,
+    reader: Reader | None = None,
 ) -> Iterator[Record]:
     """Run every prompt under the full cache and every format.
 
@@ -168,6 +179,7 @@ def run_formats(
         variants: The formats.
         progress: As in `run`.
         piece: Scored tokens of one pass.
+        reader: As in `run`.
 
     Raises:
         KVPlugError: A variant cannot be built.
@@ -179,7 +191,7 @@ def run_formats(
         size = bytes_per_token(format, host.engine.layers)
         labels.append((variant.label, round(size / whole, 4), size))
     for batch in _by_context(prompts):
-        yield from _stored(host, batch, formats, labels, progress, piece)
+        yield from _stored(host, batch, formats, labels, progress, piece, reader)
 
 
 def steps(prompts: Sequence[Prompt], variants: Sequence[Variant | FormatVariant]) -> int:
@@ -202,6 +214,7 @@ def _context(
     prompts: Sequence[Prompt],
     variants: Sequence[Variant],
     progress: Callable[[str], None],
+    reader: Reader | None,
 ) -> Iterator[Record]:
     """The records of prompts that share a context."""
     device = next(host.model.parameters()).device
@@ -211,13 +224,18 @@ def _context(
     watched = Watched(
         max((need.observation for need in needs), default=0), any(need.totals for need in needs)
     )
-    full, last = host.read(context, watched=watched)
+
+    def read(policy: SequencePolicy | None, **watched: Watched) -> tuple[Text, Tensor]:
+        text = host.open(len(context), policy, **watched)
+        return text, host.feed(text, context, 1, READ)[0]
+
+    full, last = read(None, watched=watched)
 
     def start(which: int) -> Text:
         policy = None if which < 0 else policies[which]
         if full.can_branch(policy):
             return full.branch(policy)
-        return host.read(context, policy)[0]
+        return read(policy)[0]
 
     def label_of(which: int) -> tuple[str, float]:
         return (FULL, 1.0) if which < 0 else (variants[which].label, variants[which].budget)
@@ -235,14 +253,15 @@ def _context(
             logits = _scored(host, text, prompt, device)
             yield _record(*label_of(which), prompt, held, logits, reference)
     for prompt in generate:
-        for at in range(0, len(everyone), AT_ONCE):
-            chosen = everyone[at : at + AT_ONCE]
+        at_once = _at_once(host, len(context))
+        for at in range(0, len(everyone), at_once):
+            chosen = everyone[at : at + at_once]
             texts = [start(which) for which in chosen]
             helds = [text.kept for text in texts]
-            written = _generate(host, texts, int(last.argmax()), prompt.new_tokens - 1, device)
-            for which, held, ids in zip(chosen, helds, written, strict=True):
-                progress(f"{prompt.name} {label_of(which)[0]}")
-                yield Record(*label_of(which), prompt.task, prompt.name, held, ids=ids)
+            labels = [label_of(which) for which in chosen]
+            for label, _ in labels:
+                progress(f"{prompt.name} {label}")
+            yield from _written(host, prompt, texts, labels, helds, int(last.argmax()), reader)
 
 
 def _stored(
@@ -252,6 +271,7 @@ def _stored(
     labels: Sequence[tuple[str, float, int]],
     progress: Callable[[str], None],
     piece: int,
+    reader: Reader | None,
 ) -> Iterator[Record]:
     """Measure prompts that share a context under formats; the first label is the full cache's."""
     device = next(host.model.parameters()).device
@@ -279,14 +299,109 @@ def _stored(
             yield _record(label, budget, prompt, text.kept, logs, reference, size)
         generate.append((text, label, budget, size))
     for prompt in (p for p in prompts if p.new_tokens):
-        for at in range(0, len(generate), AT_ONCE):
-            some = generate[at : at + AT_ONCE]
+        at_once = _at_once(host, len(context))
+        for at in range(0, len(generate), at_once):
+            some = generate[at : at + at_once]
             texts = [text.branch(text.policy) for text, *_ in some]
-            written = _generate(host, texts, first, prompt.new_tokens - 1, device)
-            for (text, label, budget, size), ids in zip(some, written, strict=True):
+            for _, label, *_ in some:
                 progress(f"{prompt.name} {label}")
-                held = text.kept
-                yield Record(label, budget, prompt.task, prompt.name, held, ids=ids, bytes=size)
+            found = _written(
+                host,
+                prompt,
+                texts,
+                [(label, budget) for _, label, budget, _ in some],
+                [text.kept for text, *_ in some],
+                first,
+                reader,
+            )
+            for record, (*_, size) in zip(found, some, strict=True):
+                yield replace(record, bytes=size)
+
+
+def _at_once(host: Host, tokens: int) -> int:
+    """Texts of so many tokens that generate together."""
+    model = host.model
+    size = torch.finfo(model.dtype).bits // 8
+    each = tokens * sum(2 * size * v.num_kv_heads * v.head_size for v in host.layers)
+    device = next(model.parameters()).device
+    free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_BYTES
+    # A text's room grows by half of what it holds.
+    return max(1, min(AT_ONCE, free * 2 // (3 * each)))
+
+
+def _written(
+    host: Host,
+    prompt: Prompt,
+    texts: Sequence[Text],
+    labels: Sequence[tuple[str, float]],
+    helds: Sequence[float],
+    first: int,
+    reader: Reader | None,
+) -> Iterator[Record]:
+    """The records of what texts write on a prompt."""
+    device = next(host.model.parameters()).device
+    wanted = prompt.wanted
+    if wanted is None:
+        written = _generate(host, texts, first, prompt.new_tokens - 1, device)
+    elif reader is None:
+        raise ValueError(f"{prompt.name} wants an answer: give a reader")
+    else:
+        written = _answers(host, texts, prompt, wanted, reader, device)
+    for label, held, ids in zip(labels, helds, written, strict=True):
+        record = Record(*label, prompt.task, prompt.name, held, ids=ids)
+        if wanted is None or reader is None:
+            yield record
+            continue
+        answer = reader.decode(ids)
+        yield replace(
+            record,
+            group=wanted.group,
+            score=round(_score(wanted, answer), 6),
+            answer=answer,
+        )
+
+
+def _score(wanted: Wanted, answer: str) -> float:
+    return score(wanted.score, answer, wanted.answers, wanted.classes, wanted.first_line)
+
+
+def _answers(
+    host: Host,
+    texts: Sequence[Text],
+    prompt: Prompt,
+    wanted: Wanted,
+    reader: Reader,
+    device: torch.device,
+) -> list[list[int]]:
+    """Greedy answers, without the token that ends them.
+
+    A text stops where its answer ends, or where its score cannot change any more.
+    """
+    then = torch.tensor(prompt.then, device=device)
+    ids = torch.stack([host.feed(text, then, 1)[0].argmax() for text in texts])
+    written: list[list[int]] = [[] for _ in texts]
+    going = list(range(len(texts)))
+    while going:
+        left = []
+        for place, (which, token) in enumerate(zip(going, ids.tolist(), strict=True)):
+            if token in reader.ends:
+                continue
+            written[which].append(token)
+            if len(written[which]) < prompt.new_tokens and not _settled(
+                wanted, reader, written[which]
+            ):
+                left.append(place)
+        going = [going[place] for place in left]
+        if going:
+            ids = host.step([texts[which] for which in going], ids[left]).argmax(-1)
+    return written
+
+
+def _settled(wanted: Wanted, reader: Reader, ids: Sequence[int]) -> bool:
+    if wanted.score in MATCHES:
+        # More text takes nothing away from it.
+        return _score(wanted, reader.decode(ids)) == 1
+    return wanted.first_line and "\n" in reader.decode(ids).lstrip("\n")
 
 
 def _scored(

@@ -47,17 +47,38 @@ class BadText(KVPlugError, ValueError):
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """What an answer that was written freely is scored by.
+
+    Attributes:
+        group: Tasks that are averaged together, e.g. ``ruler``.
+        answers: The right answers.
+        score: Name of a score of `kvplug_lab.fidelity.scores`.
+        classes: All classes of a classification.
+        first_line: Whether only the answer's first line counts.
+    """
+
+    group: str
+    answers: tuple[str, ...]
+    score: str
+    classes: tuple[str, ...] = ()
+    first_line: bool = False
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One thing to read and answer, in tokens.
 
     Attributes:
-        task: One of `TASKS`.
+        task: One of `TASKS`, or a task of RULER or LongBench.
         name: Unique among the prompts.
         context: Tokens read before the eviction.
         then: Tokens fed after it, not scored.
         answer: Tokens scored after those, each given the right ones before it.
         new_tokens: Tokens to generate, where nothing is scored: the first one comes from the
-            context's last token and is given, the others are compared.
+            context's last token and is given, the others are compared. Where an answer is
+            wanted, all of them are.
+        wanted: How the answer is scored; None where tokens are scored or compared.
     """
 
     task: str
@@ -66,6 +87,7 @@ class Prompt:
     then: tuple[int, ...] = ()
     answer: tuple[int, ...] = ()
     new_tokens: int = 0
+    wanted: Wanted | None = None
 
     def plain(self) -> dict[str, Any]:
         """Convert to JSON types."""
@@ -75,7 +97,13 @@ class Prompt:
     def of(cls, plain: Mapping[str, Any]) -> Prompt:
         """The prompt that `plain` wrote."""
         lists = {key: tuple(plain[key]) for key in ("context", "then", "answer")}
-        return cls(plain["task"], plain["name"], **lists, new_tokens=plain["new_tokens"])
+        wanted = plain.get("wanted")
+        if wanted is not None:
+            sets = {key: tuple(wanted[key]) for key in ("answers", "classes")}
+            wanted = Wanted(**{**wanted, **sets})
+        return cls(
+            plain["task"], plain["name"], **lists, new_tokens=plain["new_tokens"], wanted=wanted
+        )
 
 
 @dataclass(frozen=True)

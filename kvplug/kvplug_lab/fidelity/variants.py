@@ -9,8 +9,9 @@ from pathlib import Path
 from kvplug.contract import Kind
 from kvplug.deployment import Choice
 from kvplug.errors import DeploymentError, KVPlugError, Refusal
-from kvplug.parser import load_deployment, read_yaml
+from kvplug.parser import load_deployment
 from kvplug.registry import Plugins, plugins
+from kvplug.yaml_file import read_yaml
 from kvplug_lab.fidelity.peer_formats import PEERS
 from kvplug_lab.fidelity.run import FormatVariant, Variant
 from kvplug_lab.policy_text import policy_section
@@ -78,13 +79,11 @@ def _is_file(label: str) -> bool:
 
 def _every_format() -> dict[str, list[str]]:
     registry, names = plugins().registry, []
-    for name in registry.names(Kind.FORMAT):
+    for name in registry.ready(Kind.FORMAT):
         policy = registry.get(Kind.FORMAT, name)
         assert policy is not None
-        fields = policy.Options.model_fields
-        needed = any(info.is_required() for info in fields.values())
         # A calibration is a file of the model's own, which must be named.
-        if not needed and "calibration" not in fields:
+        if "calibration" not in policy.Options.model_fields:
             names.append(name)
     return {"all": names, "peers": [policy.name for policy in PEERS]}
 
@@ -128,12 +127,11 @@ def variants(chosen: dict[str, Choice], parts: Sequence[float], once: bool) -> l
 def _everything() -> list[str]:
     """Every installed sequence policy that a budget can be set for."""
     registry, found = plugins().registry, []
-    for name in registry.names(Kind.SEQUENCE):
+    for name in registry.ready(Kind.SEQUENCE, "budget"):
         policy = registry.get(Kind.SEQUENCE, name)
         assert policy is not None
         fields = policy.Options.model_fields
-        needed = [n for n, info in fields.items() if info.is_required() and n != "budget"]
-        if not needed and ("budget" in fields or {"sink", "window"} <= set(fields)):
+        if "budget" in fields or {"sink", "window"} <= set(fields):
             found.append(name)
     return found
 

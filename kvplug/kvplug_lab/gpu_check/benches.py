@@ -15,14 +15,17 @@ from typing import Any
 from kvplug.errors import KVPlugError
 from kvplug_lab.gpu_check.parts import Report
 
-FIRST = ("paged_attend_quant", "quant_write", "compact_kv", "attention_mass", "select_top")
+PEERS = "decode_peers"
+"""Beside the operations': decoding against vLLM's and FlashInfer's."""
+FIRST = (PEERS, "paged_attend_quant", "quant_write", "compact_kv", "attention_mass", "select_top")
 """Operations whose figures matter most come first: time may run out."""
 
 
 def run_benches(
     root: Path, folder: Path, report: Report, deadline: float, *, repetitions: int, quick: bool
 ) -> None:
-    """Run ``kernels/benchmarks/bench_*.py`` of a checkout until the deadline.
+    """Run ``kernels/benchmarks/bench_*.py`` and ``decode_peers.py`` of a checkout until the
+    deadline.
 
     Args:
         root: Checkout.
@@ -37,6 +40,7 @@ def run_benches(
     """
     benchmarks = root / "kernels" / "benchmarks"
     names = [file.stem.removeprefix("bench_") for file in sorted(benchmarks.glob("bench_*.py"))]
+    names += [PEERS] if (benchmarks / f"{PEERS}.py").exists() else []
     names.sort(key=lambda name: (name not in FIRST, FIRST.index(name) if name in FIRST else 0))
     while names:
         # A fault on the device spoils the whole process: the next one goes on after it.
@@ -82,11 +86,14 @@ def _report(done: dict[str, Any], folder: Path, report: Report) -> None:
         return
     file = folder / f"bench-{done['name']}.json"
     for row in json.loads(file.read_text(encoding="utf-8")):
-        line = (
-            f"{row['op']} [{row['path']}] {row['shape']}: {row['op_us_median']:.1f} us, "
-            f"{row['ratio_median']:.2f} of {row['baseline']}"
-        )
-        report({"name": row["op"], "ok": True, **row}, line)
+        line = f"{row['op']} [{row['path']}] {row['shape']}: "
+        if row.get("left_out"):
+            line += f"left out: {row['left_out']}"
+        else:
+            line += f"{row['op_us_median']:.1f} us, {row['ratio_median']:.2f} of {row['baseline']}"
+        if row.get("times_fa3"):
+            line += f", {row['times_fa3']:.2f} times FA3 bf16"
+        report({**row, "name": row["op"], "ok": True}, line)
     file.unlink()
 
 
@@ -119,7 +126,8 @@ def _main(benchmarks: str, folder: str, repetitions: str, quick: str, *names: st
         sys.argv += ["--quick"] * int(quick)
         error = None
         try:
-            runpy.run_path(str(Path(benchmarks) / f"bench_{name}.py"), run_name="__main__")
+            script = f"{name}.py" if name == PEERS else f"bench_{name}.py"
+            runpy.run_path(str(Path(benchmarks) / script), run_name="__main__")
         except Exception as problem:
             error = f"{type(problem).__name__}: {problem}"[:600]
             if "CUDA" in error:

@@ -18,6 +18,8 @@ import typer
 from kvplug import __version__
 from kvplug.cli.refusals import refusing
 from kvplug.errors import KVPlugError
+from kvplug_lab.cli.inputs import check_outputs, model_directory
+from kvplug_lab.cli.options import Json
 
 if TYPE_CHECKING:
     from kvplug_lab.gpu_check.engines import Machine
@@ -65,8 +67,12 @@ def gpu_check(
     row_seconds: Annotated[float, typer.Option(min=1, help="Longest time of a row.")] = 45,
     wave: Annotated[int, typer.Option(min=1, help="Engines of `speed` that live at once.")] = 7,
     model: Annotated[
-        Path | None,
-        typer.Option(help="Model with weights for `speed`; made-up ones of 3B by default."),
+        str | None,
+        typer.Option(
+            help="Model for `speed`: a directory, ORG/NAME of the Hugging Face hub, or a name "
+            "such as smollm2; made-up weights of 3B by default.",
+            show_default=False,
+        ),
     ] = None,
     engines: Annotated[
         int,
@@ -81,6 +87,7 @@ def gpu_check(
     device: Annotated[
         str, typer.Option(help="cuda; or cpu, to try `exact` and `policies` without a GPU.")
     ] = "cuda",
+    json: Json = None,
     root: Annotated[
         Path, typer.Option(file_okay=False, help="Checkout whose tests and benchmarks are run.")
     ] = CHECKOUT,
@@ -100,6 +107,8 @@ def gpu_check(
     end = time.monotonic() + seconds
     with refusing(2):
         chosen = _chosen(only, device, root)
+        check_outputs(json=json)
+        directory = model_directory(model) if model is not None else None
         out.mkdir(parents=True, exist_ok=True)
         load = speed.Load(requests, prompt, output, fit, row_seconds=row_seconds)
         cores = os.cpu_count() or 1
@@ -116,7 +125,7 @@ def gpu_check(
                 _split(rows),
                 tests,
                 load,
-                model,
+                directory,
                 wave,
                 repetitions,
             )
@@ -126,6 +135,8 @@ def gpu_check(
                 _keep_logs(results.data, machine.folder, out)
     _say("\n" + summary(results.data))
     _say(f"results: {results.file}")
+    if json is not None:
+        json.write_text(results.file.read_text(encoding="utf-8"), encoding="utf-8")
     raise typer.Exit(0 if results.ok else 1)
 
 

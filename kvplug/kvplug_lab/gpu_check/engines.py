@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Mapping
@@ -33,6 +35,8 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "2",
 }
 PROBE_SECONDS = 120
+STACK_SECONDS = 1.0
+"""For an engine that is late to write where it stands."""
 TAIL = 3000
 """Characters of a log that an error shows."""
 
@@ -141,7 +145,7 @@ class Engine:
         model: Model directory.
         section: The ``kvplug`` section, or None for stock vLLM.
         engine: Keyword arguments of ``vllm.LLM``.
-        env: Environment variables of its own.
+        env: Environment variables added to this process's own.
         slot: Place that it takes among the engines that live at once. One of the same place reuses
             what it compiled; two that live at once would read what the other half wrote.
         warm: A workload it serves before it is ready, as `kvplug_lab.engine.prepared.run` takes.
@@ -169,7 +173,7 @@ class Engine:
             "model": str(model),
             "section": None if section is None else dict(section),
             "engine": dict(engine),
-            "env": own | dict(env or {}),
+            "env": os.environ | own | dict(env or {}),
             "log": str(self.log),
             "warm": warm,
         }
@@ -209,6 +213,7 @@ class Engine:
     def _receive(self, deadline: float, what: str) -> dict[str, Any]:
         try:
             if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
+                self._say_where_it_stands()
                 raise EngineFailed(f"the engine did not {what} in the time left{self._tail()}")
             message: dict[str, Any] = self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -216,6 +221,12 @@ class Engine:
         if "error" in message:
             raise EngineFailed(message["error"] + self._tail())
         return message
+
+    def _say_where_it_stands(self) -> None:
+        """Have it write its threads' stacks to its log; it is killed next, so no harm is done."""
+        with contextlib.suppress(OSError):
+            os.kill(self._process.pid, signal.SIGUSR1)
+            self._pipe.poll(STACK_SECONDS)
 
     def _tail(self) -> str:
         text = self.log.read_text(encoding="utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""``kvplug explain``: where a recorded answer with reuse diverges from the computed one."""
+"""``kvplug reuse explain``: where a recorded answer with reuse diverges from the computed one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kvplug.cli.refusals import refusing
-from kvplug_lab.cli.inputs import check_outputs, need_transformers
-from kvplug_lab.cli.options import Json, Threads
+from kvplug.cli.tables import print_table
+from kvplug_lab.cli.inputs import check_outputs, model_directory, need_transformers
+from kvplug_lab.cli.options import MODEL_HELP, Json, Threads
 from kvplug_lab.cli.outputs import print_written, wide_console
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def explain(
         Path, typer.Argument(metavar="RECORD", help="A record that the guard wrote.")
     ],
     model: Annotated[
-        Path | None,
-        typer.Option(help="Model directory; the record's by default."),
+        str | None,
+        typer.Option(help=f"{MODEL_HELP} The record's own by default.", show_default=False),
     ] = None,
     threads: Threads = 0,
     json: Json = None,
@@ -58,29 +59,25 @@ def explain(
         print_written(console, "figures", json)
 
 
-def _explained(
-    path: Path, model: Path | None, threads: int
-) -> tuple[Explanation, DriftRecord, Any]:
+def _explained(path: Path, model: str | None, threads: int) -> tuple[Explanation, DriftRecord, Any]:
     from kvplug.errors import KVPlugError
     from kvplug.fingerprint import model_fingerprint
     from kvplug.reuse.drift_record import DriftRecord
 
     record = DriftRecord.read(path)
-    directory = model if model is not None else Path(record.model)
-    if not (directory / "config.json").is_file():
-        if model is None:
-            raise KVPlugError(
-                f"{path}: model: {record.model} is not a model directory on this machine; "
-                "pass one with --model"
-            )
-        raise KVPlugError(f"--model: {model} is not a model directory: it has no config.json")
+    directory = Path(record.model) if model is None else model_directory(model)
+    if model is None and not (directory / "config.json").is_file():
+        raise KVPlugError(
+            f"{path}: model: {record.model} is not a model directory on this machine; "
+            "pass one with --model"
+        )
     there = model_fingerprint(directory)
     if there != record.fingerprint:
         raise KVPlugError(
             f"{path}: fingerprint: {directory} is another model ({there or 'no weights'}, the "
             f"record is of {record.fingerprint}); pass the right one with --model"
         )
-    need_transformers("explain")
+    need_transformers("reuse explain")
 
     from dataclasses import replace
 
@@ -133,11 +130,11 @@ def show(console: Console, found: Explanation, record: DriftRecord, tokenizer: A
         )
     say()
     if found.runs:
-        console.print(_runs_table(found.runs))
-        console.print(_layers_table(found.runs))
+        print_table(console, _runs_table(found.runs))
+        print_table(console, _layers_table(found.runs))
     if len(found.runs) > RUNS:
         say(f"{len(found.runs) - RUNS} more runs: see --json")
-    console.print(_outputs_table(found, tokenizer))
+    print_table(console, _outputs_table(found, tokenizer))
     say(_parting(found))
     kl = [o.kl for o in found.outputs]
     say(f"KL of the next token: mean {sum(kl) / len(kl):.4f} nats, most {max(kl):.4f}")
