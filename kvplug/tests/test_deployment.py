@@ -31,8 +31,9 @@ from kvplug.contract import (
 from kvplug.deployment import Deployment
 from kvplug.errors import DeploymentError, change_options
 from kvplug.hosts.vllm.flags import RUNS, read_config
-from kvplug.parser import load_deployment, read_yaml
+from kvplug.parser import load_deployment
 from kvplug.registry import Plugins
+from kvplug.yaml_file import read_yaml
 
 Load = Callable[[str], Deployment]
 
@@ -153,7 +154,7 @@ REFUSALS = {
     "unknown key like no other": (
         "zzz: 1\n",
         "1: zzz: unknown key. Fix: use one of prefix_cache, sequence, format, reuse, attention, "
-        "transfer, lifecycle, guard, on_bad_request.",
+        "tiers, transfer, lifecycle, guard, observe, on_bad_request.",
     ),
     "kind of a wrong type": (
         "\nsequence: 7\n",
@@ -237,7 +238,8 @@ REFUSALS = {
     "option of a key beside a list": (
         "reuse:\n  use: [plain]\n  store: {memory: 0}\n",
         "3: reuse.store.memory: must be greater than or equal to 1, got 0. Fix: use a "
-        "value in range (MiB of host memory for segments, of all ranks together).",
+        "value in range (MiB of host memory for segments and their text, of all processes "
+        "together).",
     ),
     "value of on_bad_request": (
         "on_bad_request: refused\n",
@@ -252,7 +254,23 @@ REFUSALS = {
     "guard of nothing": (
         "guard: {}\n",
         "1: guard: watches reuse, but nothing is reused. "
-        "Fix: add a reuse section, or remove guard.",
+        "Fix: add a reuse section, or guard.shadow for other policies, or remove guard.",
+    ),
+    "key of guard beside shadow alone": (
+        "sequence: window\nguard:\n  shadow: {}\n  history: 3\n",
+        "4: guard.history: is about reuse, but nothing is reused. "
+        "Fix: add a reuse section, or remove history.",
+    ),
+    "shadow of what is exact": (
+        "reuse: {use: [plain]}\nguard:\n  shadow: {}\n",
+        "3: guard.shadow: answers approximate answers again, but nothing here approximates. "
+        "Fix: add a sequence or attention policy or reuse with approximate: true, or remove "
+        "guard.shadow.",
+    ),
+    "option of shadow": (
+        "sequence: window\nguard:\n  shadow: {alpha: 0.5}\n",
+        "3: guard.shadow.alpha: must be less than 0.5, got 0.5. Fix: use a value in range "
+        "(probability of going back to exact although the mean is within the bound).",
     ),
     "option of guard": (
         "reuse:\n  use: [plain]\nguard:\n  breaker: {threshold: 0}\n",
@@ -290,6 +308,29 @@ REFUSALS = {
         "'tag:yaml.org,2002:python/name:os.system'. Fix: correct the syntax at that line.",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("key", "lossy", "exact"),
+    [("format", "int8", "plain"), ("transfer", "cachegen", "lossless")],
+)
+def test_a_shadow_is_refused_where_no_request_is_exact(key: str, lossy: str, exact: str) -> None:
+    section = {"sequence": "sink_window", "guard": {"shadow": {}}}
+    if key == "transfer":
+        section |= {"tiers": [{"host": {"size": "1GiB"}}]}
+    built_in = Plugins()
+    load_deployment(section | {key: exact}, using=built_in)
+    with pytest.raises(DeploymentError, match=f"{lossy} changes the KV of every request"):
+        load_deployment(section | {key: lossy}, using=built_in)
+
+
+def test_a_shadow_is_refused_where_one_tier_changes_what_it_stores() -> None:
+    tiers = [{"host": {"size": "1GiB"}}, {"disk": {"path": "/x", "size": "1GiB"}}]
+    section = {"sequence": "sink_window", "guard": {"shadow": {}}, "tiers": tiers}
+    load_deployment(section, using=Plugins())
+    tiers[1]["disk"]["transfer"] = "cachegen"
+    with pytest.raises(DeploymentError, match="choose another transfer"):
+        load_deployment(section, using=Plugins())
 
 
 RENAMED = {
@@ -361,7 +402,7 @@ def test_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_file_that_is_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DeploymentError, match=r"cannot be read: Is a directory\. Fix: check"):
+    with pytest.raises(DeploymentError, match=r"is a folder, not a regular file\. Fix: check"):
         load_deployment(tmp_path)
 
 
@@ -425,7 +466,7 @@ def test_feature_that_is_on_and_not_supported(load: Load, file: Path) -> None:
 def test_feature_nobody_can_switch_off(load: Load, file: Path) -> None:
     on = ENGINE.features | {Feature.MULTIMODAL}
     assert told(load("sequence: window\n"), EngineView(block_size=16, features=on)) == [
-        f"{file}:1: sequence: window does not support multimodal inputs, which is enabled. "
+        f"{file}:1: sequence: window cannot run on a model with multimodal inputs. "
         "Fix: choose another sequence policy."
     ]
 
@@ -458,7 +499,8 @@ def test_kind_the_host_does_not_run(load: Load, file: Path) -> None:
     found = load("reuse:\n  use: [plain]\n").incompatible(ENGINE, runs=others, host="vllm")
     assert [refusal.text(str(file)) for refusal in found] == [
         f"{file}:2: reuse.use[0]: the vllm host does not run reuse policies in this release. "
-        "Fix: remove reuse; the host runs attention, format, prefix_cache, sequence."
+        "Fix: remove reuse; the host runs attention, format, lifecycle, prefix_cache, sequence, "
+        "tiers, transfer."
     ]
 
 
@@ -518,7 +560,7 @@ def test_anchors_and_merged_keys_are_yaml_too(load: Load) -> None:
 
 def test_an_anchor_inside_itself_ends(load: Load) -> None:
     (line,) = refused(load, "sequence: &x\n  use: window\n  window: *x\n")
-    assert ":3: sequence.window: must be a valid integer" in line
+    assert ":3: YAML: anchor 'x' contains itself" in line
 
 
 def test_inline_section_has_no_lines() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvplug.reuse import guard
 from kvplug.reuse.guard import BreakerState
-from kvplug_lab.cli.explain import explain
+from kvplug_lab.cli.explain_record import explain
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "guard.md").read_text(encoding="utf-8")
 
@@ -26,6 +26,6 @@ def test_the_states_are_those_of_the_breaker() -> None:
 
 
 def test_the_command_has_the_options_shown() -> None:
-    (line,) = re.findall(r"^kvplug explain RECORD (.*)$", PAGE, re.MULTILINE)
+    (line,) = re.findall(r"^kvplug reuse explain RECORD (.*)$", PAGE, re.MULTILINE)
     given = {name for name in explain.__annotations__ if name not in ("record", "return")}
     assert set(re.findall(r"--(\w+)", line)) == given

@@ -24,7 +24,7 @@ from kvplug_lab.fidelity import compare, report, variants
 from kvplug_lab.fidelity.peer_formats import PEERS
 from kvplug_lab.fidelity.records import FULL, BadRecords, Record, Run
 from kvplug_lab.fidelity.run import FormatVariant, Variant, bytes_per_token, run, run_formats, steps
-from kvplug_lab.fidelity.tasks import KEYS, TASKS, BadText, Prompt, PromptSizes, build
+from kvplug_lab.fidelity.tasks import KEYS, TASKS, BadText, Prompt, PromptSizes, Wanted, build
 
 transformers = pytest.importorskip("transformers")
 
@@ -337,6 +337,84 @@ def test_intervals_are_wide_where_samples_are_few() -> None:
     low, high = report.bootstrap([1.0, 2.0, 3.0, 4.0])
     assert 1 <= low < 2.5 < high <= 4
     assert report.bootstrap([2.0, 2.0]) == (2.0, 2.0)
+    # A skewed sample pulls BCa's interval to its long side, a percentile interval's ends less.
+    low, high = report.bootstrap([0.0] * 9 + [10.0])
+    assert low == 0 and high > 3
+    # Large samples are resampled apart, where what lies between them is no spread.
+    assert report.bootstrap([1.0] * 8, [5.0] * 8) == (3.0, 3.0)
+    low, high = report.bootstrap([1.0, 1.2] * 4, [5.0, 5.2] * 4)
+    assert 3 <= low < 3.1 < high <= 3.2
+    # Small ones together, each task with the same weight.
+    low, high = report.bootstrap([1.0, 1.2], [5.0, 5.2])
+    assert low < 2.2 and high > 4
+    low, high = report.bootstrap([0.0] * 6, [6.0, 6.0])
+    assert 0 <= low < 3 < high <= 12
+    assert report.paired([1.0]) == (-math.inf, math.inf)
+
+
+def test_few_answers_that_agree_are_no_certainty() -> None:
+    assert report.interval([1.0, 1.0]) == report.wilson([1.0, 1.0])
+    assert report.interval([1.0, 0.5]) == report.bootstrap([1.0, 0.5])
+    assert report.interval([0.0, 0.0], [0.0]) == report.wilson([0.0] * 3)
+    low, high = report.paired([0.0, 0.0, 0.0])
+    assert low == -high and 0.3 < high < 1
+    # Two of two lost may be chance; ten of ten are not.
+    low, high = report.paired([-1.0, -1.0])
+    assert low == -1 and high > 0
+    assert report.paired([-1.0] * 10)[1] < -0.5
+
+
+def test_p_values_are_exact_and_corrected_over_all_rows() -> None:
+    # Five of five pairs: 2 / 2**5; Wilcoxon's least of five is the same.
+    assert report.p_value([1.0] * 5 + [0.0]) == pytest.approx(0.0625)
+    assert report.p_value([0.1, 0.2, 0.3, 0.4, 0.5]) == pytest.approx(0.0625)
+    assert report.p_value([1.0, -1.0]) == report.p_value([0.0, 0.0]) == 1
+    # Holm (1979): the least times three, the next times two, none below the one before.
+    assert report.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert report.holm([0.9, 0.5]) == [1.0, 1.0] and report.holm([]) == []
+
+
+def test_rows_say_how_they_differ_from_the_full_cache() -> None:
+    def of(variant: str, scores: dict[str, list[float]]) -> list[Record]:
+        return [
+            record(variant, f"{task}-{i}", task, group="ruler", score=one)
+            for task, each in scores.items()
+            for i, one in enumerate(each)
+        ]
+
+    ones = [1.0, 0.9, 1.0, 0.9, 1.0, 0.9]
+    full = of(FULL, {"vt": ones, "cwe": [0.5, 0.4]})
+    lost = of("lost", {"vt": [one - 0.8 for one in ones], "cwe": [0.0, 0.0]})
+    same = of("same", {"vt": [*ones[:5], 0.8], "cwe": [0.5, 0.5]})
+    rows = {(r.variant, r.metric): r for r in report.summarise([*full, *lost, *same])}
+    assert rows[FULL, "vt"].difference is None and rows[FULL, "vt"].verdict == ""
+    assert rows["lost", "vt"].difference == pytest.approx(-0.8)
+    assert rows["lost", "vt"].verdict == rows["lost", "ruler"].verdict == "worse"
+    assert rows["same", "vt"].verdict == rows["same", "ruler"].verdict == "within noise"
+    # The mean of the tasks' means, however many prompts each has.
+    assert rows[FULL, "ruler"].value == pytest.approx((0.95 + 0.45) / 2)
+    assert rows[FULL, "ruler"].prompts == 8
+    # Six rows are tested; Wilcoxon's least p of six prompts is 1/32.
+    assert rows["lost", "vt"].p == pytest.approx(min(1.0, 6 / 32), abs=0.05)
+    assert rows["same", "vt"].p == 1
+    assert all(r.p is not None for (v, _), r in rows.items() if v != FULL)
+
+
+def test_a_perplexity_differs_and_a_divergence_is_a_difference_already() -> None:
+    def of(variant: str, added: float) -> list[Record]:
+        what: dict[str, Any] = {"top": [1], "right": [True], "kl": added}
+        return [
+            record(variant, f"p{i}", "perplexity", nll=[1.0 + i + added * (1 + i / 9)], **what)
+            for i in range(6)
+        ]
+
+    rows = {(r.variant, r.metric): r for r in report.summarise([*of(FULL, 0), *of("x", 0.2)])}
+    # Passages differ by whole nats, and the pairs by 0.2: paired, that is no noise.
+    nll, full = rows["x", "nll"], rows[FULL, "nll"]
+    assert nll.low < full.high and nll.verdict == "worse"
+    assert nll.difference == pytest.approx(rows["x", "added"].value)
+    assert rows["x", "kl"].difference is None and rows["x", "kl"].verdict == ""
+    assert json.loads(json.dumps(nll.plain()))["verdict"] == "worse"
 
 
 def metric(name: str) -> report.Metric:
@@ -357,10 +435,10 @@ def test_a_difference_is_noise_until_the_prompts_agree_on_it() -> None:
     assert report.compare(higher, lower, metric("nll"), 0.5).verdict == "worse"
     mixed = {"a": 1.0, "b": 2.0}
     assert report.compare(mixed, {"a": 1.2, "b": 1.8}, metric("nll"), 0.5).verdict == "within noise"
-    # Differences -1, 0 and 1: mean 0, standard error 1/sqrt(3); t of 2 degrees is 4.303.
+    # Differences -1, 0 and 1: mean 0, standard error 1/sqrt(3); t of 2 degrees is 4.30265.
     some, none = {"a": 1.0, "b": 2.0, "c": 3.0}, {"a": 2.0, "b": 2.0, "c": 2.0}
     found = report.compare(some, none, metric("nll"), 0.5)
-    assert (found.low, found.high) == pytest.approx((-4.303 / 3**0.5, 4.303 / 3**0.5))
+    assert (found.low, found.high) == pytest.approx((-4.30265 / 3**0.5, 4.30265 / 3**0.5))
     rounded = {name: value + 1e-6 for name, value in lower.items()}
     assert report.compare(lower, rounded, metric("nll"), 0.5).verdict == "within noise"
     assert report.compare({"a": 1.0}, {"a": 9.0}, metric("nll"), 0.5).verdict == "within noise"
@@ -453,9 +531,16 @@ def test_policies_are_read_with_their_options() -> None:
         (["--policy", "absent.yaml"], "absent.yaml"),
         (["--budget", "0"], "above 0 and at most 1"),
         (["--budget", "0.5,many"], "above 0 and at most 1"),
-        (["--task", "passkeys"], "use any of perplexity"),
+        (["--task", "passkeys"], "use any of own, ruler, perplexity"),
+        (["--task", "qa_1"], "qa_1 needs --qa FILE"),
+        (["--task", "ruler", "--context", "400"], "at least 512"),
+        (["--task", "ruler", "--qa", "absent.json"], "absent.json"),
+        (["--tasks-file", "absent.jsonl"], "absent.jsonl"),
+        (["--tasks-file", "text.txt"], "text.txt, line 1: not JSON"),
+        (["--ask", "never"], "use later or with"),
+        (["--save-lm-eval", "out"], "add --task ruler"),
         (["--text", "absent.txt"], "cannot read absent.txt"),
-        (["--model", "absent"], "not a model directory"),
+        (["--model", "./absent"], "not a model directory"),
         (["--json", "absent/x.json"], "its folder must exist"),
         (["--plot", "x.gif"], "must end in .png"),
         (["--context", "20"], "at least 256"),
@@ -589,6 +674,83 @@ def test_prompts_can_be_given_to_another_program(directory: Path, tmp_path: Path
     prompts = [Prompt.of(plain) for plain in written["prompts"]]
     assert [p.task for p in prompts] == list(TASKS)
     assert written["sizes"]["context"] == 1024
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_ruler_is_measured_in_half_precision(dtype: str, directory: Path, tmp_path: Path) -> None:
+    text, rows = tmp_path / "text.txt", tmp_path / "rows.json"
+    text.write_text(TEXT)
+    asked = ["--task", "fwe", "--samples", "1", "--context", "768", "--budget", "0.5"]
+    where = ["--model", str(directory), "--text", str(text), "--device", "cpu", "--dtype", dtype]
+    policies = ["--policy", "snapkv,h2o,sink_window,expected_attention"]
+    done = CliRunner().invoke(
+        app, ["eval", *where, *asked, *policies, "--no-chat", "--json", str(rows)]
+    )
+    assert done.exit_code == 0, done.output
+    found = Run.load(rows)
+    assert found.about["dtype"] == dtype and found.about["chat"] is False
+    assert len(found.records) == 5
+    assert {r.score for r in found.records} == {0.0}
+    assert all(len(r.ids) <= 50 and r.answer for r in found.records)
+    full, *cut = found.records
+    assert full.held > 500 and all(r.held <= full.held / 2 + 16 for r in cut)
+
+
+def test_longbench_is_measured_under_formats(directory: Path, tmp_path: Path) -> None:
+    path, rows = tmp_path / "tasks.jsonl", tmp_path / "rows.json"
+    line = {"dataset": "lcc", "input": "", "context": "x = 1\n" * 400, "answers": ["y = 2"]}
+    path.write_text("\n".join(json.dumps(line) for _ in range(2)))
+    command = ["eval", "--model", str(directory), "--tasks-file", str(path), "--context", "300"]
+    done = CliRunner().invoke(
+        app, [*command, "--format", "bf16,int4", "--chunk", "128", "--json", str(rows)]
+    )
+    assert done.exit_code == 0, done.output
+    assert "longbench, 1 task" in done.output and "lcc" in done.output
+    records = Run.load(rows).records
+    assert [r.prompt for r in records[::3]] == ["lcc-0", "lcc-1"]
+    # 300 tokens: all but the one that was kept to be fed after the cut.
+    assert {r.held for r in records} == {299}
+    by = {(r.variant, r.prompt): r.ids for r in records}
+    assert by[FULL, "lcc-0"] == by["bf16", "lcc-0"] and len(by[FULL, "lcc-0"]) == 64
+
+
+class Letters:
+    """Reads tokens as letters; the token 9 ends an answer."""
+
+    ends = (9,)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
+def test_an_answer_ends_where_its_score_is_settled(host: Host, prompts: list[Prompt]) -> None:
+    greedy = next(p for p in prompts if p.task == "greedy")
+    then = (7, 8)
+    ids = torch.tensor([*greedy.context, *then])
+    whole = host.generate(ids, None, 12).ids
+    assert 9 not in whole
+    letters = Letters()
+
+    def answer(right: str, score: str = "match_all", new_tokens: int = 12) -> Record:
+        wanted = Wanted("ruler", (right,), score)
+        prompt = Prompt("vt", "vt-0", greedy.context, then, new_tokens=new_tokens, wanted=wanted)
+        (record,) = run(host, [prompt], [], reader=letters)  # type: ignore[arg-type]
+        return record
+
+    missing = answer("no such text")
+    assert missing.ids == whole and missing.score == 0 and missing.group == "ruler"
+    assert answer("no such text", new_tokens=5).ids == whole[:5]
+    found = answer(letters.decode(whole[2:4]))
+    first = letters.decode(whole).index(letters.decode(whole[2:4]))
+    assert found.score == 1 and list(found.ids) == whole[: first + 2]
+    # Of other scores more text can take away.
+    assert answer(letters.decode(whole[:3]), "qa_f1").ids == whole
+    letters.ends = (whole[4],)  # type: ignore[assignment]
+    assert list(answer("no such text").ids) == whole[: whole.index(whole[4])]
+    with pytest.raises(ValueError, match="give a reader"):
+        wanted = Wanted("ruler", ("x",), "match_all")
+        prompt = Prompt("vt", "vt-0", greedy.context, then, new_tokens=5, wanted=wanted)
+        list(run(host, [prompt], []))
 
 
 # -- the real model --------------------------------------------------------------------------------

@@ -11,16 +11,21 @@ from typing import Any
 import pytest
 
 from kvplug.contract import Feature
-from kvplug.errors import DeploymentError
+from kvplug.errors import DeploymentError, KVPlugError
+from kvplug.hosts.vllm.distribution import vllm_distribution
 from kvplug.hosts.vllm.features import READINGS, features_from_flags
 from kvplug.hosts.vllm.flags import (
+    ANSWER_MIDDLEWARE,
     GUARD,
     REQUEST_CHECK,
     REQUEST_CHECK_MIDDLEWARE,
+    SHADOW_MIDDLEWARE,
     engine_from_flags,
     read_config,
-    request_check_flags,
+    request_flags,
 )
+
+needs_vllm = pytest.mark.skipif(vllm_distribution() is None, reason="vLLM is not installed")
 
 DEFAULT = frozenset(
     {
@@ -176,11 +181,60 @@ def test_a_connector_config_that_is_no_mapping(file: Path) -> None:
     ]
 
 
-def test_dotted_flags_are_refused_and_not_overlooked(file: Path) -> None:
-    assert refused(file, "a: 1\nkv-transfer-config.kv_connector: KVPlugConnector\n") == [
-        ":2: kv-transfer-config.kv_connector: kvplug does not read dotted flags. "
-        "Fix: write kv-transfer-config as a nested mapping."
+DOTTED = """\
+kv-transfer-config.kv_connector: KVPlugConnector
+kv_transfer_config.kv_connector_module_path: kvplug.hosts.vllm.connector
+kv-transfer-config.kv_role: kv_both
+kv-transfer-config.kv_connector_extra_config.kvplug: {prefix_cache: fifo}
+"""
+
+
+@needs_vllm
+def test_dotted_flags_are_one_flag(file: Path) -> None:
+    file.write_text(DOTTED, encoding="utf-8")
+    (choice,) = read_config(file).deployment.all()
+    assert choice.policy.name == "fifo"
+
+
+@needs_vllm
+def test_a_vllm_that_does_not_work_is_said(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvplug.hosts.vllm import arguments
+
+    def broken(line: list[str], command: str) -> None:
+        raise OSError("libnuma.so.1: cannot open")
+
+    monkeypatch.setattr(arguments, "parse", broken)
+    file.write_text(f"kv-transfer-config:\n{TRANSFER}", encoding="utf-8")
+    told = r"parser does not work here: OSError: libnuma.so.1: cannot open. Fix: run `kvplug doc"
+    with pytest.raises(KVPlugError, match=told):
+        read_config(file)
+
+
+def test_without_vllm_what_its_parser_would_tell_is_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvplug.hosts.vllm.flags.vllm_distribution", lambda: None)
+    told = refused(
+        file,
+        "block-size: '32'\nenable_prefix_caching: false\nmodel: a\nmo_del: a\n"
+        "max-model-len: 4k\nmax_model_len: 4\n"
+        f"kv-transfer-conf:\n{TRANSFER}",
+    )
+    assert told == [
+        ":1: block-size: must be a number, got '32'. Fix: write it without quotes.",
+        ":2: enable_prefix_caching: is false, which vLLM may not hear in this spelling. "
+        "Fix: write enable-prefix-caching.",
+        ":6: max_model_len: sets max-model-len, which the file sets already. "
+        "Fix: keep one of them.",
+        ":7: kv-transfer-conf: is read by vLLM's own parser only, which is not installed. "
+        "Fix: write kv-transfer-config as a nested mapping, or install vLLM.",
     ]
+    file.write_text(f"block-size: 32\nkv-transfer-config:\n{TRANSFER}", encoding="utf-8")
+    config = read_config(file)
+    assert config.flags == {"block-size": 32}
+    assert config.remarks == (
+        "vLLM is not installed here: its flags were read without its parser.",
+    )
 
 
 def test_reading_flags_imports_no_engine() -> None:
@@ -217,6 +271,32 @@ def test_a_section_with_nothing_but_settings_is_a_file_of_its_own(tmp_path: Path
     assert config.standalone and config.deployment.on_bad_request == "refuse"
 
 
+def test_a_policy_adds_the_flag_that_lets_streamed_answers_speak(tmp_path: Path) -> None:
+    path = tmp_path / "section.yaml"
+    path.write_text("prefix_cache: lru\n")
+    config = read_config(path)
+    assert request_flags(config) == ["--middleware", ANSWER_MIDDLEWARE]
+    flags = {"middleware": ["a.B", ANSWER_MIDDLEWARE]}
+    assert request_flags(dataclasses.replace(config, flags=flags)) == []
+
+
+def test_a_shadow_adds_the_flags_that_it_needs(tmp_path: Path) -> None:
+    path = tmp_path / "section.yaml"
+    path.write_text("sequence: sink_window\nguard: {shadow: {}}\non_bad_request: refuse\n")
+    config = read_config(path)
+    assert request_flags(config) == [
+        *("--logits-processors", REQUEST_CHECK, GUARD),
+        *("--middleware", REQUEST_CHECK_MIDDLEWARE),
+        *("--middleware", ANSWER_MIDDLEWARE),
+        *("--middleware", SHADOW_MIDDLEWARE),
+    ]
+    flags = {
+        "logits-processors": [GUARD, REQUEST_CHECK],
+        "middleware": [SHADOW_MIDDLEWARE, ANSWER_MIDDLEWARE, REQUEST_CHECK_MIDDLEWARE],
+    }
+    assert request_flags(dataclasses.replace(config, flags=flags)) == []
+
+
 @pytest.mark.parametrize(
     ("flags", "added"),
     [
@@ -240,9 +320,9 @@ def test_refusing_adds_the_flags_that_a_file_leaves_out(
     path = tmp_path / "section.yaml"
     path.write_text("on_bad_request: refuse\n")
     config = read_config(path)
-    assert request_check_flags(dataclasses.replace(config, flags=flags)) == added
+    assert request_flags(dataclasses.replace(config, flags=flags)) == added
     path.write_text("on_bad_request: report\n")
-    assert request_check_flags(dataclasses.replace(read_config(path), flags=flags)) == []
+    assert request_flags(dataclasses.replace(read_config(path), flags=flags)) == []
 
 
 def test_every_feature_has_one_row() -> None:

@@ -19,6 +19,7 @@ SOURCES = (
     "kernels",
     "policies/kvplug-reuse-learned",
     "policies/kvplug-attention-memo",
+    "policies/kvplug-kvpress",
 )
 LINT = "from importlinter.cli import lint_imports_command; lint_imports_command()"
 
@@ -86,6 +87,7 @@ def test_the_contracts_hold(copy: Copy) -> None:
 LAYERS = "kernels <- policies <- hosts <- lab"
 POLICIES = "Policies import kvplug, kvplug.contract and kvplug.registry only"
 VLLM = "Only kvplug.hosts.vllm and kvplug_lab.engine import vllm"
+LAWS = "The laws of a kind know no policy"
 SCHEDULER = "Kinds do not import each other in the scheduler"
 WORKER = "Kinds do not import each other in the worker"
 BOTH = "Scheduler and worker share messages, not modules"
@@ -103,6 +105,7 @@ CIRCLES = "No import circles"
         ("kvplug_policies.extra", "import vllm.config", [VLLM]),
         ("kvplug.contract.extra", "import kvplug_policies", [LAYERS]),
         ("kvplug.hosts.extra", "import kvplug_lab", [LAYERS]),
+        ("kvplug.testing.extra", "import kvplug_policies.coded", [LAWS]),
         ("kvplug.hosts.extra", "import kvplug_reuse_learned", [LAYERS]),
         ("kvplug.hosts.transformers.extra", "import vllm", [VLLM]),
         ("kvplug.hosts.vllm.extra", "import vllm", []),

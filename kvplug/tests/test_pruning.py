@@ -488,6 +488,68 @@ def test_scores_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         chosen(torch.zeros(shape), LINE, [6], 6, 3)
 
 
+class Answering(ScoringPolicy):
+    """Answers what a test gives it."""
+
+    name, changes = "answering", ""
+    answer: Any = None
+
+    def score(self, resident: ResidentView) -> Any:
+        return self.answer(resident)
+
+
+def answering(answer: Callable[[ResidentView], Any]) -> tuple[Answering, ResidentView]:
+    policy = Answering(
+        Answering.Options(budget=32, sink=4, recent=8), EngineView(block_size=16, num_blocks=9)
+    )
+    policy.answer = answer
+    return policy, held_view([[[*range(64)]] * 2], [64])
+
+
+SHAPE = (1, 2, 64)
+NO_SCORES: dict[str, Callable[[ResidentView], Any]] = {
+    "nothing": lambda held: None,
+    "numpy": lambda held: torch.ones(SHAPE).numpy(),
+    "a subclass": lambda held: torch.nn.Parameter(torch.ones(SHAPE)),
+    "complex": lambda held: torch.ones(SHAPE, dtype=torch.complex64),
+    "sparse": lambda held: torch.ones(SHAPE).to_sparse(),
+    "elsewhere": lambda held: torch.ones(SHAPE, device="meta"),
+}
+
+
+@pytest.mark.parametrize("what", NO_SCORES)
+def test_what_is_no_dense_tensor_of_reals_is_refused(what: str) -> None:
+    policy, held = answering(NO_SCORES[what])
+    with pytest.raises((TypeError, ValueError)):
+        choose(policy, held, 64, 32)
+
+
+ODD_SCORES: dict[str, Callable[[ResidentView], Any]] = {
+    "integers": lambda held: torch.arange(64).expand(SHAPE),
+    "flags": lambda held: (torch.arange(64) % 3 == 0).expand(SHAPE),
+    "too large": lambda held: torch.full(SHAPE, 1e300, dtype=torch.float64),
+    "with a gradient": lambda held: torch.ones(SHAPE, requires_grad=True) * 2,
+    "its positions": lambda held: held.positions,
+    "moved positions": lambda held: (held.positions.neg_(), torch.zeros(SHAPE))[1],
+    "moved lengths": lambda held: (held.num_tokens.add_(100), torch.zeros(SHAPE))[1],
+    "moved prompts": lambda held: (held.num_prompt_tokens.add_(100), torch.zeros(SHAPE))[1],
+}
+
+
+@pytest.mark.parametrize("what", ODD_SCORES)
+def test_sinks_and_recent_tokens_survive_whatever_a_policy_does_to_what_it_is_shown(
+    what: str,
+) -> None:
+    policy, held = answering(ODD_SCORES[what])
+    before = held.positions.clone(), held.num_tokens.clone(), held.num_prompt_tokens.clone()
+    keep, scores = choose(policy, held, 64, 32)
+    for head in keep[0].tolist():
+        assert {*range(4), *range(56, 64)} <= set(head) and len(set(head)) == 32
+    assert scores.dtype == torch.float32 and not scores.requires_grad
+    after = held.positions, held.num_tokens, held.num_prompt_tokens
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 @given(st.data())
 @quick
 def test_survivors_are_those_of_a_plain_sort(data: st.DataObject) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 
 import kvplug
-from kvplug.contract import Kind, Policy, PrefixCachePolicy, Released, SequencePolicy
+from kvplug.contract import (
+    Kind,
+    Policy,
+    PolicyOptions,
+    PrefixCachePolicy,
+    Released,
+    SequencePolicy,
+)
 from kvplug.errors import PluginError
 from kvplug.registry import EXTRAS, Plugins, PolicyRegistry
 
@@ -50,6 +57,17 @@ def test_policies_are_found_by_kind_and_name(registry: PolicyRegistry) -> None:
     assert registry.names(Kind.PREFIX_CACHE) == ["good", "other"]
     assert list(registry) == [Other, Good]
     assert len(registry) == 2
+
+
+def test_policies_that_need_more_options_are_not_ready(registry: PolicyRegistry) -> None:
+    class Needs(PolicyOptions):
+        path: str
+
+    registry.add(Good)
+    registry.add(variant(name="needs", Options=Needs))
+    assert registry.names(Kind.PREFIX_CACHE) == ["good", "needs"]
+    assert registry.ready(Kind.PREFIX_CACHE) == ["good"]
+    assert registry.ready(Kind.PREFIX_CACHE, "path") == ["good", "needs"]
     assert registry.nearest(Kind.PREFIX_CACHE, "goood") == ["good"]
     assert registry.nearest(Kind.PREFIX_CACHE, "zzz") == []
 

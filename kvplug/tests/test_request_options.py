@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvplug.request_options import Cause, ParsedOptions, RefusedOption, RequestOptions
+from kvplug.request_options import MAX_SEGMENTS, Cause, ParsedOptions, RefusedOption, RequestOptions
 
 
 def parse(options: Any, tokens: int | None = 100, session_id: str | None = None) -> ParsedOptions:
@@ -64,11 +64,27 @@ def test_what_is_valid_is_kept(key: str, given: Any, meant: Any) -> None:
         ("reuse", True, "reuse must be 'exact', 'approximate' or 'off', got True"),
         ("reuse", ["off"], "reuse must be 'exact', 'approximate' or 'off', got ['off']"),
         ("attention", False, "attention must be 'exact' or 'approximate', got False"),
-        ("segments", [1, 0], "segments must be a list of positive integers, got [1, 0]"),
-        ("segments", [True], "segments must be a list of positive integers, got [True]"),
-        ("segments", [1.0], "segments must be a list of positive integers, got [1.0]"),
-        ("segments", "12", "segments must be a list of positive integers, got '12'"),
-        ("segments", {"a": 1}, "segments must be a list of positive integers, got {'a': 1}"),
+        (
+            "segments",
+            [1, 0],
+            "segments must be a list of at most 16384 positive integers, got [1, 0]",
+        ),
+        (
+            "segments",
+            [True],
+            "segments must be a list of at most 16384 positive integers, got [True]",
+        ),
+        (
+            "segments",
+            [1.0],
+            "segments must be a list of at most 16384 positive integers, got [1.0]",
+        ),
+        ("segments", "12", "segments must be a list of at most 16384 positive integers, got '12'"),
+        (
+            "segments",
+            {"a": 1},
+            "segments must be a list of at most 16384 positive integers, got {'a': 1}",
+        ),
         ("segments", [60, 41], "segments add up to 101 tokens, but the prompt has 100"),
         ("session_id", 7, "session_id must be a string of at most 256 characters, got 7"),
         ("session_id", b"a", "session_id must be a string of at most 256 characters, got b'a'"),
@@ -97,7 +113,8 @@ def test_a_session_id_that_is_too_long_is_not_repeated_in_full() -> None:
         ("session", "unknown option 'session'; use 'session_id'"),
         (
             "zzz",
-            "unknown option 'zzz'; known options: sequence, reuse, attention, segments, session_id",
+            "unknown option 'zzz'; known options: sequence, reuse, attention, store, missed, "
+            "segments, session_id",
         ),
     ],
 )
@@ -125,9 +142,22 @@ def test_options_that_are_no_mapping_are_refused(options: Any) -> None:
     }
 
 
-def test_null_is_as_if_left_out() -> None:
+@pytest.mark.parametrize("params", ["x", ["kvplug"], 7, "", [], 0, False])
+def test_parameters_that_are_no_mapping_are_as_if_absent(params: Any) -> None:
+    assert RequestOptions.parse(params) == ParsedOptions(RequestOptions(), {})
+
+
+def test_null_is_no_value() -> None:
     parsed = parse(dict.fromkeys(RequestOptions.model_fields), session_id="engine")
-    assert parsed == ParsedOptions(RequestOptions(session_id="engine"), {})
+    assert parsed.options == RequestOptions(session_id="engine")
+    assert parsed.refused.keys() == RequestOptions.model_fields.keys()
+    assert parsed.sentences["sequence"] == "sequence must be 'on' or 'off', got None"
+
+
+def test_too_many_segments_are_refused_in_few_words() -> None:
+    parsed = parse({"segments": [1] * (MAX_SEGMENTS + 1)}, tokens=1 << 30)
+    assert parsed.options.segments is None and len(parsed.sentences["segments"]) < 300
+    assert parse({"segments": [1] * MAX_SEGMENTS}, tokens=1 << 30).refused == {}
 
 
 def test_the_engines_session_serves_where_the_options_name_none() -> None:
@@ -154,10 +184,10 @@ json = st.recursive(
 )
 def test_every_key_is_applied_or_refused(options: dict[str, Any]) -> None:
     parsed = parse(options)
-    for key, value in options.items():
+    for key in options:
         if key not in RequestOptions.model_fields:
             assert key[:64] in parsed.refused or "..." in parsed.refused
-        elif value is not None:
+        else:
             kept = (
                 key in parsed.options.model_fields_set and getattr(parsed.options, key) is not None
             )

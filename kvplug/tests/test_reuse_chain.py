@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from kvplug.containment import ContainedPolicy
 from kvplug.contract import EngineView
 from kvplug.contract.policy import PolicyOptions
 from kvplug.contract.reuse import Candidate, Fingerprint, ReuseCheck, ReuseRequest, Verdict
@@ -45,6 +46,30 @@ def test_all_agree_and_all_are_timed() -> None:
     assert list(result.costs_us) == ["a", "b"] and min(result.costs_us.values()) > 0
     assert verdict.cost_us == sum(result.costs_us.values())
     assert not result.refused_by and not result.error
+
+
+@pytest.mark.parametrize(
+    "second, approximate, said",
+    [
+        (Verdict(True), True, [("a", "exact", ""), ("b", "exact", ""), ("c", "exact", "")]),
+        (Verdict(True, exact=False), True, [("a", "exact", ""), ("b", "approximate", "")]),
+        (Verdict(True, exact=False), False, [("a", "exact", ""), ("b", "refused", NOT_ALLOWED)]),
+        (Verdict(False, "too far"), True, [("a", "exact", ""), ("b", "refused", "too far")]),
+        (Verdict(False), True, [("a", "exact", ""), ("b", "refused", "refused")]),
+        (OSError("no"), True, [("a", "exact", ""), ("b", "refused", FAILED)]),
+    ],
+)
+def test_what_each_check_said_is_told_in_order(
+    second: Any, approximate: bool, said: list[tuple[str, str, str]]
+) -> None:
+    chain = [says("a", Verdict(True)), says("b", second), says("c", Verdict(True))]
+    runs = run_chain(chain, CANDIDATE, asked(approximate)).runs
+    found = [(run.stage, run.verdict, run.reason) for run in runs]
+    assert found[: len(said)] == said
+    # Whoever refuses is the last.
+    assert len(found) == (3 if said[-1][1] != "refused" else 2)
+    times = [at for run in runs for at in (run.begin, run.end)]
+    assert times == sorted(times)
 
 
 def test_what_each_said_is_put_together() -> None:
@@ -98,14 +123,14 @@ def test_approximate_reuse_is_refused_where_it_is_not_wanted() -> None:
 def test_a_check_that_fails_refuses_and_is_logged_once(
     answer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chain = [says("a", Verdict(True)), says("broken", answer)]
+    chain = [ContainedPolicy(c) for c in (says("a", Verdict(True)), says("broken", answer))]
     with caplog.at_level(logging.ERROR, "kvplug"):
         for _ in range(3):
             result = run_chain(chain, CANDIDATE, asked())
             assert (result.verdict.ok, result.verdict.exact) == (False, False)
             assert (result.verdict.reason, result.refused_by) == (FAILED, "broken")
             assert result.error
-    assert sum("reuse check broken failed" in r.message for r in caplog.records) == 1
+    assert sum("reuse policy 'broken' failed" in r.message for r in caplog.records) == 1
 
 
 def test_an_empty_chain_shows_nothing_and_allows_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Records of reuse, and what `kvplug explain` makes of them on a tiny model."""
+"""Records of reuse, and what `kvplug reuse explain` makes of them on a tiny model."""
 
 from __future__ import annotations
 
@@ -83,6 +83,12 @@ def explained(model: Any, record: DriftRecord) -> Explanation:
 
 
 # -- Records ---------------------------------------------------------------------------------------
+
+
+def test_a_record_is_for_its_owner_alone(directory: Path, tmp_path: Path) -> None:
+    """It holds what users wrote."""
+    path = recorded(directory).write(tmp_path)
+    assert path.stat().st_mode & 0o077 == 0
 
 
 def test_a_record_comes_back_as_it_was(directory: Path, tmp_path: Path) -> None:
@@ -176,7 +182,7 @@ def test_what_is_no_record_is_refused(tmp_path: Path, content: bytes, says: str)
     assert str(refused.value).startswith(f"{path}: {says}")
     with pytest.raises(BadRecord, match="cannot be read: No such file"):
         DriftRecord.read(tmp_path / "none.json")
-    with pytest.raises(BadRecord, match="cannot be read"):
+    with pytest.raises(BadRecord, match="is a folder"):
         DriftRecord.read(tmp_path)
 
 
@@ -312,7 +318,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("COLUMNS", "160")
 
     def invoke(*arguments: object) -> Result:
-        return CliRunner().invoke(app, ["explain", *(str(a) for a in arguments)])
+        return CliRunner().invoke(app, ["reuse", "explain", *(str(a) for a in arguments)])
 
     return invoke
 

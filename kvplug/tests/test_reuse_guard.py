@@ -110,6 +110,19 @@ def test_without_enough_history_nothing_is_said() -> None:
     assert counter(watched, "uncompared") == 2 and counter(watched, "compared") == 0
 
 
+def test_every_comparison_tells_its_largest_distances() -> None:
+    watched = Watched(max_entropy_drift=0.5, max_logprob_drift=0.5)
+    told: list[tuple[float, float]] = []
+    watched.guard._on_compared = lambda *distances: told.append(distances)
+    watched.exact(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+    watched.exact(*[2.0] * 10, family="other")
+    assert told == [], "exact answers are compared with nothing"
+    assert watched.answer(1.25, -0.75) is None, "within the bounds"
+    assert watched.answer(4.0, -0.5, "doc", "other") is not None
+    assert watched.answer(4.0, -0.5, "unknown") is None
+    assert told == [pytest.approx((0.25, 0.25)), pytest.approx((3.0, 0.0))]
+
+
 def test_only_the_first_tokens_count() -> None:
     watched = Watched(tokens=4)
     watched.exact(1.0, 1.0, 1.0)

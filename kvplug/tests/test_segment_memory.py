@@ -19,8 +19,15 @@ from torch import Tensor
 from kvplug.contract.reuse import Fingerprint
 from kvplug.errors import KVPlugError
 from kvplug.reuse import memory as module
-from kvplug.reuse.file import SegmentHeader, digest, file_name, read_segment, segment_id
-from kvplug.reuse.memory import SegmentMemory, StoreReport
+from kvplug.reuse.file import (
+    SegmentHeader,
+    digest,
+    file_name,
+    read_segment,
+    segment_id,
+    write_segment,
+)
+from kvplug.reuse.memory import PagePlane, SegmentMemory, StoreReport
 
 
 def made(
@@ -34,7 +41,7 @@ def made(
         dtype="bfloat16",
         format="",
         position="rope/neox/0",
-        geometry=(1, 2, 4),
+        geometry=(1, 2 * world, 4),
         tenant="",
         mask="causal",
         start=0,
@@ -170,7 +177,7 @@ def test_what_waits_to_be_written_is_given_up_with_its_file(
     store.delete([busy[0].id, waiting[0].id])
     gate.open.set()
     store.flush()
-    assert list((tmp_path / "segments").iterdir()) == []
+    assert list((tmp_path / "segments").glob("*.kvseg*")) == []
     assert not store.take_report()
     assert store.counters()["written"] == 0
 
@@ -325,6 +332,63 @@ def test_another_segment_under_its_name_is_refused(store: SegmentMemory, tmp_pat
     assert store.take_report().failed == {two[0].id: "bad header"}
 
 
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"tenant": "other"}, "bad header"),
+        ({"model": "other"}, "bad header"),
+        ({"ancestry": 1}, "bad header"),
+        ({"geometry": (1, 4, 4)}, "bad header"),
+        ({}, ""),
+    ],
+)
+def test_a_file_swapped_since_the_scan_is_believed_for_what_it_holds(
+    change: dict[str, Any], cause: str, store: SegmentMemory, tmp_path: Path
+) -> None:
+    header, planes = made(1)
+    if "geometry" in change:
+        planes = {name: torch.zeros(1, 16, 4, 4, dtype=torch.bfloat16) for name in planes}
+    other = SegmentHeader.of(
+        header.id,
+        replace(header.fingerprint, **change),
+        header.token_ids,
+        header.context_ids,
+        planes,
+    )
+    path = path_of(tmp_path, header)
+    write_segment(path, other, planes)
+    store.fetch({header.id: 0})
+    store.flush()
+    report = store.take_report()
+    assert report.failed == ({header.id: cause} if cause else {})
+    assert (header.id in store) is (not cause)
+
+
+def test_planes_that_are_not_those_of_the_pages_are_refused(
+    store: SegmentMemory, tmp_path: Path
+) -> None:
+    header, planes = made(1)
+    store.put(header, planes)
+    store.flush()
+    store.take_report()
+    for dtype, layers, shape in (
+        ("float16", 1, (2, 4)),
+        ("bfloat16", 2, (2, 4)),
+        ("bfloat16", 1, (1, 4)),
+        ("bfloat16", 1, (2, 8)),
+    ):
+        page = PagePlane(dtype, layers, shape)
+        store.expect({"key": page, "value": page})
+        store.fetch([header.id])
+        store.flush()
+        assert store.take_report().failed == {header.id: "other geometry"}
+    page = PagePlane("bfloat16", 1, (2, 4))
+    store.expect({"key": page, "value": page})
+    store.fetch([header.id])
+    store.flush()
+    assert store.take_report().fetched == [header.id]
+
+
 def test_ids_that_are_none_touch_no_file(store: SegmentMemory, tmp_path: Path) -> None:
     outside = tmp_path / "keep.0-1.kvseg"
     outside.write_text("mine")
@@ -379,17 +443,19 @@ def test_what_a_killed_process_was_writing_is_swept_away(tmp_path: Path) -> None
     folder = tmp_path / "segments"
     folder.mkdir()
     name = "0" * 32
-    mine = folder / f".{name}.0-2.kvseg.abcd1234.tmp"
+    unfinished = [folder / f".{name}.{rank}-2.kvseg.abcd1234.tmp" for rank in (0, 1)]
     others = [
-        folder / f".{name}.1-2.kvseg.abcd1234.tmp",
         folder / ".notes.0-2.kvseg.x.tmp",
         folder / f"{name}.0-2.kvseg",
         folder / "README",
     ]
-    for path in (mine, *others):
+    for path in (*unfinished, *others):
         path.write_text("?")
+    SegmentMemory(str(folder), 1, 2).close()
+    assert all(path.exists() for path in (*unfinished, *others)), "the first rank's engine has it"
     SegmentMemory(str(folder), 0, 2).close()
-    assert not mine.exists() and all(path.exists() for path in others)
+    assert not any(path.exists() for path in unfinished)
+    assert all(path.exists() for path in others)
 
 
 def test_the_folder_is_made_and_is_its_owners(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ def entry(
     size: int = 10,
     state: SegmentState = SegmentState.MEMORY,
     on_disk: bool = False,
+    tenant: str = "",
 ) -> CatalogEntry:
     tokens = np.zeros(4, np.int32)
     fingerprint = Fingerprint(
@@ -29,7 +30,7 @@ def entry(
         format="",
         position="rope",
         geometry=(1, 1, 1),
-        tenant="",
+        tenant=tenant,
         mask="causal",
         start=0,
         length=4,
@@ -39,7 +40,15 @@ def entry(
         request_id="r",
     )
     return CatalogEntry(
-        name, fingerprint, tokens, tokens[:0], size, state, on_disk=on_disk, last_used=used
+        name,
+        fingerprint,
+        tokens,
+        tokens[:0],
+        size,
+        state,
+        on_disk=on_disk,
+        last_used=used,
+        file_bytes=size,
     )
 
 
@@ -113,15 +122,15 @@ def test_a_file_that_turned_out_bad_cannot_be_fetched() -> None:
 def test_room_is_what_is_free() -> None:
     made = quota()
     made.charge(entry("a"), False)
-    assert made.room(20, 0, NOW) == ([], [])
-    assert made.room(31, 0, NOW) is None and made.room(0, 31, NOW) is None
+    assert made.room("", 20, 0, NOW) == ([], [])
+    assert made.room("", 31, 0, NOW) is None and made.room("", 0, 31, NOW) is None
 
 
 def test_memory_drops_the_oldest_and_nothing_changes_yet() -> None:
     made = quota()
     for name, used in (("a", NOW - 1), ("b", NOW - 3), ("c", NOW - 2)):
         made.charge(entry(name, used), False)
-    found = made.room(15, 0, NOW)
+    found = made.room("", 15, 0, NOW)
     assert found is not None and names(found[0]) == ["b", "c"] and found[1] == []
     assert made.memory_bytes == 30
 
@@ -130,7 +139,7 @@ def test_what_is_in_flight_is_not_evicted() -> None:
     made = quota()
     for name, state in (("a", SegmentState.SAVING), ("b", SegmentState.FETCHING)):
         made.charge(entry(name, NOW - 1, 15, state, on_disk=True), False)
-    assert made.room(1, 0, NOW) is None and made.room(0, 1, NOW) is None
+    assert made.room("", 1, 0, NOW) is None and made.room("", 0, 1, NOW) is None
 
 
 def test_expired_segments_leave_before_older_ones_of_no_session() -> None:
@@ -138,7 +147,7 @@ def test_expired_segments_leave_before_older_ones_of_no_session() -> None:
     made.charge(entry("spared", NOW - TTL - 1), True)
     made.charge(entry("old", NOW - TTL + 1), False)
     made.charge(entry("new", NOW), False)
-    found = made.room(10, 0, NOW)
+    found = made.room("", 10, 0, NOW)
     assert found is not None and names(found[0]) == ["spared"]
     assert names(list(made.expired(NOW))) == ["spared"]
 
@@ -148,7 +157,7 @@ def test_a_segment_without_a_file_frees_its_disk_space_when_dropped() -> None:
     one = entry("a", size=10)
     one.writing = True
     made.charge(one, False)
-    found = made.room(25, 10, NOW)
+    found = made.room("", 25, 10, NOW)
     assert found is not None and (names(found[0]), found[1]) == (["a"], [])
 
 
@@ -156,9 +165,9 @@ def test_the_disk_deletes_the_oldest_files() -> None:
     made = quota()
     for name, used in (("a", NOW - 1), ("b", NOW - 2)):
         made.charge(entry(name, used, 15, SegmentState.DISK, on_disk=True), False)
-    found = made.room(0, 10, NOW)
+    found = made.room("", 0, 10, NOW)
     assert found is not None and (found[0], names(found[1])) == ([], ["b"])
-    assert made.fits_on_disk(0) and not made.fits_on_disk(1)
+    assert made.fits_on_disk("", 0) and not made.fits_on_disk("", 1)
 
 
 def test_what_leaves_anyway_is_counted_out_and_not_chosen() -> None:
@@ -166,6 +175,47 @@ def test_what_leaves_anyway_is_counted_out_and_not_chosen() -> None:
     leaving = entry("a", NOW - 5, 20)
     made.charge(leaving, False)
     made.charge(entry("b", NOW, 10), False)
-    assert made.room(20, 0, NOW, leaving) == ([], [])
-    found = made.room(25, 0, NOW, leaving)
+    assert made.room("", 20, 0, NOW, leaving) == ([], [])
+    found = made.room("", 25, 0, NOW, leaving)
     assert found is not None and names(found[0]) == ["b"]
+
+
+def test_one_tenant_does_not_push_out_another() -> None:
+    made = quota(memory=100)
+    for n in range(3):
+        made.charge(entry(f"a{n}", NOW - 50 + n, tenant="a"), False)
+    for n in range(7):
+        made.charge(entry(f"b{n}", NOW - 10 + n, tenant="b"), False)
+    # The older segments are those of the one who has less.
+    found = made.room("b", 40, 0, NOW)
+    assert found is not None and names(found[0]) == ["b0", "b1", "b2", "b3"]
+    # Within its half, a tenant takes from whoever has more than half.
+    found = made.room("a", 20, 0, NOW)
+    assert found is not None and names(found[0]) == ["b0", "b1"]
+    found = made.room("a", 50, 0, NOW)
+    assert found is not None and sorted(names(found[0])) == ["a0", "a1", "a2", "b0", "b1"]
+    # A third one may have a third, and the largest gives it up.
+    found = made.room("c", 30, 0, NOW)
+    assert found is not None and names(found[0]) == ["b0", "b1", "b2"]
+    assert made.room("c", 70, 0, NOW) is None
+
+
+def test_expired_segments_leave_whosever_they_are() -> None:
+    made = quota(memory=100)
+    made.charge(entry("old", NOW - TTL - 1, tenant="a"), False)
+    for n in range(9):
+        made.charge(entry(f"b{n}", NOW - 10 + n, tenant="b"), False)
+    found = made.room("b", 20, 0, NOW)
+    assert found is not None and names(found[0]) == ["old", "b0"]
+
+
+def test_a_tenant_keeps_to_its_largest_share_though_there_is_room() -> None:
+    made = Quota(100, 100, TTL, writes=True, tenant_share=0.3)
+    for n in range(2):
+        made.charge(entry(f"a{n}", NOW + n, tenant="a", on_disk=True), False)
+    assert made.room("a", 10, 10, NOW) == ([], [])
+    found = made.room("a", 20, 20, NOW)
+    assert found is not None and [names(one) for one in found] == [["a0"], ["a0"]]
+    assert made.room("a", 31, 0, NOW) is None
+    assert made.room("b", 30, 30, NOW) == ([], [])
+    assert made.fits_on_disk("a", 10) and not made.fits_on_disk("a", 11)

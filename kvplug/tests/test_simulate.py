@@ -166,7 +166,7 @@ def test_a_trace_recorded_from_a_replay_replays_alike(
 
 def test_a_trace_that_is_not_there(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "none.npz"
-    assert refused(run(path)) == f"{path}: no such file"
+    assert refused(run(path)) == f"{path}: cannot be read: No such file or directory"
 
 
 def test_a_corrupt_trace(run: Run, trace: Path) -> None:

