@@ -90,7 +90,7 @@ class ReuseOracle:
             fresh: Spans of it that are computed nevertheless.
             n: Tokens to generate.
         """
-        kept = [piece for one in loaded for piece in _without(one, fresh)]
+        kept = [piece for one in loaded for piece in without(one, fresh)]
         text = list(tokens)
         for _ in range(n):
             logits, _ = self.forward(text, kept)
@@ -98,7 +98,7 @@ class ReuseOracle:
         return text[len(tokens) :]
 
 
-def _without(piece: tuple[int, Layers], fresh: Sequence[tuple[int, int]]) -> list:
+def without(piece: tuple[int, Layers], fresh: Sequence[tuple[int, int]]) -> list:
     """A piece's runs that lie in no span."""
     start, layers = piece
     length = layers[0][0].shape[1]

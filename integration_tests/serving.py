@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,13 @@ from waiting import wait_for
 
 SECONDS = 600
 """For anything to happen on a busy machine."""
+
+
+KVPLUG_SERVE = ("-c", "from kvplug.cli import app; app()", "serve", "--")
+"""`kvplug serve`, and what vLLM's own flags come after."""
+
+VLLM_SERVE = (str(Path(__file__).with_name("vllm_serve.py")), "serve", "")
+"""`vllm serve`, for what `kvplug serve` has no flag for."""
 
 
 class Server:
@@ -45,19 +52,17 @@ class Server:
         self.get("/health")
         return True
 
-    def metric(self, name: str) -> float:
-        """Sum of a metric over its labels."""
-        lines = self.get("/metrics").splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name + "{"))
+    def metric(self, name: str, **labels: str) -> float:
+        """Sum of a metric over its series with some labels."""
+        return sum(value for own, value in self.series(name) if labels.items() <= own.items())
 
-    def counters(self) -> dict[tuple[str, str, str], float]:
-        """`vllm:kvplug_policy_total` by kind, policy and counter."""
-        found = {}
+    def series(self, name: str) -> list[tuple[dict[str, str], float]]:
+        """Labels and value of each series of a metric."""
+        found = []
         for line in self.get("/metrics").splitlines():
-            if line.startswith("vllm:kvplug_policy_total{"):
+            if line.startswith((f"{name}{{", f"{name} ")):
                 labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
-                value = float(line.rsplit(" ", 1)[1])
-                found[labels["kind"], labels["policy"], labels["counter"]] = value
+                found.append((labels, float(line.rsplit(" ", 1)[1])))
         return found
 
     def running(self) -> float:
@@ -73,8 +78,14 @@ def free_port() -> int:
             return port
 
 
-def start(folder: Path, *arguments: str) -> Server:
-    """Start `kvplug serve` in its own session, so that nothing of it outlives the test."""
+def start(folder: Path, *arguments: str, program: Sequence[str] = KVPLUG_SERVE) -> Server:
+    """Start `kvplug serve` in its own session, so that nothing of it outlives the test.
+
+    Args:
+        folder: Where its log goes.
+        arguments: What follows ``kvplug serve``.
+        program: What is started in its place, and what separates its own arguments from vLLM's.
+    """
     port, log = free_port(), folder / "server.log"
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -82,8 +93,16 @@ def start(folder: Path, *arguments: str) -> Server:
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", "from kvplug.cli import app; app()", "serve", *arguments]
-    command += ["--", "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
+    command = [sys.executable, *program[:-1], *arguments]
+    command += [
+        *filter(None, program[-1:]),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        "tiny",
+    ]
     # vLLM kills an engine that has not stopped in this time, and its summary is lost.
     command += ["--shutdown-timeout", str(SECONDS)]
     with log.open("wb") as out:
@@ -110,14 +129,11 @@ def ended(server: Server) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *arguments: str) -> Iterator[Server]:
-    """A healthy server while the block runs.
-
-    Args:
-        folder: Where its log goes.
-        arguments: What follows ``kvplug serve``.
-    """
-    with ended(start(folder, *arguments)) as server:
+def serving(
+    folder: Path, *arguments: str, program: Sequence[str] = KVPLUG_SERVE
+) -> Iterator[Server]:
+    """A healthy server while the block runs; the arguments are those of `start`."""
+    with ended(start(folder, *arguments, program=program)) as server:
         wait_for(server.is_healthy, "a healthy server", SECONDS)
         yield server
 

@@ -20,6 +20,12 @@ import torch
 from no_sync import DEVICE, Accelerator
 from torch import Tensor
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import (
+    KVCacheTensor,
+    compute_layout_strides,
+    create_kv_cache_views,
+)
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvplug.contract import EngineView, LayerView, ResidentView, ScoringPolicy
 from kvplug.hosts.pruning import FLUSH, EvictionPlan, Limits, layout
@@ -28,6 +34,7 @@ from kvplug.hosts.vllm.spec import PrunedSpec
 from kvplug.hosts.vllm.worker import after_step, residents
 from kvplug.hosts.vllm.worker.after_step import rehearsed
 from kvplug.hosts.vllm.worker.composition import plugged_builder, plugged_impl
+from kvplug.hosts.vllm.worker.page_tails import with_tail
 from kvplug.hosts.vllm.worker.rows import StepRows
 from kvplug.hosts.vllm.worker.sequence import ScoringWorker, SecondRunner
 from kvplug_policies.sequence.ada_kv import AdaKV
@@ -43,6 +50,8 @@ LIMITS = Limits(BLOCK, budget=48, share=1.0, always=12, interval=1, protected=1,
 ORDERS = {"LBHNC": (0, 1, 2, 3, 4), "LBNHC": (0, 1, 3, 2, 4), "BLHNC": (1, 0, 2, 3, 4)}
 APART = "apart"
 """Each layer in an allocation of its own."""
+TAILS = " with tails"
+"""Pages as an engine has them; see `page_tails`."""
 OPTIONS: dict[str, Any] = {"budget": 48, "sink": 4, "recent": 8, "interval": 16}
 
 
@@ -73,11 +82,12 @@ def policy_of(name: str) -> ScoringPolicy:
     return cls(cls.Options(**OPTIONS, **more), engine)
 
 
-def pruned_spec() -> PrunedSpec:
-    return PrunedSpec(
+def pruned_spec(tails: bool = False) -> PrunedSpec:
+    plain = PrunedSpec(
         block_size=BLOCK, num_kv_heads=KV_HEADS, head_size=SIZE, dtype=torch.float32,
         limits=LIMITS, exact_tokens=BLOCK, in_flight_tokens=64, max_tokens=WIDTH * BLOCK,
     )  # fmt: skip
+    return with_tail(plain, 2) if tails else plain
 
 
 class StockBuilder:
@@ -136,6 +146,15 @@ def caches_of(order: str) -> list[Tensor]:
     shape = (LAYERS, POOL, KV_HEADS, BLOCK, 2 * SIZE)
     if order == APART:
         return [torch.zeros(shape[1:]) for _ in range(LAYERS)]
+    if order.endswith(TAILS):
+        spec, found = pruned_spec(True), KVCacheLayout[order.removesuffix(TAILS)]
+        layer, block, *_ = compute_layout_strides(spec, POOL, LAYERS, found)
+        size = LAYERS * POOL * spec.page_size_bytes
+        tensor = KVCacheTensor(
+            size=size, layers=NAMES, layer_stride=layer, block_stride=block, offset=0
+        )
+        raw = torch.zeros(size, dtype=torch.int8)
+        return create_kv_cache_views(raw, spec, POOL, found, tensor)
     physical = torch.zeros([shape[i] for i in ORDERS[order]])
     logical = physical.permute([ORDERS[order].index(i) for i in range(5)])
     return list(logical)
@@ -172,7 +191,7 @@ class Runner:
         )
         context = self.config.compilation_config.static_forward_context
         impl_class = plugged_impl(StockImpl, (self.kind,), lambda *args: StockImpl)
-        spec = pruned_spec()
+        spec = pruned_spec(order.endswith(TAILS))
         for name, cache in zip(NAMES, self.caches, strict=True):
             impl = object.__new__(impl_class)
             context[name] = SimpleNamespace(
@@ -181,12 +200,12 @@ class Runner:
                 attn_backend=SimpleNamespace(customize_spec=lambda own: spec),
             )  # fmt: skip
         for name, layer in context.items():
-            self.kind.loaded(name, layer, torch.float32)
-        self.kind.register(dict(zip(NAMES, self.caches, strict=True)))
+            self.kind.loaded(name, layer, torch.float32, self.config)
         builder = plugged_builder(StockBuilder, (self.kind,), self.rows)
         # vLLM makes one for each number of query heads.
         self.builder = builder(spec, NAMES[:1], self.config, device)
         self.others = builder(spec, NAMES[1:], self.config, device)
+        self.kind.register(dict(zip(NAMES, self.caches, strict=True)))
         self.layers = list(context.values())
 
     def step(self, common: Any, texts: list[Text], counts: list[int]) -> Any:
@@ -281,13 +300,32 @@ def some_texts(choose: random.Random) -> list[Text]:
     ]
 
 
+# Every policy and every order of pages; the rest of the product is slow.
+QUICK = {
+    *itertools.product(POLICIES, ["LBNHC"]),
+    *itertools.product(["keydiff"], ORDERS),
+    ("snapkv", APART),
+    ("h2o", f"BLHNC{TAILS}"),
+}
+CASES = [
+    *itertools.product(POLICIES, ORDERS),
+    ("snapkv", APART),
+    ("h2o", APART),
+    ("snapkv", f"LBNHC{TAILS}"),
+    ("h2o", f"BLHNC{TAILS}"),
+]
+
+
 @pytest.mark.parametrize(
-    ("policy", "order"), [*itertools.product(POLICIES, ORDERS), ("snapkv", APART)]
+    ("policy", "order"),
+    [c if c in QUICK else pytest.param(*c, marks=pytest.mark.slow) for c in CASES],
 )
 def test_the_same_tokens_stay_as_in_phases(policy: str, order: str) -> None:
     choose = random.Random(f"{policy} {order}")
     accelerator = Accelerator()
-    reference, texts = Runner(policy, "LBHNC", None), some_texts(choose)
+    # One of the two has tails behind its pages, or neither.
+    other = f"LBHNC{TAILS}" if order == APART else "LBHNC"
+    reference, texts = Runner(policy, other, None), some_texts(choose)
     with accelerator.faked():
         runner = Runner(policy, order, accelerator)
     slots = choose.sample(range(SLOTS), 3)

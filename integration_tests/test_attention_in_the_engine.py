@@ -6,6 +6,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from kvplug_lab.engine.trial import TrialRequest, TrialResult
 
 Run = Callable[..., TrialResult]
@@ -34,6 +36,7 @@ def test_attention_memory_reuses_far_attention_and_keeps_out_of_the_prefix_cache
     assert again.answers[0].token_ids == plain.token_ids
 
 
+@pytest.mark.slow  # a cell of test_composition has attention on the second runner, too
 def test_the_second_runner_serves_the_same_rows(run: Run, run_second: Run, tiny: Path) -> None:
     """Beside requests that did not ask, whose slots pass between them."""
     choose = random.Random(0)

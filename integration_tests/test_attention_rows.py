@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -388,7 +389,36 @@ def test_an_output_of_another_shape_is_a_failure(monkeypatch: pytest.MonkeyPatch
     layer.step([(request, 100)])
     monkeypatch.setattr(layer.policy, "attend", lambda view, rows: torch.zeros(1, 1))
     out, want = layer.step([(request, 1)])
-    assert torch.equal(out, want) and "attend returned (1, 1)" in (layer.kind.failed or "")
+    assert torch.equal(out, want) and "attend returned shape (1, 1)" in (layer.kind.failed or "")
+
+
+BAD_OUTPUTS: dict[str, Any] = {
+    "nan": lambda q: torch.full_like(q, float("nan")),
+    "too large": lambda q: torch.full(q.shape, 1e300, dtype=torch.float64),
+    "complex": lambda q: torch.ones(q.shape, dtype=torch.complex64),
+    "elsewhere": lambda q: torch.ones(q.shape, device="meta"),
+    "sparse": lambda q: torch.ones(q.shape).to_sparse(),
+    "numpy": lambda q: q.numpy(),
+    "a subclass": lambda q: torch.nn.Parameter(torch.ones(q.shape)),
+    "an exit": lambda q: sys.exit(1),
+}
+
+
+@pytest.mark.parametrize("what", BAD_OUTPUTS)
+def test_an_output_that_is_none_is_a_failure(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(cosine=0.5)
+    request = Request(0, list(range(8)), 5)
+    layer.step([(request, 100)])
+
+    def attend(view: Any, rows: Any) -> Any:
+        made = BAD_OUTPUTS[what](rows.query.clone())
+        rows.query.zero_()
+        return made
+
+    monkeypatch.setattr(layer.policy, "attend", attend)
+    for _ in range(2):
+        out, want = layer.step([(request, 1)])
+        assert torch.equal(out, want) and layer.kind.failed is not None
 
 
 def test_rows_that_the_policy_leaves_go_to_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:

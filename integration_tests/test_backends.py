@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,16 +19,17 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from kvplug.contract import EngineView, FormatPolicy, Kind, LayerView, Window
 from kvplug.errors import DeploymentError
 from kvplug.hosts.vllm import admission, engine
-from kvplug.hosts.vllm.flags import CONNECTOR, MODULE
+from kvplug.hosts.vllm.connector_flag import CONNECTOR, MODULE
 from kvplug.hosts.vllm.messages import StepReport
 from kvplug.hosts.vllm.plugin import BACKENDS
-from kvplug.hosts.vllm.spec import ApproximateSpec, WindowedSpec
+from kvplug.hosts.vllm.spec import WindowedSpec
 from kvplug.hosts.vllm.worker import backend
 from kvplug.hosts.vllm.worker.composition import (
+    is_door,
     plugged_backend,
     plugged_builder,
     plugged_impl,
-    require_plugged,
+    takes_steps,
 )
 from kvplug.hosts.vllm.worker.format import FormatRows, FormatTokens, FormatWorker
 from kvplug.hosts.vllm.worker.kind import KindWorker
@@ -92,12 +93,6 @@ def stock(request: pytest.FixtureRequest) -> type[Any]:
     return stock_class(request.param)
 
 
-@pytest.fixture(autouse=True)
-def _forget_the_engine() -> Iterator[None]:
-    yield
-    drop_worker_state(config())
-
-
 def config() -> Any:
     """As much of a VllmConfig as builders take."""
     return SimpleNamespace(
@@ -118,6 +113,7 @@ def config() -> Any:
             get_head_size=lambda: 64,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
+        device_config=SimpleNamespace(device=CPU),
         compilation_config=SimpleNamespace(
             static_forward_context={},
             cudagraph_mode=CUDAGraphMode.NONE,
@@ -135,14 +131,22 @@ def plain_spec(**changes: Any) -> FullAttentionSpec:
     return FullAttentionSpec(**(values | changes))
 
 
+def a_layer(**own: Any) -> SimpleNamespace:
+    """An attention layer of vLLM's."""
+    shape: dict[str, Any] = {"num_heads": 2, "num_kv_heads": 1, "head_size": 64}
+    return SimpleNamespace(
+        **{"sliding_window": None, "get_kv_cache_spec": lambda config: plain_spec()} | shape | own
+    )
+
+
 def layers_of(windowed: type[Any], names: list[str], **impl: Any) -> dict[str, Any]:
     """Attention layers as they are once the model is loaded, without a model."""
     context: dict[str, Any] = {}
     for name in names:
         made = object.__new__(windowed.get_impl_cls())
-        made.alibi_slopes = None
-        made.__dict__.update(impl, _kvplug_layers=context)
-        context[name] = SimpleNamespace(impl=made, attn_backend=windowed)
+        made.alibi_slopes, made.scale = None, 1.0
+        made.__dict__.update(impl, _kvplug_layers=context, _kvplug_config=config())
+        context[name] = a_layer(impl=made, attn_backend=windowed, layer_name=name)
     for layer in list(context.values()):
         layer.impl.process_weights_after_loading(torch.float32)
     return context
@@ -184,12 +188,35 @@ def test_every_layer_gets_its_own_window(stock: type[Any]) -> None:
     assert {s.exact_tokens for s in specs} == {(1 + 1 + 1) * BLOCK}, "the narrowest layer decides"
 
 
+def test_no_compiled_graph_and_no_model_writes_past_the_kinds(
+    stock: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a stock implementation says that a fused operation may do in its place."""
+    inner = stock.get_impl_cls()
+    names = [n for n in dir(inner) if n.startswith("fused_") and n.endswith("_supported")]
+    assert len(names) >= 4
+    for name in names:
+        monkeypatch.setattr(inner, name, lambda self, *args: True)
+    monkeypatch.setattr(stock, "supports_kv_cache_update_bypass", True, raising=False)
+    plugged = windowed_backend(stock, sink_window())
+    assert plugged.supports_kv_cache_update_bypass is False
+    impl = plugged.get_impl_cls()
+    own = object.__new__(impl)
+    for name in names:
+        asked = getattr(own, name)
+        assert asked(*[None] * len(inspect.signature(asked).parameters)) is False, name
+
+
 def test_layers_of_other_impls_are_left_alone(stock: type[Any]) -> None:
     windowed = windowed_backend(stock, sink_window())
     made = object.__new__(windowed.get_impl_cls())
     made.alibi_slopes = None
-    mine, other = SimpleNamespace(impl=made, attn_backend=None), SimpleNamespace(attn_backend=None)
+    mine, other = (
+        a_layer(impl=made, attn_backend=windowed),
+        SimpleNamespace(attn_backend=None),
+    )
     third = SimpleNamespace(impl=object(), attn_backend=None)
+    made._kvplug_config = config()
     made._kvplug_layers = {NAMES[2]: mine, "model.norm": other, NAMES[1]: third}
     made.process_weights_after_loading(torch.float32)
     assert issubclass(mine.attn_backend, stock)
@@ -211,7 +238,7 @@ def test_an_impl_finds_its_layer_through_the_config_it_was_made_under(
     made = windowed.get_impl_cls()(2, 64, 1.0, 1, None, None, "auto")
     monkeypatch.undo()
     assert made.num_heads == 2
-    layer = SimpleNamespace(impl=made, attn_backend=None)
+    layer = a_layer(impl=made, attn_backend=windowed)
     current.compilation_config.static_forward_context[NAMES[3]] = layer
     made.process_weights_after_loading(torch.float32)
     assert layer.attn_backend.customize_spec(plain_spec()).window == Window(1, 0)
@@ -496,34 +523,16 @@ def test_attention_steps_run_from_the_first_kind_to_the_backend(
     assert impl.kvplug_pages(1, 2) is None
 
 
-def test_a_second_engine_of_the_process_runs_its_own_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM chooses a class once per process; what it makes belongs to the engine at hand."""
-    note = Noted()
-    first, second = (note.kind("first", FormatTokens),), (note.kind("second", Compaction),)
-    rows = {name: StepRows() for name in ("first", "second")}
-
-    def of_config(config: Any) -> tuple[Any, StepRows]:
-        name = config.kv_transfer_config.engine_id
-        return {"first": first, "second": second}[name], rows[name]
-
-    class Stock:
-        def forward(self, *args: Any) -> str:
-            return "output"
-
-    builder = plugged_builder(NotingBuilder, first, rows["first"], of_config)
-    impl = plugged_impl(Stock, first, lambda *a: Stock, of_config)
-    for name, steps in (("first", "FormatTokens"), ("second", "Compaction")):
-        config = SimpleNamespace(
-            kv_transfer_config=SimpleNamespace(engine_id=name),
-            compilation_config=SimpleNamespace(static_forward_context={}),
-        )
-        monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda own=config: own)
-        made = builder(SimpleNamespace(block_size=16), [], config, CPU)
-        made.build(0, SimpleNamespace(req_idx=None))
-        assert made._kvplug_rows is rows[name]
-        impl().forward(1, 2, 3, 4, 5, 6, 7)
-        assert note.calls == [steps, f"{name} attends"]
-        note.calls.clear()
+def test_a_layer_that_attends_in_a_way_of_its_own_runs_no_steps() -> None:
+    """vLLM derives a backend for layers that attend in chunks, or across; that class stays."""
+    windowed = windowed_backend(stock_class("CPU_ATTN"), sink_window())
+    chunked = type("ChunkedLocalAttention", (windowed,), {})
+    assert takes_steps(windowed) and not takes_steps(chunked)
+    layer = layers_of(windowed, NAMES)[NAMES[0]]
+    layer.attn_backend = chunked
+    layer.impl.process_weights_after_loading(torch.float32)
+    assert layer.attn_backend is chunked
+    assert layer.impl._kvplug.steps == []
 
 
 # -- which class a name stands for -----------------------------------------------------------------
@@ -540,20 +549,18 @@ def test_a_name_is_stock_unless_the_engine_runs_a_policy_of_layers(
     monkeypatch.setattr(backend, "STOCK", {name: AttentionBackendEnum[name].value})
     monkeypatch.setattr(vllm.config, "get_current_vllm_config_or_none", lambda: current)
     reuse: Any = None
+    a_choice = SimpleNamespace(key="sequence", policy=SimpleNamespace(kind="a", name="policy"))
     chosen = SimpleNamespace(
         source="x.yaml",
-        choice=lambda kind: reuse if kind is Kind.REUSE else SimpleNamespace(key="sequence"),
+        choices={},
+        choice=lambda kind: reuse if kind is Kind.REUSE else a_choice,
         reuse=ReuseSettings(),
+        tiers=(),
     )
     monkeypatch.setattr(admission, "deployment_of", lambda vllm_config: chosen)
     monkeypatch.setattr(engine, "sequence_policy", lambda deployment, vllm_config: policy)
     monkeypatch.setattr(engine, "format_policy", lambda deployment, vllm_config: stored)
     monkeypatch.setattr(engine, "attention_policy", lambda deployment, vllm_config: None)
-
-    def resolved() -> type[Any]:
-        """As another engine resolves it."""
-        drop_worker_state(current)
-        return getattr(backend, name)  # type: ignore[no-any-return]
 
     assert getattr(backend, name) is stock, "no engine is being made"
     current = SimpleNamespace(kv_transfer_config=None)
@@ -565,34 +572,62 @@ def test_a_name_is_stock_unless_the_engine_runs_a_policy_of_layers(
     current.kv_transfer_config = transfer
     current.cache_config.block_size = BLOCK
     policy = sink_window()
-    assert resolved() is stock, "an engine with another connector"
+    assert getattr(backend, name) is stock, "an engine with another connector"
     transfer.kv_connector, transfer.kv_connector_module_path = CONNECTOR, MODULE
-    windowed = resolved()
-    assert windowed is not stock and issubclass(windowed, stock)
-    first = worker_state(current).kinds
-    assert getattr(backend, name) is not stock
-    assert worker_state(current).kinds is first, "one policy object per engine"
+    door = getattr(backend, name)
+    assert door is not stock and issubclass(door, stock) and is_door(door)
+    assert door.get_name() == stock.get_name()
+    assert door.get_builder_cls() is stock.get_builder_cls(), "what vLLM derives from it is stock"
+    assert door.customize_spec(plain_spec()) == stock.customize_spec(plain_spec())
+    module, qualified = door.full_cls_name()
+    assert module == backend.__name__
+    assert getattr(backend, qualified) is door, "found again by its name"
+
+    def behind() -> tuple[Any, ...]:
+        """Kinds of the layers that another engine builds behind the door that vLLM has kept."""
+        drop_worker_state(current)
+        return getattr(door.get_impl_cls(), "kvplug_kinds", ())
+
+    first = behind()
+    assert [kind.kind for kind in first] == [Kind.SEQUENCE]
+    assert door.get_impl_cls().kvplug_kinds is first is worker_state(current).kinds
     stored = int4()
-    both = resolved()
-    assert issubclass(both, stock)
-    assert both.kvplug_rules[Kind.FORMAT].bytes_per_token_head == 72
-    assert both.kvplug_rules[Kind.SEQUENCE] == Window(1, 2)
+    both = behind()
+    assert [kind.kind for kind in both] == [Kind.SEQUENCE, Kind.FORMAT]
+    assert first[0] is not both[0], "each engine has its own"
     policy = None
-    coded = resolved()
-    assert issubclass(coded, stock)
-    assert coded.kvplug_rules[Kind.FORMAT].bytes_per_token_head == 72
-    assert coded.get_name() == stock.get_name()
-    for made in (windowed, both, coded):
-        module, qualified = made.full_cls_name()
-        assert module == backend.__name__
-        assert getattr(backend, qualified) is made, "found again by its name"
+    assert [kind.kind for kind in behind()] == [Kind.FORMAT]
     stored = None
-    assert resolved() is stock, "kvplug without a policy of layers"
+    assert behind() == () and door.get_impl_cls() is stock.get_impl_cls()
     reuse = SimpleNamespace(key="reuse")
-    reused = resolved()
-    assert reused is not stock and issubclass(reused, stock)
-    assert isinstance(worker_state(current).kinds[0], ReuseWorker)  # type: ignore[index]
-    assert type(reused.customize_spec(plain_spec())) is ApproximateSpec
+    (reused,) = behind()
+    assert isinstance(reused, ReuseWorker)
+    drop_worker_state(current)
+    current = None
+    assert door.get_impl_cls() is stock.get_impl_cls(), "no engine is being made"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_one_connector_among_several_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, nested: bool
+) -> None:
+    ours = {"kv_connector": CONNECTOR, "kv_connector_module_path": MODULE}
+    inner: dict[str, Any] = {"connectors": [{"kv_connector": "Another"}, ours]}
+    if nested:
+        several = {"kv_connector": "MultiConnector", "kv_connector_extra_config": inner}
+        inner = {"connectors": [several]}
+    transfer = SimpleNamespace(
+        kv_connector="MultiConnector",
+        kv_connector_module_path=None,
+        kv_connector_extra_config=inner,
+    )
+    current = SimpleNamespace(kv_transfer_config=transfer)
+    monkeypatch.setattr(backend, "STOCK", {"CPU_ATTN": AttentionBackendEnum.CPU_ATTN.value})
+    monkeypatch.setattr(vllm.config, "get_current_vllm_config_or_none", lambda: current)
+    with pytest.raises(DeploymentError, match="one of several connectors inside MultiConnector"):
+        _ = backend.CPU_ATTN
+    inner["connectors"] = [{"kv_connector": "Another"}]
+    assert not is_door(backend.CPU_ATTN)
 
 
 def test_a_format_says_what_a_layers_pages_take() -> None:
@@ -636,29 +671,3 @@ def test_a_block_size_the_backend_would_split_is_refused() -> None:
     with pytest.raises(DeploymentError, match=f"set --block-size {BLOCK // 2}") as refused:
         windowed.customize_spec(plain_spec())
     assert str(refused.value).startswith("x.yaml: kvplug.sequence.use: sink_window counts in")
-
-
-def test_a_backend_that_is_not_ours_is_refused_by_name() -> None:
-    """vLLM chooses one by itself, and then no policy would do anything."""
-
-    class Other:
-        @staticmethod
-        def get_name() -> str:
-            return "FLASHINFER"
-
-    kinds = (coded_kind(int4()),)
-    ours = plugged_backend(stock_class("FLASH_ATTN"), kinds, StepRows())
-    layers = {
-        "layers.0.attn": SimpleNamespace(attn_backend=ours, sliding_window=None),
-        "layers.1.attn": SimpleNamespace(attn_backend=Other, sliding_window=128),
-        "layers.2.mamba": SimpleNamespace(),
-    }
-    require_plugged(kinds, layers)
-    layers["layers.3.attn"] = SimpleNamespace(attn_backend=Other, sliding_window=None)
-    require_plugged((), layers)
-    with pytest.raises(DeploymentError) as refused:
-        require_plugged(kinds, layers)
-    assert str(refused.value) == (
-        "x.yaml: kvplug.format: attention layer layers.3.attn runs on FLASHINFER, where the "
-        "format section would do nothing. Fix: set --attention-backend FLASH_ATTN or TRITON_ATTN."
-    )

@@ -9,13 +9,15 @@ import pytest
 
 from kvplug.contract import RequestView
 from kvplug.hosts.vllm.scheduler.blocks import BlockTracker, request_view
+from kvplug.request_options import RequestOptions
 
 Groups = tuple[list[int], ...]
 
 
 def request(name: str, session_id: str | None = None, **more: Any) -> RequestView:
     stock = {"request_id": name, "num_prompt_tokens": 9, "priority": 0, "arrival_time": 0.0}
-    return request_view(SimpleNamespace(**stock | more), session_id)
+    options = RequestOptions(session_id=session_id)
+    return request_view(SimpleNamespace(**stock | more), options)
 
 
 def step(

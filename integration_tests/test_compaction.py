@@ -41,13 +41,6 @@ def config(engine: str = "an engine", drafts: int = 0, max_num_seqs: int = 16) -
     )
 
 
-@pytest.fixture(autouse=True)
-def _forget_engines() -> Any:
-    yield
-    for engine in ("an engine", "another engine"):
-        drop_worker_state(config(engine))
-
-
 def spec(block: int, sink: int, window: int) -> WindowedSpec:
     """Sink and window in blocks."""
     return WindowedSpec(
@@ -506,12 +499,18 @@ def test_engines_in_one_process_share_nothing() -> None:
 
 
 def test_an_engine_has_one_state_until_it_is_dropped() -> None:
-    before = worker_state(config())
-    assert worker_state(config()) is before is not worker_state(config("another engine"))
+    own, other = config(), config("another engine")
+    before = worker_state(own)
+    assert worker_state(own) is before is not worker_state(other)
     drop_worker_state(config())
-    assert worker_state(config()) is not before
-    drop_worker_state(config())
-    drop_worker_state(config())
+    assert worker_state(own) is before, "another engine that was given the same id"
+    drop_worker_state(own)
+    assert worker_state(own) is not before
+    again = worker_state(config())
+    assert again is not worker_state(own), "the first one's start had failed"
+    drop_worker_state(own)
+    drop_worker_state(own)
+    drop_worker_state(other)
 
 
 # -- the accelerator's way, on CPU tensors ---------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import logging
 import subprocess
@@ -21,7 +22,9 @@ from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
 from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue
 
+from kvplug.contract import Feature
 from kvplug.hosts.vllm import compat, plugin
+from kvplug.hosts.vllm.features import features_of
 from kvplug.hosts.vllm.worker import backend, metadata
 
 FOREIGN = "vllm.v1.attention.backends.flex_attention.FlexAttentionBackend"
@@ -55,6 +58,38 @@ def test_a_release_of_a_tested_series_is_tested(version: str) -> None:
 @pytest.mark.parametrize("version", ["0.320.0", "0.33.0", "0.3", "0.31.9", "10.32.0", "1.0.32.0"])
 def test_any_other_release_is_not(version: str) -> None:
     assert not compat.is_tested(version)
+
+
+@pytest.mark.parametrize(
+    ("installed", "accepted", "admitted"),
+    [
+        ("0.32.1", None, True),
+        ("0.33.0", None, False),
+        ("0.33.0", "0.33", True),
+        ("0.33.0+cu130", "0.33", True),
+        ("0.33.0", "0.32", False),
+        ("0.33.0", "1", False),
+        ("0.330.0", "0.33", False),
+        ("0.34.0", "0.34", False),
+        ("0.31.0", "0.31", False),
+    ],
+)
+def test_a_release_that_never_ran_is_admitted_by_its_name_alone(
+    monkeypatch: pytest.MonkeyPatch, installed: str, accepted: str | None, admitted: bool
+) -> None:
+    monkeypatch.delenv(compat.ACCEPT, raising=False)
+    if accepted is not None:
+        monkeypatch.setenv(compat.ACCEPT, accepted)
+    assert compat.is_admitted(installed) is admitted
+
+
+def test_a_release_is_refused_for_what_is_known_of_it() -> None:
+    problem, fix = compat.untested("0.33.0")
+    assert "no engine of version 0.33.0 has run with kvplug yet" in problem
+    assert fix == "install vLLM 0.32, or set KVPLUG_VLLM=0.33 to run on it all the same."
+    problem, fix = compat.untested("0.34.0")
+    assert problem == "version 0.34.0 was never tested with kvplug."
+    assert "KVPLUG_VLLM" not in fix
 
 
 @pytest.mark.parametrize(
@@ -161,6 +196,88 @@ def test_a_layer_has_the_attribute_that_is_set_and_asks_it_for_its_spec() -> Non
     assert layer.attn_backend is int
 
 
+# -- where releases differ -------------------------------------------------------------------------
+
+
+class AnnouncingWrapper:
+    """Stands for vLLM's wrapper of a worker where it calls hooks of the extension."""
+
+    def __init__(self, worker: Any, extension: type[Any]):
+        self.worker, self._worker_extension_cls = worker, extension
+
+    def init_device(self) -> None:
+        self.worker.init_device()
+        hook = getattr(self._worker_extension_cls, "init_worker_extension", None)
+        if callable(hook):
+            hook(self.worker)
+
+
+class SilentWrapper(AnnouncingWrapper):
+    """Stands for the wrapper where it does not."""
+
+    def init_device(self) -> None:
+        self.worker.init_device()
+
+
+class DeferringConnector:
+    """Stands for the second runner's connector where a step's end may come after its report."""
+
+    def post_forward(self, finished_req_ids: set[str], defer_finalize: bool = False) -> None: ...
+
+
+def test_the_installed_vllm_has_neither() -> None:
+    assert not compat.announces_worker()
+    assert not compat.reports_before_end()
+
+
+@pytest.mark.parametrize("wrapper", [AnnouncingWrapper, SilentWrapper])
+def test_the_runner_reaches_kvplug_by_whatever_vllm_has(
+    monkeypatch: pytest.MonkeyPatch, wrapper: type[AnnouncingWrapper]
+) -> None:
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    from kvplug.hosts.vllm import engine, extension
+
+    announces = wrapper is AnnouncingWrapper
+    monkeypatch.setattr(WorkerWrapperBase, "init_device", wrapper.init_device)
+    assert compat.announces_worker() is announces
+    ours = importlib.reload(extension)
+    try:
+        # A property would keep vLLM from having an attribute of that name on its worker.
+        assert hasattr(ours.WorkerExtension, "model_runner") is not announces
+        state = SimpleNamespace(model_runner=None)
+        monkeypatch.setattr(engine, "is_kvplug", lambda config: config.on)
+        monkeypatch.setattr(ours, "worker_state", lambda config: state)
+        runner = object()
+
+        class Worker:
+            def __init__(self, on: bool):
+                self.vllm_config = SimpleNamespace(on=on)
+
+            def init_device(self) -> None:
+                self.model_runner = runner
+
+        class Extended(Worker, ours.WorkerExtension):  # type: ignore[name-defined]
+            pass
+
+        for on in (False, True):
+            assert state.model_runner is None
+            worker = Extended(on)
+            wrapper(worker, ours.WorkerExtension).init_device()
+            assert worker.model_runner is runner
+        assert state.model_runner is runner
+    finally:
+        monkeypatch.undo()
+        importlib.reload(extension)
+
+
+def test_a_report_that_may_come_early_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu.kv_connector import ActiveKVConnector
+
+    monkeypatch.setattr(ActiveKVConnector, "post_forward", DeferringConnector.post_forward)
+    assert compat.reports_before_end()
+
+
 # -- the plugin ------------------------------------------------------------------------------------
 
 
@@ -226,7 +343,15 @@ def test_on_a_vllm_never_tested_the_plugin_stays_off(
         plugin.register()
     assert backend.STOCK == {}
     assert not any(m.is_overridden() for m in AttentionBackendEnum)
-    assert "0.33.0" in caplog.text and "kvplug doctor" in caplog.text
+    assert "0.33.0" in caplog.text and "KVPLUG_VLLM=0.33" in caplog.text
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_release_that_is_accepted_by_name_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "version", lambda: "0.33.0")
+    monkeypatch.setenv(compat.ACCEPT, "0.33")
+    plugin.register()
+    assert {m.name for m in AttentionBackendEnum if m.is_overridden()} == set(plugin.BACKENDS)
 
 
 def test_a_name_that_is_no_backend_is_no_attribute() -> None:
@@ -234,20 +359,9 @@ def test_a_name_that_is_no_backend_is_no_attribute() -> None:
         _ = backend.NO_SUCH
 
 
-@pytest.mark.parametrize(
-    ("text_config", "sliding"),
-    [
-        ({}, False),
-        ({"layer_types": ["full_attention", "full_attention"]}, False),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, True),
-        ({"sliding_window": 512}, True),
-    ],
-)
-def test_sliding_window_layers_are_a_feature(text_config: dict[str, Any], sliding: bool) -> None:
-    from kvplug.contract import Feature
-    from kvplug.hosts.vllm.features import features_of
-
-    hf = SimpleNamespace(**text_config)
+def features(hf: Any, text: Any = None) -> frozenset[Feature]:
+    """Features of a model with a Hugging Face config, and that of its text part."""
+    text = hf if text is None else text
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(
             tensor_parallel_size=1,
@@ -262,12 +376,48 @@ def test_sliding_window_layers_are_a_feature(text_config: dict[str, Any], slidin
         scheduler_config=SimpleNamespace(enable_chunked_prefill=True, async_scheduling=False),
         compilation_config=SimpleNamespace(cudagraph_mode=None),
         model_config=SimpleNamespace(
-            hf_text_config=hf,
-            get_sliding_window=lambda: getattr(hf, "sliding_window", None),
+            hf_config=hf,
+            hf_text_config=text,
+            get_sliding_window=lambda: getattr(text, "sliding_window", None),
             is_multimodal_model=False,
         ),
         kv_transfer_config=SimpleNamespace(kv_role="kv_both"),
         speculative_config=None,
         lora_config=None,
     )
-    assert (Feature.SLIDING_WINDOW_LAYERS in features_of(config)) is sliding
+    return features_of(config)
+
+
+@pytest.mark.parametrize(
+    ("text_config", "sliding"),
+    [
+        ({}, False),
+        ({"layer_types": ["full_attention", "full_attention"]}, False),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, True),
+        ({"sliding_window": 512}, True),
+    ],
+)
+def test_sliding_window_layers_are_a_feature(text_config: dict[str, Any], sliding: bool) -> None:
+    found = features(SimpleNamespace(**text_config))
+    assert (Feature.SLIDING_WINDOW_LAYERS in found) is sliding
+
+
+@pytest.mark.parametrize(
+    ("text_config", "shared"),
+    [
+        ({}, False),
+        ({"num_kv_shared_layers": 0}, False),
+        ({"num_kv_shared_layers": None}, False),
+        ({"num_kv_shared_layers": 2}, True),
+        ({"use_cla": True, "cla_share_factor": 2}, True),
+        ({"use_cla": False, "cla_share_factor": 2}, False),
+        ({"text_config": SimpleNamespace(num_kv_shared_layers=2)}, True),
+        ({"thinker_config": {"text_config": {"num_kv_shared_layers": 2}}}, True),
+    ],
+)
+def test_layers_that_share_kv_are_a_feature(text_config: dict[str, Any], shared: bool) -> None:
+    """However deep in a model's config it stands."""
+    whole = SimpleNamespace(**text_config)
+    whole.parent_config = whole
+    assert (Feature.KV_SHARING in features(whole)) is shared
+    assert (Feature.KV_SHARING in features(whole, SimpleNamespace())) is shared

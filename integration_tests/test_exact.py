@@ -31,7 +31,7 @@ def workload(passages: Callable[..., list[str]]) -> list[TrialRequest]:
 def stock(run: Run, smollm2: Path, workload: list[TrialRequest]) -> TrialResult:
     result = run(smollm2, workload, None, **ENGINE)
     assert result.classes["queue"] == ["FreeKVCacheBlockQueue"]
-    assert "kvplug" not in result.classes["backends"][0]
+    assert "kvplug" not in result.classes["attention"][0]
     return result
 
 

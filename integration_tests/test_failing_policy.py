@@ -6,11 +6,13 @@ import json
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvplug.counts import MAX_CAUSES, MAX_NAMES
 from kvplug_lab.engine.trial import TrialRequest, TrialResult
 
 Run = Callable[..., TrialResult]
@@ -133,14 +135,19 @@ def test_an_observer_hears_of_evictions_and_of_the_failure(
     assert report == failing_later.reports[0]
 
     assert {e["hook"] for e in happened} == {"event"}
-    assert {(e["kind"], e["policy"]) for e in happened} == {("prefix_cache", "fails_later")}
+    # The others are of prompts and their ends, which are no policy's.
+    happened = [e for e in happened if e["kind"] is not None]
+    assert {e["kind"] for e in happened} == {"prefix_cache"}
     (fallen,) = [e for e in happened if e["type"] == "fallen back"]
     assert fallen["detail"] == "RuntimeError: no more answers"
-    evicted = [e for e in happened if e["type"] == "evicted"]
+    of_the_pool = [e for e in happened if e["type"] == "evicted"]
+    evicted = [e for e in of_the_pool if e["policy"] == "fails_later"]
     assert sum(e["count"] for e in evicted) == report["counters"]["evicted"] > 0
     assert {e["type"] for e in happened} == {"evicted", "fallen back"}
+    later = of_the_pool[len(evicted) :]
+    assert later and {e["policy"] for e in later} == {""}, "then they leave in vLLM's own order"
     steps = [e["step"] for e in evicted]
-    assert steps == sorted(set(steps)), "at most one batch a step"
+    assert steps == sorted(steps)
     assert abs(fallen["step"] - steps[-1]) <= 1, "it failed over the last eviction or right after"
 
 
@@ -188,6 +195,7 @@ def test_an_observer_hears_what_a_sequence_policy_frees_and_refuses(
     )
     start, *happened, stop = recorded(path)
     assert (start["hook"], stop["hook"]) == ("started", "stopping")
+    happened = [e for e in happened if e["kind"] is not None]
     assert {(e["kind"], e["policy"]) for e in happened} == {("sequence", "sink_window")}
 
     freed = [e for e in happened if e["type"] == "freed"]
@@ -201,3 +209,68 @@ def test_an_observer_hears_what_a_sequence_policy_frees_and_refuses(
     assert result.answers[2].kvplug is not None
     assert result.answers[2].kvplug["refused"] == {"sequence": refused["detail"]}
     assert len(freed) + 1 == len(happened)
+
+
+def bounded(result: TrialResult) -> None:
+    """Whatever the policies counted and said, reports and log stay small and plain."""
+    log: str = result.log  # type: ignore[attr-defined]
+    assert "Traceback" not in log
+    assert not [line for line in log.splitlines() if line.startswith("ERROR 01-01")]
+    assert max(map(len, log.splitlines())) < 5000
+    for report in result.reports:
+        names = list(report["counters"])
+        assert len(names) < MAX_NAMES + MAX_CAUSES + 64
+        assert all(len(n) < 80 and n.isprintable() and ":" not in n for n in names)
+
+
+def test_hostile_policies_that_may_change_nothing_change_nothing(
+    run: Run, tiny: Path, stock: TrialResult
+) -> None:
+    """An order of eviction, a reuse check and an attention policy at once."""
+    section = {
+        "prefix_cache": "hostile_cache",
+        "reuse": {"use": ["structure", "position", "hostile_check"], "approximate": True},
+        "attention": "hostile_attention",
+    }
+    asks = {"reuse": "approximate", "attention": "approximate", "session_id": "s" * 200}
+    asking = [replace(r, kvplug=asks) for r in requests()]
+    result = run(tiny, asking, section, env=environment(), **ENGINE)
+    assert tokens(result) == tokens(stock)
+    assert all(a.kvplug is not None and a.kvplug["exact"] is False for a in result.answers)
+    bounded(result)
+    cache, *_, check, attention = result.reports
+    assert (cache["name"], cache["errors"]) == ("hostile_cache", 1)
+    assert cache["counters"]["evicted"] >= 3
+    assert check["name"] == "hostile_check"
+    assert (attention["name"], attention["errors"]) == ("hostile_attention", 1)
+    log: str = result.log  # type: ignore[attr-defined]
+    assert log.count("prefix_cache policy 'hostile_cache' failed and is retired") == 1
+    assert log.count("prefix_cache policy 'hostile_cache' failed in on_stop()") == 1
+    assert log.count("reuse policy 'hostile_check' failed in counters()") == 1
+    assert log.count("attention policy 'hostile_attention' failed in attend") == 1
+
+
+def test_hostile_policies_that_change_what_is_kept_and_how_it_is_stored(
+    run: Run, tiny: Path, stock: TrialResult
+) -> None:
+    section = {
+        "prefix_cache": "hostile_cache",
+        "sequence": {"use": "hostile_scores", "budget": 96, "recent": 32, "interval": 32},
+        "format": "hostile_format",
+    }
+    asking = [replace(r, max_tokens=40) for r in requests()[:4]]
+    short = TrialRequest(asking[0].prompt[:40], 8, wave=3)
+    result = run(tiny, [*asking, short], section, env=environment(), **ENGINE)
+    assert [len(a.token_ids) for a in result.answers] == [40] * 4 + [8]
+    bounded(result)
+    evicted = [a.kvplug for a in result.answers[:4]]
+    assert all(a is not None and a["exact"] is False and a["evictions"] for a in evicted)
+    kept = result.answers[4].kvplug
+    assert kept is not None and kept["exact"] is True, "nothing was evicted from it"
+    by_name = {report["name"]: report for report in result.reports}
+    assert by_name["hostile_scores"]["errors"] == 2, "score and resize"
+    assert by_name["hostile_format"]["errors"] > 0
+    log: str = result.log  # type: ignore[attr-defined]
+    assert log.count("sequence policy 'hostile_scores' failed and is retired") == 1
+    assert log.count("format policy 'hostile_format' failed in attend") == 1
+    assert "changed the default dtype" in log

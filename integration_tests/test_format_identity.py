@@ -61,6 +61,24 @@ def test_a_tenant_stays_apart_under_a_format() -> None:
     assert request("int4", "a").block_hashes == mine
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("b", "a|"), ("|b", "a")),
+        (("b", "a"), ("a|b", None)),
+        (("b|a", None), ("b", "a")),
+        (("b", ""), ("b", "|")),
+        (("4:in", "t4"), ("4:int4", None)),
+        (("1", "0:x"), ("10:x", None)),
+    ],
+)
+def test_no_salt_of_a_client_makes_it_another_format_or_tenant(
+    one: tuple[str, str | None], other: tuple[str, str | None]
+) -> None:
+    mine, yours = request(*one), request(*other)
+    assert not set(mine.block_hashes) & set(yours.block_hashes)
+
+
 def test_what_is_appended_later_is_hashed_with_the_salt() -> None:
     made = request("int4")
     made.append_output_token_ids(list(range(100, 130)))

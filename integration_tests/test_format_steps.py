@@ -36,6 +36,7 @@ from kvplug.hosts.vllm.worker.composition import plugged_builder
 from kvplug.hosts.vllm.worker.format import Assignments, FormatLayer, FormatStep, FormatWorker
 from kvplug.hosts.vllm.worker.pages import CodedPages
 from kvplug.hosts.vllm.worker.rows import StepRows
+from kvplug.hosts.vllm.worker.stored_format import StoredFormat
 from kvplug.registry import plugins
 
 LAYERS, HEADS, KV_HEADS, SIZE = 2, 6, 2, 64
@@ -496,7 +497,7 @@ def test_both_page_layouts_hold_the_same(name: str, dtype: str, block: int) -> N
         assert torch.equal(apart.pages[index][1:], woven.pages[index][1:])
         layout = woven.policy.layout(layer)
         opened = [
-            CodedPages(runner.policy, layer, layout, runner.pages[index])
+            CodedPages(StoredFormat(runner.policy), layer, layout, runner.pages[index])
             for runner in (apart, woven)
         ]
         for which in (0, 1):

@@ -97,7 +97,7 @@ def test_codes_read_back(
     result = either(
         tiny,
         twice,
-        section("int4", fit=0, exact_chunk=False),
+        section("int4", fit=0, rotate=False, exact_chunk=False),
         max_num_batched_tokens=CHUNK,
         **ENGINE,
     )
@@ -120,7 +120,7 @@ def test_a_step_sees_its_own_tokens_as_computed(
     result = run(
         tiny,
         requests(one_by_one=True),
-        section("int4", fit=0),
+        section("int4", fit=0, rotate=False),
         max_num_batched_tokens=CHUNK,
         **ENGINE,
     )
@@ -139,7 +139,7 @@ def test_open_groups_are_seen_as_computed(
     result = either(
         tiny,
         requests(one_by_one=True),
-        section("kivi", bits=2, fit=0),
+        section("kivi", bits=2, fit=0, rotate=False, anchor=False),
         max_num_batched_tokens=chunk,
         **ENGINE,
     )
@@ -160,7 +160,7 @@ def test_requests_side_by_side_keep_their_own_recent_tokens(
     result = either(
         tiny,
         requests() + later,
-        section("kivi", bits=2, fit=0),
+        section("kivi", bits=2, fit=0, rotate=False, anchor=False),
         max_num_batched_tokens=1024,
         **ENGINE,
     )
@@ -206,7 +206,7 @@ def test_with_a_window(either: Run, tiny: Path, reads_back: FormatOracle) -> Non
     result = either(
         tiny,
         requests(one_by_one=True),
-        section("kivi", bits=4, fit=0)
+        section("kivi", bits=4, fit=0, rotate=False, anchor=False)
         | {"sequence": {"use": "sink_window", "sink": 32, "window": 64}},
         max_num_batched_tokens=512,
         **ENGINE,
@@ -244,7 +244,7 @@ def test_layers_of_different_bytes(run: Run, tiny: Path, reads_back: FormatOracl
         section(
             "mixed",
             exact_chunk=False,
-            default={"use": "int4", "fit": 0},
+            default={"use": "int4", "fit": 0, "rotate": False},
             layers={"1": "int8"},
         ),
         max_num_batched_tokens=CHUNK,
@@ -264,7 +264,7 @@ def test_split_over_ranks(run: Run, tmp_path: Path, parallel: str) -> None:
     result = run(
         model,
         requests(),
-        section("int4", fit=0, exact_chunk=False),
+        section("int4", fit=0, rotate=False, exact_chunk=False),
         watched=False,
         env={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
         distributed_executor_backend="mp",
@@ -329,7 +329,7 @@ def test_requests_are_stored_by_what_was_measured(
         section(
             "adaptive",
             exact_chunk=False,
-            levels=[{"use": "int4", "fit": 0}, "int8"],
+            levels=[{"use": "int4", "fit": 0, "rotate": False}, "int8"],
             low=0.9,
             high=0.95,
             sample_layers=2,

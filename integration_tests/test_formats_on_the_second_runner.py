@@ -19,7 +19,7 @@ ENGINE = {"dtype": "float32", "max_model_len": 512, "block_size": 32}
 CHUNK = 64
 GENERATED = 16
 WINDOW = {"sequence": {"use": "sink_window", "sink": 32, "window": 64}}
-LEVELS = [{"use": "int4", "fit": 0}, "int8"]
+LEVELS = [{"use": "int4", "fit": 0, "rotate": False}, "int8"]
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -49,7 +49,7 @@ def test_a_window_over_codes(run_second: Run, tiny: Path, reads_back: FormatOrac
     result = run_second(
         tiny,
         requests(asked),
-        section("int4", fit=0, exact_chunk=False) | WINDOW,
+        section("int4", fit=0, rotate=False, exact_chunk=False) | WINDOW,
         max_num_batched_tokens=CHUNK,
         **ENGINE,
     )
@@ -90,7 +90,12 @@ def test_recent_tokens_while_the_scheduler_is_a_step_ahead(
     their slots of the runner's."""
     asked = [TrialRequest(p, 10 + i, wave=i // 3) for i, p in enumerate(prompts(*[3, 150, 70] * 2))]
     result = run_second(
-        tiny, asked, section("kivi", bits=2, fit=0), max_num_seqs=3, ahead=True, **ENGINE
+        tiny,
+        asked,
+        section("kivi", bits=2, fit=0, rotate=False, anchor=False),
+        max_num_seqs=3,
+        ahead=True,
+        **ENGINE,
     )
     expected = [
         reads_back.greedy(
@@ -117,9 +122,9 @@ def test_tokens_are_counted_once_per_layer(run_second: Run, tiny: Path) -> None:
 @pytest.mark.parametrize(
     "own",
     [
-        section("kivi", bits=2, fit=0),
-        pytest.param(section("int4", fit=0), marks=pytest.mark.slow),
-        pytest.param(section("int4", fit=0) | WINDOW, marks=pytest.mark.slow),
+        section("kivi", bits=2, fit=0, rotate=False, anchor=False),
+        pytest.param(section("int4", fit=0, rotate=False), marks=pytest.mark.slow),
+        pytest.param(section("int4", fit=0, rotate=False) | WINDOW, marks=pytest.mark.slow),
         pytest.param(section("adaptive", levels=LEVELS), marks=pytest.mark.slow),
     ],
     ids=["kivi", "int4", "sink_window-int4", "adaptive"],

@@ -86,3 +86,28 @@ def test_an_engine_that_cannot_start_or_is_gone_says_why(machine: Machine, tiny:
             wrong.ask({"requests": []}, time.monotonic() + 10)
     finally:
         wrong.stop()
+
+
+def test_an_engine_has_the_environment_of_its_start_and_not_of_the_fork_server(
+    machine: Machine, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is one for the whole process, and may have been started before for others."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "no number")
+    asked = Engine(machine, "environment", tiny, {}, {"max_model_len": 64})
+    try:
+        with pytest.raises(EngineFailed, match=r"ValueError: invalid literal.*no number"):
+            asked.ready(time.monotonic() + 120)
+    finally:
+        asked.stop()
+
+
+def test_an_engine_that_is_late_says_where_it_stands(machine: Machine, tiny: Path) -> None:
+    engine = {"max_model_len": 1024, "enforce_eager": True}
+    late = Engine(machine, "late", tiny, None, engine)
+    try:
+        late.ready(time.monotonic() + 120)
+        work = {"requests": [{"prompt": [5] * 8, "max_tokens": 1000}]}
+        with pytest.raises(EngineFailed, match=r"(?s)in the time left.*most recent call first"):
+            late.ask(work, time.monotonic())
+    finally:
+        late.stop()

@@ -1,4 +1,4 @@
-"""Deployments for a GPU are admitted on the engine that vLLM takes there by default."""
+"""Deployments for a GPU and presets are admitted on the engine that vLLM takes there by default."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).resolve().parent
-CONFIGS = sorted((HERE.parent / "configs/gpu").glob("*.yaml"))
+FOLDERS = ("gpu", "presets")
+CONFIGS = [f for of in FOLDERS for f in sorted((HERE.parent / "configs" / of).glob("*.yaml"))]
 RECALLS = "keydiff with on_demand"
 """A deployment that ships with none: the second runner cannot recall tokens from the host."""
 
@@ -40,7 +41,9 @@ def admitted(tiny: Path) -> dict[str, Any]:
 def test_it_is_admitted_on_the_second_runner(admitted: dict[str, Any], file: Path) -> None:
     said = admitted[file.stem]
     assert said["error"] is None
-    assert (said["second_runner"], said["block_size"]) == (True, 16)
+    assert said["second_runner"]
+    kivi = "use: kivi" in file.read_text(encoding="utf-8")
+    assert said["block_size"] == (64 if kivi else 16), "vLLM's default, but for kivi"
 
 
 def test_the_host_sees_what_that_runner_cannot_do(admitted: dict[str, Any]) -> None:
@@ -53,7 +56,7 @@ def _main(model: str) -> None:
 
     from kvplug.errors import DeploymentError
     from kvplug.hosts.vllm.admission import deployment_of
-    from kvplug.parser import read_yaml
+    from kvplug.yaml_file import read_yaml
 
     files = {file.stem: read_yaml(file)[0] for file in CONFIGS}
     copy = json.loads(json.dumps(files["keydiff"]))

@@ -18,7 +18,7 @@ from vllm.v1.sample.logits_processor import (
     MoveDirectionality,
 )
 
-from kvplug.hosts.vllm import guard
+from kvplug.hosts.vllm import compat, guard
 from kvplug.hosts.vllm.compat import GUARD_MARK
 from kvplug.hosts.vllm.guard import GuardProcessor, entropy_and_logprob
 from kvplug.hosts.vllm.worker.state import drop_worker_state, worker_state
@@ -39,7 +39,10 @@ def processor() -> GuardProcessor:
 
 
 def params(name: Any = None, **more: Any) -> SamplingParams:
-    return SamplingParams(extra_args=None if name is None else {GUARD_MARK: name}, **more)
+    made = SamplingParams(**more)
+    if name is not None:
+        compat.mark_request(SimpleNamespace(request_id=name, sampling_params=made), "guard-test")
+    return made
 
 
 def statistics(logits: Tensor) -> list[tuple[float, float]]:
@@ -213,14 +216,27 @@ def test_a_row_taken_by_an_unmarked_request_is_forgotten(state: Any) -> None:
     assert state.guard_reports == []
 
 
-@pytest.mark.parametrize("mark", [3, "", None, ["a"]])
-def test_a_mark_that_is_not_a_string_is_ignored(mark: Any, state: Any) -> None:
+FOREIGN = [3, "", None, ["a"], "victim", b"", b"victim", bytes(16) + b"victim"]
+
+
+@pytest.mark.parametrize("mark", FOREIGN)
+def test_a_mark_that_kvplug_did_not_make_is_ignored(mark: Any, state: Any) -> None:
+    """A request could speak in the guard under another request's name."""
     on = processor()
     odd = SamplingParams(extra_args={GUARD_MARK: mark})
     GuardProcessor.validate_params(odd)
     on.update_state(BatchUpdate(1, [], [(0, odd, None, [])], []))
     on.apply(torch.zeros(1, VOCAB))
+    on.update_state(None)
+    assert state.guard_reports == []
     assert not on.add_request(0, odd)
+
+
+def test_a_mark_of_another_engine_is_ignored(state: Any) -> None:
+    on, made = processor(), SamplingParams()
+    compat.mark_request(SimpleNamespace(request_id="a", sampling_params=made), "another-engine")
+    assert not on.add_request(0, made)
+    assert on.add_request(0, params("a"))
 
 
 def test_a_failure_ends_the_guard_and_not_the_step(
@@ -406,3 +422,113 @@ def test_in_vllms_own_batch_and_sampler(state: Any) -> None:
     batch.refresh_metadata()
     assert len(expected) > 60
     same(state.guard_reports, expected)
+
+
+# -- shadows ---------------------------------------------------------------------------------------
+
+
+def shadow(name: str, answers: tuple[int, ...] = ()) -> SamplingParams:
+    made = SamplingParams(temperature=0)
+    owner = SimpleNamespace(request_id=name, sampling_params=made)
+    compat.mark_shadow(owner, "guard-test", answers)
+    return made
+
+
+def the_likeliest(row: Tensor) -> tuple[tuple[int, ...], list[float]]:
+    values, ids = torch.log_softmax(row.double(), -1).topk(guard.LIKELIEST)
+    return tuple(ids.tolist()), values.tolist()
+
+
+def compared(found: list[Any], expected: list[Any]) -> None:
+    assert [f[:2] for f in found] == [e[:2] for e in expected]
+    for (*_, logprobs), (*_, wanted) in zip(found, expected, strict=True):
+        np.testing.assert_allclose(logprobs, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_shadow_answers_what_it_is_given_and_is_read_before(state: Any) -> None:
+    on, outputs = processor(), [[], [], []]  # type: ignore[var-annotated]
+    added = [
+        (0, shadow("s", (7, 9)), None, outputs[0]),
+        (1, shadow("w"), None, outputs[1]),
+        (2, params("plain"), None, outputs[2]),
+    ]
+    expected, answered = [], []
+    for step in range(3):
+        on.update_state(BatchUpdate(3, [], added, []) if step == 0 else None)  # type: ignore[arg-type]
+        logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(step))
+        before = logits.clone()
+        assert on.apply(logits) is logits
+        assert torch.equal(logits[1:], before[1:]), "only a shadow is changed"
+        expected += [("s", *the_likeliest(before[0])), ("w", *the_likeliest(before[1]))]
+        answered.append(int(logits[0].argmax()))
+        if step < 2:
+            assert torch.isfinite(logits[0]).sum() == 1
+        else:
+            assert torch.equal(logits[0], before[0]), "after the tokens it was given"
+        for output in outputs:
+            output.append(-1)
+    on.update_state(None)
+    assert answered[:2] == [7, 9]
+    compared(state.likeliest, expected)
+    assert len(state.guard_reports) == 9
+
+
+def test_a_shadow_on_the_second_runner(state: Any) -> None:
+    prefill = np.array([4, 6])
+    on = GuardProcessor(CONFIG, SimpleNamespace(prefill_len=SimpleNamespace(np=prefill)))
+    assert on.add_request(1, shadow("s", (3, 5)))
+    assert on.add_request(0, shadow("w"))
+    expected, answered = [], []
+    for step, length in enumerate([4, 6, 7]):
+        ctx = SimpleNamespace(
+            idx_mapping_np=np.array([0, 1]), seq_lens_upper_bound_np=np.array([4 + step, length])
+        )
+        logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(step))
+        before = logits.clone()
+        on.apply_staged_writes()
+        on.apply(logits, ctx)
+        assert torch.equal(logits[0], before[0])
+        expected.append(("w", *the_likeliest(before[0])))
+        if length >= 6:
+            expected.append(("s", *the_likeliest(before[1])))
+        answered.append(int(logits[1].argmax()))
+    on.apply_staged_writes()
+    assert answered[1:] == [3, 5]
+    compared(state.likeliest, expected)
+
+
+def test_other_ranks_make_a_shadow_answer_and_report_nothing(
+    state: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "_first_rank", lambda: False)
+    on = processor()
+    added = [(0, shadow("s", (7,)), None, []), (1, shadow("w"), None, [])]
+    on.update_state(BatchUpdate(2, [], added, []))  # type: ignore[arg-type]
+    logits = torch.randn(2, VOCAB)
+    before = logits.clone()
+    on.apply(logits)
+    assert int(logits[0].argmax()) == 7
+    assert torch.equal(logits[1], before[1])
+    on.update_state(None)
+    assert (state.likeliest, state.guard_reports) == ([], [])
+
+
+@pytest.mark.parametrize("mark", [b"", bytes(16) + b"\7\0\0\0", "x", None])
+def test_a_shadow_that_kvplug_did_not_make_answers_for_itself(mark: Any) -> None:
+    made = params("a")
+    assert made.extra_args is not None
+    made.extra_args[compat.SHADOW_MARK] = mark
+    assert compat.shadow_answers(made, "guard-test") is None
+    assert compat.shadow_answers(shadow("a", (7,)), "another-engine") is None
+    assert compat.shadow_answers(shadow("a", (7, 8)), "guard-test") == (7, 8)
+    stolen = params("b")
+    stolen.extra_args = {**(stolen.extra_args or {})}
+    stolen.extra_args[compat.SHADOW_MARK] = (shadow("a", (7,)).extra_args or {})["kvplug_shadow"]
+    assert compat.shadow_answers(stolen, "guard-test") is None
+
+
+def test_a_clients_marks_are_taken_out() -> None:
+    made = shadow("a", (7,))
+    made.extra_args = {**(made.extra_args or {}), "mine": 1}
+    compat.unmark_request(SimpleNamespace(sampling_params=made))
+    assert made.extra_args == {"mine": 1}

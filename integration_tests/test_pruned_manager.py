@@ -744,9 +744,7 @@ def test_an_exception_while_resizing_leaves_budgets_as_they_are_and_is_logged_on
     own = policy()
     planned, m = planner(own)
     said: list[Any] = []
-    monkeypatch.setattr(
-        "kvplug.hosts.vllm.scheduler.evictions.logger.error", lambda *a, **k: said.append(a)
-    )
+    monkeypatch.setattr("kvplug.containment.logger.error", lambda *a, **k: said.append(a))
     planned.add("r", 200)
     step(planned, [m], "r", 0, 200)
     planned.take(measured((0, 0, 1, 7.0)))
@@ -760,7 +758,7 @@ def test_an_exception_while_resizing_leaves_budgets_as_they_are_and_is_logged_on
     assert planned.resize_error == "RuntimeError: no more"
     assert len(own.asked) == 2
     assert len(said) == 1
-    assert said[0][1] == "sized"
+    assert "'sized' failed in resize()" in said[0][0] % said[0][1:]
 
 
 def test_a_request_that_starts_over_is_evicted_from_as_it_was_before() -> None:

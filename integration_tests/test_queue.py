@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import logging
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
+import torch
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -649,10 +654,59 @@ WRONG_ANSWERS: dict[str, Callable[[list[int]], Any]] = {
     "unknown": lambda ids: [*ids[:-1], 10_000],
     "in-use-or-null": lambda ids: [*ids[:-1], 0],
     "unhashable": lambda ids: [[i] for i in ids],
+    "text": lambda ids: [str(i) for i in ids],
+    "floats": lambda ids: [float(i) for i in ids],
+    "nan": lambda ids: [float("nan")] * len(ids),
+    "a flag": lambda ids: [True, *ids[1:]],
+    "without end": lambda ids: itertools.count(1),
+    "a number": lambda ids: 3,
+    "an exit": lambda ids: sys.exit(1),
+    "an index that fails": lambda ids: [*ids[:-1], Unindexed()],
 }
 
 
-def failing(verb: str, nth: int) -> PrefixCachePolicy:
+class Unindexed:
+    def __index__(self) -> int:
+        raise KeyboardInterrupt
+
+
+class OddInt(int):
+    """Equal to nothing."""
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("not comparable")
+
+    def __hash__(self) -> int:
+        return 7
+
+    def __index__(self) -> int:
+        raise RuntimeError("no index")
+
+
+class LyingList(list[int]):
+    def __len__(self) -> int:
+        return 1000
+
+
+RIGHT_ANSWERS: dict[str, Callable[[list[int]], Any]] = {
+    "numpy": lambda ids: np.array(ids),
+    "torch": lambda ids: list(torch.tensor(ids)),
+    "a generator": lambda ids: (i for i in ids),
+    "keys": lambda ids: dict.fromkeys(ids),
+    "a subclass": lambda ids: [OddInt(i) for i in ids],
+    "a list of another length": lambda ids: LyingList(ids),
+}
+
+BREAKS: tuple[BaseException, ...] = (
+    SystemExit(3),
+    KeyboardInterrupt(),
+    asyncio.CancelledError(),
+    GeneratorExit(),
+    MemoryError(),
+)
+
+
+def failing(verb: str, nth: int, error: BaseException | None = None) -> PrefixCachePolicy:
     """Lru that raises in its nth call of a verb and must not be called again."""
     policy = build(Lru)
     calls = 0
@@ -665,7 +719,7 @@ def failing(verb: str, nth: int) -> PrefixCachePolicy:
             calls += name == verb
             if name == verb and calls == nth:
                 failed = True
-                raise RuntimeError(f"{name} is broken")
+                raise error or RuntimeError(f"{name} is broken")
             return plain(what)
 
         return call
@@ -735,6 +789,64 @@ def test_a_policy_that_answers_wrongly_leaves_stock_behind(
     answer: str, nth: int, log: list[logging.LogRecord]
 ) -> None:
     stays_stock(lying(WRONG_ANSWERS[answer], nth), log, "")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_policy_that_would_end_the_process_leaves_stock_behind(
+    verb: str, log: list[logging.LogRecord]
+) -> None:
+    for error in BREAKS:
+        log.clear()
+        stays_stock(failing(verb, 5, error), log, type(error).__name__)
+
+
+@pytest.mark.parametrize("answer", RIGHT_ANSWERS)
+def test_answers_in_other_types_are_answers(answer: str) -> None:
+    policy, plain = build(Lru), build(Lru)
+    truth = policy.victims
+    policy.victims = lambda n: RIGHT_ANSWERS[answer](truth(n))  # type: ignore[method-assign]
+    ours, same = (Driver(policy_pool(p), seed=4) for p in (policy, plain))
+    for _ in range(400):
+        assert ours.step() == same.step()
+    counters = ours.pool.free_block_queue.counters
+    assert counters == same.pool.free_block_queue.counters and counters.evicted > 20
+    assert counters.errors == 0
+
+
+def test_what_a_policy_is_handed_is_its_own() -> None:
+    """One that empties it changes nothing but itself."""
+
+    class Emptying(Lru):
+        needs = frozenset(BlockFact)
+
+        def on_release(self, released: Released) -> None:
+            super().on_release(released)
+            for given in (released.ids, released.positions, released.keys, released.parents):
+                if given is not None:
+                    given.clear()  # type: ignore[attr-defined]
+
+        def on_hit(self, ids: Sequence[int]) -> None:
+            super().on_hit(ids)
+            ids.clear()  # type: ignore[attr-defined]
+
+        def on_remove(self, ids: Sequence[int]) -> None:
+            super().on_remove(ids)
+            ids.clear()  # type: ignore[attr-defined]
+            self.answer.clear()
+
+        def victims(self, n: int) -> list[int]:
+            self.answer = super().victims(n)
+            return self.answer
+
+        answer: ClassVar[list[int]] = []
+
+    tracker = BlockTracker(41)
+    ours = Driver(policy_pool(build(Emptying), tracker=tracker), seed=6)
+    same = Driver(policy_pool(build(Lru)), seed=6)
+    for _ in range(600):
+        assert ours.step() == same.step()
+        check(ours.pool)
+    assert ours.pool.free_block_queue.counters == same.pool.free_block_queue.counters
 
 
 @pytest.mark.parametrize("verb", VERBS)

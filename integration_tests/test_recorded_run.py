@@ -240,7 +240,9 @@ def test_the_recording_is_of_stock_and_holds_what_it_should(
 ) -> None:
     result, recorded = runs["stock"]
     assert result.classes["queue"] == ["RecordingFreeKVCacheBlockQueue"]
-    assert result.classes["backends"] == ["vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend"]
+    assert result.classes["attention"] == [
+        "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackendImpl"
+    ]
     assert sorted(recorded.free) == list(range(1, POOL + 1))
     verbs = Counter(call.verb for call in recorded.calls)
     assert set(verbs) == {"popleft_n", "append_n", "prepend_n", "remove"}

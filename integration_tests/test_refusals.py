@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, MambaConfig
 from trial_server import TrialServer
 
-from kvplug.contract import EngineView
+from kvplug.contract import EngineView, Feature, Kind
+from kvplug.deployment import LAYER_KINDS
 from kvplug.errors import DeploymentError, Refusal
-from kvplug.hosts.vllm import admission
+from kvplug.hosts.vllm import admission, compat
 from kvplug.hosts.vllm.admission import SECTION
 from kvplug.hosts.vllm.flags import EXTENSION, GUARD, RUNS
+from kvplug.hosts.vllm.needs import RECOMPUTE, Stated, unmet
 from kvplug.parser import load_deployment
 from kvplug_lab.engine.trial import TrialFailed, TrialRequest, TrialSpec, connector_flags
 
@@ -83,7 +85,7 @@ CASES = {
         WINDOW,
         [
             (
-                f"{SECTION}.sequence.use",
+                f"{SECTION}.sequence",
                 "sink_window cannot run on a model with no attention layers (Mamba).",
                 "remove the sequence section for this model.",
             )
@@ -255,13 +257,13 @@ def test_the_start_is_refused_in_one_sentence(start: Callable[[str], Refused], n
 class TestLayersNoWindowFits:
     """The models that take long to build, as far as `_layer_refusals` looks at them."""
 
-    def refusals(self, microbatches: bool = False, **model: bool) -> list[Refusal]:
-        flags = dict.fromkeys(
-            ("use_mla", "is_attention_free", "is_hybrid", "is_encoder_decoder"), False
-        )
+    def refusals(self, drafts: bool = False, second: bool = False, **model: bool) -> list[Refusal]:
+        names = ("use_mla", "is_attention_free", "is_hybrid", "is_encoder_decoder")
+        flags = dict.fromkeys(names, False)
         config = SimpleNamespace(
             model_config=SimpleNamespace(**flags | model),
-            parallel_config=SimpleNamespace(use_ubatching=microbatches),
+            speculative_config=SimpleNamespace() if drafts else None,
+            use_v2_model_runner=second,
         )
         return admission._layer_refusals(load_deployment(WINDOW, key=SECTION), config)
 
@@ -280,17 +282,65 @@ class TestLayersNoWindowFits:
         assert what in refusal.problem
         assert refusal.fix == "remove the sequence section for this model."
 
+    def test_kinds_of_layers_are_those_with_refusals(self) -> None:
+        assert tuple(admission.REFUSALS) == LAYER_KINDS
+
     def test_all_of_them_at_once(self) -> None:
         assert len(self.refusals(use_mla=True, is_hybrid=True)) == 2
 
-    def test_microbatches_too(self) -> None:
-        (refusal,) = self.refusals(microbatches=True)
-        assert "microbatches" in refusal.problem
-        assert "--enable-dbo" in refusal.fix
+    @pytest.mark.parametrize("early", [False, True])
+    @pytest.mark.parametrize("drafts", [False, True])
+    @pytest.mark.parametrize("second", [False, True])
+    def test_drafts_after_the_report_too(
+        self, monkeypatch: pytest.MonkeyPatch, early: bool, drafts: bool, second: bool
+    ) -> None:
+        monkeypatch.setattr(compat, "reports_before_end", lambda: early)
+        monkeypatch.setitem(admission.REFUSALS, Kind.SEQUENCE, lambda *_: [])
+        found = self.refusals(drafts=drafts, second=second)
+        assert len(found) == (early and drafts and second)
+        for refusal in found:
+            assert "before the step's drafts are made" in refusal.problem
+            assert "VLLM_USE_V2_MODEL_RUNNER=0" in refusal.fix
 
     def test_a_deployment_without_a_sequence_policy_is_not_asked(self) -> None:
         deployment = load_deployment({"prefix_cache": "lru"})
         assert admission._layer_refusals(deployment, SimpleNamespace()) == []
+
+
+@pytest.mark.parametrize(
+    ("section", "kinds"),
+    [
+        ({"prefix_cache": "lru"}, []),
+        ({"format": "int8", "prefix_cache": "lru"}, ["format"]),
+        (WINDOW, ["sequence"]),
+        ({"reuse": {"use": ["structure", "position"]}}, ["reuse", "reuse"]),
+    ],
+)
+def test_an_embedding_cannot_say_that_it_is_approximate(
+    section: dict[str, Any], kinds: list[str]
+) -> None:
+    deployment = load_deployment(section, key=SECTION)
+    stated = Stated(frozenset({Feature.PREFIX_CACHING}), RECOMPUTE)
+    found = unmet(deployment, replace(stated, pooling=True))
+    assert [r.key.removeprefix(f"{SECTION}.").split(".")[0] for r in found] == kinds
+    assert all("no field that could say so" in r.problem for r in found)
+    assert unmet(deployment, stated) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "problem", "fix"),
+    [
+        ("microbatches", "microbatches build it in two", "remove --enable-dbo and --ubatch-size."),
+        ("sleep", "sleep discards", "remove --enable-sleep-mode, or the sequence section."),
+    ],
+)
+def test_steps_in_parts_and_sleep_do_not_go_with_tables_on_the_device(
+    flag: str, problem: str, fix: str
+) -> None:
+    stated = replace(Stated(frozenset()), **{flag: True})
+    (refusal,) = unmet(load_deployment(WINDOW, key=SECTION), stated)
+    assert problem in refusal.problem and refusal.fix == fix
+    assert unmet(load_deployment({"prefix_cache": "lru"}, key=SECTION), stated) == []
 
 
 def test_a_refusal_survives_the_way_between_processes() -> None:
@@ -316,15 +366,20 @@ class TestReuse:
 
     def refusals(self, section: dict[str, Any], **flags: Any) -> list[Refusal]:
         deployment = load_deployment(section, key=SECTION)
+        features = frozenset({Feature.LORA} if flags.get("lora") else ())
+        stated = Stated(features, flags.get("policy", RECOMPUTE), flags.get("extension", ""))
         config = SimpleNamespace(
-            kv_transfer_config=SimpleNamespace(
-                kv_load_failure_policy=flags.get("policy", "recompute")
+            model_config=SimpleNamespace(
+                logits_processors=flags.get("processors"), uses_mrope=flags.get("mrope")
             ),
-            parallel_config=SimpleNamespace(worker_extension_cls=flags.get("extension", "")),
-            model_config=SimpleNamespace(logits_processors=None, uses_mrope=flags.get("mrope")),
-            lora_config=flags.get("lora"),
+            speculative_config=flags.get("speculative"),
+            use_v2_model_runner=flags.get("second_runner", False),
         )
-        return admission._reuse_refusals(deployment, config)
+        return [
+            *unmet(deployment, stated),
+            *admission._guard_refusals(deployment, config),
+            *admission._reuse_refusals(deployment, config),
+        ]
 
     def section(self, **keys: Any) -> dict[str, Any]:
         return {"reuse": {"use": list(self.CHAIN)} | keys}
@@ -354,6 +409,16 @@ class TestReuse:
         (found,) = self.refusals(self.section() | {"guard": {}})
         assert found.key == f"{SECTION}.guard"
         assert GUARD in found.fix
+
+    def test_a_shadow_needs_every_token_of_a_step(self) -> None:
+        section = self.section(approximate=True) | {"guard": {"shadow": {}}}
+        on = {"processors": [GUARD], "speculative": object()}
+        (found,) = self.refusals(section, **on, second_runner=True)
+        assert found.key == f"{SECTION}.guard.shadow"
+        assert "speculative decoding" in found.problem
+        (found,) = self.refusals(section, **on)
+        assert found.key == f"{SECTION}.guard"
+        assert self.refusals(section, processors=[GUARD]) == []
 
     def test_a_chain_without_its_first_checks_is_refused(self) -> None:
         deployment = load_deployment({"reuse": {"use": ["mask", "structure"]}})

@@ -6,13 +6,15 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from reuse_oracle import ReuseOracle
 
+from kvplug.fingerprint import ONCE
+from kvplug.reuse.file import read_header
 from kvplug_lab import models
 from kvplug_lab.engine.trial import TrialRequest, TrialResult
 
@@ -119,10 +121,51 @@ def test_segments_and_sessions_outlive_the_engine(
     assert counters["fetched"] == 3
 
 
+def test_a_reset_and_new_weights_leave_nothing_of_before(
+    run: Run, model: Path, oracle: ReuseOracle, stored: Stored, tmp_path: Path
+) -> None:
+    folder = tmp_path / "segments"
+    shutil.copytree(stored.folder, folder)
+    second = models.tiny_llama(tmp_path / "second", layers=4, seed=5)
+    work = [
+        asking("A", 0),
+        replace(asking("A", 1), reset=True),
+        asking("A", 2),
+        replace(asking("A", 3), weights=str(second), reset=True),
+        replace(asking("A", 4), weights=str(model)),
+        asking("A", 5),
+        asking("A", 6),
+    ]
+    result = run(model, work, section(folder), enable_prefix_caching=False, **ENGINE)
+    stale, gone, again, other, back, learning, last = result.answers
+    own = oracle.greedy(S + DOCS["A"] + Q, [], [], N)
+    # What is asked may be stored too, after the document.
+    assert stale.kvplug["reused"] >= 110 and stale.token_ids == own
+    # Nothing of an earlier engine, nor of this one before.
+    assert gone.kvplug is None and gone.token_ids == own
+    assert again.kvplug["reused"] >= 110 and again.token_ids == own
+    assert other.kvplug is None
+    assert other.token_ids == ReuseOracle(second).greedy(S + DOCS["A"] + Q, [], [], N)
+    # Without a reset, the weights that were loaded are noticed in time.
+    assert back.token_ids == own and (back.kvplug or {}).get("reused", 0) == 0
+    # It had begun when that was noticed, so it left nothing.
+    assert learning.kvplug is None and learning.token_ids == own
+    assert last.kvplug["reused"] >= 110 and last.token_ids == own
+    assert result.reports[0]["errors"] == 0
+    # What is left belongs to that run alone, and the next start removes it.
+    found = {read_header(path).fingerprint.model for path in folder.glob("*.kvseg")}
+    assert all(name.startswith(ONCE) for name in found)
+    run(
+        model,
+        [TrialRequest(text(40), 1, wave, {"reuse": "off"}) for wave in (0, 1)],
+        section(folder),
+        **ENGINE,
+    )
+    assert not list(folder.glob("*.kvseg"))
+
+
 def files(folder: Path) -> dict[str, Path]:
     """A document's file, by its name: the length in the header tells them apart."""
-    from kvplug.reuse.file import read_header
-
     found = {}
     for path in folder.glob("*.kvseg"):
         header = read_header(path)
@@ -171,7 +214,7 @@ def test_another_rope_base_and_another_model_share_nothing(
         hf_overrides={"rope_parameters": rope},
         **ENGINE,
     )
-    assert turned.reports[0]["counters"]["refused other positions"] > 0
+    assert turned.reports[0]["counters"]["refused other model"] > 0
     assert turned.reports[0]["counters"]["tokens"] == 0
     assert turned.answers[0].token_ids != oracle.greedy(S + DOCS["A"] + Q, [], [], N)
     second = models.tiny_llama(tmp_path / "second", layers=4, seed=5)

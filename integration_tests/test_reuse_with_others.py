@@ -127,7 +127,7 @@ def test_a_drifting_answer_is_recorded_and_opens_the_breaker(
     assert [p["length"] for p in recorded["pieces"]][-2:] == [90, 70]
     assert recorded["computed"] == [[194, 204]]
     figures = tmp_path / "figures"
-    arguments = ["explain", str(record), "--model", str(deep), "--json", str(figures)]
+    arguments = ["reuse", "explain", str(record), "--model", str(deep), "--json", str(figures)]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
     assert figures.exists()

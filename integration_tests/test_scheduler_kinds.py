@@ -15,6 +15,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
+from kvplug.client_names import session_of
 from kvplug.contract import EngineView, Kind, LayerView, PolicyReport
 from kvplug.hosts.vllm.messages import (
     FormatReport,
@@ -35,7 +36,10 @@ from kvplug.hosts.vllm.scheduler.kind import (
 from kvplug.hosts.vllm.scheduler.reuse import ReuseScheduler
 from kvplug.hosts.vllm.scheduler.sequence import SequenceScheduler
 from kvplug.hosts.vllm.scheduler.slots import Slots
+from kvplug.hosts.vllm.scheduler.tiers import TiersScheduler
+from kvplug.observe.catalogue import STEPS
 from kvplug.observe.events import Event, EventType
+from kvplug.observe.metric import Sample
 from kvplug.parser import load_deployment
 from kvplug.request_options import RequestOptions
 
@@ -68,6 +72,7 @@ def output(**spans: tuple[int, int]) -> Any:
     """A scheduler output of some requests, ``name=(start, tokens)``."""
     return SimpleNamespace(
         scheduled_new_reqs=[],
+        preempted_req_ids=None,
         scheduled_cached_reqs=SimpleNamespace(
             req_ids=list(spans), num_computed_tokens=[a for a, _ in spans.values()]
         ),
@@ -90,7 +95,7 @@ class Seen(Events):
 
 def context(section: dict[str, Any], **config: Any) -> SchedulerContext:
     deployment = load_deployment(section)
-    own = SimpleNamespace(use_v2_model_runner=False, **config)
+    own = SimpleNamespace(use_v2_model_runner=False, max_concurrent_batches=1, **config)
     return SchedulerContext(deployment, own, VIEW, Seen(section), Slots(), block_bytes=1000)
 
 
@@ -125,10 +130,8 @@ class Noting(KindScheduler):
 
     def reports(self) -> list[PolicyReport]:
         counters = {"marked": float(self.marked)}
-        return [PolicyReport(str(self.kind), f"own_{self.kind}", True, counters=counters)]
-
-    def mark(self) -> object:
-        return self.marked
+        name = f"own_{self.kind}"
+        return [PolicyReport(str(self.kind), name, True, self.marked, own=counters)]
 
 
 SECTION = {"prefix_cache": "lru", "sequence": "sink_window", "format": "int8"}
@@ -142,11 +145,17 @@ def half(monkeypatch: pytest.MonkeyPatch) -> SchedulerHalf:
     )
     monkeypatch.setattr(half_module, "KINDS", kinds)
     monkeypatch.setattr(half_module, "engine_view", lambda config, num_blocks: VIEW)
-    monkeypatch.setattr(half_module, "require_groups", lambda *a: None)
+    monkeypatch.setattr(half_module, "require_planned", lambda *a: None)
     cache = SimpleNamespace(num_blocks=11, kv_cache_tensors=[SimpleNamespace(size=11 * 70)])
     made = SchedulerHalf(
         load_deployment(SECTION),
-        SimpleNamespace(speculative_config=None, use_v2_model_runner=False),
+        SimpleNamespace(
+            speculative_config=None,
+            use_v2_model_runner=False,
+            observability_config=SimpleNamespace(otlp_traces_endpoint=None),
+            model_config=SimpleNamespace(model="m"),
+            parallel_config=SimpleNamespace(data_parallel_index=0),
+        ),
         cache,
     )
     assert made.kinds[0].context.block_bytes == 70
@@ -160,17 +169,17 @@ def calls(half: SchedulerHalf) -> list[tuple[Any, ...]]:
 
 
 def test_only_kinds_with_a_policy_run_and_reuse_comes_first(half: SchedulerHalf) -> None:
-    """Format makes a request's cache salt longer, which reuse takes for the user's own; attention
-    forgets an ended request, of which reuse must know what was approximated."""
+    """Format makes a request's cache salt longer, which reuse and tiers take for the user's own;
+    attention forgets an ended request, of which reuse must know what was approximated."""
     assert [kind.kind for kind in half.kinds] == ["format", "sequence", "prefix_cache"]
-    assert KINDS[0] is ReuseScheduler
+    assert KINDS[:2] == (ReuseScheduler, TiersScheduler)
     own = {kind.kind for kind in half.kinds}
-    assert {of.kind for of in KINDS} == {Kind.REUSE, Kind.ATTENTION, *own}
+    assert {of.kind for of in KINDS} == {Kind.REUSE, Kind.TIERS, Kind.ATTENTION, *own}
 
 
 def test_every_kind_receives_the_parsed_options(half: SchedulerHalf) -> None:
     half.on_new_request(request(session_id="anna", sequence="off"))
-    options = RequestOptions(session_id="anna", sequence="off")
+    options = RequestOptions(session_id=session_of("", "anna"), sequence="off")
     assert calls(half) == [("new", kind.kind, options) for kind in half.kinds]
     assert half.refused == {}
 
@@ -179,25 +188,27 @@ def test_vllms_own_session_id_serves_where_the_options_name_none(half: Scheduler
     own = request()
     own.session_id = "engine"
     half.on_new_request(own)
-    assert calls(half)[0][2].session_id == "engine"
+    assert calls(half)[0][2].session_id == session_of("", "engine")
     calls(half).clear()
     named = request(session_id="anna")
     named.session_id = "engine"
     half.on_new_request(named)
-    assert calls(half)[0][2].session_id == "anna"
+    assert calls(half)[0][2].session_id == session_of("", "anna")
 
 
 def test_whatever_is_refused_is_answered_counted_and_reported(half: SchedulerHalf) -> None:
     seen = Seen(SECTION)
     half._events = seen
     half.on_new_request(request("r", sequence="of", sequnce="off", session_id="anna"))
-    assert calls(half)[0][2] == RequestOptions(session_id="anna"), "valid options are kept"
+    assert calls(half)[0][2] == RequestOptions(session_id=session_of("", "anna")), (
+        "valid options are kept"
+    )
     assert half.refused == {"invalid value": 1, "unknown option": 1}
-    assert half.increments()["request:options:refused unknown option"] == 1
+    unknown = "kvplug_request_options_refused_total\tunknown_option"
+    assert half.measurements.increments(False)["counters"][unknown] == 1
     half.on_new_request(request("s", session="anna"))
-    found = half.increments()
-    assert found == {"request:options:refused unknown option": 1}
-    assert half.increments() == {}
+    assert half.measurements.increments(False) == {"counters": {unknown: 1}}
+    assert half.measurements.increments(False) == {}
     assert sorted(seen.named(), key=str) == [
         ("refused", "sequence", "sink_window"),
         ("refused", None, ""),
@@ -234,7 +245,13 @@ def test_rows_are_sent_only_where_a_kind_names_slots(half: SchedulerHalf) -> Non
     assert rows is not None
     assert rows.tolist() == [[4, 0]]
     assert [c[2] for c in calls(half) if c[0] == "step"] == [1, 1, 1, 2, 2, 2]
-    half.finished(request("r"), [])
+    half._managers[0].req_to_blocks["s"] = [block]
+    step = output(s=(0, 7))
+    step.preempted_req_ids = {"r"}
+    rows = half.step(step).rows
+    assert rows is not None
+    assert rows.tolist() == [[4, 0]], "a preempted request gives its slot back"
+    half.finished(request("s"), [])
     assert half._slots.request(0) is None, "a slot is released when its request ends"
 
 
@@ -249,17 +266,45 @@ def test_answers_of_kinds_are_joined(half: SchedulerHalf) -> None:
     }
 
 
-def test_reports_follow_the_deployment_and_increments_the_marks(half: SchedulerHalf) -> None:
+def test_reports_follow_the_deployment_and_are_measured(half: SchedulerHalf) -> None:
     assert [r.kind for r in half.reports()] == ["prefix_cache", "sequence", "format"]
     assert half.increments() == {}
     one = half.kinds[1]
     assert isinstance(one, Noting)
     one.marked = 5
-    assert half.increments() == {"sequence:own_sequence:marked": 5}
+    assert half.increments() == {
+        "counters": {"kvplug_policy_acts_total\tsequence\town_sequence": 5},
+        "gauges": {"kvplug_policy_reported\tsequence\town_sequence\tmarked": 5},
+    }
     one.marked = 3
-    assert half.increments() == {}, "a Prometheus counter cannot go down"
-    one.marked = 6
-    assert half.increments() == {"sequence:own_sequence:marked": 1}
+    assert half.increments() == {
+        "gauges": {"kvplug_policy_reported\tsequence\town_sequence\tmarked": 3}
+    }
+
+
+def test_measuring_waits_while_requests_are_under_way(half: SchedulerHalf) -> None:
+    half.on_new_request(request("r"))
+    half.increments()
+    half.steps = 7
+    half.measurements._due += 1000
+    assert half.increments() == {}
+    half.finished(request("r"), [])
+    assert half.increments() == {"counters": {"kvplug_steps_total": 7}}
+
+
+def test_what_cannot_be_measured_is_left_out(half: SchedulerHalf, log: list[str]) -> None:
+    def samples() -> Iterator[Sample]:
+        yield STEPS.of(1000)
+        raise LookupError("no such block")
+
+    half.measurements.measured.insert(0, SimpleNamespace(samples=samples))
+    half.steps = 1
+    assert half.increments() == {"counters": {"kvplug_steps_total": 1}}
+    half.steps = 2
+    assert half.increments() == {"counters": {"kvplug_steps_total": 1}}
+    assert [line for line in log if "LookupError" in line] == [
+        "kvplug: SimpleNamespace is not measured any more: LookupError('no such block')"
+    ]
 
 
 @pytest.fixture
@@ -285,6 +330,28 @@ def test_the_summary_counts_refused_options_and_comes_once(
         "kvplug summary after 0 scheduler steps:"
     ]
     assert log[-1] == "  request options refused: invalid value 1, unknown option 1"
+
+
+def test_what_fails_in_a_kind_is_contained_counted_and_told_once(log: list[str]) -> None:
+    class Failing(Noting):
+        kind = Kind.TIERS
+
+    def fails(what: str) -> None:
+        raise ValueError(what)
+
+    kind = Failing(context({"prefix_cache": "lru"}))
+    assert kind._guarded("matched", 7, lambda: 3) == 3
+    assert kind.errors == 0
+    assert [kind._guarded("matched", 7, fails, what) for what in ("no", "nor this")] == [7, 7]
+    kind._fall_back("on a worker")
+    assert kind.errors == 2
+    assert log == ["tiers failed in matched: ValueError: no"]
+    events = kind.context.events
+    assert isinstance(events, Seen)
+    events.emit()
+    assert [(e.type, e.kind, e.detail) for e in events.seen] == [
+        (EventType.FALLEN_BACK, "tiers", "matched: ValueError: no")
+    ]
 
 
 # -- sequence --------------------------------------------------------------------------------------
@@ -446,7 +513,8 @@ def test_each_request_is_stored_apart_by_its_assignment(format_kind: FormatSched
     for one in made.values():
         format_kind.on_new_request(one, RequestOptions())
     assert [made[n].cache_salt for n in "abcd"] == [
-        f"kvplug-format:{identity}" for identity in ("two", "one", "zero", "zero")
+        f"{len(salt)}:{salt}"
+        for salt in (f"kvplug-format:{identity}" for identity in ("two", "one", "zero", "zero"))
     ]
     hashes = {n: tuple(made[n].block_hashes) for n in "abcd"}
     assert len({*hashes.values(), tuple(plain)}) == 4, "a failed assignment is the first one"
@@ -467,6 +535,59 @@ def test_each_request_is_stored_apart_by_its_assignment(format_kind: FormatSched
     nobody = StepDirectives()
     format_kind.step(SchedulerStep(output(), 3, Slots()), nobody)
     assert nobody.format is None
+
+
+def test_what_a_format_could_not_store_leaves_the_prefix_cache(
+    format_kind: FormatScheduler,
+) -> None:
+    evicted: list[set[int]] = []
+    format_kind.bind(pages_of(evicted, {"a": [3, 4]}))
+    report = FormatReport(tokens=1, errors=1, unwritten={3})
+    report.merge(FormatReport(tokens=1, unwritten={5}))
+    format_kind.on_report(StepReport(format=report))
+    format_kind.on_report(StepReport(format=FormatReport(tokens=1)))
+    assert evicted == [{3, 5}]
+    answer = Answer()
+    format_kind.finished(request("a"), [], answer)
+    assert "blocks_not_stored" not in answer.fields, "vLLM has taken the step back"
+
+
+def pages_of(evicted: list[set[int]], *groups: dict[str, list[int]]) -> SimpleNamespace:
+    managers = [
+        SimpleNamespace(
+            req_to_blocks={
+                name: [SimpleNamespace(block_id=block) for block in blocks]
+                for name, blocks in group.items()
+            }
+        )
+        for group in groups
+    ]
+    coordinator = SimpleNamespace(single_type_managers=managers)
+    return SimpleNamespace(evict_blocks=evicted.append, coordinator=coordinator)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_an_answer_computed_without_what_could_not_be_stored_says_so(
+    monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    policy = Variants()
+    policy.exact = True
+    monkeypatch.setattr(
+        "kvplug.hosts.vllm.scheduler.format.engine.format_policy", lambda *a: policy
+    )
+    given = context({"format": "int8"})
+    given.vllm_config.max_concurrent_batches = 2 if ahead else 1
+    kind = FormatScheduler(given)
+    groups = [{"a": [3, 4, 5], "b": [6]}]
+    kind.bind(pages_of([], *(groups if ahead else [*groups, {"c": [7]}])))
+    kind.on_report(StepReport(format=FormatReport(unwritten={3, 5, 7})))
+    kind.on_report(StepReport(format=FormatReport(unwritten={4})))
+    said = {}
+    for name in "abc":
+        answer = Answer()
+        kind.finished(request(name), [], answer)
+        said[name] = (answer.exact, answer.fields.get("blocks_not_stored"))
+    assert said == {"a": (False, 3), "b": (True, None), "c": (ahead, None if ahead else 1)}
 
 
 def test_a_formats_signals_and_counters_come_from_both_processes(

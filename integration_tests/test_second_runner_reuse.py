@@ -3,7 +3,6 @@ and answers that are watched."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from reuse_oracle import ReuseOracle
+from reused_prompt import AT_A, GAP, WHOLE, A, B, Q, S, texts
 
 from kvplug.hosts.vllm.flags import EXTENSION, GUARD
 from kvplug_lab import models
@@ -23,15 +23,7 @@ N = 8
 """Tokens of an answer."""
 
 
-def texts(*lengths: int, seed: int) -> list[list[int]]:
-    choose = random.Random(seed)
-    return [[choose.randrange(10, 300) for _ in range(n)] for n in lengths]
-
-
-S, A, B, GAP, Q = texts(40, 70, 90, 10, 20, seed=7)
-WHOLE = S + B + GAP + A + Q
 LENGTHS = [len(part) for part in (S, B, GAP, A)]
-AT_A = len(S) + len(B) + len(GAP)
 ENGINE: dict[str, Any] = {
     "max_model_len": 512,
     "num_gpu_blocks_override": 64,

@@ -13,7 +13,15 @@ from no_sync import Accelerator
 from torch import Tensor
 
 from kvplug.contract import EngineView, FormatPolicy, Kind, LayerView, WriteBatch
-from kvplug.hosts.vllm.messages import ReuseDirectives, ReuseReport, SaveOrder, StepDirectives
+from kvplug.hosts.vllm.messages import (
+    LoadOrder,
+    PieceOrder,
+    ReuseDirectives,
+    ReuseReport,
+    SaveOrder,
+    StepDirectives,
+    StepReport,
+)
 from kvplug.hosts.vllm.worker.composition import plugged_builder, plugged_impl
 from kvplug.hosts.vllm.worker.reuse import ReuseWorker
 from kvplug.hosts.vllm.worker.segments import LayerPages, stacked
@@ -170,11 +178,13 @@ def test_ranks_are_merged_into_what_all_of_them_did() -> None:
     one = ReuseReport(saved={"a": {"x": 1.0}}, counts={"a": 1}, computed=5, loaded=(7, 3))
     other = ReuseReport(saved={"a": {"x": 3.0}, "b": {}}, counts={"a": 1, "b": 1}, computed=5)
     other.failed["c"] = "bad checksum"
+    one.adapted, other.adapted = {1: 0.5, 2: 0.1}, {1: 0.2, 2: 0.3}
     one.merge(other)
     assert one.saved == {"a": {"x": 2.0}, "b": {}}
     assert one.counts == {"a": 2, "b": 1}
     assert (one.computed, one.loaded) == (5, (7, 3))
     assert one.failed == {"c": "bad checksum"}
+    assert one.adapted == {1: 0.5, 2: 0.3}, "the slowest rank's"
     assert one
     assert not ReuseReport()
     assert not ReuseDirectives()
@@ -249,6 +259,53 @@ def test_each_segment_of_a_step_is_measured_by_its_own_last_queries() -> None:
     kind.begin(StepDirectives())
     common.req_idx = np.array([5, 1])
     assert watched(second=True) == first, "the second model runner builds first"
+
+
+def test_weights_loaded_again_stop_what_is_stored_until_the_scheduler_has_reset() -> None:
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=SIZE),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=512, max_num_seqs=8),
+    )
+    deployment: Any = SimpleNamespace(reuse=ReuseSettings())
+    kind = ReuseWorker(deployment, config, WorkerState(), ("", ""))
+    kind._memory = SegmentMemory("")
+    stored: Any = SimpleNamespace(header=SimpleNamespace(size=0))
+    kind._memory._segments["a"] = stored
+    empty = np.zeros(0, np.int32)
+    facts: Any = SimpleNamespace(request_id="r", start=0, length=0)
+    save = SaveOrder("b", facts, empty, empty, np.zeros(0, np.int64))
+    piece = PieceOrder("a", 0, 16, 0, True, 0, None)
+    load = LoadOrder("r", np.array([7, 8]), empty, (piece,), ())
+
+    def step(generation: int) -> ReuseReport:
+        report = StepReport()
+        part = ReuseDirectives(loads=[load], saves=[save], generation=generation)
+        directives = StepDirectives(reuse=part)
+        kind.begin(directives)
+        kind.load(directives)
+        kind.end(directives)
+        kind.report(report)
+        return report.reuse or ReuseReport()
+
+    loaded, saved = [], []
+    kind.loader.load = lambda order, stored, report: loaded.append(stored["a"])  # type: ignore
+    kind.saver.save = lambda order, memory, report: saved.append(order)  # type: ignore
+    # As the model is loaded for the first time.
+    kind.loaded("layer", None, torch.float32, None)
+    assert not step(0).reloaded and len(loaded) == len(saved) == 1
+    kind._started = True
+    kind.loaded("layer", None, torch.float32, None)
+    kind.loaded("next", None, torch.float32, None)
+    report = step(0)
+    assert (
+        report.reloaded
+        and not report.errors
+        and report.unloaded == ["r"]
+        and kind.unfilled() == {7, 8}
+    )
+    assert report.failed == {"b": "could not be stored"}
+    assert not step(0).reloaded and len(loaded) == len(saved) == 1
+    assert not step(1).unloaded and len(loaded) == len(saved) == 2
 
 
 class StockBuilder:

@@ -229,6 +229,17 @@ def test_an_exempt_request_keeps_everything() -> None:
     assert nulled(m, "other")
 
 
+def test_a_request_that_is_being_loaded_gives_nothing_back_until_it_is_there() -> None:
+    m = manager(spec(1, 1))
+    m.loading.add("r")
+    table = give(m, "r", 320)
+    m.remove_skipped_blocks("r", 300)
+    assert ids(m) == table and nulled(m) == []
+    m.loading.discard("r")
+    m.remove_skipped_blocks("r", 300)
+    assert nulled(m)
+
+
 # -- life of a request -----------------------------------------------------------------------------
 
 

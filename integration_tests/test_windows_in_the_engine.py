@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from oracle import Oracle
 
 from kvplug_lab.engine.trial import TrialRequest, TrialResult
@@ -197,6 +198,10 @@ def test_other_block_sizes(run: Run, tiny: Path, oracle: Oracle, block_size: int
     ]
 
 
+@pytest.mark.skipif(
+    "avx512" not in torch.backends.cpu.get_cpu_capability().lower(),
+    reason="vLLM's fp8 cache on a CPU needs AVX-512 or AMX",
+)
 def test_quantized_kv_cache(run: Run, tiny: Path) -> None:
     """vLLM's own fp8 cache beneath: cutting and freeing otherwise must not change a token."""
     engine = ENGINE | {"kv_cache_dtype": "fp8"}

@@ -9,6 +9,7 @@ input; it answers each with the child's exit code.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -20,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from kvplug_lab.engine.detached import detach, die_with_parent
+from kvplug_lab.engine.detached import detach, die_with_parent, take_environment
 
 if TYPE_CHECKING:
     from kvplug_lab.engine.trial import TrialResult, TrialSpec
@@ -37,6 +38,8 @@ PRELOADED = (
 SECOND_RUNNER = Path(__file__).parent / "second_runner"
 BACKEND = "KVPLUG_TEST_ATTENTION"
 """Environment variable that names the attention backend of a trial's layers."""
+LONGEST = 600
+"""Seconds after which a trial writes where it stands, and ends: less than a test has."""
 AHEAD = "KVPLUG_TEST_AHEAD"
 """Environment variable that has a trial schedule a step ahead."""
 
@@ -62,6 +65,7 @@ class TrialServer:
         log: Path,
         env: Mapping[str, str] | None = None,
         phases: list[str] | None = None,
+        seconds: float = LONGEST,
     ) -> TrialResult:
         """Run a trial; what `kvplug_lab.engine.trial.run_fresh` does.
 
@@ -70,9 +74,10 @@ class TrialServer:
             log: Where the engine's log goes.
             env: Environment variables added to this process's own.
             phases: Gets the phases that the trial went through, each once.
+            seconds: What it may take; later it ends, with where its threads stood in its log.
 
         Raises:
-            TrialFailed: The engine's process failed.
+            TrialFailed: The engine's process failed, or took too long.
         """
         from kvplug_lab.engine.trial import TrialFailed, TrialResult
 
@@ -80,7 +85,7 @@ class TrialServer:
             folder = Path(scratch)
             (folder / "spec.json").write_text(spec.to_json(), encoding="utf-8")
             environment = self._environment() | {"VLLM_CPU_KVCACHE_SPACE": "1"} | (env or {})
-            order = {"folder": scratch, "log": str(log), "env": environment}
+            order = {"folder": scratch, "log": str(log), "env": environment, "seconds": seconds}
             try:
                 code = self._ask(order)
             except BaseException:
@@ -152,10 +157,9 @@ def _preload() -> None:
 def _become(order: dict[str, Any]) -> None:
     """Turn a forked child into the process of a trial."""
     detach(Path(order["log"]))
+    faulthandler.dump_traceback_later(order["seconds"], exit=True, file=2)
     environment: dict[str, str] = order["env"]
-    for name in os.environ.keys() - environment.keys():
-        del os.environ[name]
-    os.environ.update(environment)
+    take_environment(environment)
     folders = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     sys.path[:0] = [folder for folder in folders if folder not in sys.path]
 

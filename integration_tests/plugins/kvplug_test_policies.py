@@ -10,14 +10,19 @@ from torch import Tensor
 from kvplug import hookimpl
 from kvplug.contract import (
     AttendBatch,
+    Candidate,
     EngineView,
     FormatOptions,
     LayerView,
+    Placement,
     PolicyOptions,
     Released,
     ResidentView,
+    ReuseCheck,
+    ReuseRequest,
     ScoringPolicy,
     SequencePolicy,
+    Verdict,
     WriteBatch,
 )
 from kvplug.registry import PolicyRegistry
@@ -128,10 +133,45 @@ class FailsToWrite(Plain):
         super().write(layer, batch, cache)
 
 
+class FailsToLoad(ReuseCheck):
+    """Finds no fault with stored KV, and cannot write the first runs into pages."""
+
+    name = "fails_to_load"
+    changes = "nothing"
+
+    class Options(PolicyOptions):
+        """Options of `FailsToLoad`."""
+
+        times: int = Field(1, ge=0, description="runs that cannot be written")
+        rank: int = Field(-1, ge=-1, description="rank on which they cannot; -1 for all")
+
+    options: Options
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        super().__init__(options, engine)
+        self._left = self.options.times
+
+    def check(self, candidate: Candidate, request: ReuseRequest) -> Verdict:
+        return Verdict(True)
+
+    def adapts(self, placement: Placement) -> bool:
+        return True
+
+    def adapt(
+        self, layer: LayerView, placement: Placement, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        if self._left and self.options.rank in (-1, get_tensor_model_parallel_rank()):
+            self._left -= 1
+            raise OSError("the page is torn")
+        return key, value
+
+
 @hookimpl
 def kvplug_register_policies(registry: PolicyRegistry) -> None:
     for policy in (
         *(FailsLater, FailsAtOnce, NamesStrangers, Speechless, Decides, FailsToScore),
-        *(FailsToAttend, FailsToWrite),
+        *(FailsToAttend, FailsToWrite, FailsToLoad),
     ):
         registry.add(policy)

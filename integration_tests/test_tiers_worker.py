@@ -1,0 +1,121 @@
+"""Loads on a worker whose copies into pages take their time, as they do on an accelerator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvplug.hosts.vllm.messages import ChunkLoad, StepDirectives, StepReport, TiersDirectives
+from kvplug.hosts.vllm.worker.tier_copy import Transfer
+from kvplug.hosts.vllm.worker.tiers import TiersWorker
+from kvplug.parser import load_deployment
+from kvplug.tiers.queued import ChunkRef, Fetched
+
+KEYS = tuple(bytes([n]) * 32 for n in range(4))
+
+
+class Slow(Transfer):
+    done = False
+
+    def ready(self) -> bool:
+        return self.done
+
+
+class Copier:
+    """Takes as many chunks as a test says, each time it is asked."""
+
+    def __init__(self, *counts: int):
+        self.counts, self.made = list(counts), []
+
+    def begin_step(self) -> None:
+        pass
+
+    def begin_write(self, chunks: Any, planes: Any) -> Slow:
+        assert len(chunks) == len(planes)
+        transfer = Slow(min(self.counts.pop(0) if self.counts else 0, len(chunks)))
+        if transfer.count:
+            self.made.append(transfer)
+        return transfer
+
+
+class Line:
+    """A tier's queues: what is held there, and what was read."""
+
+    waiting = 0
+
+    def __init__(self) -> None:
+        self.held, self.read = 0, []
+
+    def fetch(self, chunks: Any, token: int, wanted: Any) -> None:
+        self.token, self.chunks = token, chunks
+
+    def answer(self, first: int, last: int, failed: str = "") -> None:
+        chunks: list[ChunkRef] = self.chunks[first:last]
+        planes: list[Any] = [None if failed else {"key": torch.zeros(1)} for _ in chunks]
+        causes = dict.fromkeys([one.key for one in chunks], failed) if failed else {}
+        held = 0 if failed else 100 * len(chunks)
+        self.held += held
+        self.read.append(Fetched("host", self.token, chunks, planes, causes, held=held))
+
+    def outcomes(self) -> list[Fetched]:
+        found, self.read = self.read, []
+        return found
+
+    def taken(self, fetched: Fetched) -> None:
+        self.held -= fetched.held
+
+
+def worker(copier: Copier) -> tuple[TiersWorker, Line]:
+    deployment = load_deployment({"tiers": [{"host": {"size": "8MiB"}}]})
+    made, line = TiersWorker(deployment, None, ("test", "tiers")), Line()
+    made._copier, made._chunk, made.tiers = copier, 16, {"host": line}  # type: ignore[assignment]
+    blocks = np.arange(len(KEYS), dtype=np.int64)
+    load = ChunkLoad("r", 1, 0, KEYS, ("host",) * len(KEYS), blocks, 60.0)
+    made.begin(StepDirectives(tiers=TiersDirectives(loads=[load])))
+    return made, line
+
+
+def step(made: TiersWorker, generation: int = 0) -> dict[int, str]:
+    """A step; causes of loads that failed in it, empty for those that were made."""
+    made.begin(StepDirectives(tiers=TiersDirectives(generation=generation)))
+    report = StepReport()
+    made.report(report)
+    found = report.tiers
+    return {} if found is None else {**dict.fromkeys(found.loaded, ""), **found.unloaded}
+
+
+def test_what_waits_for_staging_memory_is_held_until_it_was_written() -> None:
+    """Nothing is taken at first, then a part, then the rest: a reader may go on after that."""
+    copier = Copier(0, 3, 0, 1)
+    made, line = worker(copier)
+    line.answer(0, 4)
+    assert step(made) == {} and line.held == 400
+    for _ in range(3):
+        step(made)
+    assert sum(one.count for one in copier.made) == 4
+    for one in copier.made:
+        one.done = True
+    assert step(made) == {1: ""}
+    assert line.held == 0
+
+
+@pytest.mark.parametrize("how", ["a reset", "a part that is not there"])
+def test_a_load_ends_once_nothing_is_on_its_way_into_its_blocks(how: str) -> None:
+    """vLLM gives the blocks to others as soon as it is told."""
+    copier = Copier(2)
+    made, line = worker(copier)
+    line.answer(0, 2)
+    step(made)
+    cause = "reset"
+    if how != "a reset":
+        cause = "not there"
+        line.answer(2, 4, cause)
+    generation = int(how == "a reset")
+    assert step(made, generation) == {} and made.received() == (set(), set())
+    copier.made[0].done = True
+    assert step(made, generation) == {1: cause}
+    assert made.received() == ({"r"}, {"r"})
+    assert line.held == 0
