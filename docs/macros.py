@@ -5,13 +5,29 @@ what the function of that name returns:
 
 * ``policy(kind, name)`` and ``options(kind, name)``: a policy's facts and its options;
 * ``settings("module:Model")``: the fields of a pydantic model;
+* ``metrics()``, ``metrics_cost()`` and ``alerts()``: the catalogue of metrics, what they cost, and
+  the alert rules;
 * ``extension_points()``, ``attributes()``, ``subclasses()``: what kvplug uses of vLLM;
+* ``releases()``, ``moved()``: the releases of vLLM that kvplug knows, and what differs;
 * ``bytes_of(format, *options)``: bytes of a token under a format's own layout;
 * ``rows(file, path, *columns)``, ``hit_rates``, ``ways``, ``scale``, ``workloads``,
-  ``format_error``, ``calibrated``, ``beyond_noise``, ``fidelity_formats`` and ``near``: tables of
-  figures in ``docs/figures``;
+  ``format_error``, ``decoded_formats``, ``transfer_codecs``, ``calibrated``, ``beyond_noise``,
+  ``fidelity_formats``, ``ruler`` and ``near``: tables of figures in ``docs/figures``;
+* ``tier_speed()``: what each tier stored and read a second;
 * ``gpu_machine()``, ``gpu_speed()``, ``gpu_checks()`` and ``gpu_kernels()``: the last results of
   ``gpu-check`` in ``docs/figures/gpu.json``, or that nothing was measured yet;
+* ``tier_sessions("name")`` and ``tier_restart()``: what ``kvplug sessions`` measured, of
+  ``docs/figures/NAME.json`` and ``tier_restart.json``;
+* ``kernel_code()`` and ``kernel_bytes()``: what kernels' machine code and addresses show, of
+  ``docs/figures/kernel_code.json`` and ``kernel_bytes.json``;
+* ``composition()``, ``composition_features()`` and ``composition_refusals()``: what goes together,
+  of ``docs/figures/composition.json``;
+* ``planned(model, memory, context, *deployments)``: what `kvplug plan` says of a model whose config
+  is in ``kvplug/tests/model_configs``;
+* ``presets()``, ``hardware()`` and ``hardware_reasons()``: the presets, and what cards suggest;
+* ``presets()`` and ``hardware()``: the presets, and what cards suggest;
+* ``tune_rules()``: the rules by which ``kvplug tune`` names a bottleneck;
+* ``tuned(name)``: what ``kvplug tune`` found, of ``docs/figures/NAME.json``;
 * ``figure(name)``: a drawing of ``docs/figures``, inline, so that it follows the page's colours.
 """
 
@@ -25,8 +41,10 @@ import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, get_args, get_origin
 
+import yaml
 from mkdocs.exceptions import PluginError
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -137,6 +155,16 @@ def _find(kind: str, name: str) -> Any:
     return policy
 
 
+def _stem(policy: Any) -> str:
+    """Name of a policy's files: its kind stands before it if an earlier kind has the name."""
+    from kvplug.contract import Kind
+    from kvplug.registry import plugins
+
+    earlier = list(Kind)[: list(Kind).index(policy.kind)]
+    taken = any(plugins().registry.get(kind, policy.name) for kind in earlier)
+    return f"{policy.kind}_{policy.name}" if taken else str(policy.name)
+
+
 def _shared(policy: Any) -> tuple[type[BaseModel], str] | None:
     """The options a policy shares with its family, and the page that explains them."""
     from kvplug.contract import FormatOptions, ScoringOptions
@@ -156,7 +184,8 @@ def policy(kind: str, name: str) -> str:
     module = found.__module__
     source = Path(str(importlib.import_module(module).__file__)).resolve().relative_to(ROOT)
     exact = "**exact**" if found.exact else "**approximate**"
-    files = [source, *(Path("configs") / of / f"{name}.yaml" for of in ("cpu", "gpu"))]
+    stem = _stem(found)
+    files = [source, *(Path("configs") / of / f"{stem}.yaml" for of in ("cpu", "gpu"))]
     links = [
         f"[`{file}`]({REPOSITORY}/blob/main/{file})" for file in files if (ROOT / file).exists()
     ]
@@ -210,6 +239,57 @@ def settings(target: str) -> str:
     return field_table(model.model_fields, "key")
 
 
+# -- metrics ---------------------------------------------------------------------------------------
+
+
+def metrics() -> str:
+    """Every metric of the catalogue, by its group."""
+    from kvplug.observe.catalogue import catalogue
+
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for one in catalogue().values():
+        where = [f"`{kind}`" for kind in one.kinds]
+        only = [f"Only with {' or '.join(where)}."] if where else []
+        only += [f"Only with {one.only.where.removeprefix('with ')}."] if one.only else []
+        said = " ".join([one.help, one.formula and f"*{one.formula}*", *only]).replace("  ", " ")
+        row = (f"`{one.name}`", str(one.type), _metric_labels(one), said)
+        groups.setdefault(one.group, []).append(row)
+    heads = ("metric", "type", "labels", "what it is")
+    return "\n\n".join(f"### {name}\n\n{table(heads, rows)}" for name, rows in groups.items())
+
+
+def _metric_labels(metric: Any) -> str:
+    from kvplug.observe.metric import Values
+
+    said = []
+    for name, values in metric.labels.items():
+        if not isinstance(values, Values):
+            said.append(f"`{name}`: {', '.join(f'`{value}`' for value in values)}")
+        else:
+            said.append(f"`{name}`")
+    return "; ".join(said)
+
+
+def metrics_cost() -> str:
+    """What `kvplug_lab.engine.metrics_cost` measured, of ``docs/figures/metrics_cost.json``."""
+    found = json.loads((FIGURES / "metrics_cost.json").read_text(encoding="utf-8"))
+    return table(("what", "µs"), [(name, f"{value:,.2f}") for name, value in found.items()])
+
+
+def alerts() -> str:
+    """The alert rules of ``configs/prometheus``: when each fires, and what it says."""
+    file = ROOT / "configs" / "prometheus" / "kvplug.rules.yaml"
+    rules = yaml.safe_load(file.read_text(encoding="utf-8"))["groups"][0]["rules"]
+    rows = []
+    for rule in rules:
+        said = re.sub(
+            r"\{\{ *\$(?:labels\.)?(\w+)[^}]*\}\}", r"*\1*", rule["annotations"]["summary"]
+        )
+        after = f" for {rule['for']}" if "for" in rule else ""
+        rows.append((f"`{rule['alert']}`", rule["labels"]["severity"], said + after))
+    return table(("alert", "severity", "fires when"), rows)
+
+
 # -- vLLM ------------------------------------------------------------------------------------------
 
 
@@ -238,6 +318,49 @@ def attributes() -> str:
         module, _, name = target.partition(":")
         rows.append((f"`{name}`", f"`{module}`", ", ".join(f"`{one}`" for one in names)))
     return f"{said}\n\nRead:\n\n{table(('of', 'module', 'attributes'), rows)}"
+
+
+def releases() -> str:
+    """Every release series of vLLM that kvplug knows, from ``compat.RELEASES``."""
+    from kvplug.hosts.vllm import compat
+
+    rows = []
+    for release in compat.RELEASES:
+        checked = "engines ran, the whole test suite"
+        if not release.ran:
+            checked = f"signatures compared, no engine ran: off unless `{compat.ACCEPT}=" + (
+                f"{release.series}` is set"
+            )
+        rows.append((release.series, checked, " ".join(release.differs)))
+    return table(("vLLM", "checked how", "what differs from the first"), rows)
+
+
+def _signature(text: str) -> str:
+    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>"
+
+
+def moved() -> str:
+    """What the releases of record write otherwise than the installed one, of what kvplug uses."""
+    from kvplug.hosts.vllm import compat
+    from kvplug_lab import vllm_signatures
+    from kvplug_lab.vllm_signatures import Library
+
+    fit = vllm_signatures.compare(Library.installed(compat.version()))
+    parts = [f"kvplug's code uses {len(fit.uses)} names, methods and attributes of vLLM."]
+    for version, path in vllm_signatures.recorded().items():
+        other = Library.of_json(path)
+        rows = [
+            (code(point.partition(":")[2]), *(_signature(text) for text in (here, there)))
+            for point, here, there in vllm_signatures.moved(fit, other)
+        ]
+        new = [f"`{one.point.partition(':')[2]}`" for one in vllm_signatures.added(fit, other)]
+        parts.append(
+            f"In {version} ({other.wheel['name']}, SHA-256 `{other.wheel['sha256'][:16]}…`) these "
+            "are written otherwise, and each use still fits:"
+        )
+        parts.append(table(("what", fit.library.version, version), rows))
+        parts.append(f"New on classes that kvplug extends: {', '.join(new) or 'nothing'}.")
+    return "\n\n".join(parts)
 
 
 def subclasses() -> str:
@@ -380,6 +503,59 @@ def ways() -> str:
     return table(("order", *traces), lines)
 
 
+def tier_speed() -> str:
+    """MiB a second that each tier stored and read, by the size of a chunk."""
+    found = load("tier_speed")["tiers"]
+    lines = []
+    for i, row in enumerate(next(iter(found.values()))):
+        kib = row["kib"]
+        size = f"{kib} KiB" if kib < 1024 else f"{kib // 1024} MiB"
+        cells = (f"{each[i]['put']:,.0f} / {each[i]['get']:,.0f}" for each in found.values())
+        lines.append((size, *cells))
+    return table(("chunk", *(code(name) for name in found)), lines)
+
+
+def tier_sessions(name: str) -> str:
+    """What ``kvplug sessions`` measured: a row for each deployment."""
+    found = load(name)
+    lines = []
+    for row in found["rows"]:
+        first, last = row["ttft_median"], row["ttft_p95"]
+        stored, useful = row["stored"], row["useful"]
+        lines.append(
+            (
+                row["variant"],
+                f"{1e3 * first['median']:,.0f}",
+                f"{1e3 * last['median']:,.0f}",
+                f"{100 * row['hit_rate']['median']:.1f}",
+                f"{100 * row['from_tiers']['median']:.1f}",
+                f"{row['prompt_tokens_per_second']['median']:,.0f}",
+                f"{row['stored_bytes'] / 2**20:,.0f}" if stored > 0 else "",
+                f"{100 * (stored - useful) / stored:.0f}" if stored > 0 else "",
+            )
+        )
+    heads = ("deployment", "TTFT of returns, ms", "its p95", "hit rate, %", "from tiers, %")
+    return table((*heads, "prompt tokens/s", "MiB stored", "never read, %"), lines)
+
+
+def tier_restart() -> str:
+    """Times to first token after a restart, as ``kvplug sessions --restart`` measured them."""
+    (found,) = load("tier_restart")["restart"]
+    lines = []
+    for row in found["rows"]:
+        computed, restored = (sorted(row[name]) for name in ("computed", "restored"))
+        lines.append(
+            (
+                f"{row['length']:,}",
+                f"{median(computed):.2f} ({computed[0]:.2f} to {computed[-1]:.2f})",
+                f"{median(restored):.3f} ({restored[0]:.3f} to {restored[-1]:.3f})",
+                f"{median(computed) / median(restored):.1f}",
+                f"{row['cached']:,}",
+            )
+        )
+    return table(("tokens", "computed, s", "restored, s", "ratio", "not computed"), lines)
+
+
 def scale(name: str) -> str:
     """Cost of an eviction order at a million blocks, as ``kvplug_lab.engine.scale`` measured it."""
     found = load("scale")["policies"]
@@ -447,6 +623,62 @@ def format_error(*labels: str) -> str:
     return table(heads, lines)
 
 
+def decoded_formats(*names: str) -> str:
+    """What ``kvplug_lab.fidelity.decoded`` measured: of some formats, or all."""
+    lines = []
+    for model, name in (("smollm2", "SmolLM2 135M"), ("gemma3", "Gemma 3 270M")):
+        for row in load("decoded_formats")[model]["rows"]:
+            if names and row["format"].split(":")[0] not in names:
+                continue
+            ppl, agree = ([f"{100 * x:.{d}f}" for x in row[k]] for k, d in SHOWN_DECODED)
+            lines.append(
+                (
+                    name,
+                    f"`{row['format']}`",
+                    f"{row['bytes_of_64']:g}",
+                    f"{row['exact']:,}",
+                    f"{row['tokens']:,}",
+                    f"{float(ppl[0]):+.2f}% ({float(ppl[1]):+.2f} to {float(ppl[2]):+.2f})",
+                    f"{agree[0]}% ({agree[1]} to {agree[2]})",
+                    f"{row['kl'][0]:.4f}",
+                )
+            )
+    heads = ("model", "format", "bytes", "exact", "tokens", "added perplexity", "first choice")
+    return table((*heads, "divergence"), lines)
+
+
+def transfer_codecs() -> str:
+    """What ``kvplug codecs`` measured."""
+    data = load("codecs")
+    lines = []
+    for row in data["rows"]:
+        if row["codec"] == "none":
+            continue
+        ppl, agree = row["perplexity"], row["agree"]
+        found = [
+            f"{row['retrieved'][task]} of {row['asked'][task]}"
+            for task in ("passkey_later", "multikey_later")
+        ]
+        lines.append(
+            (
+                f"`{re.sub(':transform=[^:]+', '', row['codec'])}`",
+                f"{1 / row['ratio']:.1%}",
+                f"{row['ratio']:.2f}",
+                *("{:.2f} [{:.2f}, {:.2f}]".format(*row[way]) for way in ("encode", "decode")),
+                "{:+.2f}% ({:+.2f} to {:+.2f})".format(*(100 * x for x in ppl)),
+                f"{agree[0]:.1%}",
+                f"{row['kl']:.4f}",
+                *found,
+            )
+        )
+    heads = ("codec", "of bf16", "ratio", "encode GB/s", "decode GB/s", "added perplexity")
+    return table((*heads, "first choice", "divergence", "passkey", "multikey"), lines)
+
+
+SHOWN_DECODED = (("perplexity", 2), ("agree", 1))
+"""Columns of percentages and their digits."""
+
+
 def calibrated(*names: str) -> str:
     """What formats with a calibration lose in all layers, beside those without."""
     form = "{format}", "{bytes:,}", "{ratio:.2f}", "{error:.1%}", "{divergence:.4f}"
@@ -486,6 +718,28 @@ def fidelity_formats() -> str:
     heads = ("bytes", "added", "divergence", "same likeliest token", "greedy prefix", "passkey")
     lines = [(f"`{n}`", *(row.get(c, "") for c in columns)) for n, row in found.items()]
     return table(("format", *heads), lines)
+
+
+def ruler() -> str:
+    """RULER's tasks under every policy and budget, and their mean beside the full cache's."""
+    found: dict[tuple[str, float], dict[str, Any]] = {}
+    for row in load("ruler_smollm2")["summary"]:
+        found.setdefault((row["variant"], row["budget"]), {})[row["metric"]] = row
+    tasks = [name for name in next(iter(found.values())) if name != "ruler"]
+    lines = []
+    for (name, budget), own in found.items():
+        mean = own["ruler"]
+        against = "" if mean["difference"] is None else (
+            "{:+.0f} ({:+.0f} to {:+.0f})".format(
+                *(100 * mean[f"difference{end}"] for end in ("", "_low", "_high"))
+            )
+        )  # fmt: skip
+        cells = [f"{100 * own[task]['value']:.0f}" for task in tasks]
+        p = "" if mean["p"] is None else f"{mean['p']:.2g}"
+        label = name if name == "full cache" else f"`{name}`"
+        lines.append((label, f"{budget:.0%}", *cells, f"{100 * mean['value']:.0f}", against, p))
+    heads = [task.replace("_", " ").replace("niah ", "") for task in tasks]
+    return table(("policy", "kept", *heads, "mean", "from the full cache", "p"), lines)
 
 
 def near(replaced: str) -> str:
@@ -584,9 +838,60 @@ def gpu_kernels() -> str:
             f"{row['ratio_median']:.2f} of {row['baseline']}",
         )
         for row in part["rows"]
-        if row["ok"]
+        if row["ok"] and not row.get("left_out")
     ]
     return table(("operation", "size", "microseconds", "ratio"), lines)
+
+
+def widths(*of: Mapping[str, int]) -> str:
+    """Loads or stores by their bytes a thread, the widest first: ``16 x 8, 4 x 2``."""
+    found: dict[int, int] = {}
+    for counts in of:
+        for width, n in counts.items():
+            found[int(width)] = found.get(int(width), 0) + n
+    return ", ".join(f"{width} x {found[width]}" for width in sorted(found, reverse=True)) or "none"
+
+
+def kernel_code() -> str:
+    """What the machine code of each launch of serving shows; one that several cases launch once."""
+    lines, seen = [], set()
+    for row in load("kernel_code"):
+        made = row["code"]
+        key = json.dumps([row["kernel"], made])
+        if key in seen:
+            continue
+        seen.add(key)
+        hot = made["loops"] if any(made["loops"][n] for n in ("loads", "copies")) else made["whole"]
+        products = ", ".join(f"{name} x {n}" for name, n in hot["tensor_cores"].items())
+        lines.append(
+            (
+                row["case"],
+                code(row["kernel"]),
+                str(made["registers"]),
+                f"{made['shared_bytes']:,}",
+                str(made["whole"]["spills"]),
+                widths(hot["loads"], hot["copies"]),
+                widths(made["whole"]["stores"]),
+                products or "none",
+            )
+        )
+    heads = ("case", "kernel", "registers", "shared bytes", "spills", "loads", "stores")
+    return table((*heads, "matrix instructions"), lines)
+
+
+def kernel_bytes() -> str:
+    """Bytes that kernels move against the least possible."""
+    lines = [
+        (
+            row["case"],
+            f"{row['read']:,.1f}",
+            f"{row['written']:,.1f}",
+            f"{row['least']:,.1f}",
+            f"{row['ratio']:.2f}",
+        )
+        for row in load("kernel_bytes")
+    ]
+    return table(("case", "read", "written", "least", "ratio"), lines)
 
 
 def figure(name: str) -> str:
@@ -605,6 +910,195 @@ def inline(name: str) -> str:
     return f'<figure class="drawing" data-search-exclude>{svg}</figure>'
 
 
+# -- what goes together ----------------------------------------------------------------------------
+
+COMPOSITION = "composition"
+
+
+def composition() -> str:
+    """How many engines were right, by deployment and feature; what is refused is said so."""
+    data = load(COMPOSITION)
+    lines = []
+    for row in data["rows"]:
+        if row["alone"]:
+            continue
+        cells = [
+            str(one["right"] or "") if one["refused"] is None else "refused"
+            for one in row["switches"].values()
+        ]
+        done, every = row["pairs"]
+        lines.append([row["deployment"], str(row["right"]), *cells, f"{done / every:.0%}"])
+    return table(["", "all", *data["switches"], "pairs"], lines)
+
+
+def composition_features() -> str:
+    """What the columns of `composition` mean."""
+    return "\n".join(f"* *{name}*: {what}" for name, what in load(COMPOSITION)["switches"].items())
+
+
+def composition_refusals() -> str:
+    """Pairs of kinds that are refused, and features that kinds are refused with, each with what
+    kvplug says."""
+    pairs, features = [], {}
+    for row in load(COMPOSITION)["rows"]:
+        if row["alone"]:
+            pairs.append([row["deployment"], sentence(row["alone"])])
+            continue
+        for name, one in row["switches"].items():
+            if one["refused"] and " + " not in row["deployment"]:
+                features[row["deployment"], name] = sentence(one["refused"])
+    lines = [[f"{kind} with {name}", said] for (kind, name), said in features.items()]
+    return table(["together", "what kvplug says"], pairs + lines)
+
+
+def sentence(refusal: str) -> str:
+    """The first refusal of a text, without where the deployment is and what would mend it."""
+    return refusal.splitlines()[0].split("kvplug.", 1)[-1].split(" Fix: ")[0]
+
+
+# -- plans -----------------------------------------------------------------------------------------
+
+
+def planned(model: str, memory: int, context: int, *names: str) -> str:
+    """Tokens in the pool and users at once of a model, for some deployments.
+
+    Args:
+        model: Stem of a config in ``kvplug/tests/model_configs``.
+        memory: GiB of the GPU.
+        context: Tokens of a request.
+        names: Deployments; without any, all that ship with kvplug and can run.
+    """
+    from kvplug.planning.candidates import candidates
+    from kvplug.planning.model import read_model
+    from kvplug.planning.plan import GIB, Question, plan
+    from kvplug.planning.weights import weights_of
+    from kvplug_policies.builtin import BUILTIN
+
+    found = read_model(str(ROOT / "kvplug" / "tests" / "model_configs" / f"{model}.json"))
+    question = Question(memory=memory * GIB, context=context, weights=weights_of(found))
+    shipped = {policy.name for policy in BUILTIN}
+    these = [
+        one
+        for one in candidates(2048)
+        if (one.name in names if names else {c["use"] for c in one.section.values()} <= shipped)
+    ]
+    return table(
+        ["deployment", "answers", "tokens in the pool", "users at once", "CUDA graphs", "prefix"],
+        [
+            [
+                code(row.candidate.name),
+                "exact" if row.exact else "approximate",
+                f"{row.pool.tokens:,}",
+                f"{row.users:,}",
+                row.needs.graphs,
+                row.needs.prefix_cache,
+            ]
+            for row in plan(found, question, these)
+            if row.pool is not None
+        ],
+    )
+
+
+def presets() -> str:
+    """The presets: what each is for, and what it costs."""
+    from kvplug import configs
+
+    rows = [[code(one.name), one.what, one.cost] for one in configs.presets()]
+    return table(["preset", "for", "what it costs"], rows)
+
+
+def hardware() -> str:
+    """What each card of the table suggests, and how that is known."""
+    from kvplug.planning.hardware import GB, SETTINGS
+    from kvplug.planning.hardware import table as suggested
+
+    lines = []
+    for name, card, suggestions in suggested():
+        facts = f"{card.memory // GB} GB, {card.bandwidth / GB / 1000:g} TB/s" if card else ""
+        said = {one.setting: f"{one.value} ({one.evidence})" for one in suggestions}
+        lines.append([name, facts, *(said[setting] for setting in SETTINGS)])
+    return table(
+        ["card", "data sheet", *(setting.replace("-", " ") for setting in SETTINGS)], lines
+    )
+
+
+def hardware_reasons() -> str:
+    """Why: every reason once, with the cards that it is given for."""
+    from kvplug.planning.hardware import table as suggested
+
+    cards: dict[tuple[str, str], list[str]] = {}
+    for name, _, suggestions in suggested():
+        for one in suggestions:
+            cards.setdefault((one.setting, one.reason), []).append(name)
+    return table(
+        ["setting", "cards", "why"],
+        [
+            [setting.replace("-", " "), ", ".join(names), reason]
+            for (setting, reason), names in sorted(cards.items())
+        ],
+    )
+
+
+def tune_rules() -> str:
+    """The rules by which `kvplug tune` names a bottleneck."""
+    from kvplug_lab.tune.bottleneck import RULES
+
+    lines = [[rule.name, rule.figure, f"{rule.limit:.0%}"] for rule in RULES]
+    return table(["bottleneck", "figure that is read", "from"], lines)
+
+
+def tuned(name: str) -> str:
+    """What `kvplug tune` measured of a load: stock, the bottlenecks, what was tried, the end."""
+    found = load(name)
+    seen, objective = found["profile"], found["objective"]
+    parts = [
+        f"{found['load']['says']}, {found['concurrency']} in flight; "
+        f"{found['engine']['kv_cache_memory_bytes'] / 2**20:g} MiB of KV are "
+        f"{seen['pool_tokens']:,} tokens of stock; {found['model']} in "
+        f"{found['engine']['dtype']}. Stock: "
+        f"{seen['ttft']:.2f} s to the first token, {seen['tokens_per_second']:.1f} tokens/s, "
+        f"{seen['hit']:.0%} of prompt tokens from the prefix cache."
+    ]
+    parts.append(
+        "\n".join(
+            f"* **{one['name']}**, {one['value']:.0%}: {one['figure']}."
+            for one in found["bottlenecks"]
+        )
+    )
+    lines = []
+    rows = [(row, row["name"]) for row in found["tried"]]
+    if found["winner"]:
+        rows.append((found["winner"], f"**{found['winner']['name']}, verification**"))
+    for row, label in rows:
+        gain, quality = row.get("gain", {}).get(objective), row["quality"] or {}
+        ratio, rise = "", quality.get("rise")
+        if gain:
+            spread = f" [{gain['low']:.2f}, {gain['high']:.2f}]" if gain["n"] > 1 else ""
+            ratio = f"{gain['value']:.2f}{spread}"
+        same = quality.get("same")
+        said = row["out"] or ("better than stock" if row is found["winner"] else "went on")
+        lines.append(
+            (
+                label,
+                ratio,
+                str(gain["n"]) if gain else "",
+                f"{rise['value']:+.2%}" if rise else "",
+                f"{same:.0%}" if same is not None else "",
+                said,
+            )
+        )
+    heads = (
+        "deployment",
+        f"{objective}, times as good as stock",
+        "rounds",
+        "perplexity",
+        "same answers",
+        "",
+    )
+    parts += [table(heads, lines), found["says"]]
+    return "\n\n".join(parts)
+
+
 # -- mkdocs ----------------------------------------------------------------------------------------
 
 MACROS: dict[str, Callable[..., str]] = {
@@ -613,24 +1107,46 @@ MACROS: dict[str, Callable[..., str]] = {
         policy,
         options,
         settings,
+        metrics,
+        metrics_cost,
+        alerts,
         extension_points,
         attributes,
         subclasses,
+        releases,
+        moved,
         rows,
         hit_rates,
         ways,
         scale,
+        tier_restart,
+        tier_sessions,
+        tier_speed,
         workloads,
         bytes_of,
         format_error,
+        decoded_formats,
+        transfer_codecs,
         calibrated,
         beyond_noise,
         fidelity_formats,
+        ruler,
         near,
         gpu_machine,
         gpu_speed,
         gpu_checks,
         gpu_kernels,
+        kernel_code,
+        kernel_bytes,
+        composition,
+        composition_features,
+        composition_refusals,
+        planned,
+        presets,
+        hardware,
+        hardware_reasons,
+        tune_rules,
+        tuned,
         figure,
     )
 }

@@ -1,4 +1,4 @@
-"""The format without an engine: its levels, its bytes, and a model that answers under it."""
+"""The format without an engine: laws, its levels, its bytes, and a model that answers under it."""
 
 import pytest
 import torch
@@ -8,12 +8,17 @@ from kvplug_nf4 import LEVELS, Nf4
 from kvplug.contract import EngineView, Kind, LayerView
 from kvplug.hosts.transformers import generate
 from kvplug.registry import plugins
+from kvplug.testing import FormatLaws
 
 LAYER = LayerView(0, 1, num_kv_heads=2, num_heads=4, head_size=64, dtype="float32")
 
 
 def make() -> Nf4:
     return Nf4(Nf4.Options(), EngineView(block_size=16, layers=(LAYER,)))
+
+
+class TestNf4(FormatLaws):
+    policy = Nf4
 
 
 def test_the_entry_point_registers_it() -> None:

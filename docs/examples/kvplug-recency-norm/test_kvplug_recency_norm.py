@@ -1,57 +1,45 @@
-"""The policy without an engine: its scores on a view made by hand, then a model that it prunes."""
+"""The policy without an engine: laws, scores on a view made by hand, then a model it prunes."""
 
 import torch
 import transformers
 from kvplug_recency_norm import RecencyNorm
 
-from kvplug.contract import EngineView, Kind, LayerView, ResidentView
+from kvplug.contract import Kind
 from kvplug.hosts.pruning import choose
 from kvplug.hosts.transformers import generate
 from kvplug.registry import plugins
+from kvplug.testing import ScoringLaws, residents
 
-HELD, SIZE = 64, 4
-
-
-def make(**options: object) -> RecencyNorm:
-    return RecencyNorm(RecencyNorm.Options.model_validate(options), EngineView(block_size=16))
+HELD = 64
 
 
-def resident(norms: torch.Tensor) -> ResidentView:
-    """One request, one KV head, all 64 tokens resident: keys of these norms, ``[64]``."""
-    keys = torch.zeros(1, 1, HELD, SIZE)
-    keys[0, 0, :, 0] = norms
-    return ResidentView(
-        layer=LayerView(0, 1, 1, 1, SIZE),
-        scale=SIZE**-0.5,
-        softcap=0.0,
-        num_tokens=torch.tensor([HELD], dtype=torch.int32),
-        num_prompt_tokens=torch.tensor([HELD], dtype=torch.int32),
-        count=HELD,
-        positions=torch.arange(HELD, dtype=torch.int32)[None, None],
-        key_pages=keys,
-        value_pages=torch.ones_like(keys),
-        block_table=torch.zeros(1, 1, dtype=torch.int32),
-    )
+def keys(norms: torch.Tensor) -> torch.Tensor:
+    """One request, one KV head, 64 tokens: keys of these norms, ``[64]``."""
+    found = torch.zeros(1, 1, HELD, 4)
+    found[0, 0, :, 0] = norms
+    return found
 
 
-def test_the_entry_point_registers_it() -> None:
-    assert plugins().registry.get(Kind.SEQUENCE, "recency_norm") is RecencyNorm
+class TestRecencyNorm(ScoringLaws):
+    policy = RecencyNorm
 
+    def test_the_entry_point_registers_it(self) -> None:
+        assert plugins().registry.get(Kind.SEQUENCE, "recency_norm") is RecencyNorm
 
-def test_a_half_life_of_age_counts_as_a_norm_twice_as_large() -> None:
-    norms = torch.full((HELD,), 8.0)
-    norms[10], norms[30] = 2.0, 4.0
-    scores = make(budget=64, half_life=20).score(resident(norms))[0, 0]
-    torch.testing.assert_close(scores[10], scores[30])
-    assert scores[63] > scores[62] > scores[0]
+    def test_a_half_life_of_age_counts_as_a_norm_twice_as_large(self) -> None:
+        norms = torch.full((HELD,), 8.0)
+        norms[10], norms[30] = 2.0, 4.0
+        policy: RecencyNorm = self.build(budget=64, half_life=20)
+        scores = policy.score(residents(keys(norms)))[0, 0]
+        torch.testing.assert_close(scores[10], scores[30])
+        assert scores[63] > scores[62] > scores[0]
 
-
-def test_the_best_survive_with_the_first_and_the_latest() -> None:
-    norms = torch.full((HELD,), 8.0)
-    norms[[20, 25]] = 1.0
-    policy = make(budget=8, sink=2, recent=4, half_life=1 << 20)
-    keep, _ = choose(policy, resident(norms), candidates=HELD, count=8)
-    assert keep.tolist() == [[[0, 1, 20, 25, 60, 61, 62, 63]]]
+    def test_the_best_survive_with_the_first_and_the_latest(self) -> None:
+        norms = torch.full((HELD,), 8.0)
+        norms[[20, 25]] = 1.0
+        policy: RecencyNorm = self.build(budget=8, sink=2, recent=4, half_life=1 << 20)
+        keep, _ = choose(policy, residents(keys(norms)), candidates=HELD, count=8)
+        assert keep.tolist() == [[[0, 1, 20, 25, 60, 61, 62, 63]]]
 
 
 def test_a_model_runs_under_it() -> None:

@@ -1,4 +1,4 @@
-"""Writes a record like the guard's without an engine, for `kvplug explain` to explain.
+"""Writes a record like the guard's without an engine, for `kvplug reuse explain` to explain.
 
     python docs/examples/reuse_record/make_record.py FOLDER
 
