@@ -50,7 +50,7 @@ $(STAMP):
 model: $(STAMP) ## convert the demo's model into the cache, once
 	@$(BIN)/python -m kvplug_lab.models
 
-demo: $(STAMP) model ## run the policies on the demo's model; writes demo.json and demo.html
+demo: $(STAMP) model ## questions that a text answers, on stock and with policies; writes demo.json and demo.html
 	$(BIN)/kvplug demo --json demo.json --html demo.html
 
 test: lint types docs model ## every check, and every test but the slow ones
@@ -76,9 +76,9 @@ docs: $(STAMP) ## build the pages into site/
 bench: $(STAMP) model ## measure what kvplug and its kernels cost; writes bench*.json
 	$(BIN)/kvplug bench --json bench.json
 	$(BIN)/python -m kvplug_lab.engine.scale --json bench-prefix_cache.json
-	for op in attend_exact attention_mass compact_kv compact_rows compact_windows hadamard \
-		key_scores move_tokens paged_attend_quant project_latent quant_write rerotate \
-		segment_stats select_top; do \
+	for op in add_mass attend_exact attention_mass compact_kv compact_rows compact_windows hadamard \
+		key_scores move_tokens pack_pages paged_attend_quant plan_survivors pool_mass \
+		project_latent quant_write rerotate resident_tokens segment_stats select_top; do \
 		$(BIN)/python kernels/benchmarks/bench_$$op.py --json bench-$$op.json || exit 1; \
 	done
 
@@ -97,10 +97,17 @@ eval: $(STAMP) model ## measure what sequence policies cost in answers; writes e
 figures: $(STAMP) ## draw the figures of the pages from docs/figures/*.json
 	$(BIN)/python -m kvplug_lab.figures docs/figures
 
+# Passed on to requirements/lock.py: --upgrade takes the newest releases.
+LOCK_ARGS ?=
+
+# uv reads none of pip's settings: where pip finds wheels, and whose certificates it trusts, is
+# handed on.
 lock: ## resolve requirements/*.in again into requirements/*.lock
 	@"$(PYTHON)" -m venv --clear .venv-lock
-	@.venv-lock/bin/python -m pip install --quiet packaging
-	@.venv-lock/bin/python requirements/lock.py
+	@.venv-lock/bin/python -m pip install --quiet packaging uv
+	@UV_FIND_LINKS="$${UV_FIND_LINKS-$$PIP_FIND_LINKS}" UV_INDEX="$${UV_INDEX-$(TORCH_INDEX)}" \
+		SSL_CERT_FILE="$${SSL_CERT_FILE-$$PIP_CERT}" \
+		.venv-lock/bin/python requirements/lock.py $(LOCK_ARGS)
 	@rm -rf .venv-lock
 
 clean: ## remove .venv, caches and what was built (the model's cache stays)

