@@ -21,7 +21,7 @@ from kvplug_policies.tiers.disk import Disk
 from kvplug_policies.tiers.host import HostMemory
 
 SOON = 0.3
-"""Seconds in which a load must be made where a tier hangs."""
+"""Seconds in which a load must be made until a tier has hung."""
 
 
 class Faulty(HostMemory):
@@ -39,13 +39,14 @@ class Faulty(HostMemory):
     options: Options
 
     def open(self, place: TierPlace) -> None:
+        from kvplug.hosts.vllm.scheduler import tiers
+
         super().open(place)
         own = self.options.rank in (-1, place.rank)
         self._reads = list(self.options.reads) if own else []
         self._writes = list(self.options.writes) if own else []
+        self._patience = tiers.LOAD_SECONDS
         if "hang" in self.options.reads:
-            from kvplug.hosts.vllm.scheduler import tiers
-
             tiers.LOAD_SECONDS = SOON
         # A test asks again and again; nobody leaves the tier alone meanwhile.
         queued.FIRST_PAUSE = queued.LONGEST_PAUSE = 0.001
@@ -60,6 +61,8 @@ class Faulty(HostMemory):
         return super().put(items)
 
     def get(self, keys: Sequence[bytes]) -> list[Any]:
+        from kvplug.hosts.vllm.scheduler import tiers
+
         found = super().get(keys)
         fault = self._reads.pop(0) if self._reads and any(found) else ""
         if fault == "raise":
@@ -67,6 +70,8 @@ class Faulty(HostMemory):
         if fault == "exit":
             raise SystemExit(1)
         if fault == "hang":
+            # The next loads have more time: they wait for this read too, and a machine may be busy.
+            tiers.LOAD_SECONDS = self._patience
             time.sleep(3 * SOON)
         if fault == "forget":
             found = [None] * len(found)
