@@ -13,15 +13,25 @@ from pydantic import Field
 from torch import Tensor
 
 from kvplug import hookimpl
-from kvplug.contract import Found, PlaneShape, TierError, TierPlace, TierView, TransferCodec
+from kvplug.contract import (
+    EngineView,
+    Found,
+    PlaneShape,
+    PolicyOptions,
+    TierError,
+    TierPlace,
+    TierView,
+    TransferCodec,
+)
 from kvplug.registry import PolicyRegistry
 from kvplug.tiers import links, queued
 from kvplug_policies.lifecycle.watermarks import Watermarks
 from kvplug_policies.tiers.disk import Disk
 from kvplug_policies.tiers.host import HostMemory
 
-SOON = 0.3
-"""Seconds in which a load must be made until a tier has hung."""
+SOON, LATE = 0.3, 60.0
+"""Seconds in which a load must be made until a tier has hung, and in which the rest must be: a
+machine may be busy."""
 
 
 class Faulty(HostMemory):
@@ -45,7 +55,6 @@ class Faulty(HostMemory):
         own = self.options.rank in (-1, place.rank)
         self._reads = list(self.options.reads) if own else []
         self._writes = list(self.options.writes) if own else []
-        self._patience = tiers.LOAD_SECONDS
         if "hang" in self.options.reads:
             tiers.LOAD_SECONDS = SOON
         # A test asks again and again; nobody leaves the tier alone meanwhile.
@@ -70,8 +79,8 @@ class Faulty(HostMemory):
         if fault == "exit":
             raise SystemExit(1)
         if fault == "hang":
-            # The next loads have more time: they wait for this read too, and a machine may be busy.
-            tiers.LOAD_SECONDS = self._patience
+            # The next loads wait for this one.
+            tiers.LOAD_SECONDS = LATE
             time.sleep(3 * SOON)
         if fault == "forget":
             found = [None] * len(found)
@@ -116,9 +125,16 @@ class Dying(Disk):
 
 
 class Loads(Watermarks):
-    """Loads whatever is there: on a busy machine a small model may seem to compute faster."""
+    """Loads whatever is there, however long a tier takes to say so: on a busy machine a small model
+    may seem to compute faster."""
 
     name = "loads"
+
+    def __init__(self, options: PolicyOptions, engine: EngineView):
+        from kvplug.hosts.vllm.scheduler import tiers_lookup
+
+        super().__init__(options, engine)
+        tiers_lookup.SECONDS = tiers_lookup.LISTING_SECONDS = LATE
 
     def load(self, found: Found, tiers: Mapping[str, TierView]) -> int:
         return len(found.tokens)
