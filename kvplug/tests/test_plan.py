@@ -119,6 +119,15 @@ def test_a_config_of_an_unknown_type_is_read_as_it_is(
     assert (Feature.KV_SHARING in model.features) == (len(model.layers) < 8)
 
 
+@pytest.mark.parametrize("stated", ["float16", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["auto", "half", "float", "bfloat16"])
+def test_a_model_in_another_dtype_is_as_if_read_in_it(stated: str, dtype: str) -> None:
+    raw = LITTLE | {"torch_dtype": stated}
+    assert model_of(raw, "little").served_in(dtype) == model_of(raw, "little", dtype=dtype)
+    with pytest.raises(UnknownModel, match="KV in fp4"):
+        model_of(raw, "little").served_in("fp4")
+
+
 @pytest.mark.parametrize(
     ("more", "windows"),
     [

@@ -21,6 +21,7 @@ from kvplug.configs import find
 if TYPE_CHECKING:
     from kvplug.errors import DeploymentError, Refusal
     from kvplug.hosts.vllm.flags import ConfigFile
+    from kvplug.planning.model import Model
 
 FILE_HELP = (
     "A vLLM --config file with a kvplug section, a file that is only the section, or the name of a "
@@ -64,17 +65,17 @@ def check(
     from kvplug.planning.model import read_model
     from kvplug.registry import plugins
 
-    code, verdicts = 0, []
+    code, verdicts, described = 0, [], None
     if model is not None:
         with refusing():
-            read_model(model)
+            described = read_model(model)
     for file in files:
         verdict: dict[str, Any] = {"file": str(file), "ok": True, "policies": [], "problems": []}
         verdicts.append(verdict)
         try:
             with _as_file(file) as (path, shown):
                 verdict["file"] = shown
-                config = _read(path, shown, model)
+                config = _read(path, shown, described)
                 verdict |= _found(config)
         except DeploymentError as error:
             code = error.exit_code
@@ -124,7 +125,7 @@ def _as_file(file: Path) -> Iterator[tuple[Path, str]]:
         yield path, STDIN_SHOWN
 
 
-def _read(path: Path, shown: str, model: str | None) -> ConfigFile:
+def _read(path: Path, shown: str, model: Model | None) -> ConfigFile:
     """Read and check a file; errors call it what is shown."""
     from kvplug.errors import DeploymentError, Refusal
 
@@ -166,7 +167,9 @@ def _found(config: ConfigFile) -> dict[str, Any]:
     }
 
 
-def read_checked(file: Path, arguments: Sequence[str] = (), model: str | None = None) -> ConfigFile:
+def read_checked(
+    file: Path, arguments: Sequence[str] = (), model: Model | None = None
+) -> ConfigFile:
     """Read a deployment file, or a shipped one by name, and check it against its engine.
 
     A file that is only the section describes no engine, so only its policies are checked, each
@@ -175,21 +178,19 @@ def read_checked(file: Path, arguments: Sequence[str] = (), model: str | None = 
     Args:
         file: The file, or the name of a shipped one.
         arguments: Arguments of vLLM's server that go with it.
-        model: The model that it is to run on, as ``--model`` takes it; None leaves what only a
-            model tells to the engine.
+        model: The model that it is to run on; None leaves what only a model tells to the engine.
 
     Raises:
         DeploymentError: The file cannot be read, or what it describes cannot run.
-        KVPlugError: vLLM is installed and cannot be imported; or there is no such model, its
-            config cannot be read, or its heads cannot be divided among the tensor-parallel ranks.
+        KVPlugError: vLLM is installed and cannot be imported; or what the model keeps in the
+            file's dtype is not known, or its heads cannot be divided among the tensor-parallel
+            ranks.
     """
     from kvplug.contract import EngineView, Feature
-    from kvplug.deployment import LATENT
     from kvplug.errors import DeploymentError
     from kvplug.hosts.vllm.features import number
     from kvplug.hosts.vllm.flags import EXTENSION, RUNS, engine_from_flags, read_config
     from kvplug.hosts.vllm.needs import RECOMPUTE, Stated, unmet
-    from kvplug.planning.model import read_model
 
     config = read_config(find(file), arguments)
     deployment = config.deployment
@@ -203,11 +204,10 @@ def read_checked(file: Path, arguments: Sequence[str] = (), model: str | None = 
         engine = engine_from_flags(config.flags)
         stated = Stated.of_flags(config.flags, transfer)
     if model is not None:
-        described = read_model(model, str(config.flags.get("dtype", "auto")))
-        if described.latent and (beyond := deployment.beyond(LATENT)):
-            raise DeploymentError(deployment.source, beyond)
-        layers = described.views(number(config.flags, "tensor-parallel-size", 1))
-        engine = replace(engine, features=engine.features | described.features, layers=layers)
+        model = model.served_in(str(config.flags.get("dtype", "auto")))
+        model.require_runnable(deployment)
+        layers = model.views(number(config.flags, "tensor-parallel-size", 1))
+        engine = replace(engine, features=engine.features | model.features, layers=layers)
     deployment.require_compatible(engine, runs=RUNS, host="vllm")
     refusals = unmet(deployment, stated)
     if not config.standalone or arguments:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvplug.contract import Feature, LayerView
-from kvplug.errors import KVPlugError
+from kvplug.deployment import LATENT, Deployment
+from kvplug.errors import DeploymentError, KVPlugError
 from kvplug.regular_file import UnreadableFile, read_regular
 
 MAX_CONFIG = 16 << 20
@@ -101,6 +102,19 @@ class Model:
     longest: int
     config: Mapping[str, Any]
     raw: Mapping[str, Any]
+
+    def served_in(self, dtype: str) -> Model:
+        """The model as it is with another ``--dtype``; see `read_model`.
+
+        Raises:
+            UnknownModel: What its layers keep in that dtype is not known.
+        """
+        return replace(self, dtype=_dtype(self.raw, self.config, dtype, self.name))
+
+    def require_runnable(self, deployment: Deployment) -> None:
+        """Raise DeploymentError where policies cannot work on what the layers keep."""
+        if self.latent and (refusals := deployment.beyond(LATENT)):
+            raise DeploymentError(deployment.source, refusals)
 
     def token_bytes(self, element: int | None = None) -> int:
         """Bytes of a token's KV in all layers.

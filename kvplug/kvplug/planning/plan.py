@@ -14,7 +14,7 @@ from kvplug.contract import (
     ScoringPolicy,
     SequencePolicy,
 )
-from kvplug.deployment import LATENT, Deployment
+from kvplug.deployment import Deployment
 from kvplug.errors import DeploymentError, KVPlugError
 from kvplug.hosts.sizes import query_places, query_ring, recent_places, tail_fields
 from kvplug.hosts.vllm.engine import layer_limits, layer_rules, plain_defaults
@@ -305,8 +305,7 @@ class Planner:
             features=features_from_flags(flags) | self.model.features,
             layers=self.model.views(self.question.ranks),
         )
-        if self.model.latent and (refusals := deployment.beyond(LATENT)):
-            raise DeploymentError(deployment.source, refusals)
+        self.model.require_runnable(deployment)
         deployment.require_compatible(engine, runs=RUNS, host="vllm")
         built: dict[Kind, Any] = {
             kind: choice.build(engine)
