@@ -100,9 +100,10 @@ def test_what_is_not_a_number_stays_in_its_head(
     query[1, 1, 3] = NAN
     key, value = (torch.ones(2, 1, 16, device=device) for _ in range(2))
     starts = torch.tensor([0, 2], dtype=torch.int32, device=device)
-    out, _ = implementation(query, key, value, starts, 1.0, max_query_len=2)
-    assert out[1, 1].isnan().all()
+    out, lse = implementation(query, key, value, starts, 1.0, max_query_len=2)
+    assert out[1, 1].isnan().all() and lse[1, 1].isnan()
     assert out[0].isfinite().all() and out[1, 0].isfinite().all()
+    assert lse[0].isfinite().all() and lse[1, 0].isfinite()
 
 
 @pytest.mark.parametrize("merge", [merge_attention_vectorized, merge_attention_cpu])

@@ -282,6 +282,46 @@ def test_softcap(implementation: Implementation, device: torch.device) -> None:
     assert not torch.allclose(capped[0], implementation(**case)[0], atol=1e-3)
 
 
+@grid(
+    ALL,
+    pytest.mark.parametrize("softcap", [0.0, 0.5]),
+    pytest.mark.parametrize("name", ["fp8", "outliers", "int4", "plain-32"]),
+)
+def test_what_is_not_a_number_stays_in_its_head(
+    implementation: Implementation, name: str, softcap: float, device: torch.device
+) -> None:
+    _assert_nan_stays(implementation, LAYOUTS[name], torch.float32, softcap, device)
+
+
+@ALL
+@pytest.mark.parametrize("name", INTEGER)
+def test_integer_products_lose_nothing_that_is_not_a_number(
+    implementation: Implementation, name: str, device: torch.device
+) -> None:
+    _assert_nan_stays(implementation, INTEGER[name], torch.float32, 0.0, device, integer=True)
+
+
+def _assert_nan_stays(
+    implementation: Implementation,
+    layout: CodedPage,
+    dtype: torch.dtype,
+    softcap: float,
+    device: torch.device,
+    *,
+    integer: bool = False,
+) -> None:
+    case = make_case(layout, [137, 20], [2, 1], group=2, dtype=dtype, causal=True, device=device)
+    query = case["query"]
+    query[1, 2, 3] = NAN
+    query[2, 1] = NAN
+    out, lse = implementation(**case, softcap=softcap, integer=integer)
+    gone = torch.zeros(3, 4, dtype=torch.bool, device=device)
+    gone[1, 2] = gone[2, 1] = True
+    assert torch.equal(lse.isnan(), gone)
+    assert torch.equal(out.isnan(), gone[..., None].expand_as(out))
+    assert out[~gone].isfinite().all() and lse[~gone].isfinite().all()
+
+
 # -- Planes ----------------------------------------------------------------------------------------
 
 PLANES = {
@@ -374,6 +414,16 @@ def test_planes_with_any_scale(scale: float, softcap: float, device: torch.devic
     assert_planes_same(got, paged_attend_quant_naive(**case, softcap=softcap))
 
 
+@pytest.mark.parametrize(
+    "name", ["int8-of-64", "int4-of-96", "int4-groups-of-a-plane", "kivi-of-2-bits"]
+)
+@pytest.mark.parametrize("softcap", [0.0, 0.5])
+def test_what_is_not_a_number_stays_in_its_column(
+    name: str, softcap: float, device: torch.device
+) -> None:
+    _assert_nan_stays(paged_attend_quant_triton, PLANES[name], torch.bfloat16, softcap, device)
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e-4, 3e4, 1e30])
 def test_planes_take_queries_of_any_size(size: float, device: torch.device) -> None:
     """A bfloat16 query may be far out of the range of float16, and so may a row beside it."""
@@ -453,6 +503,12 @@ INTEGER_PLANES = {
     "int2-groups": CodedPage(Coding(128, 2, group=32, sums=True), Coding(128, 2, group=32)),
     "int4-of-64": CodedPage(Coding(64, 4, sums=True), Coding(64, 4, group=32)),
 }
+
+
+@pytest.mark.parametrize("name", INTEGER_PLANES)
+def test_integer_planes_lose_nothing_that_is_not_a_number(name: str, device: torch.device) -> None:
+    layout = INTEGER_PLANES[name]
+    _assert_nan_stays(paged_attend_quant_triton, layout, torch.bfloat16, 0.0, device, integer=True)
 
 
 @pytest.mark.parametrize("group", [4, 7, 16])

@@ -157,7 +157,7 @@ def attend_exact_kernel(
             BLOCK_D,
             DTYPE,
         )
-    m_any = b_norm > 0
+    m_any = b_norm != 0  # NaN is a norm, too
     b_norm = tl.where(m_any, b_norm, 1.0)
     o_out = o_token * (KV_HEADS * QUERY_GROUP) + o_head
     b_lse = tl.where(m_any, b_max + tl.log(b_norm), float("-inf"))

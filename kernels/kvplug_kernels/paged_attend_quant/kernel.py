@@ -238,6 +238,9 @@ def attend_kernel(
         b_wide = b_wide.to(tl.float32)
         b_q_zero = tl.min(tl.where(m_q, b_wide, float("inf")), 2)
         b_q_top = tl.max(tl.where(m_q, b_wide, float("-inf")), 2)
+        # Neither a least number nor an integer code is NaN on a GPU.
+        b_q_nan = tl.max((b_wide != b_wide).to(tl.int32), 2)
+        b_q_zero = tl.where(b_q_nan > 0, float("nan"), b_q_zero)
         m_qg = m_m[None, :] & (o_kg < K_WIDTH // K_GROUP)[:, None]
         b_q_zero = tl.where(m_qg, b_q_zero, 0.0)
         b_q_scale = tl.where(m_qg, (b_q_top - b_q_zero) / 255, 0.0)
@@ -413,7 +416,7 @@ def attend_kernel(
             b_sum = b_sum * b_shrink[:, None]
             b_sum = tl.dot(b_weight.to(DTYPE), b_value, b_sum, input_precision="ieee")
 
-    m_any = b_norm > 0
+    m_any = b_norm != 0  # NaN is a norm, too
     b_norm = tl.where(m_any, b_norm, 1.0)
     o_part = (o_token * (HEADS * QUERY_GROUP) + o_head) * SPLITS + i_s
     b_lse = tl.where(m_any, b_max + tl.log(b_norm), float("-inf"))
@@ -460,12 +463,12 @@ def merge_splits_kernel(
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         b_weight = tl.exp(b_lse - base)
         shrink = tl.exp(top - base)
-        m_part = (b_lse > float("-inf"))[:, None] & m_d[None, :]
+        m_part = (b_lse != float("-inf"))[:, None] & m_d[None, :]
         b_part = tl.load(partial + o_part[:, None] * WIDTH + o_d[None, :], mask=m_part, other=0)
         b_out = b_out * shrink + tl.sum(b_part * b_weight[:, None], 0)
         norm = norm * shrink + tl.sum(b_weight, 0)
         top = new_top
-    m_any = norm > 0
+    m_any = norm != 0
     norm = tl.where(m_any, norm, 1.0)
     tl.store(out + i_p * WIDTH + o_d, b_out / norm, mask=m_d)
     if tl.program_id(1) == 0:

@@ -289,7 +289,8 @@ def attend_planes_kernel(
             b_q = tl.load(p_query[None, :] + o_c[:, None], mask=m_q, other=0).to(tl.float32)
             if INTEGER:
                 b_q = tl.floor((b_q - b_q_zero[None, :]) * b_inverse[None, :] + 0.5)
-                b_q = tl.minimum(tl.maximum(b_q, 0.0), 255.0) - 128
+                b_q = tl.maximum(b_q, 0.0, propagate_nan=tl.PropagateNan.ALL)
+                b_q = tl.minimum(b_q, 255.0, propagate_nan=tl.PropagateNan.ALL) - 128
                 b_q = tl.where(m_q, b_q, 0.0).to(tl.float16)
             else:
                 b_q = (b_q * b_unit[None, :]).to(tl.float16)
@@ -507,7 +508,7 @@ def attend_planes_kernel(
         weights = new_weights
         lows = new_lows
 
-    m_any = b_norm > 0
+    m_any = b_norm != 0  # NaN is a norm, too
     b_norm = tl.where(m_any, b_norm, 1.0)
     o_part = (o_token * (HEADS * QUERY_GROUP) + o_head) * n_splits + i_s
     if not SOFTCAP:
