@@ -19,13 +19,12 @@ import re
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from kvplug.hosts.vllm.asgi import PostMiddleware
 
-    Message = MutableMapping[str, Any]
-    Receive = Callable[[], Awaitable[Message]]
-    Send = Callable[[Message], Awaitable[None]]
-    Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kvplug.hosts.vllm.asgi import Message, Receive, Scope, Send
 
 __all__ = ["ANSWERS", "SAID", "AnswerMiddleware", "Answers"]
 
@@ -141,21 +140,15 @@ def stream_of(request_id: str) -> tuple[str, int | None] | None:
     return answer_id, None if child and prompt else int(child or prompt)
 
 
-class AnswerMiddleware:
+class AnswerMiddleware(PostMiddleware):
     """Adds what kvplug says of an answer where vLLM's server leaves it out.
 
     Args:
         app: The server, an ASGI application.
     """
 
-    def __init__(self, app: Application):
-        self.app = app
-
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Serve one ASGI connection."""
-        if scope["type"] != "http" or scope.get("method") != "POST":
-            await self.app(scope, receive, send)
-            return
+    async def post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request and look into its answer."""
         answer = _Answer(send)
         try:
             await self.app(scope, receive, answer.send)

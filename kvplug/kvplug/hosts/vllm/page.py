@@ -29,12 +29,7 @@ from kvplug.observe.live_socket import INTERVAL, follow
 from kvplug.observe.page import FILES, HEADERS, file, html
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, MutableMapping
-
-    Message = MutableMapping[str, Any]
-    Receive = Callable[[], Awaitable[Message]]
-    Send = Callable[[Message], Awaitable[None]]
-    Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+    from kvplug.hosts.vllm.asgi import Application, Receive, Scope, Send
 
 __all__ = ["LivePage"]
 
@@ -77,7 +72,7 @@ class LivePage:
         self._hub: _Hub | None = None
         self._streams = 0
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
         path = str(scope.get("path", "")).removeprefix(scope.get("root_path", ""))
         own = path == ROOT or path.startswith(f"{ROOT}/")
@@ -103,9 +98,7 @@ class LivePage:
         else:
             await answer.text(404, "There is no such page.")
 
-    async def _data(
-        self, name: str, scope: MutableMapping[str, Any], receive: Receive, answer: _Answer
-    ) -> None:
+    async def _data(self, name: str, scope: Scope, receive: Receive, answer: _Answer) -> None:
         app = scope["app"]
         if not _may_see(app, scope["headers"]):
             await answer.text(

@@ -21,17 +21,13 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as SlotLogitsProcessor,
 )
 
+from kvplug.hosts.vllm.asgi import PostMiddleware
 from kvplug.request_options import RequestOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, MutableMapping
-
     from torch import Tensor
 
-    Message = MutableMapping[str, Any]
-    Receive = Callable[[], Awaitable[Message]]
-    Send = Callable[[Message], Awaitable[None]]
-    Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+    from kvplug.hosts.vllm.asgi import Message, Receive, Scope, Send
 
 KEY = "kv_transfer_params"
 
@@ -82,21 +78,15 @@ class RequestCheck(LogitsProcessor, SlotLogitsProcessor):
         return logits
 
 
-class RequestCheckMiddleware:
+class RequestCheckMiddleware(PostMiddleware):
     """Answers HTTP 400 to requests whose kvplug options are invalid.
 
     Args:
         app: The server, an ASGI application.
     """
 
-    def __init__(self, app: Application):
-        self.app = app
-
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Serve one ASGI connection."""
-        if scope["type"] != "http" or scope.get("method") != "POST":
-            await self.app(scope, receive, send)
-            return
+    async def post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse a request, or hand it on with the body that was read."""
         messages, body = await _read(receive)
         refusal = _refusal_in(body) if body is not None else None
         if refusal is not None:

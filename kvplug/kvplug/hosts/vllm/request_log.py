@@ -11,15 +11,12 @@ import json
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvplug.hosts.vllm.asgi import PostMiddleware
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, MutableMapping
-
-    Message = MutableMapping[str, Any]
-    Receive = Callable[[], Awaitable[Message]]
-    Send = Callable[[Message], Awaitable[None]]
-    Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+    from kvplug.hosts.vllm.asgi import Application, Message, Receive, Scope, Send
 
 FILE = "KVPLUG_REQUEST_LOG"
 """Environment variable that names the file."""
@@ -46,7 +43,7 @@ MAX_FILE = 256 << 20
 logger = logging.getLogger("vllm.kvplug.request_log")
 
 
-class RequestLog:
+class RequestLog(PostMiddleware):
     """Appends requests' bodies to a file, one a line, and passes them on unchanged.
 
     A file that cannot be written, or is full, ends the recording with a line in the log; requests
@@ -57,21 +54,16 @@ class RequestLog:
     """
 
     def __init__(self, app: Application):
-        self.app = app
+        super().__init__(app)
         self._path = os.environ.get(FILE, "")
         self._begun = time.monotonic()
         self._over = not self._path
         if self._over:
             logger.warning("kvplug: requests are not recorded: %s names no file", FILE)
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Serve one ASGI connection."""
-        wanted = (
-            not self._over
-            and scope["type"] == "http"
-            and scope.get("method") == "POST"
-            and str(scope.get("path", "")).endswith(PATHS)
-        )
+    async def post(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request and write it down."""
+        wanted = not self._over and str(scope.get("path", "")).endswith(PATHS)
         await self.app(scope, self._tee(receive) if wanted else receive, send)
 
     def _tee(self, receive: Receive) -> Receive:

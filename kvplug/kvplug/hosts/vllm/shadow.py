@@ -19,12 +19,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from kvplug.hosts.vllm.shadow_orders import ASK, NUMBER, STOP, ShadowOrder
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, MutableMapping
-
-    Message = MutableMapping[str, Any]
-    Receive = Callable[[], Awaitable[Message]]
-    Send = Callable[[Message], Awaitable[None]]
-    Application = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+    from kvplug.hosts.vllm.asgi import Application, Receive, Scope, Send
 
 __all__ = ["ERRANDS", "Errands", "ShadowMiddleware"]
 
@@ -104,7 +99,7 @@ class ShadowMiddleware:
     def __init__(self, app: Application):
         self.app = app
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection, or the server's own start."""
         if ERRANDS.client is None:
             state = getattr(scope.get("app"), "state", None)
