@@ -74,8 +74,28 @@ class _EngineOfConfig(EngineView):
         return found
 
 
-INTERLEAVED = frozenset({"cohere", "cohere2", "glm", "glm4", "gptj", "ernie4_5", "helium"})
+INTERLEAVED = frozenset(
+    {
+        "cohere",
+        "cohere2",
+        "cohere2_moe",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "glm",
+        "glm4",
+        "gptj",
+        "helium",
+    }
+)
 """Model types that rotate neighbouring channels as pairs, not halves."""
+
+
+UNROTATED = frozenset({"afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe"})
+"""Model types whose full-attention layers rotate nothing beside layers with a sliding window."""
+
+
+NO_ROTATION = frozenset({"alibi", "nope"})
+"""Values of ``position_embedding_type`` of models that rotate nothing."""
 
 
 def rope_of(config: Any) -> Rope | None:
@@ -84,7 +104,7 @@ def rope_of(config: Any) -> Rope | None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     stated = getattr(config, "rope_parameters", None)
-    if not isinstance(stated, dict) or "rope_theta" not in stated:
+    if not isinstance(stated, dict) or "rope_theta" not in stated or not _rotates_alike(config):
         return None
     kind = stated.get("rope_type", "default")
     if kind == "default":
@@ -101,6 +121,25 @@ def rope_of(config: Any) -> Rope | None:
     return Rope(frequencies, getattr(config, "model_type", "") in INTERLEAVED)
 
 
+def _rotates_alike(config: Any) -> bool:
+    """False where some layers, or all, rotate nothing or otherwise, though the config has the
+    parameters of a rotation."""
+    theta = config.rope_parameters["rope_theta"]
+    thetas = getattr(config, "layer_rope_theta", None) or ()
+    rotated = getattr(config, "no_rope_layers", None) or ()  # 1 for a layer that rotates
+    apart = getattr(config, "model_type", "") in UNROTATED and any(
+        "sliding" in kind for kind in getattr(config, "layer_types", None) or ()
+    )
+    return bool(
+        theta
+        and all(one == theta for one in thetas)
+        and all(rotated)
+        and not apart
+        and not getattr(config, "alibi", False)
+        and getattr(config, "position_embedding_type", None) not in NO_ROTATION
+    )
+
+
 ALIBI = frozenset({"bloom", "mpt"})
 
 
@@ -115,10 +154,12 @@ def position_scheme(config: Any) -> str:
         digest = hashlib.blake2b(table, digest_size=8).hexdigest()
         return f"rope/{'gptj' if rope.interleaved else 'neox'}/{digest}"
     kind = getattr(config, "model_type", "")
-    if isinstance(getattr(config, "rope_parameters", None), dict):
-        return "rope-by-length"
     if kind in ALIBI or getattr(config, "alibi", False):
         return "alibi"
+    stated = getattr(config, "rope_parameters", None)
+    if isinstance(stated, dict):
+        alike = "rope_theta" not in stated or _rotates_alike(config)
+        return "rope-by-length" if alike else "unknown"
     return "learned" if kind in LEARNED else "unknown"
 
 
