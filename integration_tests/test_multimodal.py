@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,8 @@ from kvplug import configs
 from kvplug.errors import DeploymentError
 from kvplug.hosts.vllm.admission import deployment_of
 from kvplug.hosts.vllm.flags import read_config
+from kvplug.hosts.vllm.identity import chunk_identity
+from kvplug.hosts.vllm.view import engine_view
 from kvplug_lab.engine.trial import TrialRequest, TrialResult, connector_flags
 
 SIDE, PATCH, SHRINK = 112, 14, 2
@@ -168,3 +172,34 @@ def test_what_the_preset_leaves_out_is_refused(idefics: Path, section: dict[str,
     assert {one.problem.partition(" cannot ")[2] for one in refused.value.refusals} == {
         "run on a model with multimodal inputs."
     }
+
+
+def test_how_images_are_prepared_is_a_part_of_what_chunks_are(
+    idefics: Path, tmp_path: Path
+) -> None:
+    """vLLM's own name of an image says nothing of its processor's files."""
+
+    def identity(model: Path, **flags: Any) -> str:
+        config = EngineArgs(
+            model=str(model),
+            max_model_len=352,
+            block_size=BLOCK,
+            enforce_eager=True,
+            dtype="float32",
+            kv_transfer_config=KVTransferConfig(
+                **connector_flags({"tiers": [{"host": {"size": "1MiB"}}]})
+            ),
+            **flags,
+        ).create_engine_config()
+        return chunk_identity(config, engine_view(config), None)
+
+    copy = Path(shutil.copytree(idefics, tmp_path / "copy"))
+    assert identity(copy) == identity(idefics)
+    assert identity(copy, mm_processor_kwargs={"do_rescale": False}) != identity(idefics)
+    (named,) = (
+        file for file in copy.glob("*.json") if '"image_mean"' in file.read_text(encoding="utf-8")
+    )
+    changed = json.loads(named.read_text(encoding="utf-8"))
+    changed.get("image_processor", changed)["image_mean"] = [0.25, 0.25, 0.25]
+    named.write_text(json.dumps(changed), encoding="utf-8")
+    assert identity(copy) != identity(idefics)

@@ -165,6 +165,14 @@ def test_calibrations_know_an_overridden_model_by_the_config_that_says_so(
     assert scheduler(model).context.engine.model == model_fingerprint(model)
 
 
+def test_what_adapters_apply_to_counts_and_how_many_there_may_be_does_not(model: Path) -> None:
+    def identity(**flags: Any) -> Any:
+        return scheduler(model, enable_lora=True, **flags).identity["model"]
+
+    assert identity() == identity(max_loras=2, max_lora_rank=8)
+    assert identity() != identity(lora_target_modules=["q_proj"])
+
+
 def test_a_policys_copy_of_the_engine_copies_no_weights(reuse: ReuseScheduler) -> None:
     config = reuse.context.vllm_config
     layers = config.compilation_config.static_forward_context
@@ -331,6 +339,56 @@ def test_an_adapter_younger_than_the_engine_may_have_been_another_when_it_was_lo
     assert taken(fresh, with_adapter("r", 1, path)) is None
     fresh._adapters = Adapters(time.time() + 1)
     assert taken(fresh, with_adapter("s", 1, path)) is not None
+
+
+def relinked(place: Path) -> None:
+    """The link that requests name leads to another adapter."""
+    (place / "next").symlink_to(place / "v2")
+    (place / "next").replace(place / "current")
+
+
+def relinked_below(place: Path) -> None:
+    """The link that requests name stays, and leads to one that leads elsewhere."""
+    (place / "next").symlink_to(place / "v2")
+    (place / "next").replace(place / "stable")
+
+
+def weights_relinked(place: Path) -> None:
+    (place / "v1" / "next").symlink_to(place / "v2" / "adapter_model.safetensors")
+    (place / "v1" / "next").replace(place / "v1" / "adapter_model.safetensors")
+
+
+def renamed(place: Path) -> None:
+    """Another folder takes the place of the one that requests name."""
+    (place / "v1").rename(place / "before")
+    (place / "v2").rename(place / "v1")
+
+
+@pytest.mark.parametrize("change", [relinked, relinked_below, weights_relinked, renamed])
+def test_an_adapter_that_another_took_the_place_of_may_have_been_loaded_before(
+    change: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """Whatever the age of its files: vLLM loads an adapter before a request names it, too."""
+    for name, content in (("v1", b"weights"), ("v2", b"another")):
+        adapter(tmp_path / name, content)
+    (tmp_path / "stable").symlink_to(tmp_path / "v1")
+    (tmp_path / "current").symlink_to("stable")
+    asked = LoRARequest("support", 1, str(tmp_path / "current"))
+    # File systems count time in steps of some milliseconds.
+    time.sleep(0.1)
+    started = time.time()
+    time.sleep(0.1)
+    assert Adapters(started).identity(asked)
+    change(tmp_path)
+    assert Adapters(started).identity(asked) is None
+
+
+def test_an_adapter_is_what_its_request_says_of_its_layout(tmp_path: Path) -> None:
+    path, adapters = adapter(tmp_path / "v1"), Adapters(time.time() + 3600)
+    fused = LoRARequest("support", 1, path, is_3d_lora_weight=True)
+    found = adapters.identity(fused), adapters.identity(LoRARequest("support", 2, path))
+    assert None not in found and found[0] != found[1]
+    assert adapters.identity(LoRARequest("support", 1, path)) is None
 
 
 def overwritten(path: Path) -> None:

@@ -42,6 +42,9 @@ _MISTRAL, _MISTRAL_INDEX = "consolidated*.safetensors", "consolidated.safetensor
 _TRAINING = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 """Files that are no weights, whatever their names end with."""
 
+_QUANTIZATION = ("*quant_config.json", "*quantize_config.json")
+"""Files in which vLLM finds how weights are quantized, where config.json does not say."""
+
 _PATTERNS: Mapping[str, tuple[str, ...]] = {
     "auto": ("*.safetensors", "*.bin", "*.pt"),
     "hf": ("*.safetensors", "*.bin", "*.pt"),
@@ -139,10 +142,10 @@ def model_fingerprint(
 ) -> str:
     """Fingerprint a model, distinct from any other whose config or weights differ in one byte.
 
-    A hash over `config.json`, the names and all bytes of the weight files, and the code that the
-    config names, if any. The directory and the files' times do not matter. Bytes are read once:
-    digests are remembered in ``$XDG_CACHE_HOME/kvplug``, by each file's device, inode, size and
-    times.
+    A hash over `config.json`, the names and all bytes of the weight files, and, if any, of the code
+    that the config names and of the files that say how the weights are quantized. The directory and
+    the files' times do not matter. Bytes are read once: digests are remembered in
+    ``$XDG_CACHE_HOME/kvplug``, by each file's device, inode, size and times.
 
     Args:
         path: The model's directory or file.
@@ -170,13 +173,14 @@ def model_fingerprint(
             for name, value in facts.items()
             if name not in _IGNORED and not name.endswith("_token_id")
         }
-        code = sorted(folder.glob("*.py")) if "auto_map" in facts else []
-        digests = file_digests([*files, *code])
+        beside = sorted(folder.glob("*.py")) if "auto_map" in facts else []
+        beside += sorted(file for name in _QUANTIZATION for file in model.glob(name))
+        digests = file_digests([*files, *beside])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ""
     found = hashlib.blake2b(digest_size=16)
     found.update(json.dumps(stated, sort_keys=True).encode())
-    for file, digest in zip([*files, *code], digests, strict=True):
+    for file, digest in zip([*files, *beside], digests, strict=True):
         # The one file that is a model may have any name.
         found.update(f"\0{'' if file == model else file.name}\0{digest}".encode())
     return found.hexdigest()

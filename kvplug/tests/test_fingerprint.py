@@ -106,6 +106,20 @@ def test_code_that_the_config_names_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"]
+)
+def test_how_weights_are_quantized_counts_where_a_file_beside_them_says_so(
+    name: str, tmp_path: Path
+) -> None:
+    found = {
+        model_fingerprint(model(tmp_path / bits, {"model.safetensors": b"w", name: bits.encode()}))
+        for bits in ("4", "8")
+    }
+    found.add(model_fingerprint(model(tmp_path / "none", {"model.safetensors": b"w"})))
+    assert len(found) == 3 and "" not in found
+
+
+@pytest.mark.parametrize(
     ("files", "load_format", "expected"),
     [
         ({"b.safetensors", "a.safetensors", "x.bin"}, "auto", "a.safetensors b.safetensors"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from typing import Any
@@ -27,6 +28,13 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+_ROOM = frozenset({"max_cpu_loras", "max_lora_rank", "max_loras", "specialize_active_lora"})
+"""Settings of adapters that say how many fit, and not what they compute."""
 
 
 def identity(vllm_config: Any, view: EngineView, stored: FormatPolicy | None) -> dict[str, Any]:
@@ -93,13 +101,54 @@ def _computation(vllm_config: Any, view: EngineView, position: str) -> str:
         "model_impl": str(model.model_impl),
         "model_class": model.model_class_overrides,
         "disable_sliding_window": model.disable_sliding_window,
-        "lora_dtype": str(lora.lora_dtype) if lora is not None else "",
+        "lora": {k: v for k, v in _fields(lora).items() if k not in _ROOM},
+        "inputs": _inputs(vllm_config),
         # The table of rotations then depends on the longest text there may be.
         "length": view.max_model_len if position == "rope-by-length" else 0,
         "vllm": compat.version(),
     }
     text = json.dumps(plain(facts), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """A config of vLLM's as data; empty for none."""
+    if config is None:
+        return {}
+    return {one.name: getattr(config, one.name) for one in dataclasses.fields(config)}
+
+
+def _inputs(vllm_config: Any) -> dict[str, Any]:
+    """What the embeddings of images, sound and video depend on beside their content.
+
+    vLLM names an input by its content and the options of its processor that a request or a flag
+    set, not by the processor's own files.
+    """
+    model = vllm_config.model_config
+    settings = model.multimodal_config if model.is_multimodal_model else None
+    if settings is None:
+        return {}
+    try:
+        folder = model_folder(
+            str(model.model), model.revision, vllm_config.load_config.download_dir
+        )
+        files = [p for n in _PROCESSOR_FILES if (p := folder / n).is_file()]
+        if model.trust_remote_code:
+            files += sorted(folder.glob("*.py"))
+        processor: Any = [[p.name, one] for p, one in zip(files, file_digests(files), strict=True)]
+    except OSError:
+        processor = f"{model.model}@{model.revision or ''}"
+    return {"processor": processor} | {
+        name: getattr(settings, name, None)
+        for name in (
+            "media_io_kwargs",
+            "mm_device_do_normalize",
+            "mm_encoder_attn_dtype",
+            "mm_processor_kwargs",
+            "video_pruning_method",
+            "video_pruning_rate",
+        )
+    }
 
 
 def _tokenizer(vllm_config: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ class _Loaded:
 
     Attributes:
         path: Its folder.
+        fused: True if it says that its experts' weights are in one tensor a layer.
         files: What the file system said about its files.
         digest: Of its files; empty if they could not be read.
     """
 
     path: str
+    fused: bool
     files: tuple[tuple[str, Signature], ...]
     digest: str
 
@@ -40,10 +43,10 @@ class Adapters:
     """Content of the adapters that an engine has loaded.
 
     vLLM loads an adapter when somebody names its number for the first time, and keeps it, or loads
-    it again from the same path, as long as it likes; nobody tells when. So a number whose files are
-    younger than the engine, have changed since a request named it, or that comes with another path,
-    may mean either content: it has no identity. The same bytes under another number are the same
-    adapter.
+    it again from the same path, as long as it likes; nobody tells when. So a number whose files, or
+    the links that lead to them, are younger than the engine, have changed since a request named it,
+    or that comes with another path, may mean either content: it has no identity. The same bytes
+    under another number are the same adapter.
 
     Args:
         started: When the engine started, in seconds since the epoch.
@@ -66,28 +69,55 @@ class Adapters:
         if lora_request is None:
             return ""
         number, path = int(lora_request.lora_int_id), str(lora_request.lora_path)
+        fused = bool(getattr(lora_request, "is_3d_lora_weight", False))
         known = self._loaded.get(number)
         if known is None:
-            known = self._loaded[number] = self._load(path)
-        elif known.digest and (path != known.path or _signatures(path) != known.files):
-            known = self._loaded[number] = _Loaded(known.path, (), "")
+            known = self._loaded[number] = self._load(path, fused)
+        elif known.digest and (
+            (path, fused) != (known.path, known.fused) or _signatures(path) != known.files
+        ):
+            known = self._loaded[number] = _Loaded(known.path, known.fused, (), "")
         return known.digest or None
 
-    def _load(self, path: str) -> _Loaded:
-        unknown = _Loaded(path, (), "")
+    def _load(self, path: str, fused: bool) -> _Loaded:
+        unknown = _Loaded(path, fused, (), "")
         files = _signatures(path)
         if not any(name.startswith("adapter_model") for name, _ in files):
             return unknown
-        if max(facts[-1] for _, facts in files) / 1e9 > self._started:
-            return unknown
         try:
+            if _changed(path, files) / 1e9 > self._started:
+                return unknown
             digests = file_digests(Path(path).expanduser() / name for name, _ in files)
         except OSError:
             return unknown
-        found = hashlib.blake2b(digest_size=16)
+        found = hashlib.blake2b(b"fused" if fused else b"", digest_size=16)
         for (name, _), digest in zip(files, digests, strict=True):
             found.update(f"{name}\0{digest}\0".encode())
-        return _Loaded(path, files, found.hexdigest()) if _signatures(path) == files else unknown
+        return (
+            _Loaded(path, fused, files, found.hexdigest())
+            if _signatures(path) == files
+            else unknown
+        )
+
+
+def _changed(path: str, files: tuple[tuple[str, Signature], ...]) -> int:
+    """When an adapter last became what it is, in nanoseconds: by a change of its files, of the
+    folder, which is renamed to take another's place, or of a link on the way to them."""
+    folder = Path(path).expanduser().absolute()
+    links = {link for name, _ in files for link in _links(folder / name)}
+    return max(
+        folder.stat().st_ctime_ns,
+        *(facts[-1] for _, facts in files),
+        *(link.lstat().st_ctime_ns for link in links),
+    )
+
+
+def _links(path: Path) -> Iterator[Path]:
+    """Yield the links that a path, which leads to a file, goes through."""
+    for one in (path, *path.parents):
+        if one.is_symlink():
+            yield one
+            yield from _links(one.parent / one.readlink())
 
 
 def _signatures(path: str) -> tuple[tuple[str, Signature], ...]:
