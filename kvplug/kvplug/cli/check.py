@@ -220,6 +220,7 @@ def read_checked(
 def _guard_refusals(config: ConfigFile) -> list[Refusal]:
     """Refuse a guard that sees nothing; what `kvplug serve` adds is there."""
     from kvplug.errors import Refusal
+    from kvplug.hosts.vllm.features import speculation
     from kvplug.hosts.vllm.flags import GUARD, has_processor
     from kvplug.hosts.vllm.needs import SHADOW_WITH_DRAFTS
 
@@ -234,7 +235,7 @@ def _guard_refusals(config: ConfigFile) -> list[Refusal]:
             f"set --logits-processors {GUARD}.",
         )
         found.append((key, problem, fix))
-    if deployment.guard.shadow is not None and config.flags.get("speculative-config"):
+    if deployment.guard.shadow is not None and speculation(config.flags):
         found.append((f"{key}.shadow", *SHADOW_WITH_DRAFTS))
     return [Refusal(at, problem, fix, deployment.lines.get(at)) for at, problem, fix in found]
 
@@ -271,10 +272,16 @@ def _identity_refusals(config: ConfigFile) -> list[Refusal]:
     ]
 
 
-def section_file(config: ConfigFile) -> Path | None:
-    """The file that holds a ``--config`` file's section when it is another file."""
-    elsewhere = not config.standalone and config.deployment.source != str(config.path)
-    return Path(config.deployment.source) if elsewhere else None
+def relative_section(config: ConfigFile) -> Path | None:
+    """The file that holds a ``--config`` file's section, where that names it by a relative path.
+
+    vLLM looks for it in its working directory, whichever way the ``--config`` file is named.
+    """
+    if config.standalone:
+        return None
+    written = config.transfer["kv_connector_extra_config"]["kvplug"]
+    relative = isinstance(written, str) and not Path(written).is_absolute()
+    return Path(config.deployment.source) if relative else None
 
 
 def notes(config: ConfigFile) -> list[str]:
@@ -300,11 +307,10 @@ def notes(config: ConfigFile) -> list[str]:
             f"each data-parallel rank keeps its segments in a folder of its own: rank 0 in "
             f"{store}, the others in {store}/data-parallel-1 and so on."
         )
-    section = section_file(config)
-    if section is not None and not section.is_absolute():
+    if (section := relative_section(config)) is not None:
         found.append(
-            f"the section's path {section} is relative: `kvplug serve` makes it absolute, "
-            "vLLM itself resolves it against its working directory."
+            f"the section's path is relative: `kvplug serve` passes {section.absolute()}, vLLM "
+            "itself resolves it against its working directory."
         )
     return found
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from kvplug.cli import complete
-from kvplug.cli.check import FILE_HELP, notes, read_checked, section_file
+from kvplug.cli.check import FILE_HELP, notes, read_checked, relative_section
 from kvplug.cli.refusals import refusing
 
 if TYPE_CHECKING:
@@ -279,8 +279,8 @@ def _transfer(
         } | ({"kv_load_failure_policy": RECOMPUTE} if loads_kv(config.deployment) else {})
     section: Any = instead
     if section is None:
-        file = section_file(config)
-        if file is None or file.is_absolute():
+        file = relative_section(config)
+        if file is None:
             return None
         section = str(file.resolve())
     extra = {**config.transfer["kv_connector_extra_config"], "kvplug": section}

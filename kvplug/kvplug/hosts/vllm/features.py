@@ -59,18 +59,36 @@ def features_from_flags(flags: Flags) -> frozenset[Feature]:
     )
 
 
-def _speculative(flags: Flags) -> Mapping[str, Any] | None:
+def speculation(flags: Flags) -> Mapping[str, Any] | None:
+    """What flags say of speculative decoding, in one mapping or in flags of its parts; None where
+    there is none."""
     config = flags.get("speculative-config")
-    return config if isinstance(config, Mapping) else None
+    found = dict(config) if isinstance(config, Mapping) else {}
+    for part, name in _SPECULATION.items():
+        if flags.get(part) is not None:
+            found[name] = flags[part]
+    return found or None
+
+
+_SPECULATION = {
+    "spec-method": "method",
+    "spec-model": "model",
+    "spec-tokens": "num_speculative_tokens",
+}
+"""Flags that set one entry of ``--speculative-config`` each."""
 
 
 def _draft_model(flags: Flags) -> bool:
-    config = _speculative(flags)
-    return config is not None and config.get("method") != "ngram"
+    config = speculation(flags)
+    # Without a method, vLLM takes the model's name for one.
+    return config is not None and (config.get("method") or config.get("model")) not in _NGRAM
+
+
+_NGRAM = ("ngram", "[ngram]")
 
 
 def _async_scheduling(flags: Flags) -> bool:
-    ngram = _speculative(flags) is not None and not _draft_model(flags)
+    ngram = speculation(flags) is not None and not _draft_model(flags)
     pipeline = number(flags, "pipeline-parallel-size", 1) > 1
     return enabled(flags, "async-scheduling", not ngram and not pipeline)
 
@@ -136,7 +154,7 @@ READINGS: tuple[Reading, ...] = (
     Reading(
         Feature.SPECULATIVE_DECODING,
         lambda c: c.speculative_config is not None,
-        lambda f: _speculative(f) is not None,
+        lambda f: speculation(f) is not None,
     ),
     Reading(
         Feature.DRAFT_MODEL,
@@ -183,7 +201,12 @@ READINGS: tuple[Reading, ...] = (
     ),
     Reading(Feature.SLIDING_WINDOW_LAYERS, _sliding_window, None),
     Reading(Feature.MULTIMODAL, lambda c: bool(c.model_config.is_multimodal_model), None),
-    Reading(Feature.KV_SHARING, _shares_kv, None),
+    Reading(
+        Feature.KV_SHARING,
+        _shares_kv,
+        # Beside it, only the model tells.
+        lambda f: enabled(f, "kv-sharing-fast-prefill", False),
+    ),
     Reading(
         Feature.DISAGGREGATED_PREFILL,
         lambda c: c.kv_transfer_config.kv_role != "kv_both",
