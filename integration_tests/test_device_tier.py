@@ -13,7 +13,7 @@ from test_failing_policy import environment
 from test_tier_copy import copied, copier, noise, plain
 from torch import Tensor
 
-from kvplug.contract import EngineView, TierPlace, TransferCodec
+from kvplug.contract import EngineView, TierError, TierPlace, TransferCodec
 from kvplug.hosts.vllm.worker.device_shelf import DeviceShelf
 from kvplug.parser import load_deployment
 from kvplug.tiers.queued import Carried, ChunkRef, Fetched, Stored
@@ -177,6 +177,98 @@ def test_a_tier_or_a_codec_that_fails_costs_misses() -> None:
     assert isinstance(stored, Stored) and stored.failed == {chunks[0].key: "RuntimeError"}
     assert isinstance(fetched, Fetched) and fetched.planes == [None]
     assert len(made.logged) == 1
+
+
+PAGES = [(torch.tensor([4, 9]), 64)]
+
+
+class Unreadable(RuntimeError):
+    """Cannot be shown."""
+
+    def __str__(self) -> str:
+        raise Unreadable
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda plane: plane[:, :, :1],
+        lambda plane: torch.cat([plane, plane], 1),
+        lambda plane: plane.double(),
+        lambda plane: None,
+    ],
+    ids=["one head for all", "more tokens", "other type", "nothing"],
+)
+def test_planes_of_another_form_never_reach_the_pages(change: Any) -> None:
+    """What is on the device has no checksum that would tell."""
+    made = Shelf()
+    chunks, _ = made.store([[7, 2]])
+    made.shelf.outcomes()
+    decode = made.codec.decode
+    made.codec.decode = lambda *given: {  # type: ignore[method-assign]
+        name: change(plane) for name, plane in decode(*given).items()
+    }
+    made.shelf.fetch(chunks)
+    (fetched,) = made.shelf.outcomes()
+    assert isinstance(fetched, Fetched) and fetched.planes == [None]
+    assert list(fetched.failed) == [chunks[0].key] and not fetched.refused
+    # It is removed: its slot would be lost to others.
+    assert made.shelf.tier.usage().entries == 0
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), Unreadable(), TierError("torn"), None])
+@pytest.mark.parametrize("what", ["encode", "put", "get", "decode", "remove", "close"])
+def test_whatever_a_tier_or_its_codec_does_each_order_gets_its_outcome(
+    error: BaseException | None, what: str
+) -> None:
+    def fail(*arguments: Any) -> Any:
+        if error is not None:
+            raise error
+        return [1, 2, 3]
+
+    made, new = Shelf(), ChunkRef(bytes([8] * 32), 0, 64)
+    chunks, _ = made.store([[7, 2]])
+    made.shelf.outcomes()
+    setattr(made.codec if what in ("encode", "decode") else made.shelf.tier, what, fail)
+    below: Any = Below(made.codec)
+    found: list[Any] = []
+    for order in (
+        lambda: made.shelf.remove([bytes([9] * 32)]),
+        lambda: made.shelf.store([new], lambda: made.copy.read(PAGES), 0),
+        lambda: made.shelf.carry([chunks[0].key], below),
+        lambda: made.shelf.fetch(chunks),
+    ):
+        made.shelf._pause_until = 0.0
+        order()
+        found += made.shelf.outcomes()
+    made.shelf.close()
+    stored, *carried, fetched = found
+    assert isinstance(stored, Stored) and isinstance(fetched, Fetched)
+    assert list(stored.failed or stored.sizes) == [new.key]
+    assert bool(stored.failed) == bool(stored.refused) == (what in ("encode", "put"))
+    assert bool(fetched.failed) == (what in ("get", "decode"))
+    assert bool(carried) == bool(fetched.failed) == (not below.got)
+
+
+def test_a_codec_that_does_not_return_is_interrupted_and_left_alone() -> None:
+    made = Shelf()
+    chunks, _ = made.store([[7, 2], [4, 9]])
+    made.shelf.outcomes()
+
+    def hang(*arguments: Any) -> Any:
+        while True:
+            pass
+
+    made.codec.decode = hang  # type: ignore[method-assign]
+    made.shelf._contained.deadline = 0.5
+    made.shelf.fetch(chunks)
+    made.shelf.fetch(chunks)
+    made.shelf._failures = 16
+    for fetched, cause in zip(
+        made.shelf.outcomes(), ("too slow", "left alone after failures"), strict=True
+    ):
+        assert isinstance(fetched, Fetched) and fetched.planes == [None, None]
+        assert fetched.failed == {chunk.key: cause for chunk in chunks}
 
 
 def test_an_engine_finds_what_left_its_pool_beside_it(

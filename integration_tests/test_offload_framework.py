@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -328,6 +329,45 @@ def test_a_tier_that_fails_is_a_miss(below: Below, caplog: pytest.LogCaptureFixt
     assert not below.run(True, [key(7)], [0]).success
     assert not below.run(False, [key(7)], [0]).success
     assert "nobody there" in caplog.text
+
+
+class Unreadable(RuntimeError):
+    """Cannot be shown."""
+
+    def __str__(self) -> str:
+        raise Unreadable
+
+
+ANSWERS = [Unreadable(), SystemExit(1), [], None, itertools.repeat(True), [np.ones(2)]]
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=lambda one: type(one).__name__)
+def test_whatever_a_tier_answers_every_job_ends_and_every_lookup(below: Below, answer: Any) -> None:
+    """vLLM waits for a job, and for a chunk that is asked about, for as long as it takes."""
+
+    def wrong(*arguments: Any) -> Any:
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    held: Any = below.tier._tier
+    held.has = held.get = held.put = wrong
+    assert below.looked_up(key(7)) == [LookupResult.MISS]
+    assert not below.run(True, [key(7)], [0]).success
+    assert not below.run(False, [key(7)], [0]).success
+
+
+def test_an_order_that_names_victims_without_end_is_retired(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    policy = orders.order("lfu")(8)
+    for i in range(3):
+        policy.insert(key(i), chunk())
+    assert policy._order is not None
+    policy._order.target.victims = lambda n: itertools.count()
+    found = policy.evict(1, set())
+    assert found is not None and [k for k, _ in found] == [key(0)]
+    assert "ValueError: victims(1)" in caplog.text
 
 
 def test_jobs_beyond_the_queue_fail_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

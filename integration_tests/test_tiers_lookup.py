@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -179,3 +180,47 @@ def test_what_durable_tiers_held_is_listed_in_parts() -> None:
     lookups.close()
     assert found == [("a", key, 7) for key in KEYS] + [("b", KEYS[0], 7)]
     assert said == [("b", "OSError")]
+
+
+class Causeless(TierError):
+    """Cannot say its cause."""
+
+    def __init__(self) -> None:
+        OSError.__init__(self)
+
+    @property
+    def cause(self) -> str:  # type: ignore[override]
+        raise self
+
+
+@pytest.mark.parametrize("answer", [Causeless(), SystemExit(1), itertools.repeat(True), [True], 7])
+def test_whatever_a_tier_answers_each_question_is_answered(answer: Any) -> None:
+    def has(keys: Sequence[bytes]) -> Any:
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    wrong, good = Asked(KEYS), Asked(KEYS)
+    wrong.has = has  # type: ignore[method-assign]
+    said: list[tuple[str, str]] = []
+    lookups = Lookups({"a": wrong, "b": good}, lambda *what: said.append(what))
+    assert answered(lookups.ask(KEYS[:2])) == ["b", "b"]
+    assert [name for name, _ in said] == ["a"]
+    assert answered(lookups.ask(KEYS[:2])) == ["b", "b"]
+    lookups.close()
+
+
+@pytest.mark.parametrize(
+    "wrong", [(b"short", 7, 0.0), ("text", 7, 0.0), (KEYS[1], 7.0, 0.0), (KEYS[1],), None]
+)
+def test_of_what_a_tier_lists_only_chunks_of_some_bytes_enter_the_books(wrong: Any) -> None:
+    kept = Asked(KEYS, shared=False, durable=True)
+    listed = [(KEYS[0], 7, 0.0), (KEYS[2], -7, 0.0), (KEYS[3], 0, 0.0), wrong, (KEYS[4], 7, 0.0)]
+    kept.stored = lambda: iter(listed)  # type: ignore[method-assign]
+    said: list[tuple[str, str]] = []
+    lookups = Lookups({"a": kept}, lambda *what: said.append(what))
+    until = time.monotonic() + 10
+    while not said and time.monotonic() < until:
+        time.sleep(0.001)
+    assert lookups.listed() == [("a", KEYS[0], 7)] and len(said) == 1
+    lookups.close()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from kvplug.contract import EngineView, TierPlace, TierUsage
+from kvplug.errors import DeploymentError
 from kvplug.hosts.vllm.messages import ChunkLoad, StepDirectives, StepReport, TiersDirectives
+from kvplug.hosts.vllm.scheduler.tiers import TiersScheduler
 from kvplug.hosts.vllm.worker.tier_copy import Transfer
 from kvplug.hosts.vllm.worker.tiers import TiersWorker
 from kvplug.parser import load_deployment
 from kvplug.tiers.queued import ChunkRef, Fetched
+from kvplug_policies.tiers.host import HostMemory
 
 KEYS = tuple(bytes([n]) * 32 for n in range(4))
 
@@ -119,3 +124,36 @@ def test_a_load_ends_once_nothing_is_on_its_way_into_its_blocks(how: str) -> Non
     assert step(made, generation) == {1: cause}
     assert made.received() == ({"r"}, {"r"})
     assert line.held == 0
+
+
+def unspeakable(*_: Any) -> Any:
+    raise SystemExit("no words")
+
+
+@pytest.mark.parametrize("answer", [unspeakable, lambda *_: None])
+def test_a_tier_that_cannot_be_described_is_refused_by_name(
+    answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = load_deployment({"tiers": [{"host": {"size": "8MiB"}}]})
+    (one,) = deployment.tiers
+    monkeypatch.setattr(HostMemory, "described", answer)
+    made = TiersWorker(deployment, None, ("test", "tiers"))
+    with pytest.raises(DeploymentError) as refused:
+        made._open(one, EngineView(16), TierPlace("0" * 64, 0, 1))
+    (refusal,) = refused.value.refusals
+    assert refusal.key == one.tier.key and "host" in refusal.problem
+
+
+@pytest.mark.parametrize("capacity", [-1, float("inf"), "8MiB", None])
+def test_a_tier_of_no_size_is_refused_by_name(
+    capacity: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = load_deployment({"tiers": [{"host": {"size": "8MiB"}}]})
+    (one,) = deployment.tiers
+    monkeypatch.setattr(HostMemory, "usage", lambda _: TierUsage(0, 0, capacity))
+    context = SimpleNamespace(deployment=deployment, engine=EngineView(16))
+    scheduler: Any = SimpleNamespace(context=context, chunk_bytes=100)
+    with pytest.raises(DeploymentError) as refused:
+        TiersScheduler._book(scheduler, one, one.tier.build(EngineView(16)))
+    (refusal,) = refused.value.refusals
+    assert refusal.key == one.tier.key and "host" in refusal.problem

@@ -54,6 +54,10 @@ WAKE = signal.SIGURG
 """Signal that wakes a wait in the main thread; without a handler the system ignores it."""
 
 
+UNREADABLE = "(its text cannot be read)"
+"""Stands for the message of an exception that has none."""
+
+
 class PolicyFailure(KVPlugError):
     """What a plugin's code did instead of giving an answer.
 
@@ -141,20 +145,32 @@ class Contained:
         self._raise(failure)
 
     def _raise(self, failure: BaseException | None) -> NoReturn:
-        if failure is None or isinstance(failure, Overdue):
+        # `isinstance` would ask the exception for its class.
+        if failure is None or issubclass(type(failure), Overdue):
             failure = None
             raise PolicyFailure(f"no answer within {self.deadline:g} s")
-        if isinstance(failure, PolicyFailure) or _of_a_signal(failure):
+        if issubclass(type(failure), PolicyFailure) or _of_a_signal(failure):
             raise failure
-        name, message = type_name(failure), "(its text cannot be read)"
+        name, message = type_name(failure), UNREADABLE
         with contextlib.suppress(PolicyFailure):
-            message = self.run(message_of, failure)
+            message = self.run(_text_of, failure)
         cause = f"{name}: {message}" if message else name
-        problem = message if isinstance(failure, ValueError) else ""
+        problem = message if issubclass(type(failure), ValueError) else ""
         where = raised_at(failure)
         # Its frames hold whatever the policy was given.
         failure = None
         raise PolicyFailure(cause, where, problem)
+
+
+def _text_of(error: BaseException) -> str:
+    """The message of an exception. One whose text raises another like itself must not be asked
+    for that one's: so on until the stack ends."""
+    try:
+        return message_of(error)
+    except BaseException as other:
+        if issubclass(type(other), Overdue) or _of_a_signal(other):
+            raise
+        return UNREADABLE
 
 
 def _called(target: Any, method: str, arguments: tuple[Any, ...]) -> Any:

@@ -43,6 +43,17 @@ class Unspeakable(Exception):
         raise SystemExit(1)
 
 
+class Echo(Exception):
+    def __str__(self) -> str:
+        raise Echo
+
+
+class Classless(Exception):
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("no class")
+
+
 class Endless(Exception):
     def __str__(self) -> str:
         while True:
@@ -96,6 +107,8 @@ FAILURES: dict[str, tuple[Callable[[], Any], str]] = {
     "memory": (lambda: bytearray(1 << 62), "MemoryError"),
     "recursion": (recursing, "RecursionError: maximum recursion depth exceeded"),
     "text that raises": (raising(Unspeakable()), "Unspeakable: (its text cannot be read)"),
+    "text that raises its like": (raising(Echo()), "Echo: (its text cannot be read)"),
+    "no class": (raising(Classless("x")), "Classless: x"),
     "text without end": (raising(Endless()), "Endless: (its text cannot be read)"),
     "no name": (raising(Nameless("x")), "Nameless: x"),
     "text of its own class": (raising(Loud()), "Loud: loud"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import Phase, settings
@@ -12,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvplug.contract import (
     Action,
+    BlockFact,
     EngineView,
     Feature,
     Found,
@@ -523,6 +526,7 @@ class Broken(Steered):
             "no target": Move(Action.COPY, KEYS[:1], "fast"),
             "no source": Move(Action.DROP, KEYS[:1], "tape"),
             "no action": Move("melt", KEYS[:1], "fast"),  # type: ignore[arg-type]
+            "keys that change": Move(Action.DROP, [bytearray(KEYS[0])], "fast"),  # type: ignore[list-item]
         }
         if self.fails == "plan":
             raise RuntimeError("broken")
@@ -540,7 +544,7 @@ class Broken(Steered):
 
 FAILING = [
     *("store", "few", "unknown tier", "plan", "upwards", "no target", "no source", "no action"),
-    *("load", "more than all", "less than none", "on_used"),
+    *("load", "more than all", "less than none", "on_used", "keys that change"),
 ]
 
 
@@ -556,6 +560,64 @@ def test_a_failing_lifecycle_policy_is_retired_and_all_that_leaves_is_stored(fai
     assert number == (2 if fails != "on_used" else 1)
     assert books.leaving([leave(KEYS[1])], SIZE) == [(KEYS[1], "fast")]
     assert books.plan(1, POOL) == []
+
+
+def test_a_policy_that_wants_more_than_there_is_sees_all_there_is() -> None:
+    policy = Steered()
+    policy.want = 1 << 80
+    books = hierarchy(book("fast", 4), book("slow", 4), policy=policy)
+    stored(books, "fast", KEYS[:3])
+    assert books.plan(0, POOL) == [] and not books.retired
+    assert policy.seen is not None
+    assert policy.seen.candidates == {"fast": KEYS[:3], "slow": []}
+
+
+class Meddling(Steered):
+    """Changes what it is shown, as far as that lets it, and answers for what is left."""
+
+    def store(self, leaving: Sequence[Leaving], tiers: Sequence[TierView]) -> list[str | None]:
+        _meddled(leaving)
+        return ["fast"] * len(leaving)
+
+    def load(self, found: Found, tiers: object) -> int:
+        for one in (found.tokens, found.sizes, found.tiers, found.loading, found.computing):
+            _meddled(one)
+        return len(found.tokens)
+
+    def on_used(self, keys: Sequence[bytes]) -> None:
+        _meddled(keys)
+
+
+class MeddlingOrder(Wrong):
+    """An order that does so at the end of a request."""
+
+    needs = frozenset({BlockFact.FINISHED})
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+    def on_finished(self, request: RequestView, keys: Sequence[bytes], tokens: int) -> None:
+        _meddled(keys)
+
+
+def _meddled(shown: Any) -> None:
+    with contextlib.suppress(AttributeError):
+        shown.extend([shown[0]] * 3)
+
+
+def test_what_a_policy_does_to_what_it_is_shown_changes_nothing() -> None:
+    fast = TierBook("fast", 4 * SIZE, True, False, False, MeddlingOrder())
+    books = hierarchy(fast, book("slow", 4), policy=Meddling())
+    assert books.leaving([leave(KEYS[0])], SIZE) == [(KEYS[0], "fast")]
+    books.put("fast", KEYS[0], SIZE)
+    books.measured("fast", "read", SIZE, 1.0)
+    books.computed(16, 136.0, 1.0)
+    assert books.load(Found([16], [SIZE], ["fast"], 0, 64)) == 1
+    keys = KEYS[:1]
+    books.used(keys)
+    books.finished(RequestView("r", 64), keys, 1)
+    assert keys == KEYS[:1]
+    assert not books.retired and not books.order_retired("fast")
 
 
 def test_the_end_of_a_request_reaches_the_orders_that_ask_for_it() -> None:

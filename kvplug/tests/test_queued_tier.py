@@ -189,6 +189,65 @@ def test_a_tier_that_raises_is_left_alone_for_a_while(
     assert len(kit.said) == 1
 
 
+class Unreadable(RuntimeError):
+    """Cannot be shown."""
+
+    def __str__(self) -> str:
+        raise Unreadable
+
+
+class Causeless(TierError):
+    """Cannot say its cause."""
+
+    def __init__(self) -> None:
+        OSError.__init__(self)
+
+    @property
+    def cause(self) -> str:  # type: ignore[override]
+        raise Unreadable
+
+
+@pytest.mark.parametrize("error", [Unreadable(), Causeless(), SystemExit(1), TierError("")])
+def test_whatever_is_raised_each_order_gets_its_outcome(kit: Kit, error: BaseException) -> None:
+    def fails(*_: Any) -> Any:
+        raise error
+
+    other, name = Kit(), type(error).__name__
+    store(kit, 1)
+    kit.outcomes()
+    kit.tier.fails = error
+    kit.queued.remove([chunk(9).key])
+    until = time.monotonic() + 20
+    while not kit.queued._pause_until and time.monotonic() < until:
+        time.sleep(0.001)
+    kit.queued._pause_until = 0.0
+    kit.queued.carry([chunk(1).key], other.queued)
+    (moved,) = kit.outcomes()
+    assert isinstance(moved, Carried) and moved.failed == {chunk(1).key: name}
+    kit.queued._pause_until = 0.0
+    store(kit, 2)
+    (stored,) = kit.outcomes()
+    assert stored.failed == {chunk(2).key: name} and stored.refused == name
+    kit.queued._pause_until = 0.0
+    kit.queued.fetch([chunk(1)])
+    (read,) = kit.outcomes()
+    assert read.failed == {chunk(1).key: name} and read.refused == name
+    kit.tier.fails, kit.queued._pause_until = None, 0.0
+    decode = kit.queued.codec.decode
+    kit.queued.codec.decode = fails  # type: ignore[method-assign]
+    kit.queued.fetch([chunk(1)])
+    (read,) = kit.outcomes()
+    assert read.failed == {chunk(1).key: name} and not read.refused
+    # Its threads go on.
+    kit.queued.codec.decode = decode  # type: ignore[method-assign]
+    store(kit, 1)
+    kit.outcomes()
+    kit.queued.fetch([chunk(1)])
+    (read,) = kit.outcomes()
+    assert not read.failed
+    other.queued.close()
+
+
 def test_what_a_server_says_is_one_line_of_the_log(kit: Kit) -> None:
     kit.tier.fails = TierError("refused", "no\nERROR 01-01 engine: all is lost" + "x" * 10000)
     store(kit, 1)

@@ -227,6 +227,8 @@ class _Shelf:
 
     def victims(self, size: int, busy: Callable[[bytes], bool]) -> list[bytes]:
         """Chunks that go first, of at least ``size`` bytes together where there are as many."""
+        # A policy may want to see more than there is.
+        size = min(size, self.used)
         if not self.keys or size <= 0:
             return []
         mean = max(1, self.used // len(self.keys))
@@ -548,7 +550,7 @@ class Hierarchy:
                 shelf.touch(here, now)
         if not self._retired and keys:
             try:
-                self._contained.call("on_used", keys)
+                self._contained.call("on_used", tuple(keys))
             except PolicyFailure as failure:
                 self._retire(failure)
 
@@ -599,6 +601,7 @@ class Hierarchy:
         """
         if request.session_id:
             self._sessions.ended(request.session_id, keys, self._clock())
+        keys = tuple(keys)
         for shelf in self._shelves:
             if BlockFact.FINISHED in shelf.facts and not shelf.retired:
                 try:
@@ -615,11 +618,15 @@ class Hierarchy:
         links = {name: shelf.view(self._clock()).read for name, shelf in self._of_name.items()}
         prefill = self.prefill
         start, total = found.start, found.total
+        # Tuples: what a policy is shown is read again after it was asked.
         found = replace(
             found,
+            tokens=tuple(found.tokens),
+            sizes=tuple(found.sizes),
+            tiers=tuple(found.tiers),
             prefill=found.prefill or prefill.speed(start, total - start),
-            loading=cost.loading(found.sizes, found.tiers, links),
-            computing=cost.computing(prefill, start, total, found.tokens),
+            loading=tuple(cost.loading(found.sizes, found.tiers, links)),
+            computing=tuple(cost.computing(prefill, start, total, found.tokens)),
             wait=prefill.seconds(0, found.ahead) if found.ahead else 0.0,
         )
         number = len(found.tokens)
@@ -841,7 +848,7 @@ class Hierarchy:
         return [first] * len(leaving)
 
     def _ask_store(self, leaving: Sequence[Leaving], tiers: Sequence[TierView]) -> list[str | None]:
-        chosen = list(islice(self.lifecycle.store(leaving, tiers), len(leaving) + 1))
+        chosen = list(islice(self.lifecycle.store(tuple(leaving), tiers), len(leaving) + 1))
         if len(chosen) != len(leaving):
             raise ValueError(f"store of {len(leaving)} chunks returned {len(chosen)} tiers")
         for name in chosen:
@@ -856,6 +863,8 @@ class Hierarchy:
         moves = []
         for move in islice(self.lifecycle.plan(pressure), SHOWN):
             action, keys = Action(move.action), list(islice(move.keys, SHOWN))
+            if not all(type(key) is bytes for key in keys):
+                raise TypeError("plan: keys of chunks must be bytes")
             source = self._of_name[move.source].number
             target = None if move.target is None else self._of_name[move.target].number
             if action is Action.DROP:

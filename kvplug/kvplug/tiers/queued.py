@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kvplug.contract import CorruptPayload, Tier, TierError, TransferCodec
 from kvplug.plain_text import CAUSE, one_line
 from kvplug.tiers import wire
+from kvplug.tiers.causes import cause_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -303,21 +304,21 @@ class QueuedTier:
             try:
                 work(job)
             except BaseException as error:  # a thread that ends would leave requests waiting
-                self._fail(type(error).__name__, str(error))
+                self._fail(*cause_of(error))
 
     def _write(self, job: _Put | _Remove) -> None:
         if isinstance(job, _Remove):
             try:
                 self.tier.remove(list(job.keys))
-            except Exception as error:
-                self._fail(*_cause(error))
+            except BaseException as error:
+                self._fail(*cause_of(error))
             return
         outcome = Stored(self.name, job.token)
         began = time.monotonic()
         try:
             self._put(job, outcome)
         except BaseException as error:
-            outcome.refused = self._fail(*_cause(error))
+            outcome.refused = self._fail(*cause_of(error))
             for chunk in job.chunks:
                 if chunk.key not in outcome.sizes:
                     outcome.failed.setdefault(chunk.key, outcome.refused)
@@ -366,7 +367,7 @@ class QueuedTier:
             try:
                 self._get(outcome)
             except BaseException as error:
-                outcome.refused = self._fail(*_cause(error))
+                outcome.refused = self._fail(*cause_of(error))
             missing = chunks[len(outcome.planes) :]
             for chunk in missing:
                 outcome.failed.setdefault(chunk.key, outcome.refused or "not there")
@@ -391,12 +392,12 @@ class QueuedTier:
                 header = self._describe(chunk)
                 coded = wire.unpack(payload, header)
                 decoded = self.codec.decode(coded, header.planes, chunk.start)
-                _require_planes(decoded, header)
+                require_planes(decoded, header)
                 outcome.size += len(memoryview(payload))
                 outcome.held += sum(one.nbytes for one in decoded.values())
                 planes = decoded
-            except Exception as error:
-                outcome.failed[chunk.key] = self._fault(chunk.key, *_cause(error))
+            except BaseException as error:
+                outcome.failed[chunk.key] = self._fault(chunk.key, *cause_of(error))
             outcome.planes.append(planes)
 
     def _payloads(self, keys: Sequence[bytes]) -> list[Any]:
@@ -430,8 +431,8 @@ class QueuedTier:
                     else:
                         moved.append(self.codec.decode(coded, header.planes, chunk.start))
                     good.append(chunk)
-                except Exception as error:
-                    outcome.gone[key] = self._fault(key, *_cause(error))
+                except BaseException as error:
+                    outcome.gone[key] = self._fault(key, *cause_of(error))
             if good and same:
                 refused = target.forward(good, moved)
             elif good:
@@ -440,8 +441,8 @@ class QueuedTier:
             else:
                 refused = ""
             outcome.failed = {chunk.key: refused for chunk in good if refused}
-        except Exception as error:
-            cause, detail = _cause(error)
+        except BaseException as error:
+            cause, detail = cause_of(error)
             if cause != "not exact":
                 outcome.refused = self._fail(cause, detail)
             outcome.failed = dict.fromkeys(keys, cause)
@@ -479,14 +480,7 @@ def _form(codec: TransferCodec) -> tuple[str, int, str]:
     return codec.name, codec.version, codec.fingerprint()
 
 
-def _cause(error: BaseException) -> tuple[str, str]:
-    cause = getattr(error, "cause", None)
-    if isinstance(error, TierError | CorruptPayload) and isinstance(cause, str) and cause:
-        return cause, str(error)
-    return type(error).__name__, str(error)
-
-
-def _require_planes(planes: Planes, header: wire.ChunkHeader) -> None:
+def require_planes(planes: Planes, header: wire.ChunkHeader) -> None:
     """Refuse what a codec decoded to other types or shapes than it was asked for."""
     found = {
         name: (str(one.dtype).removeprefix("torch."), tuple(one.shape))

@@ -11,6 +11,7 @@ import functools
 import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, ClassVar
 
 from vllm.v1.kv_offload.base import OffloadKey, ReqContext
@@ -177,9 +178,13 @@ class OrderedChunks(CachePolicy):
     def _ask(self, wanted: int) -> list[int]:
         assert self._order is not None
         policy: Any = self._order.target
-        slots = [int(slot) for slot in policy.victims(wanted)]
+        slots = [int(slot) for slot in islice(policy.victims(wanted), wanted + 1)]
         known = self._idle - self._pending.keys()
-        if len(set(slots)) != wanted or any(self._keys.get(slot) not in known for slot in slots):
+        if (
+            len(slots) != wanted
+            or len(set(slots)) != wanted
+            or any(self._keys.get(slot) not in known for slot in slots)
+        ):
             raise ValueError(f"victims({wanted}) must name so many candidates, once each")
         return slots
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from kvplug.deployment import Choice
 from kvplug.errors import DeploymentError, Refusal
 from kvplug.hosts.vllm.offload.orders import OrderedChunks, order
 from kvplug.parser import load_deployment
+from kvplug.tiers.causes import cause_of
 from kvplug.tiers.wire import ChunkHeader, pack, unpack
 
 logger = logging.getLogger("kvplug")
@@ -126,15 +128,19 @@ class KVPlugTier(SecondaryTierManager):
                 self._asked.pop(key, None)
 
     def _look(self, keys: list[OffloadKey]) -> None:
+        found = [False] * len(keys)
         try:
-            found = self._tier.has([_key(key) for key in keys])
-        except Exception as error:
+            asked = self._tier.has([_key(key) for key in keys])
+            has = [bool(one) for one in islice(asked, len(keys) + 1)]
+            if len(has) != len(keys):
+                raise TypeError(f"has() answered {len(has)} of {len(keys)}")
+            found = has
+        except BaseException as error:
             self._failed("has", error)
-            found = [False] * len(keys)
         with self._lock:
             for key, there in zip(keys, found, strict=True):
                 if key in self._asked:
-                    self._asked[key] = bool(there)
+                    self._asked[key] = there
 
     # -- transfers -----------------------------------------------------------------------------
 
@@ -205,7 +211,7 @@ class KVPlugTier(SecondaryTierManager):
             ]
             answers = self._put(payloads)
             stored = [key for key, answer in zip(keys, answers, strict=True) if not answer]
-        except Exception as error:
+        except BaseException as error:
             self._failed("put", error)
         with self._lock:
             for key in stored:
@@ -248,7 +254,7 @@ class KVPlugTier(SecondaryTierManager):
                     continue
                 self._rows[int(chunk)] = cells.view(-1)
                 loaded.append(key)
-        except Exception as error:
+        except BaseException as error:
             self._failed("get", error)
         with self._lock:
             self._order.touch([_key(key) for key in loaded], job.req_context)
@@ -274,9 +280,8 @@ class KVPlugTier(SecondaryTierManager):
         shape = {"cells": PlaneShape("uint8", (size,))}
         return ChunkHeader(_key(key), self._identity, "raw", 1, "", True, 0, 1, 0, 1, shape)
 
-    def _failed(self, what: str, error: Exception) -> None:
-        cause = str(getattr(error, "cause", type(error).__name__))
-        _log_once(self.tier_type, what, cause, str(error))
+    def _failed(self, what: str, error: BaseException) -> None:
+        _log_once(self.tier_type, what, *cause_of(error))
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -179,7 +180,8 @@ class TiersScheduler(KindScheduler):
         self._reading: Counter[str] = Counter()
         self._loaded_bytes: Counter[str] = Counter()
         self._generation = self._told = 0
-        self._interval = max(0.0, float(policy.checkpoint)) if self._durable else 0.0
+        every = engine.at_start(deployment, lifecycle, lambda: float(policy.checkpoint))
+        self._interval = max(0.0, every) if self._durable else 0.0
         self._checkpoint_at = time.monotonic() + self._interval
         self._unsaved: deque[tuple[int, Leaving]] = deque()
         kv_events = config.kv_events_config
@@ -232,7 +234,13 @@ class TiersScheduler(KindScheduler):
         return engine.at_start(deployment, one.tier, opened)
 
     def _book(self, one: TierChoice, tier: Tier) -> TierBook:
-        capacity = int(tier.usage().capacity)
+        def limit() -> int:
+            found = operator.index(tier.usage().capacity)
+            if found < 0:
+                raise ValueError(f"usage() says that it may hold {found} bytes")
+            return found
+
+        capacity = engine.at_start(self.context.deployment, one.tier, limit)
         view = order_engine(self.context.engine, capacity, self.chunk_bytes)
         order = engine.at_start(self.context.deployment, one.order, one.order.build, view)
         assert isinstance(order, PrefixCachePolicy)

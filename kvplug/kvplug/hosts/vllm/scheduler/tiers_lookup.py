@@ -7,9 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from queue import SimpleQueue
 
 from kvplug.contract import Tier
+from kvplug.tiers.causes import cause_of
+from kvplug.tiers.hierarchy import ENTRIES
+from kvplug.tiers.keys import KEY_BYTES
 from kvplug.tiers.links import Health
 
 SECONDS = 1.0
@@ -144,7 +148,10 @@ class Lookups:
             self._asking = name
             left = [i for i, one in enumerate(found) if one is None]
             try:
-                has = list(tier.has([keys[i] for i in left])) if left else []
+                asked = tier.has([keys[i] for i in left]) if left else []
+                has = [bool(one) for one in islice(asked, len(left) + 1)]
+                if len(has) != len(left):
+                    raise TypeError(f"has() answered {len(has)} of {len(left)}")
                 for i, here in zip(left, has, strict=True):
                     if here:
                         found[i] = name
@@ -152,7 +159,7 @@ class Lookups:
                     self._health[name].worked()
             except BaseException as error:
                 self._health[name].failed(time.monotonic())
-                self._failed(name, getattr(error, "cause", "") or type(error).__name__)
+                self._failed(name, cause_of(error)[0])
             finally:
                 self._asking = ""
         return found
@@ -162,10 +169,14 @@ class Lookups:
             if not tier.durable or tier.shared:
                 continue
             try:
-                for key, size, _ in tier.stored():
+                for key, size, _ in islice(tier.stored(), ENTRIES):
                     if self._stopping:
                         return
-                    self._listed.put((name, key, size))
+                    # The books count its bytes.
+                    if type(key) is not bytes or len(key) != KEY_BYTES or type(size) is not int:
+                        raise TypeError("stored() must yield keys and whole bytes")
+                    if size > 0:
+                        self._listed.put((name, key, size))
             except BaseException as error:
-                self._failed(name, getattr(error, "cause", "") or type(error).__name__)
+                self._failed(name, cause_of(error)[0])
         self._listing = False

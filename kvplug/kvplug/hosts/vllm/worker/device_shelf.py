@@ -1,7 +1,8 @@
 """A tier in the accelerator's own memory, as a worker uses tiers.
 
 Chunks never leave the device, so nothing is queued and no thread waits: what is stored is encoded,
-and what is fetched is decoded, on the stream that computes, in the order it was asked for.
+and what is fetched is decoded, on the stream that computes, in the order it was asked for. The
+tier and its codec run in the worker's own thread, so each call of them is contained.
 """
 
 from __future__ import annotations
@@ -16,11 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvplug.contract import Tier, TransferCodec
+from kvplug.containment import ON_WORKER, Contained, PolicyFailure
+from kvplug.contract import CorruptPayload, Tier, TierError, TransferCodec
 from kvplug.tiers import wire
-from kvplug.tiers.queued import Carried, ChunkRef, Fetched, Outcome, QueuedTier, Stored
+from kvplug.tiers.causes import cause_of
+from kvplug.tiers.queued import (
+    PAUSED,
+    Carried,
+    ChunkRef,
+    Fetched,
+    Outcome,
+    QueuedTier,
+    Stored,
+    require_planes,
+)
 
 Planes = Mapping[str, Tensor]
+
+LATE = "too slow"
+"""Cause of a call that was interrupted at its deadline."""
 
 
 class DeviceShelf(QueuedTier):
@@ -55,6 +70,9 @@ class DeviceShelf(QueuedTier):
         self._outcomes: deque[Outcome] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
         self._stored: dict[bytes, ChunkRef] = {}
+        self._contained = Contained(tier, ON_WORKER, f"tier {name}")
+        self._failures = 0
+        self._pause_until = 0.0
 
     # -- orders --------------------------------------------------------------------------------
 
@@ -106,7 +124,7 @@ class DeviceShelf(QueuedTier):
             try:
                 job()
             except Exception as error:
-                self._wrong(type(error).__name__, str(error))
+                self._fail(*cause_of(error))
         found = list(self._outcomes)
         self._outcomes.clear()
         return found
@@ -117,10 +135,27 @@ class DeviceShelf(QueuedTier):
     def close(self) -> None:
         """Release the memory."""
         self._jobs.clear()
-        with contextlib.suppress(Exception):
-            self.tier.close()
+        with contextlib.suppress(TierError):
+            self._ask(self.tier.close)
 
     # -- in the worker's thread ----------------------------------------------------------------
+
+    def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call the tier or the codec.
+
+        Raises:
+            TierError: It failed, whatever it raised, or was interrupted at its deadline.
+        """
+        try:
+            answer, failed = self._contained.run(_answered, call, arguments)
+        except PolicyFailure as failure:
+            late = failure.cause.startswith("no answer within")
+            cause = LATE if late else failure.cause.partition(":")[0]
+            raise TierError(cause, failure.cause) from None
+        if failed is not None:
+            cause, detail = failed
+            raise TierError(cause, detail.removeprefix(cause).lstrip(": "))
+        return answer
 
     def _store(
         self,
@@ -132,7 +167,7 @@ class DeviceShelf(QueuedTier):
         def coded() -> list[dict[str, Tensor]]:
             try:
                 return [
-                    self.codec.encode(self._here(one), chunk.start)
+                    self._ask(self._encoded, one, chunk.start)
                     for chunk, one in zip(chunks, planes(), strict=True)
                 ]
             finally:
@@ -140,6 +175,9 @@ class DeviceShelf(QueuedTier):
                     encoded()
 
         self._put_coded(chunks, coded, token)
+
+    def _encoded(self, planes: Planes, start: int) -> dict[str, Tensor]:
+        return dict(self.codec.encode(self._here(planes), start))
 
     def _here(self, planes: Planes) -> dict[str, Tensor]:
         return {name: t.to(self._device, non_blocking=True) for name, t in planes.items()}
@@ -153,43 +191,90 @@ class DeviceShelf(QueuedTier):
         outcome, began = Stored(self.name, token), time.monotonic()
         try:
             made = coded()
-            said = self.tier.put([(c.key, one) for c, one in zip(chunks, made, strict=True)])
+            self._require_up()
+            items = [(c.key, one) for c, one in zip(chunks, made, strict=True)]
+            said = self._ask(lambda: [str(one or "") for one in self._said(items)])
+            self._failures = 0
             for chunk, one, problem in zip(chunks, made, said, strict=True):
                 if problem:
-                    outcome.failed[chunk.key] = str(problem)
+                    outcome.failed[chunk.key] = problem
                 else:
                     size = sum(t.nbytes for t in one.values())
                     outcome.sizes[chunk.key] = size
                     outcome.size += size
                     self._stored[chunk.key] = chunk
+        except CorruptPayload as error:
+            # What another tier handed on; this one is not to blame.
+            outcome.failed = {chunk.key: cause_of(error)[0] for chunk in chunks}
         except Exception as error:
-            cause = self._wrong(type(error).__name__, str(error))
-            outcome.failed = {chunk.key: cause for chunk in chunks}
+            outcome.refused = self._fail(*cause_of(error))
+            outcome.failed = {chunk.key: outcome.refused for chunk in chunks}
         outcome.seconds = time.monotonic() - began
         self._outcomes.append(outcome)
+
+    def _said(self, items: Sequence[tuple[bytes, Any]]) -> Sequence[Any]:
+        return _as_many(self.tier.put(items), len(items), "put")
+
+    def _payloads(self, keys: Sequence[bytes]) -> list[Any]:
+        """What the tier holds of chunks.
+
+        Raises:
+            TierError: It failed, or is left alone after failures.
+        """
+        self._require_up()
+        found: list[Any] = self._ask(
+            lambda: list(_as_many(self.tier.get(list(keys)), len(keys), "get"))
+        )
+        self._failures = 0
+        return found
+
+    def _require_up(self) -> None:
+        if self.paused:
+            raise TierError(PAUSED)
+
+    def _planes(self, chunk: ChunkRef, coded: Any, failed: dict[bytes, str]) -> Planes | None:
+        """Planes of a chunk; or None, and why among those that failed.
+
+        Raises:
+            TierError: The codec had no answer in time, and would have none for the next chunk.
+        """
+        try:
+            planes: Planes = self._ask(self._decoded, chunk, coded)
+        except TierError as error:
+            if error.cause == LATE:
+                raise
+            failed[chunk.key] = self._fault(chunk.key, error.cause, str(error))
+            return None
+        return planes
+
+    def _decoded(self, chunk: ChunkRef, coded: Any) -> dict[str, Tensor]:
+        """Planes of a chunk; in a call that is contained."""
+        header = self._describe(chunk)
+        planes = dict(self.codec.decode(coded, header.planes, chunk.start))
+        # Nothing else stands between a codec and the pages: what is here has no checksum.
+        require_planes(planes, header)
+        return planes
 
     def _fetch(self, chunks: Sequence[ChunkRef], token: Any, wanted: Callable[[], bool]) -> None:
         if not wanted():
             return
         outcome, began = Fetched(self.name, token, chunks), time.monotonic()
         try:
-            found = self.tier.get([chunk.key for chunk in chunks])
-        except Exception as error:
-            cause = self._wrong(type(error).__name__, str(error))
-            found = [None] * len(chunks)
-            outcome.failed = {chunk.key: cause for chunk in chunks}
-        for chunk, coded in zip(chunks, found, strict=True):
-            planes: Planes | None = None
-            try:
+            for chunk, coded in zip(chunks, self._payloads([c.key for c in chunks]), strict=True):
                 if coded is None:
-                    outcome.failed.setdefault(chunk.key, "not there")
-                else:
-                    planes = self.codec.decode(coded, self._describe(chunk).planes, chunk.start)
+                    outcome.failed[chunk.key] = "not there"
+                    outcome.planes.append(None)
+                    continue
+                planes = self._planes(chunk, coded, outcome.failed)
+                if planes is not None:
                     outcome.size += sum(t.nbytes for t in coded.values())
                     outcome.held += sum(t.nbytes for t in planes.values())
-            except Exception as error:
-                outcome.failed[chunk.key] = self._wrong(type(error).__name__, str(error))
-            outcome.planes.append(planes)
+                outcome.planes.append(planes)
+        except Exception as error:
+            outcome.refused = self._fail(*cause_of(error))
+        for chunk in chunks[len(outcome.planes) :]:
+            outcome.failed[chunk.key] = outcome.refused
+            outcome.planes.append(None)
         outcome.seconds = time.monotonic() - began
         self._outcomes.append(outcome)
 
@@ -199,19 +284,22 @@ class DeviceShelf(QueuedTier):
         moved: list[Planes] = []
         try:
             if not type(self.codec).exact and _form(self.codec) != _form(target.codec):
-                raise ValueError("not exact")
-            for key, coded in zip(keys, self.tier.get(keys), strict=True):
+                raise TierError("not exact")
+            for key, coded in zip(keys, self._payloads(keys), strict=True):
                 chunk = self._stored.get(key)
                 if coded is None or chunk is None:
                     outcome.gone[key] = "not there"
                     continue
-                planes = self.codec.decode(coded, self._describe(chunk).planes, chunk.start)
-                # A codec may return views of the slab, whose slot is taken by others next.
-                moved.append({name: t.clone() for name, t in planes.items()})
-                good.append(chunk)
+                planes = self._planes(chunk, coded, outcome.gone)
+                if planes is not None:
+                    # A codec may return views of the slab, whose slot is taken by others next.
+                    moved.append({name: t.clone() for name, t in planes.items()})
+                    good.append(chunk)
         except Exception as error:
-            cause = str(error) if str(error) == "not exact" else type(error).__name__
-            outcome.failed = dict.fromkeys(keys, self._wrong(cause, str(error)))
+            cause, detail = cause_of(error)
+            if cause != "not exact":
+                outcome.refused = self._fail(cause, detail)
+            outcome.failed = dict.fromkeys(keys, cause)
         else:
             size = sum(t.nbytes for planes in moved for t in planes.values())
             refused = target.store(good, _Off(moved), size) if good else ""
@@ -220,15 +308,26 @@ class DeviceShelf(QueuedTier):
         if outcome.failed:
             self._outcomes.append(outcome)
 
-    def _wrong(self, cause: str, detail: str) -> str:
-        """Say a cause once."""
-        self._say(cause, f"tier {self.name} failed ({cause}); requests compute instead: {detail}")
-        return cause
-
     def _removed(self, keys: Sequence[bytes]) -> None:
-        self.tier.remove(list(keys))
         for key in keys:
             self._stored.pop(key, None)
+        self._ask(self.tier.remove, list(keys))
+
+
+def _answered(
+    call: Callable[..., Any], arguments: tuple[Any, ...]
+) -> tuple[Any, tuple[str, str] | None]:
+    """What a call returned, or the words for which it refused."""
+    try:
+        return call(*arguments), None
+    except (TierError, CorruptPayload) as error:
+        return None, cause_of(error)
+
+
+def _as_many(answers: Sequence[Any], count: int, what: str) -> Sequence[Any]:
+    if len(answers) != count:
+        raise TypeError(f"{what}() answered {len(answers)} of {count}")
+    return answers
 
 
 class _Off:

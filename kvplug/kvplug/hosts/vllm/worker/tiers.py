@@ -168,7 +168,7 @@ class TiersWorker(KindWorker):
         self._started = True
 
     def _open(self, one: TierChoice, view: Any, place: TierPlace) -> QueuedTier:
-        def made() -> tuple[Any, Any]:
+        def made() -> tuple[Any, Any, Any, str]:
             tier: Any = one.tier.build(view)
             codec: Any = one.codec.build(view)
             if tier.on_device:
@@ -178,12 +178,11 @@ class TiersWorker(KindWorker):
                 tier.open(replace(place, identity=stored_identity(place.identity, codec)))
             except TierError as error:
                 self.refuse(f"tier {one.name}: {error}.", "change its options as this says.")
-            return tier, codec
+            found = ", ".join(f"{k} {v}" for k, v in tier.described().items())
+            return tier, codec, self._header(codec, place), found
 
-        tier, codec = engine.at_start(self._deployment, one.tier, made)
-        found = ", ".join(f"{k} {v}" for k, v in tier.described().items())
+        tier, codec, header, found = engine.at_start(self._deployment, one.tier, made)
         logger.info("kvplug: tier %s is open%s", one.name, f": {found}" if found else "")
-        header = self._header(codec, place)
         if tier.on_device:
             return DeviceShelf(one.name, tier, codec, header, self._device, log=logger.warning)
         return QueuedTier(one.name, tier, codec, header, log=logger.warning)
