@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tier_servers import SECRET, Proxy, RedisServer, proxy, redis_server
+from tier_servers import SECRET, Proxy, RedisServer, answering, needs_module, proxy, redis_server
 
 from kvplug.contract import EngineView, TierError, TierPlace
 from kvplug.testing.tiers import IDENTITY, LAWS, Law, Opener, key, put, read
@@ -274,6 +275,37 @@ tier.open(TierPlace({identity!r}, 0, 1))
 assert bytes(tier.get([bytes(32)])[0]) == b"from the first"
 print(tier.put([(bytes([1]) * 32, b"from the second")]))
 """
+
+
+NONSENSE = {
+    "nothing": b"$-1\r\n" * 4,
+    "numbers": b":5\r\n" * 4,
+    "a list": b"*2\r\n:1\r\n:2\r\n" * 4,
+    "a status": b"+\xff\xfe\r\n" * 4,
+    "an error": b"-\xff\xfe\r\n" * 4,
+    "facts of no form": b"$13\r\nmaxmemory:4gb\r\n" * 4,
+    "no length": b"$abc\r\n",
+    "another protocol": b"HTTP/1.1 400 Bad Request\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_what_no_redis_server_would_answer_costs_misses(what: str) -> None:
+    needs_module("redis")
+    with answering(NONSENSE[what]) as port:
+        options = {"url": f"redis://127.0.0.1:{port}", "timeout": 20.0}
+        tier = Redis(Redis.Options.model_validate(options), EngineView(block_size=16))
+        tier.open(TierPlace(IDENTITY, 0, 1))
+        keys = [key(), key()]
+        with contextlib.suppress(TierError):
+            assert all(one is None or isinstance(one, memoryview) for one in tier.get(keys))
+        with contextlib.suppress(TierError):
+            assert len(tier.has(keys)) == 2
+        with contextlib.suppress(TierError):
+            assert len(tier.put([(one, b"x") for one in keys])) == 2
+        with contextlib.suppress(TierError):
+            tier.remove(keys)
+        tier.close()
 
 
 def test_another_process_sees_what_is_stored(server: RedisServer) -> None:

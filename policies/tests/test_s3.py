@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tier_servers import SECRET, SeaweedServer, proxy, seaweed_server
+from tier_servers import SECRET, SeaweedServer, answering, needs_module, proxy, seaweed_server
 
 from kvplug.contract import EngineView, TierError, TierPlace
 from kvplug.testing.tiers import IDENTITY, LAWS, Law, Opener, key, put, read
@@ -157,6 +157,24 @@ def test_a_full_store_refuses_and_is_still_read() -> None:
         assert set(answers) == {"", FULL}
         stored = [name for name, answer in zip(names, answers, strict=True) if not answer]
         assert read(tier, *stored) == [bytes(MIB)] * len(stored)
+
+
+@pytest.mark.parametrize(
+    ("status", "cause"),
+    [(b"507 Insufficient Storage", FULL), (b"400 Bad Request", "refused")],
+)
+def test_full_is_what_the_store_says_and_not_a_name_of_these_digits(
+    status: bytes, cause: str
+) -> None:
+    needs_module("obstore")
+    with answering(b"HTTP/1.1 %b\r\nContent-Length: 0\r\n\r\n" % status) as port:
+        options = {"bucket": "b", "endpoint": f"http://127.0.0.1:{port}", "anonymous": True}
+        tier = S3(S3.Options.model_validate({"prefix": "507", **options}), EngineView(16))
+        tier.open(TierPlace(IDENTITY, 0, 1))
+        with pytest.raises(TierError) as refused:
+            tier.get([key()])
+        assert refused.value.cause == cause
+        tier.close()
 
 
 def test_a_store_killed_and_restarted_in_the_middle(server: SeaweedServer) -> None:

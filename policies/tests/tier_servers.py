@@ -305,3 +305,29 @@ def proxy(port: int) -> Iterator[Proxy]:
         yield one
     finally:
         one.close()
+
+
+@contextlib.contextmanager
+def answering(answer: bytes) -> Iterator[int]:
+    """A server that says the same whatever it is asked, and hangs up where that is HTTP; its
+    port."""
+
+    def serve(client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client:
+            while client.recv(1 << 16):
+                client.sendall(answer)
+                if answer.startswith(b"HTTP"):
+                    return
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listening.accept()
+                threading.Thread(target=serve, args=(client,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=accept, daemon=True).start()
+        yield int(listening.getsockname()[1])
+        # Wakes the thread that accepts.
+        with contextlib.suppress(OSError):
+            listening.shutdown(socket.SHUT_RDWR)

@@ -172,6 +172,11 @@ class Redis(Tier):
                 raise TierError(_cause(error), str(error)) from None
             except OSError as error:
                 raise TierError("unreachable", str(error)) from None
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                # The client reads an answer as what the command should have given.
+                raise TierError(
+                    "refused", f"an answer that is none ({type(error).__name__})"
+                ) from None
         raise AssertionError
 
     def _key(self, key: bytes, rank: int) -> str:
@@ -234,7 +239,7 @@ class Redis(Tier):
                 pipeline.get(name)
             found = pipeline.execute(raise_on_error=False)
         # What is no string is no payload either: the host refuses an empty one, and removes it.
-        return [b"" if _other_kind(one) else one for one in found]
+        return [one if one is None or isinstance(one, bytes) else _nothing(one) for one in found]
 
     def has(self, keys: Sequence[bytes]) -> list[bool]:
         ranks = self._place.ranks
@@ -265,6 +270,18 @@ class Redis(Tier):
         self._bounded.close()
         with contextlib.suppress(redis.RedisError, OSError):
             self._pool.disconnect()
+
+
+def _nothing(answer: Any) -> bytes:
+    """Stands for a value that is no string.
+
+    Raises:
+        redis.RedisError: The answer is any other error.
+        TypeError: It is none to a get.
+    """
+    if not _other_kind(answer):
+        raise TypeError(f"{type(answer).__name__} for a value")
+    return b""
 
 
 def _other_kind(answer: Any) -> bool:

@@ -29,6 +29,7 @@ FULL = "full or broken"
 protocol has one code for both."""
 
 _CODE = re.compile(r"<Code>(\w{1,64})</Code>")
+_NO_ROOM = re.compile(r"status code: 507\b")
 
 
 class S3(Tier):
@@ -333,6 +334,7 @@ def _cause(text: str) -> str:
         return "too slow"
     if "kind: Connect" in text or "HTTP error" in text:
         return "unreachable"
-    if "507" in text or "InternalError" in text:
+    # The digits alone are in keys and ports too.
+    if _NO_ROOM.search(text) or "InternalError" in text:
         return FULL
     return "refused"
