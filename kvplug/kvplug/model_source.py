@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from kvplug.errors import KVPlugError
-from kvplug.near_names import did_you_mean, nearest
+from kvplug.near_names import did_you_mean, nearest, suggestion
 
 __all__ = [
     "FoundModel",
@@ -319,7 +319,7 @@ def _refuse_name(name: str, option: str, cache: str | None) -> NoReturn:
     names = [*made_here(), *downloaded(cache)]
     same = (one for one in names if one.rpartition("/")[2].lower() == name.lower())
     near = nearest(name.lower(), names) or next(same, None)
-    meant = f"did you mean {near}? Otherwise " if near else ""
+    meant = suggestion(near) if near else ""
     raise ModelNotFound(
         option,
         f"{name} is no directory here, and no name that kvplug knows.",

@@ -15,7 +15,7 @@ from kvplug.containment import STARTING, Contained, PolicyFailure
 from kvplug.contract import EngineView, Kind, PolicyOptions, TierOptions
 from kvplug.deployment import ON_BAD_REQUEST_VALUES, Choice, Deployment, TierChoice
 from kvplug.errors import DeploymentError, Refusal, change_options
-from kvplug.near_names import nearest
+from kvplug.near_names import did_you_mean
 from kvplug.observe.settings import ObserveSettings
 from kvplug.plain_text import CAUSE, LABEL, one_line, without_logins
 from kvplug.registry import Plugins, plugins
@@ -123,12 +123,8 @@ class _Parser:
                     continue
                 if name not in KINDS:
                     known = [*KINDS, GUARD, OBSERVE, ON_BAD_REQUEST]
-                    near = nearest(str(name), known)
-                    self.refuse(
-                        self.path(str(name)),
-                        "unknown key.",
-                        f"did you mean {near}?" if near else f"use one of {', '.join(known)}.",
-                    )
+                    fix = f"{did_you_mean(str(name), known)}use one of {', '.join(known)}."
+                    self.refuse(self.path(str(name)), "unknown key.", fix)
                     continue
                 if name == Kind.REUSE and isinstance(value, Mapping):
                     own = {k: v for k, v in value.items() if k != "use"}
@@ -401,22 +397,14 @@ class _Parser:
             name = chosen
         policy = registry.get(kind, name)
         if policy is None:
-            near = registry.nearest(kind, name)
-            installed = ", ".join(registry.names(kind)) or "none"
-            fix = f"did you mean {' or '.join(near)}? " if near else ""
-            if extra := registry.extra(kind, name):
-                fix = f"pip install 'kvplug[{extra}]'. "
+            fix = f"{registry.choose(kind, name)}."
             elsewhere = [str(k) for k in Kind if registry.get(k, name)]
             if elsewhere:
-                fix += f"{name!r} is a {elsewhere[0]} policy. "
+                fix += f" {name!r} is a {elsewhere[0]} policy."
             broken = "".join(
                 f" Plugin {n} failed to load: {e}." for n, e in registry.broken.items()
             )
-            self.refuse(
-                key,
-                f"unknown {kind} policy {name!r}.",
-                f"{fix}Installed: {installed}.{broken}",
-            )
+            self.refuse(key, f"unknown {kind} policy {name!r}.", f"{fix}{broken}")
             return []
         owner = key.removesuffix(".use")
         contained = Contained(policy, STARTING, f"{kind} policy {policy.name!r}")
@@ -453,13 +441,9 @@ class _Parser:
                 if last in (renamed := getattr(at, "renamed", {})):
                     self.refuse(where, f"`{last}` was renamed.", f"use {renamed[last]}.")
                     continue
-                near = nearest(last, fields)
-                known = ", ".join(fields) or "it has no options"
-                self.refuse(
-                    where,
-                    f"{owner} has no option {name!r}.",
-                    f"did you mean {near}?" if near else f"options: {known}.",
-                )
+                known = ", ".join(fields)
+                fix = f"{did_you_mean(last, fields)}use one of {known}." if known else "remove it."
+                self.refuse(where, f"{owner} has no option {name!r}.", fix)
                 continue
             problem = one_line(_plain(e["type"], e["msg"]), CAUSE)
             if not e["loc"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib.metadata
 import inspect
@@ -16,6 +15,7 @@ from kvplug import hookspecs
 from kvplug.containment import STARTING, Contained, PolicyFailure
 from kvplug.contract import BASES, Kind, Policy, PolicyOptions
 from kvplug.errors import PluginError
+from kvplug.near_names import near, suggestion
 
 logger = logging.getLogger("kvplug")
 
@@ -110,7 +110,18 @@ class PolicyRegistry:
 
     def nearest(self, kind: Kind, name: str) -> list[str]:
         """List registered names similar to ``name``, most similar first."""
-        return difflib.get_close_matches(name, self.names(kind), n=3, cutoff=0.5)
+        return near(name, self.names(kind), 3, cutoff=0.5)
+
+    def choose(self, kind: Kind, name: str) -> str:
+        """The fix for a name that is not registered: the extra that brings it, or similar names;
+        then all names."""
+        extra, names = self.extra(kind, name), ", ".join(self.names(kind))
+        first = suggestion(*self.nearest(kind, name))
+        if extra is not None:
+            first = f"pip install 'kvplug[{extra}]'. Otherwise "
+        return first + (
+            f"choose from {names}" if names else f"install a plugin with {kind} policies"
+        )
 
     def extra(self, kind: Kind, name: str) -> str | None:
         """Name the extra of kvplug that brings a policy that is not registered, or None."""

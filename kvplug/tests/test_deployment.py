@@ -149,7 +149,9 @@ def told(deployment: Deployment, engine: EngineView = ENGINE) -> list[str]:
 REFUSALS = {
     "unknown key": (
         "prefix_cache: oldest\nsequense: window\n",
-        "2: sequense: unknown key. Fix: did you mean sequence?",
+        "2: sequense: unknown key. Fix: did you mean sequence? Otherwise use one of prefix_cache, "
+        "sequence, format, reuse, attention, tiers, transfer, lifecycle, guard, observe, "
+        "on_bad_request.",
     ),
     "unknown key like no other": (
         "zzz: 1\n",
@@ -171,21 +173,21 @@ REFUSALS = {
     "policy of an extra that is not installed": (
         "reuse:\n  use: [credibility]\n",
         "2: reuse.use[0]: unknown reuse policy 'credibility'. "
-        "Fix: pip install 'kvplug[reuse-learned]'. Installed: plain, strict.",
+        "Fix: pip install 'kvplug[reuse-learned]'. Otherwise choose from plain, strict.",
     ),
     "unknown policy": (
         "prefix_cache:\n  use: oldset\n",
         "2: prefix_cache.use: unknown prefix_cache policy 'oldset'. "
-        "Fix: did you mean oldest? Installed: newest, oldest.",
+        "Fix: did you mean oldest? Otherwise choose from newest, oldest.",
     ),
     "policy of a kind with none installed": (
         "format: fp8\n",
-        "1: format: unknown format policy 'fp8'. Fix: Installed: none.",
+        "1: format: unknown format policy 'fp8'. Fix: install a plugin with format policies.",
     ),
     "policy of another kind": (
         "sequence:\n  use: oldest\n",
         "2: sequence.use: unknown sequence policy 'oldest'. "
-        "Fix: 'oldest' is a prefix_cache policy. Installed: window.",
+        "Fix: choose from window. 'oldest' is a prefix_cache policy.",
     ),
     "nobody chooses for auto": (
         "prefix_cache: auto\n",
@@ -208,15 +210,16 @@ REFUSALS = {
     ),
     "unknown option": (
         "sequence:\n  use: window\n  windows: 32\n",
-        "3: sequence.windows: window has no option 'windows'. Fix: did you mean window?",
+        "3: sequence.windows: window has no option 'windows'. "
+        "Fix: did you mean window? Otherwise use one of window, sink.",
     ),
     "unknown option like no other": (
         "sequence:\n  use: window\n  zzz: 32\n",
-        "3: sequence.zzz: window has no option 'zzz'. Fix: options: window, sink.",
+        "3: sequence.zzz: window has no option 'zzz'. Fix: use one of window, sink.",
     ),
     "option of a policy without any": (
         "prefix_cache:\n  use: oldest\n  size: 3\n",
-        "3: prefix_cache.size: oldest has no option 'size'. Fix: options: it has no options.",
+        "3: prefix_cache.size: oldest has no option 'size'. Fix: remove it.",
     ),
     "required option left out": (
         "reuse:\n  use: [strict]\n",
@@ -233,7 +236,7 @@ REFUSALS = {
     "options beside a list": (
         "reuse:\n  use: [plain]\n  shift: 3\n",
         "3: reuse.shift: reuse has no option 'shift'. "
-        "Fix: options: approximate, segments, store, recompute, prefetch.",
+        "Fix: use one of approximate, segments, store, recompute, prefetch.",
     ),
     "option of a key beside a list": (
         "reuse:\n  use: [plain]\n  store: {memory: 0}\n",
@@ -616,7 +619,7 @@ def test_section_named_by_its_path_in_a_vllm_config(file: Path, tmp_path: Path) 
         read_config(file)
     assert str(caught.value) == (
         f"{own}:2: sequence.use: unknown sequence policy 'windw'. "
-        "Fix: did you mean window? Installed: window."
+        "Fix: did you mean window? Otherwise choose from window."
     )
 
 

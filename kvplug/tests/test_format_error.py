@@ -73,7 +73,7 @@ def test_what_cannot_be_measured_is_said(
     monkeypatch.setattr(format_error, "read", lambda *_: layers())
     monkeypatch.setattr(format_error, "smollm2", lambda: None)
     for arguments, said in (
-        (["--use", "int5", "{}"], "unknown format 'int5'; installed: "),
+        (["--use", "int5", "{}"], "unknown format 'int5'. Fix: did you mean int"),
         (["--use", "int4", "{"], "options of int4 are not JSON"),
         (["--use", "int4", "[]"], "must be a JSON object"),
         (["--use", "int4", '{"group": 48}'], "groups of 48 channels do not divide"),

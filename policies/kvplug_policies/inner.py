@@ -28,11 +28,7 @@ def inner_format(
     registry = plugins().registry
     found = registry.get(Kind.FORMAT, use) if isinstance(use, str) else None
     if found is None or not issubclass(found, FormatPolicy):
-        near = registry.nearest(Kind.FORMAT, str(use))
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(
-            f"unknown format {use!r}; {hint}installed: {', '.join(registry.names(Kind.FORMAT))}"
-        )
+        raise ValueError(f"unknown format {use!r}; {registry.choose(Kind.FORMAT, str(use))}")
     known = found.Options.model_fields
     taken = {n: v for n, v in defaults.items() if n in known and n not in options}
     try:

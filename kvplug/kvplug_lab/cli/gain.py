@@ -134,8 +134,8 @@ def _names(asked: str, registry: Any) -> list[str]:
     names = every if asked == "all" else [name for name in asked.split(",") if name]
     for name in names:
         if name not in known:
-            message = f"--policy: unknown sequence policy {name!r}; installed: {', '.join(known)}."
-            typer.echo(message, err=True)
+            fix = registry.choose(Kind.SEQUENCE, name)
+            typer.echo(f"--policy: unknown sequence policy {name!r}. Fix: {fix}.", err=True)
             raise typer.Exit(2)
     return list(names)
 

@@ -167,9 +167,11 @@ def measure_named(name: str, blocks: int, operations: int) -> dict[str, float]:
         from kvplug_lab.engine.stock import StockQueue
 
         return measure(lambda: StockQueue(blocks), frozenset(), blocks, operations)
-    policy = plugins().registry.get(Kind.PREFIX_CACHE, name)
+    registry = plugins().registry
+    policy = registry.get(Kind.PREFIX_CACHE, name)
     if policy is None or not issubclass(policy, PrefixCachePolicy):
-        raise typer.BadParameter(f"unknown prefix_cache policy {name!r}")
+        fix = registry.choose(Kind.PREFIX_CACHE, name)
+        raise typer.BadParameter(f"unknown prefix_cache policy {name!r}. Fix: {fix}.")
     chosen: type[PrefixCachePolicy] = policy
     engine = EngineView(16, blocks, features=frozenset({Feature.PREFIX_CACHING}), host="trace")
     return measure(

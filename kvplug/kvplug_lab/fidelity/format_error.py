@@ -222,10 +222,10 @@ def build(use: str, options: dict[str, Any], layers: Sequence[Read]) -> FormatPo
         KVPlugError: There is none of the name.
         ValueError: It refuses the options or the model.
     """
-    policy = plugins().registry.get(Kind.FORMAT, use)
+    registry = plugins().registry
+    policy = registry.get(Kind.FORMAT, use)
     if policy is None:
-        names = ", ".join(plugins().registry.names(Kind.FORMAT))
-        raise KVPlugError(f"unknown format {use!r}; installed: {names}")
+        raise KVPlugError(f"unknown format {use!r}. Fix: {registry.choose(Kind.FORMAT, use)}.")
     engine = EngineView(BLOCK, layers=tuple(read.layer for read in layers), host="transformers")
     made = policy(policy.Options.model_validate(options), engine)
     assert isinstance(made, FormatPolicy)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from kvplug.errors import DeploymentError, KVPlugError, Refusal
 from kvplug.hosts.vllm.connector_flag import FLAG, connector_refusals, is_connector_flag
 from kvplug.hosts.vllm.distribution import Command
-from kvplug.near_names import nearest
+from kvplug.near_names import did_you_mean
 
 __all__ = ["FileFlags", "plain_flags", "vllm_flags"]
 
@@ -186,9 +186,8 @@ def _names(
             return frozenset()
     if problem.startswith("unrecognized arguments: --"):
         known = [name.replace("_", "-") for name in vllm.defaults(command)]
-        near = nearest(key.replace("_", "-"), known)
-        fix = f"did you mean {near}?" if near else "see `vllm serve --help=all`."
-        refuse(key, "is not a vLLM flag.", fix)
+        meant = did_you_mean(key.replace("_", "-"), known)
+        refuse(key, "is not a vLLM flag.", f"{meant}see `vllm serve --help=all`.")
     else:
         shown = problem if len(problem) <= _MAX_SHOWN else f"{problem[:_MAX_SHOWN]} ..."
         refuse(key, f"vLLM refuses it: {shown.removesuffix('.')}.", "write it as vLLM takes it.")
