@@ -11,12 +11,13 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kvplug_lab.engine.detached import detach, take_environment
+from kvplug_lab.engine.stepped import index_of, stated, stepped, waves
 from kvplug_lab.engine.trial import connector_flags
 
 LEAST_STEPS = 15
@@ -158,47 +159,45 @@ def run(llm: Any, work: Mapping[str, Any]) -> dict[str, Any]:
     evicted, freed = _evicted(half)
     start = time.perf_counter()
     limit = start + float(work.get("seconds") or 1e9)
-    for wave in sorted({r.get("wave", 0) for r in requests}):
-        for i, request in enumerate(requests):
-            if request.get("wave", 0) != wave or stopped:
-                continue
-            asked = request.get("kvplug")
+
+    def add(wave: Sequence[int]) -> None:
+        for i in wave:
+            asked = requests[i].get("kvplug")
             sampling = SamplingParams(
                 temperature=0.0,
-                max_tokens=request["max_tokens"],
+                max_tokens=requests[i]["max_tokens"],
                 ignore_eos=True,
                 detokenize=False,
                 extra_args={"kv_transfer_params": {"kvplug": asked}} if asked else None,
             )
-            engine.add_request(str(i), {"prompt_token_ids": request["prompt"]}, sampling)
-        while engine.has_unfinished_requests():
-            computed = {r.request_id: r.num_computed_tokens for r in scheduler.running}
-            before = time.perf_counter()
-            outputs = engine.step()
-            took = time.perf_counter() - before
-            running = scheduler.running
-            peak_running = max(peak_running, len(running))
-            used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-            peak_blocks = max(peak_blocks, used)
-            decodes = len(computed) == len(running)
-            for one in running:
-                if one.num_preemptions:
-                    preempted[one.request_id] = one.num_preemptions
-                decodes &= one.num_computed_tokens == computed.get(one.request_id, -1) + 1
-            if decodes and running:
-                decode.setdefault(len(running), []).append(took)
-            for output in outputs:
-                index = int(output.request_id.split("-")[0])
-                tokens[index] = list(output.outputs[0].token_ids)
-                if output.finished:
-                    cached[index] = output.num_cached_tokens or 0
-                    params = output.kv_transfer_params
-                    notes[index] = params.get("kvplug") if params else None
-            if time.perf_counter() > limit:
-                stopped = True
-                left = [r.request_id for r in (*scheduler.running, *scheduler.waiting)]
-                engine.abort_request(left, internal=True)
-                break
+            engine.add_request(str(i), {"prompt_token_ids": requests[i]["prompt"]}, sampling)
+
+    computed: dict[str, int] = {}
+    for step in stepped(engine, waves(r.get("wave", 0) for r in requests), add):
+        running = scheduler.running
+        peak_running = max(peak_running, len(running))
+        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        peak_blocks = max(peak_blocks, used)
+        decodes = len(computed) == len(running)
+        for one in running:
+            if one.num_preemptions:
+                preempted[one.request_id] = one.num_preemptions
+            decodes &= one.num_computed_tokens == computed.get(one.request_id, -1) + 1
+        if decodes and running:
+            decode.setdefault(len(running), []).append(step.seconds)
+        # Nothing runs, or computes, between two steps.
+        computed = {r.request_id: r.num_computed_tokens for r in running}
+        for output in step.outputs:
+            index = index_of(output)
+            tokens[index] = list(output.outputs[0].token_ids)
+            if output.finished:
+                cached[index] = output.num_cached_tokens or 0
+                notes[index] = stated(output)
+        if time.perf_counter() > limit:
+            stopped = True
+            left = [r.request_id for r in (*scheduler.running, *scheduler.waiting)]
+            engine.abort_request(left, internal=True)
+            break
     took = time.perf_counter() - start
     now_evicted, now_freed = _evicted(half)
     return {

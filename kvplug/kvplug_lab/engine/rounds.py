@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kvplug_lab.engine.detached import detach, take_environment
+from kvplug_lab.engine.stepped import index_of
 from kvplug_lab.engine.trial import (
     FORCING,
     TrialFailed,
@@ -323,7 +324,7 @@ def _round(
         outputs = engine.step()
         now = time.perf_counter()
         for output in outputs:
-            i = int(output.request_id.split("-")[0]) - served
+            i = index_of(output) - served
             if output.outputs[0].token_ids:
                 first.setdefault(i, now)
             if not output.finished:

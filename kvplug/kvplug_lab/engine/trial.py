@@ -26,6 +26,7 @@ from typing import Any
 from kvplug.errors import KVPlugError
 from kvplug.hosts.vllm.connector_flag import CONNECTOR, MODULE
 from kvplug_lab.engine.leftovers import leftovers
+from kvplug_lab.engine.stepped import index_of, stated, stepped, waves
 
 FORCED = "kvplug_force"
 FORCING = "kvplug_lab.engine.force:ForceTokens"
@@ -373,29 +374,23 @@ def _sampling(request: TrialRequest) -> Any:
 
 
 def _answer(output: Any, ttft: float | None = None) -> Answer:
-    params = output.kv_transfer_params
     likely = output.outputs[0].logprobs
     return Answer(
         prompt_tokens=len(output.prompt_token_ids),
         cached_tokens=output.num_cached_tokens or 0,
         token_ids=list(output.outputs[0].token_ids),
         text=output.outputs[0].text,
-        kvplug=params.get("kvplug") if params else None,
+        kvplug=stated(output),
         ttft=ttft,
         logprobs=[next(iter(step.values())).logprob for step in likely] if likely else None,
     )
-
-
-def _waves(spec: TrialSpec) -> list[list[int]]:
-    waves = sorted({r.wave for r in spec.requests})
-    return [[i for i, r in enumerate(spec.requests) if r.wave == wave] for wave in waves]
 
 
 def _unwatched(llm: Any, spec: TrialSpec) -> TrialResult:
     answers: dict[int, Answer] = {}
     texts: dict[int, list[int]] = {}
     before = time.perf_counter()
-    for wave in _waves(spec):
+    for wave in waves(r.wave for r in spec.requests):
         _between(llm, [spec.requests[i] for i in wave])
         outputs = llm.generate(
             [_prompt(spec.requests[i], texts) for i in wave],
@@ -436,37 +431,37 @@ def _watched(llm: Any, spec: TrialSpec, progress: Callable[[dict[str, Any]], Non
     added: dict[int, float] = {}
     first: dict[int, float] = {}
     elapsed = cpu = 0.0
-    for wave in _waves(spec):
+
+    def add(wave: Sequence[int]) -> None:
         _between(llm, [spec.requests[i] for i in wave])
         for i in wave:
             prompt = _prompt(spec.requests[i], texts)
             added[i] = time.perf_counter()
             engine.add_request(str(i), prompt, _sampling(spec.requests[i]))
-        while engine.has_unfinished_requests():
-            before, cpu_before = time.perf_counter(), time.process_time()
-            outputs = engine.step()
-            elapsed += time.perf_counter() - before
-            cpu += time.process_time() - cpu_before
-            for output in outputs:
-                index = int(output.request_id.split("-")[0])
-                if output.outputs[0].token_ids and index not in first:
-                    first[index] = time.perf_counter() - added[index]
-                if output.finished:
-                    answers[index] = _answer(output, first.get(index))
-                    texts[index] = _text(output)
-            steps.append(watch.look(elapsed))
-            if spec.reset_running_at == len(steps):
-                watch.scheduler.reset_prefix_cache(reset_running_requests=True)
-            progress(
-                {
-                    "phase": "running",
-                    "step": len(steps),
-                    "finished": len(answers),
-                    "requests": len(spec.requests),
-                    "tokens": sum(watch.tokens.values()),
-                    **asdict(steps[-1]),
-                }
-            )
+
+    for step in stepped(engine, waves(r.wave for r in spec.requests), add):
+        elapsed += step.seconds
+        cpu += step.cpu_seconds
+        for output in step.outputs:
+            index = index_of(output)
+            if output.outputs[0].token_ids and index not in first:
+                first[index] = time.perf_counter() - added[index]
+            if output.finished:
+                answers[index] = _answer(output, first.get(index))
+                texts[index] = _text(output)
+        steps.append(watch.look(elapsed))
+        if spec.reset_running_at == len(steps):
+            watch.scheduler.reset_prefix_cache(reset_running_requests=True)
+        progress(
+            {
+                "phase": "running",
+                "step": len(steps),
+                "finished": len(answers),
+                "requests": len(spec.requests),
+                "tokens": sum(watch.tokens.values()),
+                **asdict(steps[-1]),
+            }
+        )
     connector = watch.scheduler.connector
     # Another connector may have a scheduler of its own.
     half = connector.scheduler if type(connector).__name__ == CONNECTOR else None

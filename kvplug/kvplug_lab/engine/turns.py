@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
+from kvplug_lab.engine.stepped import index_of
 from kvplug_lab.engine.trial import (
     FORCING,
     Answer,
@@ -166,7 +167,7 @@ def _answers(
         engine.add_request(f"{served + i}", _prompt(request, {}), _sampling(request))
     while engine.has_unfinished_requests():
         for output in engine.step():
-            index = int(output.request_id.split("-")[0]) - served
+            index = index_of(output) - served
             if output.outputs[0].token_ids and index not in first:
                 now = time.perf_counter(), time.process_time()
                 first[index] = now[0] - added[index][0], now[1] - added[index][1]
