@@ -12,7 +12,7 @@ import torch
 from kvplug.contract import EngineView, TierPlace, TierUsage
 from kvplug.errors import DeploymentError
 from kvplug.hosts.vllm.messages import ChunkLoad, StepDirectives, StepReport, TiersDirectives
-from kvplug.hosts.vllm.scheduler.tiers import TiersScheduler
+from kvplug.hosts.vllm.scheduler.tiers import TiersScheduler, _by_tier
 from kvplug.hosts.vllm.worker.tier_copy import Transfer
 from kvplug.hosts.vllm.worker.tiers import TiersWorker
 from kvplug.parser import load_deployment
@@ -157,3 +157,10 @@ def test_a_tier_of_no_size_is_refused_by_name(
         TiersScheduler._book(scheduler, one, one.tier.build(EngineView(16)))
     (refusal,) = refused.value.refusals
     assert refusal.key == one.tier.key and "host" in refusal.problem
+
+
+def test_counters_are_those_of_the_tier_that_they_name_in_full() -> None:
+    books = {"host_chunks": 1.0, "host_2_chunks": 2.0, "host_2_useful": 3.0, "asked": 4.0}
+    found, rest = _by_tier(books, ["host", "host_2"])
+    assert found == {"host": {"chunks": 1.0}, "host_2": {"chunks": 2.0, "useful": 3.0}}
+    assert rest == {"asked": 4.0}

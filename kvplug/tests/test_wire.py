@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -72,9 +73,9 @@ def summed(payload: bytes | bytearray) -> bytes:
     return bytes(raw)
 
 
-def rewritten(old: str, new: str) -> bytes:
+def rewritten(old: str, new: str, coded: Mapping[str, torch.Tensor] | None = None) -> bytes:
     """A payload whose header says something else, with a checksum that is right."""
-    payload = bytes(pack(HEADER, CODED))
+    payload = bytes(pack(HEADER, CODED if coded is None else coded))
     size = int.from_bytes(payload[:8], "little")
     text = payload[8 : 8 + size].decode().rstrip()
     assert old in text
@@ -267,6 +268,12 @@ def test_other_files_are_no_chunks() -> None:
 def test_a_hostile_header_is_refused_though_its_checksum_is_right(old: str, new: str) -> None:
     cause = refusal(rewritten(old, new))
     assert cause in ("bad header", "other planes")
+
+
+@pytest.mark.parametrize("shape", [f"[0,{1 << 47},{1 << 47}]", f"[{1 << 47},{1 << 47},0]"])
+def test_a_tensor_without_elements_has_a_shape_that_can_be_made(shape: str) -> None:
+    empty = {"x": torch.empty(0, 3)}
+    assert refusal(rewritten('"shape":[0,3]', f'"shape":{shape}', empty)) == "bad header"
 
 
 def test_a_header_longer_than_allowed_is_not_parsed() -> None:

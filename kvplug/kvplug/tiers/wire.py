@@ -420,7 +420,9 @@ def _tensor(name: str, value: Any) -> tuple[str, str, tuple[int, ...], int]:
     _need(
         isinstance(shape, list)
         and len(shape) <= _MAX_AXES
-        and all(type(axis) is int and 0 <= axis < _MAX_NUMBER for axis in shape),
+        and all(type(axis) is int and axis >= 0 for axis in shape)
+        # Strides are counted where there are no elements, too.
+        and math.prod(max(axis, 1) for axis in shape) < _MAX_NUMBER,
         "a tensor has no valid shape",
     )
     return name, code, tuple(shape), math.prod(shape) * _DTYPES[code].itemsize

@@ -6,7 +6,7 @@ import itertools
 import operator
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -834,15 +834,7 @@ class TiersScheduler(KindScheduler):
         """Reports of the tiers, the codecs and the lifecycle policy; the first has the host's
         counters."""
         deployment, books = self.context.deployment, self.hierarchy.counters()
-        by_tier = {
-            one.name: {
-                name.removeprefix(f"{one.name}_"): value
-                for name, value in books.items()
-                if name.startswith(f"{one.name}_")
-            }
-            for one in deployment.tiers
-        }
-        own = {name for one in by_tier for name in books if name.startswith(f"{one}_")}
+        by_tier, rest = _by_tier(books, [one.name for one in deployment.tiers])
         found: list[PolicyReport] = []
         for one in deployment.tiers:
             counters = by_tier[one.name]
@@ -860,7 +852,6 @@ class TiersScheduler(KindScheduler):
         stored = sum(int(by_tier[one.name].get("stored", 0)) for one in deployment.tiers)
         for codec in {one.codec.policy.name: one.codec.policy for one in deployment.tiers}.values():
             found.append(PolicyReport(str(Kind.TRANSFER), codec.name, codec.exact, stored))
-        rest = {name: value for name, value in books.items() if name not in own}
         errors = int(rest.pop("lifecycle_errors", 0))
         name = type(self.lifecycle).name
         report = PolicyReport(str(Kind.LIFECYCLE), name, True, stored, errors, rest)
@@ -909,3 +900,20 @@ class TiersScheduler(KindScheduler):
     def stop(self) -> None:
         """Close what was opened to ask."""
         self._lookups.close()
+
+
+def _by_tier(
+    books: Mapping[str, float], tiers: Sequence[str]
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """The books' counters of each tier, by name, and those of none."""
+    found: dict[str, dict[str, float]] = {name: {} for name in tiers}
+    rest: dict[str, float] = {}
+    # The second tier of a name begins with that of the first.
+    longest = sorted(tiers, key=len, reverse=True)
+    for name, value in books.items():
+        tier = next((one for one in longest if name.startswith(f"{one}_")), None)
+        if tier is None:
+            rest[name] = value
+        else:
+            found[tier][name.removeprefix(f"{tier}_")] = value
+    return found, rest
