@@ -124,6 +124,7 @@ class Books(RuleBasedStateMachine):
         self.there: dict[str, dict[bytes, int]] = {"fast": {}, "slow": {}}
         self.coming: dict[bytes, tuple[str, int]] = {}
         self.pins: dict[bytes, int] = {}
+        self.was_full = False
 
     def taken(self, tier: str) -> int:
         """Bytes held, or on their way."""
@@ -151,7 +152,7 @@ class Books(RuleBasedStateMachine):
         self.policy.tier = tier
         known = {k for k in KEYS if k in self.coming or any(k in t for t in self.there.values())}
         orders = self.books.leaving([leave(key) for key in keys], SIZE)
-        full = self.taken("fast") + len(set(keys)) * SIZE > self.capacity["fast"]
+        full = self.taken("fast") + len(set(keys)) * SIZE > self.capacity["fast"] or self.was_full
         self.policy.moves = []
         self.policy.want = 0
         self.carry_out(self.books.plan(0, POOL))
@@ -163,15 +164,21 @@ class Books(RuleBasedStateMachine):
         assert len(dict(orders)) == len(orders)
 
     @precondition(lambda self: self.coming)
-    @rule(data=st.data(), size=st.sampled_from([SIZE, SIZE // 2]), works=st.booleans())
-    def arrives(self, data: st.DataObject, size: int, works: bool) -> None:
+    @rule(
+        data=st.data(),
+        size=st.sampled_from([SIZE, SIZE // 2]),
+        works=st.booleans(),
+        cause=st.sampled_from(["test", "full"]),
+    )
+    def arrives(self, data: st.DataObject, size: int, works: bool, cause: str) -> None:
         key = data.draw(st.sampled_from(sorted(self.coming)))
         tier, _ = self.coming.pop(key)
         if works:
             self.there[tier][key] = size
             self.books.put(tier, key, size)
         else:
-            self.books.lost(tier, key, "test")
+            self.was_full |= cause == "full"
+            self.books.lost(tier, key, cause)
         self.policy.moves = []
         self.policy.want = 0
         self.carry_out(self.books.plan(0, POOL))
@@ -449,6 +456,28 @@ def test_a_tier_found_above_its_quota_is_brought_below_it() -> None:
     stored(books, "slow", KEYS[:5])
     assert books.counters()["slow_chunks"] == 3
     assert books.settle() == [Move(Action.DROP, [key], "slow") for key in KEYS[:2]]
+
+
+@pytest.mark.parametrize("lifecycle", ["watermarks", "ladder", "everything"])
+def test_a_tier_that_is_full_before_its_books_are_gives_up_the_oldest(lifecycle: str) -> None:
+    """As where one of two workers has more than half of the layers."""
+    policy = plugins().registry.get(Kind.LIFECYCLE, lifecycle)
+    assert policy is not None and issubclass(policy, LifecyclePolicy)
+    books = hierarchy(book("fast", 20), policy=policy(policy.Options(), ENGINE))
+    held: list[bytes] = []
+    failed = []
+    for key in [n.to_bytes(32, "big") for n in range(200)]:
+        stored = books.leaving([leave(key)], SIZE)
+        for move in books.plan(0, POOL):
+            held = [one for one in held if one not in move.keys]
+        if stored and len(held) < 12:
+            held.append(key)
+            books.put("fast", key, SIZE)
+        elif stored:
+            failed.append(key)
+            books.lost("fast", key, "full")
+    assert len(held) >= 11 and 1 <= len(failed) <= 20
+    assert min(int.from_bytes(key, "big") for key in held) > 180
 
 
 def test_a_tier_without_a_limit_is_known_as_far_as_the_book_goes() -> None:

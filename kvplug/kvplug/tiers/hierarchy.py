@@ -52,6 +52,12 @@ DECLINED = 1 << 16
 SHOWN = 4096
 """Candidates of a tier that a plan shows at most."""
 
+FULL = "full"
+"""Cause for which a tier does not take what its books have room for."""
+
+REGAINED = 16
+"""Bytes stored, for each by which a tier that was full counts as larger again."""
+
 DOWN = frozenset({Action.DEMOTE, Action.COPY})
 
 
@@ -138,6 +144,7 @@ class _Shelf:
         self.read, self.write = Link(), Link()
         self.health = Health()
         self.used = self.reserved = self.going = 0
+        self.limit = book.capacity
         self.counts: Counter[str] = Counter()
         self.order = ContainedPolicy(book.order)
         self.facts: frozenset[BlockFact] = frozenset()
@@ -158,14 +165,28 @@ class _Shelf:
         """Bytes that may still be taken; an unlimited tier has as much as anything needs."""
         if not self.book.capacity:
             return 1 << 62
-        return self.book.capacity - self.used - self.reserved
+        return self.limit - self.used - self.reserved
+
+    def full(self, size: int) -> None:
+        """Take note that ``size`` more bytes were not taken, though the books have room for them.
+
+        Some of a tier can be full before all of it is, and would stay so if nothing went: the part
+        of a worker with more layers than others, or a medium that others fill. So it counts as no
+        larger than what it holds, until more is stored again.
+        """
+        if self.book.capacity:
+            self.limit = min(self.limit, max(self.used, size))
+
+    def took(self, size: int) -> None:
+        """Take note that ``size`` bytes were stored."""
+        self.limit = min(self.book.capacity, self.limit + size // REGAINED)
 
     def view(self, now: float) -> TierView:
         book, down = self.book, self.health.down(now)
         return TierView(
             book.name,
             max(0, self.used + self.reserved - self.going),
-            book.capacity,
+            self.limit,
             book.exact,
             book.shared,
             book.durable,
@@ -472,6 +493,7 @@ class Hierarchy:
             shelf.reserved -= coming.size
             shelf.counts["stored"] += 1
             shelf.counts["stored_bytes"] += size
+            shelf.took(size)
             source = coming
         if shelf.number in chunk.copies:
             self._forget(shelf, key)
@@ -501,6 +523,8 @@ class Hierarchy:
         if coming is not None and coming.target == shelf.number:
             self._cancel(key, chunk)
             shelf.counts["failed"] += 1
+            if cause == FULL:
+                shelf.full(coming.size)
         elif shelf.number in chunk.copies:
             self._forget(shelf, key)
             shelf.counts["lost"] += 1
