@@ -15,6 +15,7 @@ from kvplug.contract import (
     Candidate,
     EngineView,
     Fingerprint,
+    Kind,
     LayerView,
     Placement,
     ReuseCheck,
@@ -22,6 +23,9 @@ from kvplug.contract import (
     Verdict,
 )
 from kvplug.hosts.torch_state import TorchPolicy, state
+from kvplug.hosts.vllm.messages import ReuseReport, TiersReport
+from kvplug.hosts.vllm.worker import kind as worker_kind
+from kvplug.hosts.vllm.worker.kind import KindWorker
 from kvplug.hosts.vllm.worker.pages import CodedPages
 from kvplug.hosts.vllm.worker.reuse_loading import _adapted, _adapts
 from kvplug.hosts.vllm.worker.stored_format import StoredFormat
@@ -33,6 +37,33 @@ PRINT = Fingerprint(
     *("m", "t", "", "float32", "", "none"), (1, 2, 8), "", "causal", 0, 32, b"c", b"t", 0.0, "r"
 )
 PLACED = Placement(PRINT, 0, 32, 0, Verdict(True))
+
+
+# -- what a kind reports ---------------------------------------------------------------------------
+
+
+class Failing(KindWorker):
+    kind = Kind.TIERS
+
+
+@pytest.mark.parametrize("report", [ReuseReport, TiersReport])
+def test_a_report_has_the_first_failure_and_the_log_one_of_each_part(
+    report: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(
+        worker_kind.logger, "error", lambda text, *a, exc_info: logged.append(text % a)
+    )
+    worker, first, second = Failing(("file", "tiers")), report(), report()
+    worker._caught(first, "store", PolicyFailure("OSError: full", "put()"))
+    worker._caught(first, "load", ValueError("no"))
+    worker._caught(second, "load", ValueError("still no"))
+    assert (first.errors, first.error) == (2, "store: OSError: full")
+    assert (second.errors, second.error) == (1, "load: ValueError: still no")
+    assert logged == [
+        "tiers failed to store; the engine computes instead",
+        "tiers failed to load; the engine computes instead",
+    ]
 
 
 # -- corrections of reuse --------------------------------------------------------------------------

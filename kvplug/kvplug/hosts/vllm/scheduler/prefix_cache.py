@@ -136,7 +136,7 @@ class PrefixCacheScheduler(KindScheduler):
     def _on_failure(self, failure: PolicyFailure) -> None:
         if self.context.misses is not None:
             self.context.misses.retired()
-        self.context.events.add(EventType.FALLEN_BACK, self.kind, detail=failure.cause)
+        self._fall_back(failure.cause)
 
 
 def _needs(policy: PrefixCachePolicy) -> frozenset[BlockFact]:

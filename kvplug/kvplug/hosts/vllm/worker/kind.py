@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport
 
+from kvplug.containment import PolicyFailure
 from kvplug.contract import Kind
 from kvplug.errors import DeploymentError, Refusal
 from kvplug.hosts.vllm.messages import StepDirectives, StepReport
 from kvplug.hosts.vllm.worker.held import HeldMemory
 from kvplug.hosts.vllm.worker.steps import AttentionStep, MetadataStep
 
+logger = init_logger("vllm.kvplug")
+
 Origin = tuple[str, str]
 """Source and key of a policy in its deployment, for messages."""
+
+
+class Errors(Protocol):
+    """A report that counts exceptions and says the first of them."""
+
+    errors: int
+    error: str
 
 
 class KindWorker:
@@ -41,6 +52,7 @@ class KindWorker:
     def __init__(self, origin: Origin):
         self.origin = origin
         self.held = HeldMemory()
+        self._logged: set[str] = set()
 
     # -- layers --------------------------------------------------------------------------------
 
@@ -132,6 +144,19 @@ class KindWorker:
                 f"{policy} counts in blocks of {spec.block_size} tokens, but "
                 f"{stock.get_name()} splits them into blocks of {size}.",
                 f"set --block-size {size}.",
+            )
+
+    def _caught(self, report: Errors, what: str, error: Exception) -> None:
+        """Report what a part of the kind raised; the log has the first of each part."""
+        report.errors += 1
+        if not report.error:
+            named = f"{type(error).__name__}: {error}"
+            cause = error.cause if isinstance(error, PolicyFailure) else named
+            report.error = f"{what}: {cause}"
+        if what not in self._logged:
+            self._logged.add(what)
+            logger.error(
+                "%s failed to %s; the engine computes instead", self.kind, what, exc_info=error
             )
 
     # -- steps ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm.logger import init_logger
 
 from kvplug.client_names import request_name
-from kvplug.containment import ON_WORKER, PolicyFailure
+from kvplug.containment import ON_WORKER
 from kvplug.contract import Kind
 from kvplug.deployment import Deployment
 from kvplug.errors import KVPlugError
@@ -86,7 +86,6 @@ class ReuseWorker(KindWorker):
         self._received: set[str] = set()
         self._missing: set[str] = set()
         self._wanted: dict[str, StoredSegment] = {}
-        self._logged: set[str] = set()
         self._folder = self.settings.store.directory
         # Before the weights are loaded, to see whether they change meanwhile.
         self._seen = Weights.of(vllm_config).signature() if self._folder else ()
@@ -188,7 +187,7 @@ class ReuseWorker(KindWorker):
             try:
                 self.loader.load(order, self._wanted, self._report)
             except Exception as error:
-                self._failed("load", error)
+                self._caught(self._report, "load", error)
                 self._leave_unfilled(order)
             else:
                 self._report.filled[order.number] = 1
@@ -255,22 +254,9 @@ class ReuseWorker(KindWorker):
         try:
             call(argument)
         except Exception as error:
-            self._failed(what, error)
+            self._caught(self._report, what, error)
             if isinstance(argument, SaveOrder):
                 self._report.failed[argument.segment] = "could not be stored"
-
-    def _failed(self, what: str, error: Exception) -> None:
-        self._report.errors += 1
-        if not self._report.error:
-            cause = (
-                error.cause
-                if isinstance(error, PolicyFailure)
-                else f"{type(error).__name__}: {error}"
-            )
-            self._report.error = f"{what}: {cause}"
-        if what not in self._logged:
-            self._logged.add(what)
-            logger.error("reuse failed in %s; the engine computes instead", what, exc_info=error)
 
 
 class WatchedRows(MetadataStep):

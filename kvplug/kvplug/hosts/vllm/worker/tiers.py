@@ -110,7 +110,6 @@ class TiersWorker(KindWorker):
         self._generation = 0
         self._reloaded_in: int | None = None
         self._started = False
-        self._logged: set[str] = set()
         self._copier: PageCopier | None = None
         self._device = torch.device("cpu")
 
@@ -469,15 +468,9 @@ class TiersWorker(KindWorker):
         try:
             call(*arguments)
         except Exception as error:
-            self._report.errors += 1
-            self._report.error = self._report.error or f"{what}: {type(error).__name__}: {error}"
+            self._caught(self._report, what, error)
             if what == "store" and arguments and not isinstance(arguments[0], _Reading):
                 self._not_stored(arguments[0], "could not be read")
-            if what not in self._logged:
-                self._logged.add(what)
-                logger.error(
-                    "tiers failed to %s; the engine computes instead", what, exc_info=error
-                )
 
 
 class _Once:
