@@ -189,6 +189,18 @@ def test_a_folder_that_says_it_is_anothers_is_refused(tmp_path: Path) -> None:
     assert (base / "letter.txt").read_text() == "dear reader"
 
 
+@pytest.mark.parametrize("torn", ["", "kvplug tier 1\niden", "kvplug tier 1\n" + "\0" * 40])
+def test_what_a_crash_of_the_machine_leaves_of_the_marker_is_written_again(
+    tmp_path: Path, torn: str
+) -> None:
+    name, marker = key(), tmp_path / IDENTITY / MARKER
+    put(opened(tmp_path), (name, b"x"))
+    whole = marker.read_text()
+    marker.write_text(torn)
+    assert read(opened(tmp_path), name) == [b"x"]
+    assert marker.read_text() == whole
+
+
 def test_workers_that_start_at_once_make_one_folder(tmp_path: Path) -> None:
     for i in range(20):
         root = tmp_path / str(i)

@@ -232,9 +232,13 @@ class Disk(Tier):
         if found is None:
             if any(entry.name not in (PASSING, MARKER) for entry in base.iterdir()):
                 return f"{base} is not empty and has no {MARKER}"
+        elif found != said and not said.startswith(found.rstrip(b"\0")):
+            return f"{marker} is of another identity"
+        if found != said:
+            # New, or torn by a crash of the machine: the folder's name says whose it is, too.
             (base / PASSING).mkdir(mode=0o700, exist_ok=True)
             # Others may do the same at once: what they write is the same.
-            self._write(root, marker, memoryview(said))
+            self._write(root, marker, memoryview(said), lasting=True)
             found = _read_marker(marker)
         if found != said:
             return f"{marker} is of another identity"
@@ -435,22 +439,22 @@ class Disk(Tier):
             return -1
         return facts.st_size if stat.S_ISREG(facts.st_mode) else -1
 
-    def _write(self, root: Root, path: Path, payload: memoryview) -> None:
+    def _write(self, root: Root, path: Path, payload: memoryview, *, lasting: bool = False) -> None:
         for _ in range(3):
             # One that sweeps may have taken a file for a dead writer's.
             with contextlib.suppress(FileNotFoundError, BlockingIOError):
-                self._write_once(root, path, payload)
+                self._write_once(root, path, payload, lasting)
                 return
         raise OSError(errno.EIO, "the folder is gone")
 
-    def _write_once(self, root: Root, path: Path, payload: memoryview) -> None:
+    def _write_once(self, root: Root, path: Path, payload: memoryview, lasting: bool) -> None:
         passing, folder = self._passing(root), path.parent
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         handle = os.open(passing, flags | (os.O_DIRECT if root.direct else 0), 0o600)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write_whole(handle, payload, direct=root.direct)
-            if self.options.fsync == "each":
+            if lasting or self.options.fsync == "each":
                 os.fdatasync(handle)
             if folder not in root.ready:
                 with contextlib.suppress(FileExistsError):
@@ -466,7 +470,7 @@ class Disk(Tier):
             raise
         finally:
             os.close(handle)
-        if self.options.fsync == "each":
+        if lasting or self.options.fsync == "each":
             sync(folder)
         elif self.options.fsync == "interval":
             with self._syncing:
@@ -558,6 +562,6 @@ def _read_marker(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     try:
-        return os.read(handle, 4096) if stat.S_ISREG(os.fstat(handle).st_mode) else b""
+        return os.read(handle, 4096) if stat.S_ISREG(os.fstat(handle).st_mode) else b"no file"
     finally:
         os.close(handle)
