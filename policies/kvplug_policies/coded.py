@@ -277,6 +277,10 @@ class CodedFormat(FormatPolicy):
         return found[0], found[1]
 
     def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:
+        if batch.softcap and type(self).shift is not CodedFormat.shift:
+            # A capped logit needs the product whole, with what the map takes off it.
+            super().attend(layer, batch, cache, out)
+            return
         exact = batch.key is not None and batch.value is not None
         lens, kept = batch.seq_lens, None
         held, recent = self.recent(layer), batch.recent

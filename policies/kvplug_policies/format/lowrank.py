@@ -22,7 +22,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from kvplug.contract import AttendBatch, EngineView, FormatPolicy, LayerView, PolicyOptions
+from kvplug.contract import EngineView, LayerView, PolicyOptions
 from kvplug_kernels.coding import CodedPage, Coding
 from kvplug_kernels.project_latent import project_latent
 from kvplug_policies.calibration import (
@@ -191,13 +191,6 @@ class LowRank(CodedFormat):
     def value_back(self, layer: LayerView, coded: Tensor) -> Tensor:
         maps = self._maps.get(layer, coded.device)
         return torch.einsum("nhr,hdr->nhd", coded.float(), maps["value_out"]) + maps["value_mean"]
-
-    def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:
-        if batch.softcap:
-            # A capped logit needs the product whole, the mean's part included.
-            FormatPolicy.attend(self, layer, batch, cache, out)
-            return
-        super().attend(layer, batch, cache, out)
 
     def fingerprint(self) -> str:
         return f"{super().fingerprint()}:{self.calibration.checksum}"

@@ -22,9 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvplug.contract import (
-    AttendBatch,
     EngineView,
-    FormatPolicy,
     LayerView,
     PageLayout,
     PolicyOptions,
@@ -228,13 +226,6 @@ class MergeHeads(CodedFormat):
 
     def lse_back(self, layer: LayerView, lse: Tensor) -> Tensor:
         return lse[:, self._maps.get(layer, lse.device)["places"]]
-
-    def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:
-        if batch.softcap:
-            # A capped logit needs the product whole, the mean's part included.
-            FormatPolicy.attend(self, layer, batch, cache, out)
-            return
-        super().attend(layer, batch, cache, out)
 
     def counters(self) -> dict[str, float]:
         heads = sum(len(s.group) for s in self.shared.values())

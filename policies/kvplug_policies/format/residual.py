@@ -30,7 +30,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvplug.contract import (
-    AttendBatch,
     EngineView,
     FormatPolicy,
     LayerView,
@@ -359,13 +358,6 @@ class Residual(CodedFormat):
             recent = Recent(key.view(request_slots, size, *key.shape[1:]), recent.value)
             batch = replace(batch, recent=recent)
         super().write(layer, batch, cache)
-
-    def attend(self, layer: LayerView, batch: AttendBatch, cache: Tensor, out: Tensor) -> None:
-        if batch.softcap:
-            # A capped logit needs the product whole, the mean's part included.
-            FormatPolicy.attend(self, layer, batch, cache, out)
-            return
-        super().attend(layer, batch, cache, out)
 
     def counters(self) -> dict[str, float]:
         return {**super().counters(), "corrected_heads": float(sum(self.corrected.values()))}
