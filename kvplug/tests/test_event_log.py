@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -119,6 +120,31 @@ def test_a_full_disk_loses_events_and_nothing_else(
     assert [r.getMessage() for r in caplog.records if r.name == "vllm.kvplug"] == [
         f"kvplug: events cannot be written to {path}: no space left on device"
     ]
+
+
+def test_what_a_disk_took_a_part_of_does_not_take_the_next_line_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, answers = tmp_path / "events.jsonl", [9, OSError(errno.ENOSPC, "full")]
+    log, written = EventLog(path, MIB), threading.Event()
+
+    def write(file: int, data: Any) -> int:
+        if file != log._file or not answers:
+            return write_all(file, data)
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            written.set()
+            raise answer
+        return write_all(file, data[:answer])
+
+    write_all = os.write
+    monkeypatch.setattr(os, "write", write)
+    log.put([event(1)])
+    assert written.wait(20)
+    log.put([event(2)])
+    log.close()
+    whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+    assert [json.loads(line).get("step") for line in whole] == [None, 2] and log.lost == 1
 
 
 def test_the_scheduler_never_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

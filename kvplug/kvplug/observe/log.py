@@ -74,7 +74,7 @@ class EventLog:
         self._batches: deque[tuple[float, Sequence[Event]]] = deque()
         self._waiting = 0
         self._ended = False
-        self._failed = False
+        self._failed = self._torn = False
         try:
             self._file = self._open()
         except OSError as error:
@@ -130,15 +130,18 @@ class EventLog:
     def _write(self, lines: bytes) -> None:
         if self._size and self._size + len(lines) > self._half:
             self._rotate()
-        left = memoryview(lines)
+        left = memoryview(b"\n" + lines if self._torn else lines)
         while left:
             written = os.write(self._file, left)
             self._size += written
             left = left[written:]
+            # A line of which the disk took a part must not take the next one with it.
+            self._torn = bool(left)
 
     def _rotate(self) -> None:
         self.path.replace(rotated(self.path))
         before, self._file = self._file, self._open()
+        self._torn = False
         os.close(before)
 
     def _open(self) -> int:
