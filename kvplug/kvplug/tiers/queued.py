@@ -24,7 +24,15 @@ from kvplug.tiers.causes import cause_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Carried", "ChunkRef", "Fetched", "QueuedTier", "Stored"]
+__all__ = [
+    "Carried",
+    "ChunkRef",
+    "Fetched",
+    "QueuedTier",
+    "Stored",
+    "may_carry",
+    "require_planes",
+]
 
 ROOM = 512 << 20
 """Bytes that may wait to be stored, and bytes that may wait to be taken after they were read."""
@@ -190,12 +198,7 @@ class QueuedTier:
         self._stopping = False
         self._failures = 0
         self._pause_until = 0.0
-        self._threads = [
-            threading.Thread(target=self._serve, args=a, name=f"kvplug {name}", daemon=True)
-            for a in ((self._writes, self._write), (self._reads, self._read))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads = self._started()
 
     @property
     def paused(self) -> bool:
@@ -298,6 +301,15 @@ class QueuedTier:
             self.tier.close()
 
     # -- threads -------------------------------------------------------------------------------
+
+    def _started(self) -> list[threading.Thread]:
+        threads = [
+            threading.Thread(target=self._serve, args=a, name=f"kvplug {self.name}", daemon=True)
+            for a in ((self._writes, self._write), (self._reads, self._read))
+        ]
+        for thread in threads:
+            thread.start()
+        return threads
 
     def _serve(self, queue: SimpleQueue[Any], work: Callable[[Any], None]) -> None:
         while (job := queue.get()) is not None:
@@ -413,7 +425,7 @@ class QueuedTier:
         outcome = Carried(self.name, target.name)
         same = _form(self.codec) == _form(target.codec)
         try:
-            if not same and not type(self.codec).exact:
+            if not may_carry(self.codec, target.codec):
                 raise TierError("not exact")
             good: list[ChunkRef] = []
             moved: list[Any] = []
@@ -478,6 +490,16 @@ class QueuedTier:
 
 def _form(codec: TransferCodec) -> tuple[str, int, str]:
     return codec.name, codec.version, codec.fingerprint()
+
+
+def may_carry(codec: TransferCodec, target: TransferCodec) -> bool:
+    """Whether chunks can go from one tier to another and lose no more than they have lost.
+
+    Args:
+        codec: Codec of the one.
+        target: Codec of the other.
+    """
+    return bool(type(codec).exact) or _form(codec) == _form(target)
 
 
 def require_planes(planes: Planes, header: wire.ChunkHeader) -> None:

@@ -8,6 +8,7 @@ tier and its codec run in the worker's own thread, so each call of them is conta
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from kvplug.tiers.queued import (
     Outcome,
     QueuedTier,
     Stored,
+    may_carry,
     require_planes,
 )
 
@@ -60,19 +62,11 @@ class DeviceShelf(QueuedTier):
         *,
         log: Callable[[str], None] = lambda _: None,
     ) -> None:
-        # No threads: what the parent does in them happens here, in the worker's own.
-        self.name, self.tier, self.codec = name, tier, codec
-        self.waiting = 0
-        self._describe = describe
+        super().__init__(name, tier, codec, describe, log=log)
         self._device = device
-        self._log = log
-        self._logged: set[str] = set()
-        self._outcomes: deque[Outcome] = deque()
         self._jobs: deque[Callable[[], None]] = deque()
         self._stored: dict[bytes, ChunkRef] = {}
         self._contained = Contained(tier, ON_WORKER, f"tier {name}")
-        self._failures = 0
-        self._pause_until = 0.0
 
     # -- orders --------------------------------------------------------------------------------
 
@@ -125,9 +119,7 @@ class DeviceShelf(QueuedTier):
                 job()
             except Exception as error:
                 self._fail(*cause_of(error))
-        found = list(self._outcomes)
-        self._outcomes.clear()
-        return found
+        return super().outcomes()
 
     def taken(self, fetched: Fetched) -> None:
         """Do nothing: planes are of the device, and held by nobody else."""
@@ -139,6 +131,10 @@ class DeviceShelf(QueuedTier):
             self._ask(self.tier.close)
 
     # -- in the worker's thread ----------------------------------------------------------------
+
+    def _started(self) -> list[threading.Thread]:
+        # What the parent does in threads happens here, in the worker's own.
+        return []
 
     def _ask(self, call: Callable[..., Any], *arguments: Any) -> Any:
         """Call the tier or the codec.
@@ -283,7 +279,7 @@ class DeviceShelf(QueuedTier):
         good: list[ChunkRef] = []
         moved: list[Planes] = []
         try:
-            if not type(self.codec).exact and _form(self.codec) != _form(target.codec):
+            if not may_carry(self.codec, target.codec):
                 raise TierError("not exact")
             for key, coded in zip(keys, self._payloads(keys), strict=True):
                 chunk = self._stored.get(key)
@@ -349,7 +345,3 @@ class _Off:
         if self._made is not None:
             self._made.synchronize()
         return [{name: t.cpu() for name, t in one.items()} for one in planes]
-
-
-def _form(codec: TransferCodec) -> tuple[str, int, str]:
-    return codec.name, codec.version, codec.fingerprint()
