@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from kvplug.contract import EngineView, TierPlace, TierUsage
+from kvplug.contract import EngineView, Kind, Leaving, TierPlace, TierUsage, TierView
+from kvplug.counts import Causes
 from kvplug.errors import DeploymentError
 from kvplug.hosts.vllm.messages import ChunkLoad, StepDirectives, StepReport, TiersDirectives
-from kvplug.hosts.vllm.scheduler.tiers import TiersScheduler, _by_tier
+from kvplug.hosts.vllm.scheduler.tiers import TiersCounters, TiersScheduler, _by_tier
 from kvplug.hosts.vllm.worker.tier_copy import Transfer
 from kvplug.hosts.vllm.worker.tiers import TiersWorker
 from kvplug.parser import load_deployment
+from kvplug.tiers.hierarchy import Hierarchy, TierBook
 from kvplug.tiers.queued import ChunkRef, Fetched
+from kvplug_policies.lifecycle.everything import Everything
 from kvplug_policies.tiers.host import HostMemory
 
 KEYS = tuple(bytes([n]) * 32 for n in range(4))
@@ -164,3 +167,47 @@ def test_counters_are_those_of_the_tier_that_they_name_in_full() -> None:
     found, rest = _by_tier(books, ["host", "host_2"])
     assert found == {"host": {"chunks": 1.0}, "host_2": {"chunks": 2.0, "useful": 3.0}}
     assert rest == {"asked": 4.0}
+
+
+def reported(lifecycle: Any) -> Any:
+    """The report of a lifecycle policy over one tier."""
+    deployment = load_deployment({"tiers": [{"host": {"size": "1MiB"}}]})
+    (one,) = deployment.tiers
+    order: Any = one.order.build(EngineView(16))
+    books = Hierarchy([TierBook("host", 1 << 20, True, False, False, order)], lifecycle)
+    key = bytes(32)
+    books.leaving([Leaving(key, 0, 16)], 100)
+    books.put("host", key, 100)
+    books.plan(0, TierView("pool"))
+    kind: Any = SimpleNamespace(
+        context=SimpleNamespace(deployment=deployment),
+        hierarchy=books,
+        counters=TiersCounters(),
+        errors=0,
+        refused=Causes(),
+        kind=Kind.TIERS,
+        lifecycle=lifecycle,
+    )
+    return TiersScheduler.reports(kind)[-1]
+
+
+class Counting(Everything):
+    """Counts what it was asked, and more."""
+
+    name = "counting"
+
+    def counters(self) -> dict[str, float]:
+        return {"asked": 7.0, "a:b\n": 1, "none": float("nan"), "below": -1.0}
+
+
+class Failing(Counting):
+    def plan(self, pressure: Any) -> Any:
+        raise SystemExit
+
+
+def test_a_lifecycle_policy_reports_what_it_counts_until_it_is_retired() -> None:
+    report = reported(Counting(Counting.Options(), EngineView(16)))
+    assert report.own == {"asked": 7.0, "a b": 1.0} and not report.retired
+    assert report.counters["asked"] == 7.0 and "declined" not in report.own
+    report = reported(Failing(Failing.Options(), EngineView(16)))
+    assert report.own == {} and report.retired and report.errors == 1

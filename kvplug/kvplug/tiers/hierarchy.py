@@ -785,6 +785,10 @@ class Hierarchy:
             found |= {f"{name}_{what}": float(n) for what, n in shelf.counts.items()}
         return found
 
+    def own_counters(self) -> dict[str, float]:
+        """What the lifecycle policy counts by itself; nothing once it is retired."""
+        return {} if self._retired else self._contained.counters()
+
     def causes(self) -> dict[str, int]:
         """Failures by tier and cause."""
         return dict(self._causes)

@@ -854,7 +854,8 @@ class TiersScheduler(KindScheduler):
             found.append(PolicyReport(str(Kind.TRANSFER), codec.name, codec.exact, stored))
         errors = int(rest.pop("lifecycle_errors", 0))
         name = type(self.lifecycle).name
-        report = PolicyReport(str(Kind.LIFECYCLE), name, True, stored, errors, rest)
+        own = self.hierarchy.own_counters()
+        report = PolicyReport(str(Kind.LIFECYCLE), name, True, stored, errors, rest | own, own=own)
         report.retired = self.hierarchy.retired
         found.append(report)
         return found
