@@ -28,6 +28,9 @@ KVPLUG_SERVE = ("-c", "from kvplug.cli import app; app()", "serve", "--")
 VLLM_SERVE = (str(Path(__file__).with_name("vllm_serve.py")), "serve", "")
 """`vllm serve`, for what `kvplug serve` has no flag for."""
 
+EAGER = ("--enforce-eager",)
+"""A model that is compiled, as that of `test_serve.py` is, takes longer to start than to test."""
+
 
 class Server:
     """One `kvplug serve` process, its log and its address."""
@@ -78,13 +81,19 @@ def free_port() -> int:
             return port
 
 
-def start(folder: Path, *arguments: str, program: Sequence[str] = KVPLUG_SERVE) -> Server:
+def start(
+    folder: Path,
+    *arguments: str,
+    program: Sequence[str] = KVPLUG_SERVE,
+    flags: Sequence[str] = (),
+) -> Server:
     """Start `kvplug serve` in its own session, so that nothing of it outlives the test.
 
     Args:
         folder: Where its log goes.
         arguments: What follows ``kvplug serve``.
         program: What is started in its place, and what separates its own arguments from vLLM's.
+        flags: More of vLLM's own arguments.
     """
     port, log = free_port(), folder / "server.log"
     environment = os.environ | {
@@ -102,6 +111,7 @@ def start(folder: Path, *arguments: str, program: Sequence[str] = KVPLUG_SERVE) 
         str(port),
         "--served-model-name",
         "tiny",
+        *flags,
     ]
     # vLLM kills an engine that has not stopped in this time, and its summary is lost.
     command += ["--shutdown-timeout", str(SECONDS)]
@@ -130,10 +140,13 @@ def ended(server: Server) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, *arguments: str, program: Sequence[str] = KVPLUG_SERVE
+    folder: Path,
+    *arguments: str,
+    program: Sequence[str] = KVPLUG_SERVE,
+    flags: Sequence[str] = (),
 ) -> Iterator[Server]:
     """A healthy server while the block runs; the arguments are those of `start`."""
-    with ended(start(folder, *arguments, program=program)) as server:
+    with ended(start(folder, *arguments, program=program, flags=flags)) as server:
         wait_for(server.is_healthy, "a healthy server", SECONDS)
         yield server
 

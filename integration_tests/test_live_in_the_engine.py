@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import SECONDS, Server, serving
+from serving import EAGER, SECONDS, Server, serving
 from waiting import wait_for
 
 from kvplug.hosts.vllm.flags import LIVE_PAGE
@@ -34,9 +34,10 @@ observe: {page: true}
 def server(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("live")
     (folder / "deployment.yaml").write_text(DEPLOYMENT)
+    file = str(folder / "deployment.yaml")
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("VLLM_API_KEY", KEY)
-        with serving(folder, str(folder / "deployment.yaml"), "--model", str(tiny)) as found:
+        with serving(folder, file, "--model", str(tiny), flags=EAGER) as found:
             yield found
 
 
@@ -214,7 +215,8 @@ def test_every_process_layout_shows_every_engine(
     }
     text = f"{flags}\nkv-transfer-config: {json.dumps(transfer)}\n"
     (tmp_path / "server.yaml").write_text(text)
-    with serving(tmp_path, str(tmp_path / "server.yaml"), "--model", str(tiny)) as server:
+    file = str(tmp_path / "server.yaml")
+    with serving(tmp_path, file, "--model", str(tiny), flags=EAGER) as server:
         # Each connection is its own, so that either server process gets some of them.
         for _ in range(12):
             answer = httpx.get(f"{server.url}/kvplug/state", timeout=SECONDS)

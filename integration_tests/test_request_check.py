@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving import Server, connected, serving
+from serving import EAGER, Server, connected, serving
 
 from kvplug.hosts.vllm.admission import SECTION, _request_refusals
 from kvplug.hosts.vllm.flags import REQUEST_CHECK, REQUEST_CHECK_MIDDLEWARE
@@ -182,7 +182,8 @@ def test_nothing_but_posts_is_read() -> None:
 def server(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("refuse")
     (folder / "deployment.yaml").write_text(DEPLOYMENT)
-    with serving(folder, str(folder / "deployment.yaml"), "--model", str(tiny)) as found:
+    file = str(folder / "deployment.yaml")
+    with serving(folder, file, "--model", str(tiny), flags=EAGER) as found:
         yield found
 
 
