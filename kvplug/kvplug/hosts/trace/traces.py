@@ -8,7 +8,8 @@ Mooncake (FAST'25): ``timestamp`` in milliseconds, ``input_length``, ``output_le
 of Bailian: ``timestamp`` in seconds, ``hash_ids`` of 16 tokens each.
 
 A request's blocks have to be as many as its prompt fills, with or without the last, partial one:
-a file read with another block size than it was written with is another workload.
+a file read with another block size than it was written with is another workload. In an ``.npz``
+those of its answer may follow, and those of a request that was broken off may be fewer.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ def _read_npz(path: Path, file: BinaryIO) -> Trace:
                 path,
                 f"{name} has {len(arrays[name])} entries, but off has {requests} requests",
             )
-    return _checked(
+    trace = _checked(
         path,
         off=off,
         ids=ids,
@@ -223,6 +224,16 @@ def _read_npz(path: Path, file: BinaryIO) -> Trace:
         block_size=int(arrays["bs"]),
         num_distinct=int(arrays["nblk"]),
     )
+    size, tokens = trace.block_size, trace.prompt_tokens + trace.output_tokens
+    beyond = np.diff(trace.off) > tokens // size + (tokens % size > 0)
+    if beyond.any():
+        at = int(np.argmax(beyond))
+        raise TraceError(
+            path,
+            f"request {at} has {trace.off[at + 1] - trace.off[at]} blocks of {size} tokens, and "
+            f"{tokens[at]} tokens of prompt and answer fill fewer",
+        )
+    return trace
 
 
 def _arrays(path: Path, file: BinaryIO) -> dict[str, npt.NDArray[Any]]:
@@ -302,7 +313,7 @@ def _read_jsonl(path: Path, file: BinaryIO, block_size: int | None) -> Trace:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise TraceError(where, f"is not JSON: {error}") from error
         found = _request(row)
@@ -360,12 +371,23 @@ class _Sessions:
         self.of_rows.append(session)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands twice, a reader would keep the last value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+    return found
+
+
 def _request(row: object) -> _Row | str:
     """One line's fields, or what is wrong with it."""
     if not isinstance(row, dict):
         return "is not a JSON object"
     time, prompt, output = (row.get(k) for k in ("timestamp", "input_length", "output_length"))
     hashes = row.get("hash_ids")
+    if "parent_chat_id" in row and "chat_id" not in row:
+        return "chat_id is missing beside parent_chat_id"
     chat = (row["chat_id"], row.get("parent_chat_id", -1)) if "chat_id" in row else None
     unit = "milliseconds" if chat is None else "seconds"
     if isinstance(time, bool) or not isinstance(time, int | float) or not abs(time) <= 1e18:
