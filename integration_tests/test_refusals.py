@@ -174,6 +174,20 @@ CASES = {
         [(SECTION, "is missing.", "add `kvplug: {}` or a section with policies.")],
         engine={"kv_transfer_config": connector_flags(None) | {"kv_connector_extra_config": {}}},
     ),
+    "a section's part beside it": Case(
+        None,
+        [
+            (
+                f"{SECTION.rpartition('.')[0]}.sequence",
+                "stands beside kvplug, where nothing reads it.",
+                "write it below kvplug.",
+            )
+        ],
+        engine={
+            "kv_transfer_config": connector_flags(None)
+            | {"kv_connector_extra_config": {"kvplug": {}, "sequence": "sink_window"}}
+        },
+    ),
 }
 
 

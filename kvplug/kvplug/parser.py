@@ -323,7 +323,7 @@ class _Parser:
         use, options = value["use"], {str(k): v for k, v in value.items() if k != "use"}
         if isinstance(use, str):
             return self.one(kind, use, options, f"{key}.use")
-        if isinstance(use, Sequence) and kind in MANY:
+        if isinstance(use, Sequence) and kind in MANY and use:
             if options:
                 self.refuse(
                     f"{key}.{next(iter(options))}",
@@ -332,9 +332,10 @@ class _Parser:
                 )
             return [c for i, item in enumerate(use) for c in self.item(kind, item, key, i)]
         many = " or a list of policy names" if kind in MANY else ""
+        got = "an empty list" if use == [] else type(use).__name__
         self.refuse(
             f"{key}.use",
-            f"must be a policy name{many}, got {type(use).__name__}.",
+            f"must be a policy name{many}, got {got}.",
             f"use one of {', '.join(self.plugins.registry.names(kind)) or '(none installed)'}.",
         )
         return []

@@ -229,6 +229,11 @@ REFUSALS = {
         "prefix_cache:\n  use: [oldest, newest]\n",
         "2: prefix_cache.use: must be a policy name, got list. Fix: use one of newest, oldest.",
     ),
+    "list of nothing": (
+        "reuse:\n  use: []\n",
+        "2: reuse.use: must be a policy name or a list of policy names, got an empty list. "
+        "Fix: use one of plain, strict.",
+    ),
     "list in place of a kind": (
         "prefix_cache: [oldest]\n",
         "1: prefix_cache: must name a policy, got list. Fix: write `prefix_cache: {use: NAME}`.",

@@ -197,6 +197,24 @@ def test_a_connector_without_a_section(file: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("beside", "says"),
+    [
+        (
+            "sequence: sink_window",
+            "sequence: stands beside kvplug, where nothing reads it. Fix: write it below kvplug.",
+        ),
+        ("KVPlug: {}", "KVPlug: is not read: the section is kvplug. Fix: write it below kvplug."),
+    ],
+)
+def test_what_stands_beside_the_section_by_mistake_is_refused(
+    file: Path, beside: str, says: str
+) -> None:
+    text = TRANSFER.replace("{kvplug: {}}", f"\n    kvplug: {{}}\n    {beside}\n    other: 1")
+    (line,) = refused(file, f"kv-transfer-config:\n{text}")
+    assert line == f":7: kv-transfer-config.kv_connector_extra_config.{says}"
+
+
 def test_a_connector_config_that_is_no_mapping(file: Path) -> None:
     assert refused(file, "\nkv-transfer-config: yes please\n") == [
         ":2: kv-transfer-config: must be a mapping. Fix: see configs/cpu for examples."

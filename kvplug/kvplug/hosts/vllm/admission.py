@@ -16,7 +16,7 @@ from kvplug.contract import (
 from kvplug.deployment import LATENT, LAYER_KINDS, Choice, Deployment
 from kvplug.errors import DeploymentError, Refusal
 from kvplug.hosts.vllm import compat
-from kvplug.hosts.vllm.connector_flag import CONNECTOR
+from kvplug.hosts.vllm.connector_flag import CONNECTOR, misplaced
 from kvplug.hosts.vllm.engine import (
     at_start,
     format_policy,
@@ -55,6 +55,12 @@ def read_deployment(vllm_config: Any, view: EngineView | None = None) -> Deploym
         raise DeploymentError(
             "inline",
             [Refusal(SECTION, "is missing.", "add `kvplug: {}` or a section with policies.")],
+        )
+    if beside := misplaced(extra):
+        above = SECTION.rpartition(".")[0]
+        raise DeploymentError(
+            "inline",
+            [Refusal(f"{above}.{name}", problem, fix) for name, problem, fix in beside],
         )
     section = extra["kvplug"]
     return load_deployment(

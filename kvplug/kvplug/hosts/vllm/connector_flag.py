@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvplug.errors import Refusal
+from kvplug.near_names import nearest
+from kvplug.parser import SECTION_KEYS
 
 __all__ = [
     "CONNECTOR",
@@ -13,6 +15,7 @@ __all__ = [
     "MODULE",
     "connector_refusals",
     "is_connector_flag",
+    "misplaced",
     "missing",
 ]
 
@@ -35,6 +38,27 @@ def missing() -> Refusal:
         f"add it with kv_connector: {CONNECTOR}, kv_connector_module_path: {MODULE}, "
         "kv_role: kv_both and kv_connector_extra_config: {kvplug: ...}.",
     )
+
+
+def misplaced(extra: Mapping[Any, Any]) -> list[tuple[str, str, str]]:
+    """Find what stands beside the section and was meant as it, or as a part of it.
+
+    Args:
+        extra: ``kv_connector_extra_config``.
+
+    Returns:
+        Key, problem and fix of each.
+    """
+    section = "kvplug"
+    found = []
+    for name in map(str, extra):
+        if name == section:
+            continue
+        if name in SECTION_KEYS:
+            found.append((name, f"stands beside {section}, where nothing reads it."))
+        elif nearest(name.lower(), [section], 0.75):
+            found.append((name, f"is not read: the section is {section}."))
+    return [(name, problem, f"write it below {section}.") for name, problem in found]
 
 
 def connector_refusals(transfer: Any, key: str, lines: Mapping[str, int]) -> list[Refusal]:
@@ -75,4 +99,9 @@ def connector_refusals(transfer: Any, key: str, lines: Mapping[str, int]) -> lis
                 "add `kvplug: {}` or a section with policies.",
             )
         )
+    elif not found:
+        found += [
+            refusal(f"kv_connector_extra_config.{name}", problem, fix)
+            for name, problem, fix in misplaced(extra)
+        ]
     return found
