@@ -165,6 +165,25 @@ def test_calibrations_know_an_overridden_model_by_the_config_that_says_so(
     assert scheduler(model).context.engine.model == model_fingerprint(model)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "known"),
+    [
+        (None, True),
+        ("model-rank-{rank}-part-{part}.safetensors", True),
+        ("shards/model-rank-{rank}-part-{part}.safetensors", False),
+        ("model-rank-{rank}-part-{part}.bin", False),
+    ],
+)
+def test_shards_that_a_pattern_leads_to_are_those_that_count(
+    model: Path, pattern: str | None, known: bool
+) -> None:
+    """Beside them the folder may hold the files that they were made of."""
+    extra = {"pattern": pattern} if pattern else {}
+    found = scheduler(model, load_format="sharded_state", model_loader_extra_config=extra)
+    assert bool(found.context.engine.model) is known
+    assert found.identity["model"].startswith(ONCE) is not known
+
+
 def test_what_adapters_apply_to_counts_and_how_many_there_may_be_does_not(model: Path) -> None:
     def identity(**flags: Any) -> Any:
         return scheduler(model, enable_lora=True, **flags).identity["model"]

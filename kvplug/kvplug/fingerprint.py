@@ -175,6 +175,9 @@ def model_fingerprint(
         }
         beside = sorted(folder.glob("*.py")) if "auto_map" in facts else []
         beside += sorted(file for name in _QUANTIZATION for file in model.glob(name))
+        if load_format == "npcache":
+            # From the second start on, vLLM reads these instead, whatever the others are by then.
+            beside += sorted(file for file in (model / "np").glob("*") if file.is_file())
         digests = file_digests([*files, *beside])
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ""

@@ -119,6 +119,17 @@ def test_how_weights_are_quantized_counts_where_a_file_beside_them_says_so(
     assert len(found) == 3 and "" not in found
 
 
+def test_arrays_that_npcache_reads_instead_of_the_files_count(tmp_path: Path) -> None:
+    folder = model(tmp_path / "model", {"x.bin": b"w"})
+    found = [model_fingerprint(folder, one) for one in ("auto", "npcache")]
+    (folder / "np").mkdir()
+    for content in (b"1", b"2"):
+        (folder / "np" / "layer").write_bytes(content)
+        found += [model_fingerprint(folder, one) for one in ("auto", "npcache")]
+    assert found[0] == found[2] == found[4]
+    assert len({found[1], found[3], found[5]}) == 3
+
+
 @pytest.mark.parametrize(
     ("files", "load_format", "expected"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from kvplug.fingerprint import model_fingerprint, weights_signature
 from kvplug.hosts.vllm import compat
 from kvplug.hosts.vllm.hub import model_folder
 
+_SHARDS = re.compile(r"[^./][^/]*\.safetensors")
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -20,7 +23,8 @@ class Weights:
 
     Attributes:
         name: Directory, file, URL or name on the hub.
-        load_format: vLLM's ``--load-format``.
+        load_format: vLLM's ``--load-format``; one that no files are known of where shards are named
+            by a pattern that leads elsewhere.
         revision: Commit on the hub, or None.
         cache: Folder of the hub's downloads; the usual one if None.
     """
@@ -34,8 +38,12 @@ class Weights:
     def of(cls, vllm_config: Any) -> Weights:
         """The weights that an engine's config names."""
         model, load = vllm_config.model_config, vllm_config.load_config
-        name = str(model.model_weights or model.model)
-        return cls(name, str(load.load_format), model.revision, load.download_dir)
+        name, load_format = str(model.model_weights or model.model), str(load.load_format)
+        extra = load.model_loader_extra_config
+        pattern = str(extra.get("pattern") or "") if isinstance(extra, Mapping) else ""
+        if load_format == "sharded_state" and pattern and not _SHARDS.fullmatch(pattern):
+            load_format = f"sharded_state of {pattern}"
+        return cls(name, load_format, model.revision, load.download_dir)
 
     @property
     def on_hub(self) -> bool:
