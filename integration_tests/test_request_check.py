@@ -148,6 +148,7 @@ def test_a_body_in_parts_is_read_whole_and_handed_on_whole() -> None:
 def test_a_key_written_in_escapes_is_found() -> None:
     escaped = body(TYPO).replace(b"kvplug", b"k\\u0076plug").replace(b"params", b"\\u0070arams")
     assert request(escaped)[1] == 400
+    assert request(body(TYPO).decode().encode("utf-16"))[1] == 400, "JSON may be in UTF-16"
 
 
 @pytest.mark.parametrize(

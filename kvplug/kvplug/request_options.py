@@ -129,9 +129,9 @@ class RequestOptions(BaseModel):
             session_id: The engine's own session id, used where the options give none.
         """
         section = params.get(SECTION) if isinstance(params, Mapping) else None
+        refused = _beside(params) if isinstance(params, Mapping) else {}
         if section is None and session_id is None:
-            return _DEFAULT
-        refused: dict[str, RefusedOption] = {}
+            return ParsedOptions(_DEFAULT.options, refused) if refused else _DEFAULT
         given: dict[str, Any] = {}
         if isinstance(section, Mapping):
             given = _known(section, refused)
@@ -173,6 +173,21 @@ class ParsedOptions:
 
 _DEFAULT = ParsedOptions(RequestOptions())
 _OPTIONS = list(RequestOptions.model_fields)
+
+
+def _beside(params: Mapping[Any, Any]) -> dict[str, RefusedOption]:
+    """Options that stand one level too high, and what was meant as the section."""
+    found = {}
+    for key in islice((key for key in params if key != SECTION), _MAX_NAMED):
+        name = str(key)[:_MAX_KEY]
+        if name in _OPTIONS or name in _RENAMED:
+            sentence = f"{name} stands beside {SECTION!r}, where it is not read; write it below"
+        elif nearest(name.lower(), [SECTION], 0.75):
+            sentence = f"unknown key {name!r}; did you mean {SECTION!r}?"
+        else:
+            continue
+        found[name] = RefusedOption(Cause.UNKNOWN_OPTION, sentence)
+    return found
 
 
 def _known(section: Mapping[Any, Any], refused: dict[str, RefusedOption]) -> dict[str, Any]:

@@ -57,6 +57,32 @@ def test_what_is_valid_is_kept(key: str, given: Any, meant: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        (
+            {"sequence": "off"},
+            "sequence stands beside 'kvplug', where it is not read; write it below",
+        ),
+        (
+            {"kvplug": {"reuse": "off"}, "session": "a"},
+            "session stands beside 'kvplug', where it is not read; write it below",
+        ),
+        ({"KVPlug": {"sequence": "off"}}, "unknown key 'KVPlug'; did you mean 'kvplug'?"),
+        ({"kvplg": None}, "unknown key 'kvplg'; did you mean 'kvplug'?"),
+    ],
+)
+def test_what_stands_beside_the_options_by_mistake_is_refused(
+    params: dict[str, Any], sentence: str
+) -> None:
+    (name,) = params.keys() - {"kvplug"}
+    for session_id in (None, "engine's own"):
+        parsed = RequestOptions.parse(params, session_id=session_id)
+        assert parsed.refused == {name: RefusedOption(Cause.UNKNOWN_OPTION, sentence)}
+        assert parsed.options.sequence == "on" and parsed.options.session_id == session_id
+    assert parsed.options.reuse == params.get("kvplug", {}).get("reuse", "exact")
+
+
+@pytest.mark.parametrize(
     ("key", "given", "sentence"),
     [
         ("sequence", "of", "sequence must be 'on' or 'off', got 'of'"),

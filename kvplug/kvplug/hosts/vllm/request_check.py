@@ -116,8 +116,8 @@ async def _read(receive: Receive) -> tuple[list[Message], bytes | None]:
 
 
 def _refusal_in(body: bytes) -> str | None:
-    # An escaped letter could hide the key; everything else is not worth parsing twice.
-    if KEY.encode() not in body and b"\\u" not in body:
+    # An escaped letter could hide the key, or UTF-16; everything else is not worth parsing twice.
+    if KEY.encode() not in body and b"\\u" not in body and b"\0" not in body:
         return None
     try:
         data = json.loads(body)
