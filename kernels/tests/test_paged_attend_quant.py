@@ -384,9 +384,12 @@ def test_planes(
     assert_planes_same(got, paged_attend_quant_naive(**case), keys)
 
 
-@pytest.mark.parametrize("name", ["int4", "int8-of-64", "int2-groups-of-two-planes"])
-@pytest.mark.parametrize("widths", [[3, 1, 0, 5], [20, 2, 1]], ids=["few", "many"])
-@pytest.mark.parametrize("causal", [False, True])
+@grid(
+    pytest.mark.parametrize("name", ["int4", "int8-of-64", "int2-groups-of-two-planes"]),
+    pytest.mark.parametrize("widths", [[3, 1, 0, 5], [20, 2, 1]], ids=["few", "many"]),
+    pytest.mark.parametrize("causal", [False, True]),
+    pairs=[("name", "widths"), ("name", "causal"), ("widths", "causal")],
+)
 def test_planes_of_several_queries(
     name: str, widths: list[int], causal: bool, device: torch.device
 ) -> None:
@@ -414,10 +417,12 @@ def test_planes_with_any_scale(scale: float, softcap: float, device: torch.devic
     assert_planes_same(got, paged_attend_quant_naive(**case, softcap=softcap))
 
 
-@pytest.mark.parametrize(
-    "name", ["int8-of-64", "int4-of-96", "int4-groups-of-a-plane", "kivi-of-2-bits"]
+@grid(
+    pytest.mark.parametrize(
+        "name", ["int8-of-64", "int4-of-96", "int4-groups-of-a-plane", "kivi-of-2-bits"]
+    ),
+    pytest.mark.parametrize("softcap", [0.0, 0.5]),
 )
-@pytest.mark.parametrize("softcap", [0.0, 0.5])
 def test_what_is_not_a_number_stays_in_its_column(
     name: str, softcap: float, device: torch.device
 ) -> None:
@@ -441,7 +446,7 @@ def test_planes_take_queries_of_any_size(size: float, device: torch.device) -> N
 @pytest.mark.parametrize("size", [1e-6, 1e-2, 200.0])
 def test_planes_take_values_of_any_size(name: str, size: float, device: torch.device) -> None:
     """A step of the values may be a number that float16 has few digits for."""
-    case = make_case(PLANES[name], [200, 70], [1, 1], dtype=torch.bfloat16, device=device)
+    case = make_case(PLANES[name], [200, 70], [1, 1], heads=1, dtype=torch.bfloat16, device=device)
     layout = case["layout"]
     for field in ("value_scale", "value_zero"):
         numbers = layout.plane(case["pages"], field).view(torch.float16)
