@@ -88,6 +88,9 @@ def pool_steps(request: pytest.FixtureRequest) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     for name in TERMINAL:
         os.environ.pop(name, None)
+        # readline, which pytest imports where it runs alone, sets COLUMNS behind Python's back, and
+        # what a test starts inherits it.
+        os.unsetenv(name)
     # pytest-xdist would start with the files of the most tests; engines take long and are few.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
