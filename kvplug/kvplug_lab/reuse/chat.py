@@ -25,6 +25,7 @@ from kvplug_lab.reuse.runs import (
     ReuseVariant,
     TooFew,
     encoder,
+    engine_arguments,
     engines,
     passages_of,
     reported,
@@ -266,13 +267,10 @@ def measure(
     asked = speeches(encode, text, sizes)
     end = list(encode(END))
     history = History(list(encode(SYSTEM)), sizes.window)
-    length = -(-(sizes.window + 1) // BLOCK) * BLOCK
-    arguments = {
-        "block_size": BLOCK,
-        "dtype": dtype,
-        "max_model_len": length,
+    arguments = engine_arguments(sizes.window, dtype)
+    length = arguments["max_model_len"]
+    arguments |= {
         "max_num_batched_tokens": max(length, 2048),
-        "enable_prefix_caching": True,
         "num_gpu_blocks_override": min(sizes.turns * length // BLOCK + 64, 1600),
     }
     sections = {STOCK: None} | {v.name: v.section for v in variants}

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvplug_lab.reuse.runs import (
-    BLOCK,
     Encode,
     agreement,
     encoder,
+    engine_arguments,
     passages_of,
     reported,
     worker_extension,
@@ -274,14 +274,9 @@ def measure(
 
     encode, bos = encoder(model)
     work = workload(encode, bos, text, sizes)
-    length = -(-(work.longest + 1) // BLOCK) * BLOCK
-    engine = {
-        "block_size": BLOCK,
-        "dtype": dtype,
-        "max_model_len": length,
+    engine = engine_arguments(work.longest, dtype) | {
         "max_num_batched_tokens": 512,
         "max_num_seqs": sizes.at_once,
-        "enable_prefix_caching": True,
         "num_gpu_blocks_override": sizes.blocks,
     }
 

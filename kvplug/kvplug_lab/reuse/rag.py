@@ -28,6 +28,7 @@ from kvplug_lab.reuse.runs import (
     ReuseVariant,
     TooFew,
     encoder,
+    engine_arguments,
     engines,
     passages_of,
     perplexity,
@@ -412,14 +413,10 @@ def measure(
     encode, bos = encoder(model)
     work = workload(encode, bos, text, sizes)
     longest = max(len(a.prompt) + a.max_tokens for a in [*work.plain, *work.headed])
-    length = -(-(longest + 1) // BLOCK) * BLOCK
     tokens = sum(len(a.prompt) + a.max_tokens for a in [*work.warm, *work.plain, *work.headed])
-    arguments = {
-        "block_size": BLOCK,
-        "dtype": dtype,
-        "max_model_len": length,
-        "max_num_batched_tokens": max(length, 2048),
-        "enable_prefix_caching": True,
+    arguments = engine_arguments(longest, dtype)
+    arguments |= {
+        "max_num_batched_tokens": max(arguments["max_model_len"], 2048),
         # No document is ever evicted: stock finds all that it can.
         "num_gpu_blocks_override": min(2 * tokens // BLOCK + 64, 2400),
     }

@@ -187,6 +187,21 @@ def reported(answer: Answer) -> ReportedReuse:
     return ReportedReuse(reused > 0, not fields.get("exact", True), reused, recomputed)
 
 
+def engine_arguments(longest: int, dtype: str) -> dict[str, Any]:
+    """Arguments of an engine whose prefix cache is on.
+
+    Args:
+        longest: Tokens of the longest request, its answer included.
+        dtype: Of the model.
+    """
+    return {
+        "block_size": BLOCK,
+        "dtype": dtype,
+        "max_model_len": -(-(longest + 1) // BLOCK) * BLOCK,
+        "enable_prefix_caching": True,
+    }
+
+
 @contextmanager
 def engines(
     model: Path,
