@@ -51,7 +51,7 @@ CASES = {
             "sequence": {"use": "sink_window", "window": 0},
         },
         [
-            (f"{SECTION}.prefix_cache.size", "lru has no option 'size'.", "it has no options."),
+            (f"{SECTION}.prefix_cache.size", "lru has no option 'size'.", "remove it."),
             (
                 f"{SECTION}.sequence.window",
                 "must be greater than or equal to 1, got 0.",

@@ -54,13 +54,13 @@ def stepped(
             yield EngineStep(outputs, seconds, time.process_time() - cpu_before)
 
 
-def index_of(output: Any) -> int:
+def index_of(request_output: Any) -> int:
     """Index of the request that an output is of; vLLM appends to ids."""
-    return int(output.request_id.split("-")[0])
+    return int(request_output.request_id.split("-")[0])
 
 
-def stated(output: Any) -> dict[str, Any] | None:
+def stated(request_output: Any) -> dict[str, Any] | None:
     """kvplug's part of an output, or None."""
-    params = output.kv_transfer_params
+    params = request_output.kv_transfer_params
     found: dict[str, Any] | None = params.get("kvplug") if params else None
     return found
