@@ -413,12 +413,19 @@ class QueuedTier:
             outcome.planes.append(planes)
 
     def _payloads(self, keys: Sequence[bytes]) -> list[Any]:
+        self._require_up()
+        found = self._got(keys)
+        self._failures = 0
+        return found
+
+    def _require_up(self) -> None:
         if self.paused:
             raise TierError(PAUSED)
+
+    def _got(self, keys: Sequence[bytes]) -> list[Any]:
         found = self.tier.get(keys)
         if len(found) != len(keys):
             raise TypeError(f"get() answered {len(found)} of {len(keys)}")
-        self._failures = 0
         return found
 
     def _carry(self, keys: Sequence[bytes], target: QueuedTier) -> None:

@@ -23,7 +23,6 @@ from kvplug.contract import CorruptPayload, Tier, TierError, TransferCodec
 from kvplug.tiers import wire
 from kvplug.tiers.causes import cause_of
 from kvplug.tiers.queued import (
-    PAUSED,
     Carried,
     ChunkRef,
     Fetched,
@@ -209,24 +208,14 @@ class DeviceShelf(QueuedTier):
         self._outcomes.append(outcome)
 
     def _said(self, items: Sequence[tuple[bytes, Any]]) -> Sequence[Any]:
-        return _as_many(self.tier.put(items), len(items), "put")
+        said = self.tier.put(items)
+        if len(said) != len(items):
+            raise TypeError(f"put() answered {len(said)} of {len(items)}")
+        return said
 
-    def _payloads(self, keys: Sequence[bytes]) -> list[Any]:
-        """What the tier holds of chunks.
-
-        Raises:
-            TierError: It failed, or is left alone after failures.
-        """
-        self._require_up()
-        found: list[Any] = self._ask(
-            lambda: list(_as_many(self.tier.get(list(keys)), len(keys), "get"))
-        )
-        self._failures = 0
+    def _got(self, keys: Sequence[bytes]) -> list[Any]:
+        found: list[Any] = self._ask(lambda: list(QueuedTier._got(self, list(keys))))
         return found
-
-    def _require_up(self) -> None:
-        if self.paused:
-            raise TierError(PAUSED)
 
     def _planes(self, chunk: ChunkRef, coded: Any, failed: dict[bytes, str]) -> Planes | None:
         """Planes of a chunk; or None, and why among those that failed.
@@ -318,12 +307,6 @@ def _answered(
         return call(*arguments), None
     except (TierError, CorruptPayload) as error:
         return None, cause_of(error)
-
-
-def _as_many(answers: Sequence[Any], count: int, what: str) -> Sequence[Any]:
-    if len(answers) != count:
-        raise TypeError(f"{what}() answered {len(answers)} of {count}")
-    return answers
 
 
 class _Off:
