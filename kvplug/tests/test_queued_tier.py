@@ -341,6 +341,13 @@ def test_wrong_answers_are_failures(kit: Kit, answer: Any) -> None:
     assert kit.outcomes()[0].refused == "TypeError"
 
 
+def test_an_answer_of_another_length_is_not_taken_for_the_chunks(kit: Kit) -> None:
+    kit.tier.get = lambda _: [None]  # type: ignore[method-assign]
+    kit.queued.fetch([chunk(1), chunk(2)], "r", lambda: True)
+    (read,) = kit.outcomes()
+    assert read.refused == "TypeError" and read.planes == [None, None]
+
+
 def test_chunks_move_as_they_are_between_tiers_of_one_codec(kit: Kit) -> None:
     below = Kit()
     store(kit, 1)
